@@ -1,0 +1,65 @@
+"""Every error a user can cause or meet.
+
+    VocabextError                exit 1   the work could not be done
+    ├── UsageError               exit 2   the command line is wrong: a missing path, a bad value
+    │   └── OutputExistsError    exit 2   the output is there already, and --force was not given
+    ├── CorpusError              exit 1   the text cannot be read, or there is none
+    ├── TokenizerError           exit 1   the tokenizer cannot be loaded or extended
+    ├── CheckpointError          exit 1   the model folder is incomplete or contradicts itself
+    ├── MissingExtraError        exit 1   an optional dependency is not installed
+    ├── ServerError              exit 1   a server did not start, or died
+    └── BadCheckpointError       exit 3   `verify` ran and found a fault
+
+A message says what is wrong, with the values that disagree, and what to do: one line, no trailing
+full stop. Anything else that escapes (`AssertionError`, `KeyError`, ...) is a bug of ours.
+"""
+
+from typing import ClassVar
+
+
+class VocabextError(Exception):
+    """The base of all errors that are reported as one line, without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(VocabextError):
+    """The command line is wrong: a path that is not there, an option out of its range."""
+
+    exit_code = 2
+
+
+class OutputExistsError(UsageError):
+    """The output exists already and `--force` was not given."""
+
+    def __init__(self, path: object) -> None:
+        super().__init__(f"{path} exists already; choose another output, or pass --force to replace it")
+
+
+class CorpusError(VocabextError):
+    """The corpus cannot be read, or holds no text."""
+
+
+class TokenizerError(VocabextError):
+    """The tokenizer cannot be loaded, or cannot be extended without changing other text."""
+
+
+class CheckpointError(VocabextError):
+    """The model folder is incomplete, or its parts contradict each other."""
+
+
+class MissingExtraError(VocabextError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'vocabext[{extra}]'")
+
+
+class ServerError(VocabextError):
+    """A server did not become ready, or stopped while it was needed."""
+
+
+class BadCheckpointError(VocabextError):
+    """`verify` ran to its end and found at least one fault."""
+
+    exit_code = 3

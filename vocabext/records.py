@@ -1,0 +1,160 @@
+"""The records that cross from one stage to the next, and their JSON Lines form.
+
+A stage's artifact begins with one header line (`{"artifact": ..., "version": ..., ...}`) that says
+what was made from what, followed by one line per record. The header makes a wrong file a clear
+error instead of a strange one.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from vocabext.errors import OutputExistsError, UsageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        name: Where it came from, such as `notes.jsonl:17`.
+        text: The text itself.
+    """
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A new token: a name for a fixed run of base token ids.
+
+    Attributes:
+        token: The text it stands for, such as `" cardiomyopathy"`.
+        key: Its spelling in the tokenizer's vocabulary, such as `"Ġcardiomyopathy"`.
+        run: The base token ids it replaces, at least two.
+        count: How often the expanded tokenizer produced it in the mining corpus.
+        saved: How many tokens it saved there, given the tokens chosen before it.
+    """
+
+    token: str
+    key: str
+    run: tuple[int, ...]
+    count: int = 0
+    saved: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-ready values."""
+        return {"token": self.token, "key": self.key, "run": list(self.run), "count": self.count, "saved": self.saved}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "NewToken":
+        """Read a record back; extra fields are ignored."""
+        return cls(str(row["token"]), str(row["key"]), tuple(int(i) for i in row["run"]),
+                   int(row.get("count", 0)), int(row.get("saved", 0)))
+
+
+@dataclass(frozen=True)
+class TokenSnippets:
+    """The snippets of one new token.
+
+    Attributes:
+        new_token: The token.
+        snippets: Windows of *expanded* ids, each with the token at `positions[i]`.
+        positions: Index of the token inside each snippet.
+        occurrences: How often the token occurred in the corpus that was sampled.
+        num_generated: How many of the snippets the model wrote itself.
+    """
+
+    new_token: NewToken
+    snippets: tuple[tuple[int, ...], ...] = ()
+    positions: tuple[int, ...] = ()
+    occurrences: int = 0
+    num_generated: int = field(default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-ready values."""
+        return {**self.new_token.to_json(), "occurrences": self.occurrences, "num_generated": self.num_generated,
+                "positions": list(self.positions), "snippets": [list(s) for s in self.snippets]}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "TokenSnippets":
+        """Read a record back; a plain `NewToken` line reads as a token without snippets."""
+        return cls(NewToken.from_json(row), tuple(tuple(s) for s in row.get("snippets", ())),
+                   tuple(row.get("positions", ())), int(row.get("occurrences", 0)), int(row.get("num_generated", 0)))
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists (unless `force`) or whose parent folder does not.
+
+    Raises:
+        OutputExistsError: If `path` exists and `force` is false.
+        UsageError: If the parent of `path` is not a folder.
+    """
+    if path.exists() and not force:
+        raise OutputExistsError(path)
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder {path.absolute().parent} does not exist; create it, or choose another output")
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path` for writing; rename it onto `path` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, atomically."""
+    with atomic_file(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_jsonl(path: Path, artifact: str, header: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Write an artifact: its header line, then one line per row, atomically."""
+    with atomic_file(path) as file:
+        for row in ({"artifact": artifact, "version": FORMAT_VERSION, **header}, *rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path, artifacts: tuple[str, ...]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read an artifact back.
+
+    Args:
+        path: The file.
+        artifacts: The kinds that are accepted.
+
+    Returns:
+        The header and the rows.
+
+    Raises:
+        UsageError: If the file is missing, is no JSON Lines, or is another kind of artifact.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a JSON Lines file of vocabext: {error}") from None
+    header = rows[0] if rows and isinstance(rows[0], dict) else {}
+    if header.get("artifact") not in artifacts:
+        raise UsageError(f"{path} holds {header.get('artifact')!r}, but {' or '.join(artifacts)} is needed here")
+    if header.get("version") != FORMAT_VERSION:
+        raise UsageError(f"{path} has format version {header.get('version')}, this vocabext reads {FORMAT_VERSION}; "
+                         "make the file again")
+    return header, rows[1:]
