@@ -1,0 +1,237 @@
+"""What the verbs show: results on stdout, everything else on stderr."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from vocabext.progress import Task
+
+PLAIN_INTERVAL_SECONDS = 5.0
+"""Where there is no terminal: the time between two lines of progress."""
+
+
+def note(message: str) -> None:
+    """Write one line to stderr: a remark that is no result."""
+    click.echo(message, err=True)
+
+
+def emit(document: Any, as_json: bool, human_render: Callable[[], None]) -> None:
+    """Write a verb's result to stdout.
+
+    Args:
+        document: The result as JSON-ready values; dataclasses, paths and numpy scalars are
+            converted, and numbers that JSON cannot hold (NaN, infinity) become null.
+        as_json: Write `document`, and nothing else, as one JSON document.
+        human_render: Called instead if `as_json` is false; writes with `table` and `click.echo`.
+    """
+    if as_json:
+        click.echo(json.dumps(to_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        human_render()
+
+
+def to_plain(value: Any) -> Any:
+    """Convert a result to values that the json module writes and every JSON reader accepts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and torch, which this module must not import
+        return to_plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
+    """Write a table to stdout."""
+    click.echo(format_table(rows, headers))
+
+
+def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Lay out a table with aligned columns, numbers to the right.
+
+    Nothing is cut or wrapped, so that the text can be searched and pasted.
+
+    Args:
+        rows: One sequence per line. Integers get thousands separators, floats four digits, None
+            an empty cell; format anything else yourself.
+        headers: One name per column.
+
+    Returns:
+        The lines, joined by newlines, without a trailing one.
+    """
+    from rich.cells import cell_len
+
+    cells = [[str(header) for header in headers], *([_format_cell(cell) for cell in row] for row in rows)]
+    widths = [max(cell_len(line[column]) for line in cells) for column in range(len(headers))]
+    is_number = [
+        any(row[column] is not None for row in rows) and all(_is_number(row[column]) for row in rows)
+        for column in range(len(headers))
+    ]
+
+    def lay_out(line: list[str]) -> str:
+        padded = []
+        for cell, width, to_the_right in zip(line, widths, is_number, strict=True):
+            space = " " * (width - cell_len(cell))
+            padded.append(space + cell if to_the_right else cell + space)
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lay_out(cells[0]), rule, *(lay_out(line) for line in cells[1:])])
+
+
+def _is_number(cell: object) -> bool:
+    """Say whether a cell is to the right: a number, a missing one, or text that begins like one."""
+    if cell is None or isinstance(cell, int | float):
+        return True
+    return isinstance(cell, str) and cell.strip().lstrip("+-").strip()[:1].isdigit()
+
+
+def _format_cell(cell: object) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:,.4g}" if abs(cell) < 1000 else f"{cell:,.0f}"
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return f"{cell:,}"
+    return str(cell)
+
+
+@contextmanager
+def progress(description: str, /, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    """Show how far a piece of long work is, on stderr: the `Progress` of every stage.
+
+    On a terminal a bar with rate and time left; elsewhere a plain line every few seconds and one
+    at the end.
+
+    Args:
+        description: What is being done.
+        total: How many units there are, or None where nobody can know.
+        unit: What is counted, in the plural.
+
+    Yields:
+        The task to advance.
+    """
+    with (_bar if sys.stderr.isatty() else _lines)(description, total, unit) as task:
+        yield task
+
+
+class PlainTask:
+    """Progress as plain lines, for logs and pipes."""
+
+    def __init__(
+        self, description: str, total: int | None, unit: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._description, self._total, self._unit, self._clock = description, total, unit, clock
+        self._done = 0
+        self._remark = ""
+        self._started = self._last_line = clock()
+
+    def advance(self, amount: int = 1, /) -> None:
+        """Count `amount` units, and write a line if the last one is old enough."""
+        self._done += amount
+        now = self._clock()
+        if now - self._last_line >= PLAIN_INTERVAL_SECONDS:
+            self._last_line = now
+            note(self._line(now - self._started))
+
+    def note(self, text: str, /) -> None:
+        """Set the remark that the next lines end with."""
+        self._remark = text
+
+    def close(self) -> None:
+        """Write the last line."""
+        seconds = self._clock() - self._started
+        parts = [f"{self._count()} in {_format_seconds(seconds)}", *([self._remark] if self._remark else [])]
+        note(f"{self._description}: {', '.join(parts)}")
+
+    def _line(self, seconds: float) -> str:
+        rate = self._done / seconds if seconds else 0.0
+        parts = [self._count(), f"{_format_rate(rate)}{' ' + self._unit if self._unit else ''}/s"]
+        if self._total and rate:
+            parts.append(f"{_format_seconds(max(0, self._total - self._done) / rate)} left")
+        if self._remark:
+            parts.append(self._remark)
+        return f"{self._description}: {', '.join(parts)}"
+
+    def _count(self) -> str:
+        unit = f" {self._unit}" if self._unit else ""
+        if not self._total or self._done == self._total:
+            return f"{self._done:,}{unit}"
+        return f"{self._done:,} of {self._total:,}{unit} ({self._done / self._total:.0%})"
+
+
+def _format_rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _format_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+@contextmanager
+def _lines(description: str, total: int | None, unit: str) -> Iterator[Task]:
+    task = PlainTask(description, total, unit)
+    yield task
+    task.close()  # not after an error: the error is the last line then
+
+
+@contextmanager
+def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
+    # rich takes a tenth of a second to import: not before there is something to show
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class CountColumn(ProgressColumn):
+        def render(self, task: RichTask) -> Text:
+            of = "" if task.total is None else f"/{task.total:,.0f}"
+            rate = task.finished_speed or task.speed
+            speed = "" if not rate else f"  {_format_rate(rate)}/s"
+            return Text(f"{task.completed:,.0f}{of}{' ' + unit if unit else ''}{speed}")
+
+    class BarTask:
+        def __init__(self, bar: Progress, task_id: TaskID) -> None:
+            self._bar, self._task_id = bar, task_id
+
+        def advance(self, amount: int = 1, /) -> None:
+            self._bar.advance(self._task_id, amount)
+
+        def note(self, text: str, /) -> None:
+            self._bar.update(self._task_id, remark=text)
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        CountColumn(),
+        TimeElapsedColumn() if total is None else TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[remark]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield BarTask(bar, bar.add_task(description, total=total, remark=""))
