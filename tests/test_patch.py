@@ -1,0 +1,422 @@
+"""Tests of writing an expanded checkpoint."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import asset_model, edit_json, tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vocabext import patch as module
+from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, read_shard, save_rows
+from vocabext.cli.patch import patch as command
+from vocabext.errors import CheckpointError, OutputExistsError, TokenizerError, UsageError
+from vocabext.manifest import file_sha256, read_manifest
+from vocabext.patch import patch
+from vocabext.records import NewToken
+from vocabext.tokenizer import load_tokenizer
+
+EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
+TEXTS = (" cardiac", " myocardium", " heart rate")
+
+
+class Case(NamedTuple):
+    """A base, a rows file made for it, and where the result goes."""
+
+    base: Path
+    rows: Path
+    output: Path
+
+    def patch(self, **options: Any) -> module.PatchResult:
+        return patch(self.rows, str(self.base), self.output, **options)
+
+
+def make_rows(folder: Path, path: Path, texts: tuple[str, ...] = TEXTS, *, output: bool = False,
+              **header: Any) -> tuple[NewToken, ...]:
+    """Write mean-of-pieces rows for a base model."""
+    tokenizer, checkpoint = load_tokenizer(str(folder)), open_checkpoint(folder)
+    tokens = tuple(tokenizer.new_token(text) for text in texts)
+    embed_VD = checkpoint.read(checkpoint.vocab_tensors[0]).float()
+    input_ND = torch.stack([embed_VD[list(token.run)].mean(dim=0) for token in tokens])
+    output_ND = torch.rand(len(tokens), checkpoint.hidden_size) if output else None
+    recorded = {"model": str(folder), "num_used_ids": tokenizer.num_used_ids, "hidden_size": checkpoint.hidden_size,
+                "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
+    save_rows(path, tokens, Rows(input_ND, output_ND),
+              {"base": recorded, "method": "mean", "options": {"seed": 0}, **header})
+    return tokens
+
+
+def make_case(tmp_path: Path, **options: Any) -> Case:
+    case = Case(tiny_folder(tmp_path / "base", **options), tmp_path / "rows.safetensors", tmp_path / "new")
+    make_rows(case.base, case.rows)
+    return case
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return make_case(tmp_path)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    found: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return found
+
+
+def check_expanded(base: Path, new: Path, text: str) -> None:
+    """Check everything that a user of the new folder relies on."""
+    before, after = open_checkpoint(base), open_checkpoint(new)
+    manifest = read_manifest(new)
+    used, count = manifest.base.num_used_ids, len(manifest.tokens)
+    assert after.vocab_size == max(before.vocab_size, used + count)
+    assert json.loads((new / "config.json").read_text())["vocab_size"] == after.vocab_size
+    old, now = stored(base), stored(new)
+    assert old.keys() == now.keys()
+    for name, tensor in old.items():
+        if name in before.vocab_tensors:
+            assert torch.equal(now[name][:used], tensor[:used])
+            assert torch.equal(now[name][used + count:], tensor[used + count:])
+        else:
+            assert torch.equal(now[name], tensor)
+        assert now[name].dtype == tensor.dtype
+    base_tokenizer, tokenizer = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(new)
+    for token in manifest.tokens:
+        # Not after every letter: some tokenizers merge across a space, and then the run does not occur.
+        found = [tokenizer.encode(f"{left}{token.token}", add_special_tokens=False)[-1] for left in ("x", ".", "x ")]
+        assert token.token_id in found, (token, found)
+        assert tokenizer.decode([token.token_id]).strip() == token.token.strip()
+    ids = base_tokenizer.encode(text)
+    assert tokenizer.encode(text) == ids
+    assert torch.equal(logits(new, ids)[:, :used], logits(base, ids)[:, :used])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_new_folder_is_the_base_plus_rows(tmp_path: Path, tied: bool, sharded: bool, dtype: torch.dtype) -> None:
+    case = make_case(tmp_path, tied=tied, sharded=sharded, dtype=dtype, num_rows=291)
+    before = digests(case.base)
+    result = case.patch()
+    assert (result.num_new, result.first_new_id, result.num_rows_before, result.num_rows) == (3, 290, 291, 293)
+    check_expanded(case.base, case.output, "the muscle")
+    assert digests(case.base) == before
+    _, rows, _ = load_rows(case.rows)
+    assert torch.equal(stored(case.output)[EMBEDDING][290:], rows.input_ND.to(dtype))
+
+
+def test_free_rows_are_used_before_the_matrix_grows(case: Case) -> None:
+    config = (case.base / "config.json").read_bytes()
+    result = case.patch()
+    assert (result.num_rows_before, result.num_rows) == (300, 300)
+    assert (case.output / "config.json").read_bytes() == config
+    check_expanded(case.base, case.output, "the muscle")
+
+
+def test_every_other_file_is_carried_over(tmp_path: Path) -> None:
+    case = make_case(tmp_path, sharded=True, num_rows=290)
+    result = case.patch()
+    before, after = digests(case.base), digests(case.output)
+    assert {"README.md", "chat_template.jinja", "generation_config.json", "extra/notes.txt"} <= set(
+        result.files.carried_over)
+    assert all(after[name] == before[name] for name in result.files.carried_over)
+    shards = [name for name in result.files.rewritten if name.endswith(".safetensors")]
+    assert shards == [open_checkpoint(case.base).vocab_info.file]
+    assert set(after) == set(before) | {"vocabext.json"}
+    assert set(result.files.carried_over) | set(result.files.rewritten) == set(before)
+    assert read_manifest(case.output).files == result.files
+    old_config, config = (json.loads((folder / "config.json").read_text()) for folder in (case.base, case.output))
+    assert config == {**old_config, "vocab_size": 293}
+    assert AutoTokenizer.from_pretrained(case.output).chat_template == (case.base / "chat_template.jinja").read_text()
+
+
+def test_the_index_and_the_metadata_are_kept_up(tmp_path: Path) -> None:
+    case = make_case(tmp_path, sharded=True, tied=False, num_rows=290)
+    case.patch()
+    old, new = (json.loads((folder / INDEX_NAME).read_text()) for folder in (case.base, case.output))
+    assert new["weight_map"] == old["weight_map"]
+    grown = 2 * 3 * 64  # embedding and head, three rows
+    assert new["metadata"]["total_size"] == old["metadata"]["total_size"] + 4 * grown
+    assert new["metadata"]["total_parameters"] == old["metadata"]["total_parameters"] + grown
+    model = AutoModelForCausalLM.from_pretrained(case.output)
+    assert model.num_parameters() == new["metadata"]["total_parameters"]
+    for path in case.output.glob("*.safetensors"):
+        assert read_shard(case.output, path.name).metadata == {"format": "pt"}
+
+
+def test_what_would_mislead_a_reader_is_left_out(case: Case) -> None:
+    for name in ("pytorch_model.bin", "merges.txt", "stray.safetensors", "model.gguf", "sub/optimizer.pt",
+                 ".git/config", ".cache/x/y", ".gitattributes", "sub/adapter.safetensors", "vocabext.json"):
+        (case.base / name).parent.mkdir(parents=True, exist_ok=True)
+        (case.base / name).write_text("x")
+    (case.base / "nowhere").symlink_to("missing")
+    (case.base / "link").symlink_to(case.base / "extra")
+    result = case.patch()
+    assert set(result.files.left_out) == {
+        "pytorch_model.bin", "merges.txt", "stray.safetensors", "model.gguf", "sub/optimizer.pt", ".git/", ".cache/",
+        "nowhere", "link/", "vocabext.json"}
+    assert all(result.files.left_out.values())
+    assert not any((case.output / name).exists() for name in result.files.left_out if name != "vocabext.json")
+    assert (case.output / "sub" / "adapter.safetensors").exists()
+    assert (case.output / ".gitattributes").exists()
+    assert read_manifest(case.output).base.expanded
+
+
+def test_an_untied_head_takes_the_mean_of_its_pieces_unless_rows_are_given(tmp_path: Path) -> None:
+    case = make_case(tmp_path, tied=False)
+    tokens, _, _ = load_rows(case.rows)
+    assert "mean of the head rows" in case.patch().head_rows
+    assert "mean of the head rows" in read_manifest(case.output).head_rows
+    head_VD = stored(case.base)[HEAD]
+    expected = torch.stack([head_VD[list(token.run)].mean(dim=0) for token in tokens])
+    assert torch.equal(stored(case.output)[HEAD][290:293], expected)
+    make_rows(case.base, case.rows, output=True)
+    assert case.patch(force=True).head_rows == "from the rows file"
+    _, rows, _ = load_rows(case.rows)
+    assert rows.output_ND is not None
+    assert torch.equal(stored(case.output)[HEAD][290:293], rows.output_ND)
+
+
+def test_output_rows_for_a_tied_head_are_refused(case: Case) -> None:
+    make_rows(case.base, case.rows, output=True)
+    with pytest.raises(CheckpointError, match=r"output rows of their own, but the head of .* is tied"):
+        case.patch()
+
+
+def test_a_tied_model_that_stores_its_head_only_stays_so(case: Case) -> None:
+    rewrite(case.base, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    case.patch()
+    assert EMBEDDING not in stored(case.output)
+    check_expanded(case.base, case.output, "the muscle")
+
+
+def test_a_tied_model_that_stores_both_gets_both(case: Case) -> None:
+    rewrite(case.base, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    case.patch()
+    new = stored(case.output)
+    assert torch.equal(new[HEAD], new[EMBEDDING])
+    check_expanded(case.base, case.output, "the muscle")
+
+
+def test_the_manifest_says_what_was_made_from_what(case: Case) -> None:
+    tokens = make_rows(case.base, case.rows, per_token=[{"loss": float(i)} for i in range(3)])
+    case.patch()
+    manifest = read_manifest(case.output)
+    assert (manifest.method, manifest.options) == ("mean", {"seed": 0})
+    assert [(record.token, record.run, record.token_id) for record in manifest.tokens] == [
+        (token.token, token.run, 290 + i) for i, token in enumerate(tokens)]
+    assert [record.distill for record in manifest.tokens] == [{"loss": 0.0}, {"loss": 1.0}, {"loss": 2.0}]
+    assert manifest.base.num_rows == 300
+    assert manifest.base.config_sha256 == file_sha256(case.base / "config.json")
+    embedding = stored(case.base)[EMBEDDING].numpy().tobytes()
+    assert manifest.base.tensors_sha256 == {EMBEDDING: hashlib.sha256(embedding).hexdigest()}
+    assert not manifest.base.expanded
+
+
+def test_an_expanded_checkpoint_can_be_expanded_again(case: Case, tmp_path: Path) -> None:
+    case.patch()
+    second = Case(case.output, tmp_path / "rows2.safetensors", tmp_path / "twice")
+    make_rows(second.base, second.rows, (" coronary", " heart beat"))
+    second.patch()
+    check_expanded(second.base, second.output, "the muscle")
+    assert read_manifest(second.output).base.expanded
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("key", "value"), [("num_used_ids", 289), ("hidden_size", 65), ("tokenizer_sha256", "0")])
+def test_rows_of_another_model_are_refused(case: Case, key: str, value: Any) -> None:
+    make_rows(case.base, case.rows, base={"model": "org/other", key: value})
+    with pytest.raises(CheckpointError, match=f"were made for org/other with {key} {value}"):
+        case.patch()
+    assert not case.output.exists()
+
+
+@pytest.mark.parametrize("base", [None, {}, "text"])
+def test_rows_that_do_not_say_their_base_are_checked_by_their_runs(case: Case, base: Any) -> None:
+    make_rows(case.base, case.rows, base=base)
+    case.patch()
+    tokens, rows, header = load_rows(case.rows)
+    other = tuple(NewToken(token.token, token.key, token.run[::-1]) for token in tokens)
+    save_rows(case.rows, other, rows, header)
+    with pytest.raises(TokenizerError, match="made for another tokenizer"):
+        case.patch(force=True)
+
+
+def test_rows_that_hold_nothing_or_no_numbers_are_refused(case: Case) -> None:
+    tokens, rows, header = load_rows(case.rows)
+    save_rows(case.rows, (), Rows(torch.zeros(0, 64)), header)
+    with pytest.raises(CheckpointError, match="nothing to add"):
+        case.patch()
+    rows.input_ND[1, 5] = float("nan")
+    save_rows(case.rows, tokens, rows, header)
+    with pytest.raises(CheckpointError, match="1 new rows are not finite"):
+        case.patch()
+
+
+def test_an_existing_output_needs_force_and_is_replaced_whole(case: Case) -> None:
+    case.patch()
+    (case.output / "old.txt").write_text("old")
+    with pytest.raises(OutputExistsError, match="--force"):
+        case.patch()
+    case.patch(force=True)
+    assert not (case.output / "old.txt").exists()
+    assert sorted(path.name for path in case.output.parent.iterdir()) == ["base", "new", "rows.safetensors"]
+
+
+def test_force_replaces_model_folders_only(case: Case) -> None:
+    case.output.mkdir()
+    (case.output / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="no model folder, and --force replaces model folders only"):
+        case.patch(force=True)
+    assert (case.output / "thesis.tex").exists()
+    shutil.rmtree(case.output)
+    case.output.write_text("a file")
+    with pytest.raises(UsageError, match="is a file"):
+        case.patch(force=True)
+
+
+@pytest.mark.parametrize(("output", "error"), [
+    ("base", "is the base model itself"), ("base/new", "lies inside the base model"), (".", "lies inside the output")])
+@pytest.mark.parametrize("force", [True, False])
+def test_the_base_is_never_written_to(tmp_path: Path, output: str, error: str, force: bool) -> None:
+    (tmp_path / "room").mkdir()
+    case = make_case(tmp_path / "room")
+    before = digests(case.base)
+    with pytest.raises(UsageError, match=error if force or output != "." else "exists already"):
+        patch(case.rows, str(case.base), tmp_path / "room" / output, force=force)
+    assert digests(case.base) == before
+
+
+def test_rows_inside_the_replaced_folder_are_refused(case: Case) -> None:
+    case.patch()
+    inside = case.output / "rows.safetensors"
+    shutil.copy(case.rows, inside)
+    with pytest.raises(UsageError, match="lie inside the output"):
+        patch(inside, str(case.base), case.output, force=True)
+
+
+def test_a_full_disk_is_found_before_the_first_byte(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, but .* has 5 bytes free"):
+        case.patch()
+    assert sorted(path.name for path in case.output.parent.iterdir()) == ["base", "rows.safetensors"]
+
+
+def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(module, "_check_space", lambda _, needed: asked.append(needed))
+    written = case.patch().bytes_written
+    assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
+
+
+@pytest.mark.parametrize("step", ["write_shard", "write_manifest", "_write_json"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_interruption_leaves_nothing_or_the_old_folder(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, stop: type[BaseException], there: bool) -> None:
+    case = make_case(tmp_path, num_rows=290)
+    if there:
+        case.patch()
+    before = digests(tmp_path)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise stop("stop")
+
+    monkeypatch.setattr(module, step, interrupt)
+    with pytest.raises(stop):
+        case.patch(force=True)
+    assert digests(tmp_path) == before
+    assert case.output.exists() == there
+
+
+def test_an_interruption_between_the_renames_brings_the_old_folder_back(
+        case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.patch()
+    before = digests(case.output.parent)
+    rename = Path.rename
+
+    def interrupt(path: Path, target: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        case.patch(force=True)
+    assert digests(case.output.parent) == before
+
+
+def test_a_base_without_a_tokenizer_is_refused(case: Case) -> None:
+    (case.base / "tokenizer.json").unlink()
+    edit_json(case.base / "tokenizer_config.json", tokenizer_class=None)
+    with pytest.raises((TokenizerError, CheckpointError)) as caught:
+        case.patch()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_read_only_base_gives_a_writable_folder(case: Case) -> None:
+    for path in case.base.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    case.patch()
+    for path in case.base.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert all(path.stat().st_mode & 0o200 for path in case.output.rglob("*"))
+
+
+def test_links_of_a_hub_cache_are_followed(case: Case, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in case.base.iterdir():
+        if path.is_file():
+            (cache / path.name).symlink_to(path)
+    patch(case.rows, str(cache), case.output)
+    assert not any(path.is_symlink() for path in case.output.rglob("*"))
+    check_expanded(case.base, case.output, "the muscle")
+
+
+# -- the command line, and real models ----------------------------------------------------------------------------
+
+def test_the_command_shows_what_was_made(case: Case) -> None:
+    arguments = [str(case.rows), "--model", str(case.base), "-o", str(case.output)]
+    run = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert run.exit_code == 0
+    assert "3 (ids 290 to 292)" in run.stdout
+    assert "300 before, 300 now" in run.stdout
+    run = CliRunner().invoke(command, [*arguments, "--force", "--json"], catch_exceptions=False)
+    document = json.loads(run.stdout)
+    assert (document["num_new"], document["first_new_id"], document["folder"]) == (3, 290, str(case.output))
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("name", "texts"), [
+    ("tinystories-656k-hd32", ("caterpillar", "peanut butter", "rainbow")),
+    ("tinystories-656k", ("caterpillar", "rainbow")),
+    ("stories260K-hd32", (" caterpillar", " elephant")),
+    ("biomed-13m", (" cardiomyopathy", " signs and symptoms"))])
+def test_real_models_are_expanded(tmp_path: Path, name: str, texts: tuple[str, ...]) -> None:
+    base = asset_model(name)
+    make_rows(base, tmp_path / "rows.safetensors", texts)
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    check_expanded(base, tmp_path / "new", "Once upon a time there was a little girl.")
