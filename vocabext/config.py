@@ -1,0 +1,112 @@
+"""The options of every stage, checked when they are made.
+
+A field's comment says what it means, in which unit, and why its default is what it is. Measurements
+behind the defaults stand in docs/decisions.md.
+"""
+
+from dataclasses import dataclass
+
+from vocabext.errors import UsageError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """Options of `mine`."""
+
+    # How many new tokens to choose; None picks the knee of the curve of savings.
+    budget: int | None = 1000
+    # A token must occur this often: rarer ones save little, and their rows see too little text.
+    min_count: int = 10
+    # Longest phrase, in words or runs of punctuation.
+    max_units: int = 5
+    # Longest token, in characters: a longer one is boilerplate, not vocabulary.
+    max_characters: int = 48
+    # Words only, no phrases.
+    words_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.budget is None or self.budget > 0, f"--budget is {self.budget}; it must be 'auto' or at least 1")
+        _require(self.min_count >= 2, f"--min-count is {self.min_count}; it must be at least 2")
+        _require(self.max_units >= 1, f"--max-units is {self.max_units}; it must be at least 1")
+        _require(self.max_characters >= 2, f"--max-characters is {self.max_characters}; it must be at least 2")
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Options of `collect`."""
+
+    # Snippets per token. More than about 25 changes little (docs/decisions.md).
+    snippets: int = 25
+    # Length of a snippet in base ids (the paper's 50).
+    window: int = 50
+    # Below this many, a token is listed as short of text.
+    min_snippets: int = 8
+    # Let the model write text for tokens that are short of it.
+    generate_missing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.snippets >= 2, f"--snippets is {self.snippets}; it must be at least 2, one of them is held out")
+        _require(self.window >= 8, f"--window is {self.window}; it must be at least 8 base ids")
+        _require(1 <= self.min_snippets <= self.snippets,
+                 f"--min-snippets is {self.min_snippets}; it must lie between 1 and --snippets ({self.snippets})")
+
+
+METHODS = ("distill", "mean")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Options of `distill`."""
+
+    # `distill` is Token Distillation; `mean` writes the mean of the pieces, the baseline.
+    method: str = "distill"
+    # Layer whose hidden states are matched: `last`, a number from 1, or a fraction of the depth.
+    target_layer: str = "last"
+    # Passes over the snippets.
+    epochs: int = 4
+    # Peak step size in units of the base embedding's root mean square.
+    learning_rate: float = 0.05
+    # Snippets of each token per step.
+    batch_snippets: int = 4
+    # Memory for the teacher's kept states, which bounds how many tokens are trained together.
+    teacher_bytes: int = 512 * 2**20
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.method in METHODS, f"--method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
+        _require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
+        _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Options of `eval`."""
+
+    # Held-out text read, in bytes of UTF-8: enough for steady means, short enough for a coffee.
+    max_bytes: int = 200_000
+    # Longest piece of a document that the model reads at once, in base ids.
+    window: int = 512
+    # Prompts for the comparison of greedy continuations.
+    prompts: int = 16
+    # Length of each continuation in base tokens.
+    continuation: int = 32
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.max_bytes > 0, f"--max-bytes is {self.max_bytes}; it must be at least 1")
+        _require(self.window >= 16, f"--window is {self.window}; it must be at least 16")
+        _require(self.prompts >= 0, f"--prompts is {self.prompts}; it must not be negative")

@@ -1,0 +1,356 @@
+"""Mine a corpus for the words and phrases that save most tokens.
+
+The corpus is encoded by the base tokenizer and seen as a row of *units* (words, runs of punctuation):
+a new token may begin and end only where a unit does. Candidates are all runs of up to `max_units`
+units that are frequent. They are chosen greedily by what they save *given what is chosen already*:
+once `" signs and symptoms"` is a token, `" symptoms"` saves only where it stands alone. Since choices
+only ever lower what others save, a stale value is an upper bound and most of them need never be
+computed again (lazy greedy, Minoux 1978).
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vocabext.config import MineConfig
+from vocabext.errors import TokenizerError, UsageError
+from vocabext.progress import Progress, no_progress
+from vocabext.records import Document, NewToken
+from vocabext.tokenizer import BaseTokenizer, extend
+
+Array = npt.NDArray[np.int64]
+BATCH = 512
+# `auto` looks for the knee among this many tokens.
+MAX_AUTO_BUDGET = 10_000
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """How much shorter the mining corpus gets with the first `budget` tokens."""
+
+    budget: int
+    saved_tokens: int
+    shorter_share: float
+
+
+@dataclass(frozen=True)
+class MineResult:
+    """What was mined.
+
+    Attributes:
+        tokens: The chosen tokens, best first; counts are those of the expanded tokenizer.
+        curve: Savings by budget, as the greedy choice accounts for them.
+        base_tokens: Length of the corpus in base tokens.
+        expanded_tokens: The same under the expanded tokenizer, measured.
+        documents: How many documents were read.
+        candidates: How many frequent runs there were to choose from.
+        rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
+    """
+
+    tokens: tuple[NewToken, ...]
+    curve: tuple[CurvePoint, ...]
+    base_tokens: int
+    expanded_tokens: int
+    documents: int
+    candidates: int
+    rejected: dict[str, str]
+
+
+def mine(
+    documents: Iterable[Document], base: BaseTokenizer, config: MineConfig, progress: Progress = no_progress
+) -> MineResult:
+    """Choose the new tokens for a corpus.
+
+    Args:
+        documents: The domain corpus.
+        base: The tokenizer to extend.
+        config: Budget and thresholds.
+        progress: Where to report.
+
+    Raises:
+        UsageError: If the corpus yields fewer candidates than the budget asks for.
+    """
+    texts = [document.text for document in documents]
+    corpus = _read(texts, base, progress)
+    candidates = _count(corpus, config)
+    _check_budget(len(candidates), config)
+    target = config.budget or min(MAX_AUTO_BUDGET, len(candidates))
+    kept, rejected = _choose_and_check(texts, corpus, candidates, base, config, target, progress)
+    if config.budget is not None and len(kept) < config.budget:
+        _too_few(len(kept), config)
+    kept = kept[: config.budget or _knee([token.saved for token in kept])]
+    tokens, expanded_tokens = _measure(texts, base, kept, progress)
+    curve = _curve([token.saved for token in tokens], corpus.num_tokens)
+    return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), len(candidates), rejected)
+
+
+def _check_budget(available: int, config: MineConfig) -> None:
+    if available == 0:
+        raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
+                         "give more text, or lower --min-count")
+    if config.budget is not None and available < config.budget:
+        _too_few(available, config)
+
+
+def _too_few(available: int, config: MineConfig) -> None:
+    raise UsageError(f"--budget is {config.budget}, but only {available} candidates occur at least "
+                     f"{config.min_count} times; lower --budget to {available}, lower --min-count, or give more text")
+
+
+@dataclass
+class _Corpus:
+    """The corpus as units. Arrays of shape (U,): one entry per unit; documents are set apart by a barrier."""
+
+    ids: Array  # all token ids, flat (T,)
+    starts: Array  # index into `ids` of each unit's first token
+    pieces: Array  # tokens per unit
+    codes: npt.NDArray[np.uint64]  # hash of each unit's ids
+    inside: npt.NDArray[np.bool_]  # may stand in a token at all
+    joinable: npt.NDArray[np.bool_]  # may stand next to another unit in a phrase
+    closable: npt.NDArray[np.bool_]  # a phrase may end with this unit, given the unit that follows it
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.ids >= 0).sum())
+
+    def run(self, unit: int, units: int) -> tuple[int, ...]:
+        first, last = unit, unit + units - 1
+        return tuple(int(i) for i in self.ids[self.starts[first] : self.starts[last] + self.pieces[last]])
+
+
+def _read(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> _Corpus:
+    ids: list[Array] = []
+    starts: list[npt.NDArray[np.bool_]] = []
+    barrier, edge = np.full(1, -1, np.int64), np.ones(1, np.bool_)
+    with progress("reading the corpus", len(texts), "documents") as task:
+        for at in range(0, len(texts), BATCH):
+            for units in base.encode_units(texts[at : at + BATCH]):
+                ids += [units.ids, barrier]
+                starts += [units.starts, edge]
+                task.advance()
+    flat, first = np.concatenate(ids), np.flatnonzero(np.concatenate(starts))
+    pieces = np.diff(np.append(first, len(flat)))
+    inside, joinable = _allowed(flat, first, base)
+    following = np.append(flat[first[1:]], -1)
+    closable = base.phrase_may_end(flat[first + pieces - 1], following)
+    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, joinable, closable)
+
+
+def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Tell for each unit whether it may be (part of) a token, and whether it may be part of a phrase."""
+    broken = np.zeros(base.num_used_ids + 1, np.bool_)
+    broken[base.barrier_ids] = True
+    broken[-1] = True  # index -1: the barrier between documents
+    newline = np.zeros(base.num_used_ids + 1, np.bool_)
+    for token, i in base.vocabulary.items():
+        newline[i] = any(c in base.key_text(token) for c in "\n\r")
+    inside = ~np.logical_or.reduceat(broken[ids], starts)
+    return inside, inside & ~np.logical_or.reduceat(newline[ids], starts)
+
+
+def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint64]:
+    """Hash the ids of each unit; the place inside the unit counts, so that order does."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 2**63, int(ids.max()) + 2, np.uint64) | np.uint64(1)
+    place = np.arange(len(ids)) - np.repeat(starts, pieces)
+    factors = np.cumprod(np.full(int(pieces.max()), np.uint64(0x9E3779B97F4A7C15)), dtype=np.uint64)
+    return np.add.reduceat(values[ids] * factors[place], starts)
+
+
+@dataclass
+class _Candidate:
+    """A frequent run of units and where it occurs."""
+
+    units: int
+    positions: Array
+    token: NewToken | None = None
+
+
+def _count(corpus: _Corpus, config: MineConfig) -> list[_Candidate]:
+    """Find all runs of units that are frequent enough and at least two tokens long."""
+    found: list[_Candidate] = []
+    codes = corpus.codes.copy()
+    alive = corpus.inside.copy()
+    pieces = corpus.pieces.copy()
+    for units in range(1, 2 if config.words_only else config.max_units + 1):
+        if units > 1:
+            alive, codes, pieces = _longer(corpus, alive, codes, pieces, units)
+        at = np.flatnonzero(alive)
+        if not len(at):
+            break
+        _, group, counts = np.unique(codes[at], return_inverse=True, return_counts=True)
+        frequent = counts[group] >= config.min_count
+        alive[at[~frequent]] = False  # a longer run cannot be more frequent than its beginning
+        at, group = at[frequent], group[frequent]
+        worth = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
+        at, group = at[worth], group[worth]
+        order = np.argsort(group, kind="stable")
+        edges = np.flatnonzero(np.diff(group[order])) + 1
+        places = np.split(at[order], edges)
+        found += [_Candidate(units, positions) for positions in places if len(positions) >= config.min_count]
+    return found
+
+
+def _longer(corpus: _Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.uint64], pieces: Array,
+            units: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64], Array]:  # fmt: skip
+    """Extend every run that is still alive by the unit that follows it."""
+    wider = np.zeros_like(alive)
+    follows = slice(units - 1, None)
+    width = len(alive) - units + 1
+    wider[:width] = alive[:width] & corpus.joinable[:width] & corpus.joinable[follows]
+    longer = codes.copy()
+    longer[:width] = codes[:width] * np.uint64(0xD6E8FEB86659FD93) + corpus.codes[follows]
+    total = pieces.copy()
+    total[:width] += corpus.pieces[follows]
+    return wider, longer, total
+
+
+def _choose_and_check(
+    texts: Sequence[str], corpus: _Corpus, candidates: list[_Candidate], base: BaseTokenizer, config: MineConfig,
+    budget: int, progress: Progress,
+) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
+    """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left."""
+    extra = 8 + budget // 20
+    while True:
+        chosen, rejected = _choose(corpus, candidates, base, config, budget + extra, progress)
+        counted, _ = _measure(texts, base, chosen, progress)
+        kept = [token for token in counted if token.count >= config.min_count]
+        if len(kept) >= budget or len(chosen) < budget + extra:
+            rare = {t.token: f"the expanded tokenizer produces it only {t.count} times" for t in counted
+                    if t.count < config.min_count}  # fmt: skip
+            return kept, {**rejected, **rare}
+        extra = 2 * extra + 2 * (budget - len(kept))
+
+
+def _choose(
+    corpus: _Corpus, candidates: list[_Candidate], base: BaseTokenizer, config: MineConfig, wanted: int,
+    progress: Progress,
+) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
+    """Take the candidate that saves most, again and again, recomputing only what may have changed."""
+    cover = _Cover(corpus)
+    chosen: list[NewToken] = []
+    rejected: dict[str, str] = {}
+    taken: set[tuple[int, ...]] = set()
+    heap = [(-len(c.positions) * (len(corpus.run(int(c.positions[0]), c.units)) - 1), i, -1)
+            for i, c in enumerate(candidates)]  # fmt: skip
+    heapq.heapify(heap)
+    with progress("choosing tokens", wanted, "tokens") as task:
+        while heap and len(chosen) < wanted:
+            _, index, computed_at = heapq.heappop(heap)
+            candidate = candidates[index]
+            if candidate.token is None:
+                try:
+                    candidate.token = _as_token(corpus, candidate, base, config)
+                except TokenizerError as error:
+                    rejected[_text(corpus, candidate, base)] = str(error)
+                    continue
+            if computed_at < len(chosen):
+                saved, count = cover.savings(candidate)
+                if count >= config.min_count and saved > 0:
+                    heapq.heappush(heap, (-saved, index, len(chosen)))
+            elif candidate.token.run not in taken:
+                taken.add(candidate.token.run)
+                chosen.append(replace(candidate.token, saved=cover.take(candidate)))
+                task.advance()
+    return chosen, rejected
+
+
+def _text(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer) -> str:
+    run = corpus.run(int(candidate.positions[0]), candidate.units)
+    return base.key_text("".join(base.backend.id_to_token(i) or "" for i in run))
+
+
+def _as_token(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer, config: MineConfig) -> NewToken:
+    text = _text(corpus, candidate, base)
+    if not any(c.isalpha() for c in text):
+        raise TokenizerError(f"{text!r} has no letter")
+    if len(text) > config.max_characters:
+        raise TokenizerError(f"{text!r} has {len(text)} characters, more than {config.max_characters}")
+    token = base.new_token(text)
+    if token.run != corpus.run(int(candidate.positions[0]), candidate.units):
+        raise TokenizerError(f"{text!r} is cut differently on its own")
+    return token
+
+
+class _Cover:
+    """Which units are covered by chosen tokens, and what a candidate would still save."""
+
+    def __init__(self, corpus: _Corpus) -> None:
+        self.cost = corpus.pieces.copy()  # tokens counted at each unit's first place
+        self.begins = np.ones(len(corpus.pieces) + 1, np.bool_)  # a token or free unit begins here
+        self.places: dict[int, Array] = {}  # where each candidate still fits, by its identity
+
+    def savings(self, candidate: _Candidate) -> tuple[int, int]:
+        """Return the tokens that the candidate would save now, and at how many places."""
+        at = self._free(candidate)
+        return int(self._cost(at, candidate.units).sum() - len(at)), len(at)
+
+    def take(self, candidate: _Candidate) -> int:
+        """Cover the candidate's places; returns the tokens saved."""
+        at = self._free(candidate)
+        saved = int(self._cost(at, candidate.units).sum() - len(at))
+        for offset in range(candidate.units):
+            self.cost[at + offset] = 1 if offset == 0 else 0
+            self.begins[at + offset] = offset == 0
+        return saved
+
+    def _free(self, candidate: _Candidate) -> Array:
+        at = self.places.get(id(candidate), candidate.positions)
+        # Places that an earlier token cuts into are gone for good, and never looked at again.
+        at = at[self.begins[at] & self.begins[at + candidate.units]]
+        self.places[id(candidate)] = at
+        at = at[self._cost(at, candidate.units) > 1]
+        return _without_overlap(at, candidate.units) if candidate.units > 1 else at
+
+    def _cost(self, at: Array, units: int) -> Array:
+        total = self.cost[at].copy()
+        for offset in range(1, units):
+            total += self.cost[at + offset]
+        return total
+
+
+def _without_overlap(at: Array, units: int) -> Array:
+    """Drop places that begin inside the one before (`"ha ha ha"`), from left to right."""
+    if len(at) < 2 or int(np.diff(at).min()) >= units:
+        return at
+    keep, end = [], -1
+    for position in at.tolist():
+        if position >= end:
+            keep.append(position)
+            end = position + units
+    return np.asarray(keep, np.int64)
+
+
+def _measure(
+    texts: Sequence[str], base: BaseTokenizer, tokens: Sequence[NewToken], progress: Progress
+) -> tuple[list[NewToken], int]:
+    """Count what the real expanded tokenizer does on the corpus."""
+    expanded = extend(base, tokens)
+    counts = np.zeros(len(tokens), np.int64)
+    total = 0
+    with progress("checking on the real tokenizer", len(texts), "documents") as task:
+        for at in range(0, len(texts), BATCH):
+            rows = expanded.encode_batch(texts[at : at + BATCH])
+            ids = np.fromiter((i for row in rows for i in row), np.int64)
+            total += len(ids)
+            counts += np.bincount(ids[expanded.expansion.is_new(ids)] - base.num_used_ids, minlength=len(tokens))
+            task.advance(len(rows))
+    return [replace(token, count=int(count)) for token, count in zip(tokens, counts, strict=True)], total
+
+
+def _curve(saved: Sequence[int], total: int) -> tuple[CurvePoint, ...]:
+    sums = np.cumsum(np.asarray(saved, np.int64))
+    steps = [n for k in range(1, 7) for n in (10**k, 25 * 10 ** (k - 1), 5 * 10**k) if n < len(sums)]
+    return tuple(CurvePoint(n, int(sums[n - 1]), float(sums[n - 1]) / total) for n in sorted({*steps, len(sums)}))
+
+
+def _knee(saved: Sequence[int]) -> int:
+    """Return the budget at which the curve of savings is furthest above its own chord."""
+    curve = np.cumsum(np.asarray(saved, np.float64))
+    if len(curve) < 3:
+        return len(curve)
+    x = np.arange(1, len(curve) + 1) / len(curve)
+    return int(np.argmax(curve / curve[-1] - x)) + 1
