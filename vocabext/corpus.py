@@ -223,10 +223,11 @@ def _read_json_lines(file: _File, text_field: str) -> Iterator[Document]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            is_syntax = isinstance(error, json.JSONDecodeError)
-            why = f"{error.msg} at column {error.colno}" if is_syntax else "nested too deep"
-            raise CorpusError(f"{name} is not JSON: {why}; one object per line is needed") from None
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{name} is not JSON: {error.msg} at column {error.colno}; "
+                              "one object per line is needed") from None
+        except RecursionError:
+            raise CorpusError(f"{name} is not JSON: nested too deep; one object per line is needed") from None
         if not isinstance(record, dict):
             raise CorpusError(f"{name} is a JSON {type(record).__name__}; one object per line is needed")
         yield Document(name, _text_of(record, text_field, name))
