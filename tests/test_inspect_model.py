@@ -94,3 +94,13 @@ def test_real_models_are_described(name: str, rows: int) -> None:
     assert (found.num_rows, found.num_used_ids, found.num_free_rows) == (rows, rows, 0)
     assert found.tied
     assert found.tokenizer_kind == "whole text"
+
+
+@pytest.mark.assets
+def test_an_expansion_that_cannot_be_extended_again_still_tells_its_ids(tmp_path: Path) -> None:
+    base = asset_model("stories260K-hd32")
+    tokens = (load_tokenizer(str(base)).new_token(" caterpillar"),)
+    save_rows(tmp_path / "rows", tokens, Rows(torch.zeros(1, 64)), {})
+    patch(tmp_path / "rows", str(base), tmp_path / "new")
+    found = inspect_model(str(tmp_path / "new"))
+    assert (found.num_used_ids, found.num_free_rows, found.num_new_tokens) == (513, 0, 1)

@@ -1,5 +1,6 @@
 """Tests of writing an expanded checkpoint."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -420,3 +421,22 @@ def test_real_models_are_expanded(tmp_path: Path, name: str, texts: tuple[str, .
     make_rows(base, tmp_path / "rows.safetensors", texts)
     patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
     check_expanded(base, tmp_path / "new", "Once upon a time there was a little girl.")
+
+
+def test_progress_counts_every_byte(case: Case) -> None:
+    seen: list[int] = []
+
+    class Task:
+        def advance(self, amount: int = 1, /) -> None:
+            seen.append(amount)
+
+        def note(self, text: str, /) -> None: ...
+
+    def progress(description: str, /, total: int | None = None, unit: str = "") -> Any:
+        assert unit == "bytes"
+        seen.append(-(total or 0))
+        return contextlib.nullcontext(Task())
+
+    case.patch(progress=progress)
+    assert sum(seen) == 0
+    assert len(seen) > 3

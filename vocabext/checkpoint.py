@@ -91,8 +91,8 @@ class Rows:
         output_ND: Rows for an untied output head, float32; None if it was not trained.
     """
 
-    input_ND: "torch.Tensor"  # noqa: N815
-    output_ND: "torch.Tensor | None" = None  # noqa: N815
+    input_ND: "torch.Tensor"
+    output_ND: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _download(model: str) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from None
     except Exception as error:  # connection errors come in the flavours of three HTTP libraries
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{model} is no folder here, and it cannot be had from the hub ({reason}); "
             "download it where there is a network, and pass the folder"

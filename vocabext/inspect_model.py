@@ -23,7 +23,7 @@ class Inspection:
         tied: Whether the head is the embedding.
         vocab_tensors: Stored names of the tensors with one row per token id.
         num_rows: Rows stored (V).
-        num_used_ids: Ids the tokenizer addresses (U); None if it cannot be extended.
+        num_used_ids: Ids the tokenizer addresses (U); None if that cannot be read off.
         num_free_rows: Rows that new tokens can take before the matrix grows; None as above.
         bytes_per_new_row: What a new token costs once the matrix grows, over all vocabulary tensors.
         tokenizer_kind: Its kind; None if it cannot be extended.
@@ -69,13 +69,14 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
 
     folder = resolve_model(model)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    num_used, kind = None, None
+    manifest = read_manifest(folder) if has_manifest(folder) else None
+    # What an expansion has put into the tokenizer may be of no kind that can be extended again.
+    num_used, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
     try:
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         num_used, kind, extension = tokenizer.num_used_ids, tokenizer.kind, tokenizer.describe()
     except TokenizerError as error:
         extension = f"none: {error}"
-    manifest = read_manifest(folder) if has_manifest(folder) else None
     return Inspection(
         folder=folder, architecture=checkpoint.names.architecture, num_parameters=checkpoint.names.num_parameters,
         weight_bytes=checkpoint.weight_bytes, num_shards=len(checkpoint.shards), dtype=checkpoint.dtype,

@@ -219,7 +219,7 @@ class _Plan:
                 self.left_out[name] = reason
             elif name not in written:
                 self.carried.append(name)
-        sizes = (os.path.getsize(checkpoint.folder / name) for name in (*self.carried, *self.shards))  # noqa: PTH202
+        sizes = ((checkpoint.folder / name).stat().st_size for name in (*self.carried, *self.shards))
         self.num_bytes = sum(sizes) + self.growth_bytes
 
 
@@ -266,13 +266,15 @@ def _write(plan: _Plan, expanded: "ExpandedTokenizer", folder: Path, progress: P
     left_out = {**plan.left_out, **dict.fromkeys(stale, "would rebuild the tokenizer without the new tokens")}
     carried = [name for name in plan.carried if name not in left_out and not (folder / name).exists()]
     rewritten = {path.name for path in folder.iterdir()} | {CONFIG_NAME, *plan.shards}
-    with progress("writing the checkpoint", plan.num_bytes, "bytes") as task:
+    sizes = {name: (checkpoint.folder / name).stat().st_size for name in (*carried, *plan.shards)}
+    with progress("writing the checkpoint", sum(sizes.values()), "bytes") as task:
         for name in carried:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / name, folder / name)
-            task.advance((folder / name).stat().st_size)
+            task.advance(sizes[name])
         for name in plan.shards:
-            task.advance(write_shard(checkpoint.folder, checkpoint.shards[name], folder / name, plan.replaced))
+            write_shard(checkpoint.folder, checkpoint.shards[name], folder / name, plan.replaced)
+            task.advance(sizes[name])
     if checkpoint.sharded and plan.growth_bytes:
         _write_json(folder / INDEX_NAME, _grown_index(plan))
         rewritten.add(INDEX_NAME)
