@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from serve.client import Job, Load, LoadClient, write_prompts
 from serve.compare import Comparison, Series, compare
+from serve.encoder import Encoder, load_encoder
 from serve.engine import (
     START_TIMEOUT_SECONDS,
     Server,
@@ -46,13 +47,6 @@ MAX_CORPUS_CHARACTERS = 50_000_000
 CONTEXT_MARGIN_TOKENS = 16  # for the tokens that frame a prompt
 WARM_UP_REQUESTS = 2
 TWO_ON_ONE_GPU = "0.42"  # share of a GPU's memory for each of two servers; vLLM's own default is 0.9
-
-
-class Encoder(Protocol):
-    """A tokenizer, as far as it is needed here."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +144,10 @@ def run_bench(
     about = provenance()
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
     texts = _texts(corpus, text_field)
-    tokenizers = {role: _tokenizer(folder, config) for role, folder in folders.items()}
+    encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
+                for role, folder in folders.items()}
     context = min(filter(None, (context_length(folder) for folder in folders.values())), default=None)
-    prompts = build_prompts(texts, tokenizers[BASE], config, context)
+    prompts = build_prompts(texts, encoders[BASE], config, context)
     flags = server_flags(config, context, vllm_device())
 
     def make(role: str) -> Server:
@@ -176,7 +171,7 @@ def run_bench(
         pool = stack.enter_context(ServerPool(make, config, warm_up, progress))
         pool.start_all()
         client.wait_until_ready()
-        agreement = {role: agreement_of(pool.get(role), role, (*prompts.prefill, *prompts.decode), tokenizers[role])
+        agreement = {role: agreement_of(pool.get(role), role, (*prompts.prefill, *prompts.decode), encoders[role])
                      for role in (EXPANDED, BASE)}
 
         def measure(role: str, scenario: str) -> Load:
@@ -309,7 +304,7 @@ def summarize(runs: Sequence[Run], prompts: Prompts, config: BenchConfig) -> dic
     return {"scenarios": scenarios, "sample_answers": samples[:2], "runs": [_run_json(run) for run in runs]}
 
 
-def build_prompts(texts: Iterable[str], tokenizer: Encoder, config: BenchConfig, context: int | None) -> Prompts:
+def build_prompts(texts: Iterable[str], encoder: Encoder, config: BenchConfig, context: int | None) -> Prompts:
     """Cut the prompts of both loads out of held-out texts.
 
     Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space
@@ -318,7 +313,7 @@ def build_prompts(texts: Iterable[str], tokenizer: Encoder, config: BenchConfig,
 
     Args:
         texts: The documents.
-        tokenizer: The base model's.
+        encoder: The base model's tokenizer.
         config: The options.
         context: The model's context in tokens, None if unknown.
 
@@ -335,10 +330,10 @@ def build_prompts(texts: Iterable[str], tokenizer: Encoder, config: BenchConfig,
         raise UsageError(f"--output-tokens {config.output_tokens} leaves too little of the model's context of "
                          f"{context} tokens for the prompt; use at most {room // 2}")
     limit = min(config.prompt_tokens, room)
-    prefill = _long_prompts("\n\n".join(documents), tokenizer, limit, config.prefill_texts)
+    prefill = _long_prompts("\n\n".join(documents), encoder, limit, config.prefill_texts)
     openings = [d for d in documents if len(d) >= config.prompt_characters] or documents
     decode = [_cut_at_space(d, config.prompt_characters) for d in openings[: config.decode_texts]]
-    decode = [_fit(d, tokenizer, room - config.output_tokens) for d in decode]
+    decode = [_fit(d, encoder, room - config.output_tokens) for d in decode]
     return Prompts(tuple(prefill), tuple(decode))
 
 
@@ -379,21 +374,21 @@ def method_of(config: BenchConfig, flags: Sequence[str]) -> list[str]:
     ]
 
 
-def agreement_of(server: Server, model: str, prompts: Sequence[str], tokenizer: Encoder) -> dict[str, int]:
+def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: Encoder) -> dict[str, int]:
     """Count the prompts that the server tokenizes exactly as the folder's tokenizer does.
 
     Args:
         server: A server that is ready.
         model: The model's name there.
         prompts: The texts.
-        tokenizer: The folder's tokenizer.
+        encoder: The folder's tokenizer.
     """
     agreeing = 0
     for prompt in prompts:
         body = json.dumps({"model": model, "prompt": prompt, "add_special_tokens": False}).encode()
         try:
             with open_url(f"{server.url}/tokenize", body=body) as response:
-                agreeing += json.load(response)["tokens"] == tokenizer.encode(prompt)
+                agreeing += json.load(response)["tokens"] == encoder.encode(prompt)
         except OSError as error:
             server.check_alive()
             raise server.failure(f"{server.name} did not answer /tokenize ({error})") from None
@@ -410,12 +405,6 @@ def context_length(folder: Path) -> int | None:
     return None
 
 
-def _tokenizer(folder: Path, config: BenchConfig) -> Encoder:
-    from vocabext.tokenizer import load_tokenizer
-
-    return load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-
-
 def _texts(corpus: Sequence[str], text_field: str) -> list[str]:
     texts, characters = [], 0
     for document in read_documents(corpus, text_field=text_field):
@@ -426,11 +415,11 @@ def _texts(corpus: Sequence[str], text_field: str) -> list[str]:
     return texts
 
 
-def _long_prompts(text: str, tokenizer: Encoder, limit: int, count: int) -> list[str]:
+def _long_prompts(text: str, encoder: Encoder, limit: int, count: int) -> list[str]:
     prompts: list[str] = []
     start = 0
     while len(prompts) < count and start < len(text):
-        prompt = _fit(text[start : start + 12 * limit], tokenizer, limit)
+        prompt = _fit(text[start : start + 12 * limit], encoder, limit)
         start += max(1, len(prompt))
         if prompts and len(prompt) < len(prompts[0]) // 2:
             break  # the rest of the corpus: too short to be a long prompt
@@ -439,9 +428,9 @@ def _long_prompts(text: str, tokenizer: Encoder, limit: int, count: int) -> list
     return prompts
 
 
-def _fit(text: str, tokenizer: Encoder, limit: int) -> str:
+def _fit(text: str, encoder: Encoder, limit: int) -> str:
     """Return the beginning of a text that has at most `limit` tokens, cut at a space if possible."""
-    while (count := len(tokenizer.encode(text))) > limit:
+    while (count := len(encoder.encode(text))) > limit:
         text = _cut_at_space(text, min(len(text) - 1, int(len(text) * limit / count)))
     return text
 

@@ -1,0 +1,291 @@
+"""How much shorter a corpus becomes: tokens per document before and after, and what follows from it.
+
+Both tokenizers see every document once, in batches and on all cores. On the way the invariant of the
+whole project is checked: replacing each new token by its run must give back the base ids.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.bench import context_length
+from serve.encoder import Encoder, load_encoder
+from serve.provenance import provenance
+from vocabext.checkpoint import resolve_model
+from vocabext.corpus import read_documents
+from vocabext.expansion import Expansion
+from vocabext.manifest import has_manifest, read_manifest
+from vocabext.progress import Progress, no_progress
+from vocabext.records import Document, NewToken
+
+FORMAT_VERSION = 1
+BATCH_CHARACTERS = 2_000_000
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+HISTOGRAM_BINS = 40
+NUM_TOP, NUM_NEVER = 40, 200
+NUM_PASSAGES, PASSAGE_CHARACTERS, POOL_SIZE = 4, 360, 400
+NUM_RESAMPLES = 2000
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass
+class Tally:
+    """What has been counted so far.
+
+    Attributes:
+        base: Base tokens of each document.
+        expanded: Expanded tokens of each document.
+        characters: Characters of each document.
+        new: New tokens in each document.
+        counts: How often each new token occurred.
+        num_bytes: UTF-8 bytes of all documents.
+        num_differing: Documents whose expanded ids do not unmerge to the base ids.
+        first_differing: Name of the first of them.
+    """
+
+    counts: Ids
+    base: list[int] = field(default_factory=list)
+    expanded: list[int] = field(default_factory=list)
+    characters: list[int] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    num_bytes: int = 0
+    num_differing: int = 0
+    first_differing: str = ""
+
+
+def measure_lengths(
+    base: str, expanded: str, corpus: Sequence[str], *, text_field: str = "text", trust_remote_code: bool = False,
+    seed: int = 0, progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Tokenize a corpus with both models' tokenizers.
+
+    Args:
+        base: Base model, folder or hub id.
+        expanded: Expanded model, folder or hub id.
+        corpus: Documents, best ones that `mine` has not seen.
+        text_field: Field with the text in `.jsonl` and `.parquet`.
+        trust_remote_code: Run Python code that comes with the model.
+        seed: Seed of the interval and of the choice of passages.
+        progress: Told of every document.
+
+    Returns:
+        The content of lengths.json.
+
+    Raises:
+        CorpusError: If the corpus cannot be read or holds no text.
+        TokenizerError: If one of the tokenizers cannot be loaded.
+    """
+    about = provenance()
+    documents = read_documents(corpus, text_field=text_field)
+    folders = resolve_model(base), resolve_model(expanded)
+    encoders = [load_encoder(folder, trust_remote_code=trust_remote_code) for folder in folders]
+    expansion = expansion_of(folders[1], encoders[0])
+    tally = Tally(np.zeros(expansion.num_new, np.int64))
+    pool: list[Document] = []
+    choose = random.Random(seed)
+    started = time.perf_counter()
+    with progress("encoding", None, "documents") as task:
+        for batch in _batches(documents):
+            count_batch(tally, batch, encoders[0], encoders[1], expansion)
+            _sample(pool, batch, len(tally.base), choose)
+            task.advance(len(batch))
+    seconds = time.perf_counter() - started
+    return {
+        "artifact": "lengths", "version": FORMAT_VERSION, "base": base, "expanded": expanded, "corpus": list(corpus),
+        **summarize(tally, expansion, seed=seed),
+        "cache": cache_savings(folders[0], tally),
+        "passages": _passages(pool, encoders[0], encoders[1], expansion.first_new_id),
+        "encoding_seconds": seconds, "megabytes_per_second": 2 * tally.num_bytes / 1e6 / seconds,
+        "provenance": about,
+    }
+
+
+def expansion_of(folder: Path, base: Encoder) -> Expansion:
+    """Return the new tokens of a model folder: none if it is no expanded checkpoint."""
+    if not has_manifest(folder):
+        return Expansion((), base.num_ids)
+    manifest = read_manifest(folder)
+    return Expansion([record.new_token for record in manifest.tokens], manifest.first_new_id)
+
+
+def count_batch(
+    tally: Tally, batch: Sequence[Document], base: Encoder, expanded: Encoder, expansion: Expansion
+) -> None:
+    """Encode some documents with both tokenizers and add them to the tally."""
+    texts = [document.text for document in batch]
+    for document, base_ids, ids in zip(batch, base.encode_batch(texts), expanded.encode_batch(texts), strict=True):
+        array = np.asarray(ids, np.int64)
+        new = array[array >= expansion.first_new_id] - expansion.first_new_id
+        known = new[new < expansion.num_new]
+        tally.counts += np.bincount(known, minlength=expansion.num_new)
+        tally.base.append(len(base_ids))
+        tally.expanded.append(len(ids))
+        tally.characters.append(len(document.text))
+        tally.num_bytes += len(document.text.encode())
+        tally.new.append(len(new))
+        same = len(known) == len(new) and np.array_equal(expansion.unmerge(array), np.asarray(base_ids, np.int64))
+        if not same:
+            tally.num_differing += 1
+            tally.first_differing = tally.first_differing or document.name
+
+
+def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str, Any]:
+    """Turn the counts into what lengths.json says about the corpus and about the tokens."""
+    base, expanded = np.asarray(tally.base), np.asarray(tally.expanded)
+    characters, num_base, num_expanded = sum(tally.characters), int(base.sum()), int(expanded.sum())
+    counted = base > 0
+    saved_share = 1 - expanded[counted] / base[counted]
+    edges = np.linspace(min(0.0, float(saved_share.min())), max(0.05, float(saved_share.max())), HISTOGRAM_BINS + 1)
+    saved = tally.counts * np.asarray([len(token.run) - 1 for token in expansion.tokens], np.int64)
+    lengths = np.asarray([len(token.token) for token in expansion.tokens], np.int64)
+    return {
+        "documents": len(base), "characters": characters, "bytes": tally.num_bytes,
+        "base_tokens": num_base, "expanded_tokens": num_expanded,
+        "saved_share": 1 - num_expanded / num_base,
+        "saved_share_interval": bootstrap_saved_share(base, expanded, seed=seed),
+        "base_tokens_per_document": num_base / len(base),
+        "expanded_tokens_per_document": num_expanded / len(base),
+        "base_tokens_per_1000_characters": 1000 * num_base / characters,
+        "expanded_tokens_per_1000_characters": 1000 * num_expanded / characters,
+        "saved_share_percentiles": {str(p): float(np.percentile(saved_share, p)) for p in PERCENTILES},
+        "saved_share_histogram": {"edges": edges.tolist(), "documents": np.histogram(saved_share, edges)[0].tolist()},
+        "documents_not_shorter": int((expanded >= base).sum()),
+        "documents_longer": int((expanded > base).sum()),
+        "invariant": {"documents": len(base), "differing": tally.num_differing, "first": tally.first_differing},
+        "new_tokens": {
+            "total": expansion.num_new,
+            "used": int((tally.counts > 0).sum()),
+            "share_of_tokens": sum(tally.new) / num_expanded,
+            "share_of_characters": float((tally.counts * lengths).sum()) / characters,
+            "most_saving": _most_saving(expansion.tokens, tally.counts, saved),
+            "never_used": [t.token for t, n in zip(expansion.tokens, tally.counts, strict=True) if n == 0][:NUM_NEVER],
+        },
+    }
+
+
+def bootstrap_saved_share(base: Ids, expanded: Ids, *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the share of tokens saved, over which documents the corpus happens to hold."""
+    generator = np.random.default_rng(seed)
+    shares = np.empty(NUM_RESAMPLES)
+    for i in range(NUM_RESAMPLES):
+        drawn = generator.integers(len(base), size=len(base))
+        shares[i] = 1 - expanded[drawn].sum() / max(1, base[drawn].sum())
+    low, high = np.quantile(shares, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def cache_savings(folder: Path, tally: Tally) -> dict[str, Any] | None:
+    """Work out what fewer tokens mean for the cache of keys and values and for the context.
+
+    Returns:
+        Bytes per token, and per document before and after, for a 16-bit cache; None if the config does
+        not describe a plain attention cache.
+    """
+    per_token = cache_bytes_per_token(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if per_token is None:
+        return None
+    base, expanded = sum(tally.base) / len(tally.base), sum(tally.expanded) / len(tally.expanded)
+    context = context_length(folder)
+    characters = sum(tally.characters)
+    return {
+        "bytes_per_token": per_token,
+        "base_bytes_per_document": per_token * base,
+        "expanded_bytes_per_document": per_token * expanded,
+        "saved_bytes_per_document": per_token * (base - expanded),
+        "context_tokens": context,
+        "base_context_characters": context and context * characters / sum(tally.base),
+        "expanded_context_characters": context and context * characters / sum(tally.expanded),
+    }
+
+
+def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
+    """Return the bytes of keys and values that one token occupies in a 16-bit cache.
+
+    Returns:
+        None for a config without plain attention: compressed, linear or mixed caches are not guessed.
+    """
+    config = config.get("text_config") or config
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    hidden = config.get("hidden_size", config.get("n_embd"))
+    if not (layers and heads and hidden) or any(k in config for k in ("kv_lora_rank", "ssm_cfg", "mamba_d_state")):
+        return None
+    key_heads = config.get("num_key_value_heads") or heads
+    head_size = config.get("head_dim") or hidden // heads
+    return int(2 * layers * key_heads * head_size * DTYPE_BYTES["bfloat16"])
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _most_saving(tokens: Sequence[NewToken], counts: Ids, saved: Ids) -> list[dict[str, Any]]:
+    order = np.argsort(-saved, kind="stable")[:NUM_TOP]
+    return [
+        {"token": tokens[i].token, "count": int(counts[i]), "base_tokens": len(tokens[i].run),
+         "saved_tokens": int(saved[i])}
+        for i in order if saved[i] > 0
+    ]
+
+
+def _sample(pool: list[Document], batch: Sequence[Document], seen: int, choose: random.Random) -> None:
+    """Keep a uniform sample of the documents; `seen` counts them with this batch."""
+    for index, document in enumerate(batch, seen - len(batch)):
+        if len(pool) < POOL_SIZE:
+            pool.append(document)
+        elif (slot := choose.randrange(index + 1)) < POOL_SIZE:
+            pool[slot] = document
+
+
+def _passages(
+    pool: Sequence[Document], base: Encoder, expanded: Encoder, first_new_id: int
+) -> list[dict[str, Any]]:
+    """Cut passages whose saving is typical: at even steps through the sample, neither best nor worst only."""
+    cut = [(document.name, _passage(document.text)) for document in pool]
+    sizes = [(len(b), len(e)) for b, e in zip(base.encode_batch([text for _, text in cut]),
+                                              expanded.encode_batch([text for _, text in cut]), strict=True)]
+    long = [i for i, (_, text) in enumerate(cut) if len(text) >= PASSAGE_CHARACTERS // 2] or list(range(len(cut)))
+    ranked = sorted((1 - sizes[i][1] / max(1, sizes[i][0]), i) for i in long)
+    ranks = (0.95, 0.75, 0.5, 0.25)[:NUM_PASSAGES]
+    places = dict.fromkeys(round(rank * (len(ranked) - 1)) for rank in ranks)
+    passages = []
+    for place in places:
+        share, i = ranked[place]
+        name, text = cut[i]
+        passages.append({
+            "document": name, "saved_share": share, "percentile": round(100 * place / max(1, len(ranked) - 1)),
+            "base_pieces": _pieces(base, text, first_new_id), "expanded_pieces": _pieces(expanded, text, first_new_id),
+        })
+    return passages
+
+
+def _passage(text: str) -> str:
+    """Return the beginning of a text up to a space, on one line."""
+    text = " ".join(text.split())
+    if len(text) <= PASSAGE_CHARACTERS:
+        return text
+    space = text.rfind(" ", 0, PASSAGE_CHARACTERS + 1)
+    return text[: space if space > 0 else PASSAGE_CHARACTERS]
+
+
+def _pieces(encoder: Encoder, text: str, first_new_id: int) -> list[tuple[str, bool]]:
+    """Cut a text where its tokens end: (text of the token, whether it is new)."""
+    return [(piece, token_id >= first_new_id) for piece, token_id in encoder.pieces(text)]
