@@ -184,11 +184,7 @@ def find_modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 def skipped_part(part: str) -> bool:
     """Say whether a folder or file name marks something that is not part of the corpus."""
-    return (
-        part in SKIPPED_PARTS
-        or part.startswith(("_sysconfigdata", "config-", "test_"))
-        or not part.isidentifier()
-    )
+    return part in SKIPPED_PARTS or part.startswith(("_sysconfigdata", "config-", "test_")) or not part.isidentifier()
 
 
 def heading(node: ast.ClassDef | FunctionNode, qualname: str) -> str:
@@ -211,6 +207,9 @@ def heading(node: ast.ClassDef | FunctionNode, qualname: str) -> str:
 
 def clean(text: str) -> str:
     """Normalise a docstring or topic: no common indent, no trailing blanks, no outer blank lines.
+
+    The indent that all lines but the first share goes too, so that a one-line summary and an
+    indented remainder start in the same column.
 
     Args:
         text: Raw text.
