@@ -7,7 +7,7 @@ uniform sample per token (reservoir sampling, Vitter 1985), not the first few: t
 a corpus tend to be alike.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -53,14 +53,14 @@ def collect(
         One record per token, in the same order; some may hold few snippets or none.
     """
     expanded = extend(base, tokens)
-    reservoirs = [_Reservoir() for _ in tokens]
+    reservoirs = {expanded.first_new_id + i: _Reservoir() for i in range(len(tokens))}
     rng = np.random.default_rng(config.seed)
     with progress("collecting snippets", None, "documents") as task:
         for batch in _batches(documents):
             for ids in expanded.encode_batch([document.text for document in batch]):
                 _sample(np.asarray(ids, np.int64), expanded.expansion, reservoirs, config, rng)
             task.advance(len(batch))
-    return [_record(token, reservoir) for token, reservoir in zip(tokens, reservoirs, strict=True)]
+    return [_record(token, reservoir) for token, reservoir in zip(tokens, reservoirs.values(), strict=True)]
 
 
 def add_generated(
@@ -79,7 +79,7 @@ def add_generated(
         reservoirs = {expanded.first_new_id + index: _Reservoir()}
         rng = np.random.default_rng([config.seed, index])
         for ids in expanded.encode_batch(written):
-            _sample(np.asarray(ids, np.int64), expanded.expansion, reservoirs, config, rng, offset=0)
+            _sample(np.asarray(ids, np.int64), expanded.expansion, reservoirs, config, rng)
         (found,) = reservoirs.values()
         record = records[index]
         new = found.snippets[: config.snippets - len(record.snippets)]
@@ -111,24 +111,20 @@ def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
 def _sample(
     ids: npt.NDArray[np.int64],
     expansion: Expansion,
-    reservoirs: "Sequence[_Reservoir] | dict[int, _Reservoir]",
+    reservoirs: Mapping[int, _Reservoir],
     config: CollectConfig,
     rng: np.random.Generator,
-    *,
-    offset: int | None = None,
 ) -> None:
-    """Offer every occurrence in one document to its token's reservoir (algorithm R)."""
+    """Offer every occurrence in one document to the reservoir of its token id, if there is one (algorithm R)."""
     at = np.flatnonzero(expansion.is_new(ids))
     if not len(at):
         return
     ends = np.cumsum(expansion.run_lengths(ids))
     draws, befores = rng.random(len(at)), rng.random(len(at))
-    shift = expansion.first_new_id if offset is None else offset
     for position, draw, before in zip(at.tolist(), draws.tolist(), befores.tolist(), strict=True):
-        slot = int(ids[position]) - shift
-        if isinstance(reservoirs, dict) and slot not in reservoirs:
+        reservoir = reservoirs.get(int(ids[position]))
+        if reservoir is None:
             continue
-        reservoir = reservoirs[slot]
         reservoir.seen += 1
         if len(reservoir.snippets) < config.snippets:
             reservoir.snippets.append(_window(ids, ends, position, before, config.window))

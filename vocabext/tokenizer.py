@@ -53,12 +53,16 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
         UsageError: If the folder does not exist.
         TokenizerError: If there is no tokenizer, or one that cannot be extended; says which.
     """
-    from transformers import AutoTokenizer
-
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
         if not Path(model).expanduser().is_dir():
             raise UsageError(f"the model folder {model} does not exist")
         model = Path(model).expanduser()
+    return BaseTokenizer(_auto_tokenizer(model, trust_remote_code=trust_remote_code))
+
+
+def _auto_tokenizer(model: str | Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
     try:
         hf = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
@@ -67,7 +71,14 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
     if getattr(hf, "backend_tokenizer", None) is None:
         raise TokenizerError(f"the tokenizer of {model} is {type(hf).__name__}, which has no tokenizer.json form; "
                              f"supported are {SUPPORTED}")
-    return BaseTokenizer(hf)
+    return hf
+
+
+def _plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
+    backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 @dataclass(frozen=True)
@@ -119,11 +130,8 @@ class BaseTokenizer(_Encoder):
         Raises:
             TokenizerError: If it is of a kind that cannot be extended.
         """
-        backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        super().__init__(backend, hf)
-        self.spec: dict[str, Any] = json.loads(backend.to_str())
+        super().__init__(_plain_backend(hf), hf)
+        self.spec: dict[str, Any] = json.loads(self.backend.to_str())
         self.kind = _classify(self.spec)
         self.vocabulary: dict[str, int] = self.spec["model"]["vocab"]
         self.added: dict[str, int] = {a["content"]: a["id"] for a in self.spec["added_tokens"]}
@@ -164,8 +172,34 @@ class BaseTokenizer(_Encoder):
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
         """Encode many texts and mark where a token or phrase may begin and end."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)  # the fast one has no words
         return [Units(ids := np.asarray(e.ids, np.int64), self._unit_starts(ids, e.word_ids)) for e in encodings]
+
+    def phrase_may_end(
+        self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell for pairs of ids whether a phrase that ends with the first is used before the second.
+
+        Args:
+            last_ids: Ids at the end of phrases, shape (P,).
+            next_ids: The ids that follow; -1 for the end of a text.
+        """
+        if self.kind == WHOLE_TEXT:
+            return np.ones(len(last_ids), np.bool_)
+        in_word, refused, space = self._phrase_edges
+        at_end = next_ids < 0
+        return np.asarray(at_end | np.where(in_word[last_ids], ~refused[next_ids], space[next_ids]))
+
+    @cached_property
+    def _phrase_edges(self) -> tuple[npt.NDArray[np.bool_], ...]:
+        """For each id: ends in a word; begins with what a word's guard refuses; begins with a space."""
+        tables = np.zeros((3, self.num_used_ids), np.bool_)
+        for token, i in self.vocabulary.items():
+            text = self.key_text(token)
+            first, last = text[:1], text[-1:]
+            tables[:, i] = (not last.isascii() or last.isalnum(),
+                            not first.isascii() or first.isalnum() or first == "'", first == " ")
+        return tuple(tables)
 
     @cached_property
     def barrier_ids(self) -> npt.NDArray[np.int64]:
@@ -284,6 +318,20 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
     spec["model"]["ignore_merges"] = True
     spec["pre_tokenizer"] = _extended_steps(base, tokens, unreachable)
     return ExpandedTokenizer(Tokenizer.from_str(json.dumps(spec)), base.hf, Expansion(tokens, base.num_used_ids))
+
+
+def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:
+    """Load the tokenizer of an expanded checkpoint as transformers loads it, whatever that turns out to be.
+
+    Args:
+        folder: The expanded checkpoint.
+        expansion: The new tokens that its manifest names.
+
+    Raises:
+        TokenizerError: If transformers cannot load it.
+    """
+    hf = _auto_tokenizer(folder, trust_remote_code=False)
+    return ExpandedTokenizer(_plain_backend(hf), hf, expansion)
 
 
 def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) -> list[str]:

@@ -1,0 +1,13 @@
+"""Distill one embedding row per new token (Token Distillation, arXiv 2505.20133).
+
+The new row is optimised until the frozen model's hidden states, with the one new token in the text,
+match those it had with the original pieces. Only new rows are trained.
+
+    examples.py   snippets as padded arrays, student and teacher aligned
+    engine.py     the optimisation
+    stage.py      the stage: mean-of-pieces rows, training, the quality gate
+"""
+
+from vocabext.distill.stage import DistillResult, TokenReport, distill, mean_rows
+
+__all__ = ["DistillResult", "TokenReport", "distill", "mean_rows"]

@@ -1,0 +1,156 @@
+"""The stage: mean-of-pieces rows, training in groups, and the quality gate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vocabext.config import DistillConfig
+from vocabext.distill.engine import Fit, fit_rows
+from vocabext.distill.examples import build_examples
+from vocabext.expansion import Expansion
+from vocabext.model import FrozenModel
+from vocabext.progress import Progress, no_progress
+from vocabext.records import NewToken, TokenSnippets
+
+# One snippet in this many is held out (at least one): it judges the row that the others made.
+HELD_OUT_EVERY = 8
+# Fewer snippets than this cannot be split into training and held-out ones.
+MIN_SNIPPETS = 2
+# Positions that one training step should have at least, to keep the matrix units busy.
+POSITIONS_PER_STEP = 6_000
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How one row was made.
+
+    Attributes:
+        token: The text of the token.
+        snippets: How many snippets it had.
+        start_error: Held-out relative squared error of the mean-of-pieces row; None if not measured.
+        end_error: The same for the row that is shipped.
+        norm: Its Euclidean norm.
+        method: `distill`, or `mean` where training had nothing to train on or made nothing better.
+    """
+
+    token: str
+    snippets: int
+    start_error: float | None
+    end_error: float | None
+    norm: float
+    method: str
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """Rows for all tokens, in their order, and a report for each.
+
+    Attributes:
+        input_ND: Input rows, float32.
+        reports: One per token.
+        layer: The layer whose states were matched; 0 for `mean`.
+    """
+
+    input_ND: torch.Tensor  # noqa: N815
+    reports: tuple[TokenReport, ...]
+    layer: int
+
+    @property
+    def relative_error(self) -> float | None:
+        """Held-out error over all trained tokens as a share of the mean-of-pieces error."""
+        start = sum(r.start_error for r in self.reports if r.start_error is not None)
+        end = sum(r.end_error for r in self.reports if r.end_error is not None)
+        return end / start if start else None
+
+
+def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
+    """Return the mean of each token's pieces, (N, D), float32.
+
+    Args:
+        matrix_VD: Embedding or head of the base model.
+        tokens: The new tokens.
+    """
+    return torch.stack([matrix_VD[list(t.run)].float().mean(0) for t in tokens])
+
+
+def distill(
+    records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
+    prefix_ids: Sequence[int] = (), progress: Progress = no_progress,
+) -> DistillResult:  # fmt: skip
+    """Make the input rows of all new tokens.
+
+    Args:
+        records: The tokens with their snippets, in token-id order.
+        model: The frozen base model.
+        config: Method and options.
+        num_used_ids: Id of the first new token.
+        prefix_ids: What the tokenizer puts in front of a prompt.
+        progress: Where to report.
+    """
+    tokens = [record.new_token for record in records]
+    rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
+    if config.method == "mean":
+        reports = [_report(record, row_D, None) for record, row_D in zip(records, rows_ND, strict=True)]
+        return DistillResult(rows_ND, tuple(reports), 0)
+    layer = model.layer_number(config.target_layer)
+    expansion = Expansion(tokens, num_used_ids)
+    rate = config.learning_rate * float(model.embedding_VD[:num_used_ids].float().square().mean().sqrt())
+    errors: dict[int, tuple[float, float]] = {}
+    with progress("distilling", len(records), "tokens") as task:
+        for group in _groups(records, config):
+            fit = _fit_group(group, records, expansion, rows_ND[group], model, config, layer, rate, prefix_ids)
+            rows_ND[group] = fit.rows_GD
+            pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
+            errors.update(zip(group, pairs, strict=True))
+            task.advance(len(group))
+            task.note(f"error {sum(e for _, e in errors.values()) / sum(s for s, _ in errors.values()):.0%} of the start")
+    reports = [_report(record, rows_ND[i], errors.get(i)) for i, record in enumerate(records)]
+    return DistillResult(rows_ND, tuple(reports), layer)
+
+
+def _groups(records: Sequence[TokenSnippets], config: DistillConfig) -> list[list[int]]:
+    """Split the tokens that can be trained into groups that share their steps.
+
+    Tokens with about the same number of snippets go together, so that nobody waits for the others.
+    """
+    trainable = [i for i, r in enumerate(records) if len(r.snippets) >= MIN_SNIPPETS]
+    trainable.sort(key=lambda i: -len(records[i].snippets))
+    lengths = [len(s) for r in records for s in r.snippets]
+    typical = max(1, sum(lengths) // max(1, len(lengths)))
+    size = max(1, round(POSITIONS_PER_STEP / (typical * config.batch_snippets)))
+    return [trainable[at : at + size] for at in range(0, len(trainable), size)]
+
+
+def _fit_group(
+    group: list[int], records: Sequence[TokenSnippets], expansion: Expansion, start_GD: torch.Tensor,
+    model: FrozenModel, config: DistillConfig, layer: int, rate: float, prefix_ids: Sequence[int],
+) -> Fit:  # fmt: skip
+    parts = [_split(records[i]) for i in group]
+    train, held_out = (build_examples([part[side] for part in parts], expansion, group, prefix_ids=prefix_ids)
+                       for side in (0, 1))  # fmt: skip
+    return fit_rows(
+        model, train, held_out, start_GD, first_new_id=expansion.first_new_id, layer=layer, epochs=config.epochs,
+        learning_rate=rate, batch_snippets=config.batch_snippets,
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + group[0]),
+    )  # fmt: skip
+
+
+def _split(record: TokenSnippets) -> tuple[TokenSnippets, TokenSnippets]:
+    """Set some snippets aside; returns what to train on and what to judge by."""
+    size = len(record.snippets)
+    held = set(range(0, size, HELD_OUT_EVERY))
+    sides = ([i for i in range(size) if i not in held], sorted(held))
+    train, held_out = (
+        replace(record, snippets=tuple(record.snippets[i] for i in side),
+                positions=tuple(record.positions[i] for i in side))
+        for side in sides
+    )  # fmt: skip
+    return train, held_out
+
+
+def _report(record: TokenSnippets, row_D: torch.Tensor, errors: tuple[float, float] | None) -> TokenReport:
+    start, end = errors or (None, None)
+    improved = start is not None and end is not None and end < start
+    return TokenReport(record.new_token.token, len(record.snippets), start, end, float(row_D.norm()),
+                       "distill" if improved else "mean")  # fmt: skip

@@ -1,0 +1,319 @@
+"""Measure how well the model reads new tokens: base, mean-of-pieces and distilled rows side by side.
+
+Shape suffixes: T positions, P predicted places, D hidden size, N new rows.
+
+*Reading.* Every piece of held-out text is predicted twice: from base context, and from a context in
+which all new tokens are merged. The pieces inside a new token need a context that ends in the middle
+of it; they get short branches off the merged text, in the same forward pass. Both predictions are
+over base tokens and cover the same bytes, so their bits per byte compare.
+
+*Writing.* Bits per byte of the expanded tokenization: what it would cost the model to produce the
+new tokens themselves.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vocabext.config import EvalConfig
+from vocabext.errors import CorpusError
+from vocabext.expansion import Ids
+from vocabext.model import FrozenModel
+from vocabext.progress import Progress, no_progress
+from vocabext.records import Document
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
+
+BOOTSTRAP_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of the new tokens, to be measured under a name.
+
+    Attributes:
+        name: Such as `mean` or `distilled`.
+        input_ND: Input rows.
+        output_ND: Output rows.
+    """
+
+    name: str
+    input_ND: torch.Tensor  # noqa: N815
+    output_ND: torch.Tensor  # noqa: N815
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A piece of a document, in both tokenizations, framed as a prompt."""
+
+    document: int
+    expanded: Ids
+    num_prefix: int
+    num_bytes: int
+
+
+@dataclass
+class _Sums:
+    """Totals per document: nats over base pieces, nats over canonical tokens."""
+
+    reading_nats: np.ndarray  # type: ignore[type-arg]
+    writing_nats: np.ndarray  # type: ignore[type-arg]
+
+
+def evaluate(
+    documents: Iterable[Document], model: FrozenModel, base: BaseTokenizer, expanded: ExpandedTokenizer,
+    row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress = no_progress,
+) -> dict[str, object]:  # fmt: skip
+    """Measure the base model and each set of rows on held-out documents.
+
+    Args:
+        documents: Held-out text: none of it may have been mined or distilled from.
+        model: The frozen base model.
+        base: Its tokenizer.
+        expanded: The extended tokenizer.
+        row_sets: Rows to compare; `mean` and `distilled` give the share of the gap recovered.
+        config: How much to read.
+        progress: Where to report.
+
+    Returns:
+        The content of eval.json.
+
+    Raises:
+        CorpusError: If no document is long enough to be measured.
+    """
+    texts = _texts(documents, config.max_bytes)
+    pairs = list(zip(base.encode_batch(texts), expanded.encode_batch(texts), strict=True))
+    windows = [w for i, (text, (_, ids)) in enumerate(zip(texts, pairs, strict=True))
+               for w in _windows(i, ids, text, expanded, base, config)]  # fmt: skip
+    if not windows:
+        raise CorpusError("no held-out document is longer than a few tokens; give more text to --corpus")
+    sums = {"base": _Sums(np.zeros(len(texts)), np.zeros(len(texts))), **{
+        rows.name: _Sums(np.zeros(len(texts)), np.zeros(len(texts))) for rows in row_sets}}  # fmt: skip
+    num_bytes, num_pieces = np.zeros(len(texts)), np.zeros(len(texts))
+    with progress("reading held-out text", len(windows) * (1 + len(row_sets)), "windows") as task:
+        for window in windows:
+            base_ids = expanded.expansion.unmerge(window.expanded)
+            nats = _base_nats(model, base_ids, window.num_prefix, base)
+            sums["base"].reading_nats[window.document] += nats
+            sums["base"].writing_nats[window.document] += nats
+            num_bytes[window.document] += window.num_bytes
+            num_pieces[window.document] += len(base_ids) - max(1, window.num_prefix)
+            task.advance()
+            for rows in row_sets:
+                reading, writing = _expanded_nats(model, window, expanded, base, rows)
+                sums[rows.name].reading_nats[window.document] += reading
+                sums[rows.name].writing_nats[window.document] += writing
+                task.advance()
+    greedy = _compare_greedy(model, pairs, base, expanded, row_sets, config, progress)
+    return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, greedy)
+
+
+def _texts(documents: Iterable[Document], max_bytes: int) -> list[str]:
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text.encode())
+        if size >= max_bytes:
+            break
+    return texts
+
+
+def _windows(
+    document: int, ids: Sequence[int], text: str, expanded: ExpandedTokenizer, base: BaseTokenizer, config: EvalConfig
+) -> Iterator[_Window]:
+    """Cut one document into windows of at most `config.window` base ids, at expanded token edges."""
+    array = np.asarray(ids, np.int64)
+    ends = np.cumsum(expanded.expansion.run_lengths(array))
+    prefix = np.asarray(base.prefix_ids, np.int64)
+    total = len(text.encode())
+    start = done = 0
+    while start < len(array):
+        stop = max(start + 1, int(np.searchsorted(ends, done + config.window, side="right")))
+        framed = np.concatenate((prefix, array[start:stop]))
+        pieces = int(ends[stop - 1]) - done
+        if len(framed) > 1:
+            # The first piece has no context without a prefix and is not predicted; its bytes count on both sides.
+            yield _Window(document, framed, len(prefix), round(total * pieces / int(ends[-1])))
+        start, done = stop, int(ends[stop - 1])
+
+
+@torch.no_grad()
+def _base_nats(model: FrozenModel, ids: Ids, num_prefix: int, base: BaseTokenizer) -> float:
+    """Return the negative log likelihood of base ids from base context."""
+    first = max(1, num_prefix)
+    inputs = torch.from_numpy(ids).to(model.device)
+    hidden_TD = model.hidden(model.embed(inputs[None]))[0]
+    logs = model.log_probabilities(hidden_TD[first - 1 : -1], num_base=base.num_used_ids)
+    return -float(logs.gather(1, inputs[first:, None]).sum())
+
+
+@torch.no_grad()
+def _expanded_nats(
+    model: FrozenModel, window: _Window, expanded: ExpandedTokenizer, base: BaseTokenizer, rows: RowSet
+) -> tuple[float, float]:
+    """Return nats of the base pieces, and of the expanded ids, both from merged context."""
+    layout = _branches(window.expanded, max(1, window.num_prefix), expanded)
+    ids, positions = (torch.from_numpy(a).to(model.device) for a in (layout.ids, layout.positions))
+    mask = torch.zeros(layout.visible.shape, dtype=model.dtype, device=model.device)
+    mask.masked_fill_(~torch.from_numpy(layout.visible).to(model.device), torch.finfo(model.dtype).min)
+    inputs_BTD = model.embed(ids[None], rows.input_ND.to(model.device), expanded.first_new_id)
+    hidden_TD = model.hidden(inputs_BTD, position_ids=positions[None], mask=mask[None, None])[0]
+    logs = model.log_probabilities(hidden_TD[layout.sources], num_base=base.num_used_ids)
+    reading = -float(logs.gather(1, torch.from_numpy(layout.targets).to(model.device)[:, None]).sum())
+    first = max(1, window.num_prefix)
+    stem = len(window.expanded)
+    logs = model.log_probabilities(hidden_TD[first - 1 : stem - 1], num_base=base.num_used_ids,
+                                   new_rows_ND=rows.output_ND.to(model.device))  # fmt: skip
+    # A new id's column: the base rows in the softmax are exactly the ids below the first new one.
+    return reading, -float(logs.gather(1, ids[first:stem, None]).sum())
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """The merged text (the stem) and, behind it, a branch for the inner pieces of each new token."""
+
+    ids: Ids
+    positions: Ids
+    visible: np.ndarray  # type: ignore[type-arg]  # bool (T, T)
+    sources: Ids  # positions that predict
+    targets: Ids  # the base piece that each predicts
+
+
+def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
+    """Lay out the stem and its branches.
+
+    Args:
+        stem: Expanded ids of the window.
+        first: Index of the first id that is predicted.
+        expanded: The tokenizer.
+    """
+    expansion = expanded.expansion
+    ids, positions, parents = [stem], [np.arange(len(stem))], [np.full(len(stem), -1)]
+    sources, targets, size = [], [], len(stem)
+    for at in range(first, len(stem)):
+        run = expansion.unmerge(stem[at : at + 1])
+        sources.append(at - 1)
+        targets.append(run[0])
+        if len(run) > 1:
+            sources.extend(range(size, size + len(run) - 1))
+            targets.extend(run[1:])
+            ids.append(run[:-1])
+            positions.append(np.arange(at, at + len(run) - 1))
+            parents.append(np.full(len(run) - 1, at))
+            size += len(run) - 1
+    parent, order = np.concatenate(parents), np.arange(size)
+    on_stem = parent < 0
+    # The stem sees its own past; a branch sees the stem before its token, and its own past.
+    visible = np.where(on_stem[:, None], on_stem & (order <= order[:, None]),
+                       (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & (order <= order[:, None])))  # fmt: skip
+    return _Branches(np.concatenate(ids), np.concatenate(positions), visible, np.asarray(sources), np.asarray(targets))
+
+
+@dataclass(frozen=True)
+class _Greedy:
+    same_share: float
+    common_characters: float
+
+
+def _compare_greedy(
+    model: FrozenModel, pairs: Sequence[tuple[list[int], list[int]]], base: BaseTokenizer, expanded: ExpandedTokenizer,
+    row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress,
+) -> dict[str, _Greedy]:  # fmt: skip
+    """Continue the beginnings of documents greedily, and compare each with base's own continuation."""
+    budget = max(16, min(config.window, model.max_positions - config.continuation) // 2)
+    prompts = []
+    for _, ids in pairs:
+        array = np.asarray(ids[:budget], np.int64)
+        if len(array) == budget and expanded.expansion.is_new(array).any():
+            prompts.append(np.concatenate((np.asarray(base.prefix_ids, np.int64), array)))
+        if len(prompts) == config.prompts:
+            break
+    if not prompts:
+        return {}
+    out: dict[str, _Greedy] = {}
+    with progress("comparing greedy continuations", len(prompts) * (1 + len(row_sets)), "prompts") as task:
+        wanted = []
+        for prompt in prompts:
+            ids = expanded.expansion.unmerge(prompt)
+            wanted.append(_continue(model, ids, config.continuation, base, None, 0))
+            task.advance()
+        for rows in row_sets:
+            shared, same = [], []
+            for prompt, text in zip(prompts, wanted, strict=True):
+                written = _continue(model, prompt, config.continuation, base, rows, expanded.first_new_id, expanded)
+                common = _common_prefix(text, written)
+                shared.append(common)
+                same.append(common >= min(len(text), len(written)))
+                task.advance()
+            out[rows.name] = _Greedy(float(np.mean(same)), float(np.mean(shared)))
+        out["base"] = _Greedy(1.0, float(np.mean([len(text) for text in wanted])))
+    return out
+
+
+@torch.no_grad()
+def _continue(
+    model: FrozenModel, prompt: Ids, num_tokens: int, base: BaseTokenizer, rows: RowSet | None, first_new_id: int,
+    expanded: ExpandedTokenizer | None = None,
+) -> str:  # fmt: skip
+    """Write greedily and return the text; `max` over base and new tokens alike."""
+    ids = torch.from_numpy(prompt).to(model.device)
+    input_ND = None if rows is None else rows.input_ND.to(model.device)
+    output_ND = None if rows is None else rows.output_ND.to(model.device)
+    for _ in range(num_tokens):
+        hidden_TD = model.hidden(model.embed(ids[None], input_ND, first_new_id))[0]
+        logs = model.log_probabilities(hidden_TD[-1:], num_base=base.num_used_ids, new_rows_ND=output_ND)
+        ids = torch.cat((ids, logs.argmax(-1)))
+    written = ids[len(prompt) :].tolist()
+    return (expanded or base).decode(written)
+
+
+def _common_prefix(left: str, right: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _summary(
+    texts: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]], expanded: ExpandedTokenizer,
+    sums: dict[str, _Sums], num_bytes: np.ndarray, num_pieces: np.ndarray, greedy: dict[str, _Greedy],
+) -> dict[str, object]:  # type: ignore[type-arg]  # fmt: skip
+    base_tokens, expanded_tokens = sum(len(b) for b, _ in pairs), sum(len(e) for _, e in pairs)
+    rows = []
+    for name, s in sums.items():
+        found = greedy.get(name)
+        rows.append({
+            "name": name,
+            "tokens": base_tokens if name == "base" else expanded_tokens,
+            "target_nll_nats": float(s.reading_nats.sum() / num_pieces.sum()),
+            "bits_per_byte": float(s.reading_nats.sum() / math.log(2) / num_bytes.sum()),
+            "bits_per_byte_writing": float(s.writing_nats.sum() / math.log(2) / num_bytes.sum()),
+            "greedy_same_share": found and found.same_share,
+            "greedy_common_characters": found and found.common_characters,
+        })  # fmt: skip
+    gap, interval = _gap_recovered(sums)
+    new_share = sum(int(expanded.expansion.is_new(e).sum()) for _, e in pairs) / max(1, expanded_tokens)
+    return {
+        "documents": len(texts),
+        "bytes": int(num_bytes.sum()),
+        "pieces": int(num_pieces.sum()),
+        "rows": rows,
+        "gap_recovered": gap,
+        "gap_recovered_interval": interval,
+        "shorter": {"base_tokens": base_tokens, "expanded_tokens": expanded_tokens,
+                    "ratio": base_tokens / max(1, expanded_tokens), "new_token_share": new_share},
+    }  # fmt: skip
+
+
+def _gap_recovered(sums: dict[str, _Sums]) -> tuple[float | None, list[float] | None]:
+    """Return (mean - distilled) / (mean - base), with a 95 % bootstrap interval over documents."""
+    if "mean" not in sums or "distilled" not in sums:
+        return None, None
+    base, mean, ours = (sums[name].reading_nats for name in ("base", "mean", "distilled"))
+    if mean.sum() <= base.sum():
+        return None, None  # there is no gap to recover
+    rng = np.random.default_rng(0)
+    at = rng.integers(0, len(base), (BOOTSTRAP_DRAWS, len(base)))
+    gaps = (mean - base)[at].sum(1)
+    draws = (mean - ours)[at].sum(1)[gaps > 0] / gaps[gaps > 0]
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (math.nan, math.nan)
+    return float((mean.sum() - ours.sum()) / (mean.sum() - base.sum())), [float(low), float(high)]
