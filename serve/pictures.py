@@ -1,0 +1,207 @@
+"""Pictures from numbers: small SVG fragments that take their colours from the page around them.
+
+Every picture says in words what it shows (`aria-label`), so that it can also be read aloud.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH = 760
+BAND = "noise"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One line of an interval picture.
+
+    Attributes:
+        label: What was estimated.
+        value: The estimate.
+        interval: Its low and high end.
+        noise_floor: A factor of at least 1; the band reaches from its inverse to it.
+        text: What to write beside it.
+        expected: What theory predicts, None if nothing.
+    """
+
+    label: str
+    value: float
+    interval: tuple[float, float]
+    noise_floor: float
+    text: str
+    expected: float | None = None
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Return round numbers between two bounds, about `count` of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], *, marker: float, marker_text: str, label: str) -> Markup:
+    """Draw a histogram of shares.
+
+    Args:
+        edges: Bounds of the bins, one more than there are bins.
+        counts: Height of each bin.
+        marker: Where a vertical line stands.
+        marker_text: What it means.
+        label: The whole picture in words.
+    """
+    height, left, right, top, bottom = 250, 46, 14, 34, 44
+    low, high, tallest = edges[0], edges[-1], max(*counts, 1)
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - right)
+
+    def y(count: float) -> float:
+        return height - bottom - count / tallest * (height - top - bottom)
+
+    parts = []
+    for count in ticks(0, tallest, 4):
+        if count == int(count):
+            parts.append(_line(left, y(count), WIDTH - right, y(count), "grid"))
+            parts.append(_text(left - 8, y(count) + 4, f"{int(count):,}", anchor="end"))
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            parts.append(Markup('<rect class="expanded" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>')
+                         .format(_n(x(start) + 0.5), _n(y(count)), _n(max(1.0, x(end) - x(start) - 1)),
+                                 _n(y(0) - y(count)), f"{start:.1%} to {end:.1%} fewer tokens: {count:,} documents"))
+    parts += [_text(x(tick), height - bottom + 18, f"{tick:.0%}", anchor="middle") for tick in ticks(low, high, 8)]
+    parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
+    parts.append(_line(x(marker), top - 8, x(marker), y(0), "marker"))
+    anchor = "start" if x(marker) < WIDTH * 0.6 else "end"
+    parts.append(_text(x(marker) + (6 if anchor == "start" else -6), top - 12, marker_text, anchor=anchor, strong=True))
+    parts.append(_text((left + WIDTH - right) / 2, height - 6, "fewer tokens, by document", anchor="middle"))
+    return _svg(height, label, parts)
+
+
+def intervals(estimates: Sequence[Estimate], *, label: str, low_text: str, high_text: str) -> Markup:
+    """Draw ratios with their intervals over their noise bands, around a line at 1.
+
+    Args:
+        estimates: One line each.
+        label: The whole picture in words.
+        low_text: What being below 1 means.
+        high_text: What being above 1 means.
+    """
+    left, right, top, row = 190, 24, 40, 58
+    height = top + row * len(estimates) + 40
+    ends = [v for e in estimates for v in (*e.interval, e.noise_floor, 1 / e.noise_floor, e.expected or 1.0)]
+    low, high = max(0.25, min(*ends, 0.9)), min(4.0, max(*ends, 1.1))  # one wild interval must not hide the others
+    low, high = low - (high - low) * 0.05, high + (high - low) * 0.05
+
+    def x(value: float) -> float:
+        return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - right)
+
+    bottom = top + row * len(estimates)
+    parts = []
+    for tick in ticks(low, high, 7):
+        parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
+        parts.append(_text(x(tick), bottom + 18, f"{tick:g}×", anchor="middle"))
+    for index, estimate in enumerate(estimates):
+        parts += _estimate_row(estimate, top + row * (index + 0.5), x, left)
+    parts.append(_line(x(1), top - 6, x(1), bottom, "axis"))
+    parts.append(_text(x(1) - 8, top - 14, f"← {low_text}", anchor="end"))
+    parts.append(_text(x(1) + 8, top - 14, f"{high_text} →"))
+    return _svg(height, label, parts)
+
+
+def rounds(values: Sequence[tuple[float, float, float]], *, unit: str, label: str) -> Markup:
+    """Draw every round: base, expanded, base again, next to each other, with zero at the bottom.
+
+    Args:
+        values: One triple per round.
+        unit: What a value is.
+        label: The whole picture in words.
+    """
+    height, left, right, top, bottom = 200, 64, 14, 26, 34
+    high = max(max(v) for v in values) * 1.08
+
+    def y(value: float) -> float:
+        return height - bottom - value / high * (height - top - bottom)
+
+    step = (WIDTH - left - right) / len(values)
+    parts = [_text(left, 14, unit)]
+    for tick in ticks(0, high, 4):
+        parts.append(_line(left, y(tick), WIDTH - right, y(tick), "grid"))
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    for number, (first, expanded, again) in enumerate(values):
+        middle = left + step * (number + 0.5)
+        gap = min(26.0, step / 4)
+        for offset, value, kind, name in ((-gap, first, "base", "base"), (0, expanded, "expanded", "expanded"),
+                                          (gap, again, "base", "base again")):
+            parts.append(Markup('<circle class="{}" cx="{}" cy="{}" r="5.5"><title>{}</title></circle>').format(
+                kind, _n(middle + offset), _n(y(value)), f"round {number + 1}, {name}: {value:.4g} {unit}"))
+        parts.append(_text(middle, height - 10, f"round {number + 1}", anchor="middle"))
+    parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
+    return _svg(height, label, parts)
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, unit: str, label: str) -> Markup:
+    """Draw horizontal bars from zero.
+
+    Args:
+        rows: (name, value, CSS class) of each bar.
+        unit: What a value is.
+        label: The whole picture in words.
+    """
+    left, right, row = 130, 90, 34
+    height = row * len(rows) + 30
+    high = max(value for _, value, _ in rows) or 1.0
+    parts = []
+    for index, (name, value, kind) in enumerate(rows):
+        top = row * index + 6
+        length = value / high * (WIDTH - left - right)
+        parts.append(_text(left - 10, top + 16, name, anchor="end"))
+        parts.append(Markup('<rect class="{}" x="{}" y="{}" width="{}" height="22" rx="2"/>').format(
+            kind, left, top, _n(max(1.0, length))))
+        parts.append(_text(left + length + 8, top + 16, f"{value:.4g}", strong=True))
+    parts.append(_text(left, height - 6, unit))
+    return _svg(height, label, parts)
+
+
+def _estimate_row(estimate: Estimate, y: float, x: Callable[[float], float], left: int) -> list[Markup]:
+    low, high = estimate.interval
+    floor = estimate.noise_floor
+    parts = [
+        Markup('<rect class="{}" x="{}" y="{}" width="{}" height="44"><title>noise floor: {}</title></rect>').format(
+            BAND, _n(x(1 / floor)), _n(y - 22), _n(max(1.0, x(floor) - x(1 / floor))),
+            f"{1 / floor:.3f} to {floor:.3f}"),
+        _line(x(low), y, x(high), y, "interval"),
+        _line(x(low), y - 6, x(low), y + 6, "interval"),
+        _line(x(high), y - 6, x(high), y + 6, "interval"),
+        Markup('<circle class="expanded" cx="{}" cy="{}" r="6.5"/>').format(_n(x(estimate.value)), _n(y)),
+        _text(left - 14, y + 4, estimate.label, anchor="end"),
+        _text(x(estimate.value), y - 12, estimate.text, anchor="middle", strong=True),
+    ]
+    if estimate.expected is not None:
+        at = x(estimate.expected)
+        parts.append(Markup('<path class="expected" d="M{} {}l-5 9h10z"><title>{}</title></path>').format(
+            _n(at), _n(y + 10), f"what the lengths alone predict: {estimate.expected:.3f}"))
+    return parts
+
+
+def _svg(height: float, label: str, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, _n(height), label, Markup("").join(parts))
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", strong: bool = False) -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(
+        _n(x), _n(y), anchor, Markup(' class="strong"') if strong else "", escape(text))
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
