@@ -11,6 +11,7 @@ per second falls when a tokenizer improves, so it appears nowhere. How a verdict
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
@@ -46,6 +47,7 @@ SCENARIOS = (PREFILL, DECODE)
 MAX_CORPUS_CHARACTERS = 50_000_000
 CONTEXT_MARGIN_TOKENS = 16  # for the tokens that frame a prompt
 WARM_UP_REQUESTS = 2
+SETTLE_SECONDS = 1.2  # vLLM's worker polls for one second after its last request, on the core the other one needs
 TWO_ON_ONE_GPU = "0.42"  # share of a GPU's memory for each of two servers; vLLM's own default is 0.9
 
 
@@ -60,11 +62,11 @@ class BenchConfig:
     # Length of a prefill prompt in *base* tokens; the model's context limits it further.
     prompt_tokens: int = 2032
     # Prompts of the decode load.
-    decode_texts: int = 4
+    decode_texts: int = 6
     # Length of a decode prompt in characters.
     prompt_characters: int = 200
     # Tokens of every answer of the decode load.
-    output_tokens: int = 96
+    output_tokens: int = 64
     # Requests in flight at once. With 1, the time of a request is the time of the machine.
     concurrency: int = 1
     # Run one server at a time, for machines that do not hold both in memory.
@@ -203,6 +205,7 @@ class ServerPool(AbstractContextManager["ServerPool"]):
         self._make, self._config, self._warm_up, self._progress = make, config, warm_up, progress
         self._servers: dict[str, Server] = {}
         self._warm: set[str] = set()
+        self._last_role: str | None = None
         self.start_seconds = 0.0
 
     def start_all(self) -> None:
@@ -216,6 +219,9 @@ class ServerPool(AbstractContextManager["ServerPool"]):
             self._stop_all()
             self._start((role,))
         server = self._servers[role]
+        if self._last_role not in (None, role):
+            time.sleep(SETTLE_SECONDS)
+        self._last_role = role
         if role not in self._warm:
             self._warm.add(role)
             self._warm_up(server, role)
@@ -360,6 +366,8 @@ def method_of(config: BenchConfig, flags: Sequence[str]) -> list[str]:
     return [
         f"{config.pairs} rounds of base, expanded, base again, after {WARM_UP_REQUESTS} warm-up requests per load and "
         f"server; {servers}.",
+        f"Before every run: {SETTLE_SECONDS} seconds of silence if the server changes (an idle vLLM keeps a core busy "
+        "for one second), and one request that is not counted.",
         "Both models get the same prompts, cut from held-out documents, as text.",
         f"Prefill: prompts of up to {config.prompt_tokens} base tokens, as the context allows; one output token.",
         f"Decode: prompts of {config.prompt_characters} characters, {config.output_tokens} output tokens, greedy, the "

@@ -193,8 +193,8 @@ def arguments(job: Job) -> list[str]:
         "--model", job.model, "--served-model-name", job.model,
         "--dataset-name", "custom", "--dataset-path", job.prompts_path, "--disable-shuffle", "--skip-chat-template",
         "--custom-output-len", "-1", "--num-prompts", str(job.num_requests), "--no-oversample",
-        "--max-concurrency", str(job.concurrency), "--skip-tokenizer-init", "--disable-tqdm", "--ignore-eos",
-        "--temperature", "0", "--extra-body", json.dumps(body), "--save-detailed",
+        "--max-concurrency", str(job.concurrency), "--num-warmups", "1", "--skip-tokenizer-init", "--disable-tqdm",
+        "--ignore-eos", "--temperature", "0", "--extra-body", json.dumps(body), "--save-detailed",
     ]
 
 

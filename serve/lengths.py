@@ -30,7 +30,8 @@ BATCH_CHARACTERS = 2_000_000
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 HISTOGRAM_BINS = 40
 NUM_TOP, NUM_NEVER = 40, 200
-NUM_PASSAGES, PASSAGE_CHARACTERS, POOL_SIZE = 4, 360, 400
+PASSAGE_RANKS = (0.5, 0.75, 0.25)  # typical, then from the better and from the worse half
+PASSAGE_CHARACTERS, POOL_SIZE = 360, 400
 NUM_RESAMPLES = 2000
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -258,14 +259,13 @@ def _sample(pool: list[Document], batch: Sequence[Document], seen: int, choose: 
 def _passages(
     pool: Sequence[Document], base: Encoder, expanded: Encoder, first_new_id: int
 ) -> list[dict[str, Any]]:
-    """Cut passages whose saving is typical: at even steps through the sample, neither best nor worst only."""
+    """Cut passages whose saving is typical: from the middle and the quarters of a sample."""
     cut = [(document.name, _passage(document.text)) for document in pool]
     sizes = [(len(b), len(e)) for b, e in zip(base.encode_batch([text for _, text in cut]),
                                               expanded.encode_batch([text for _, text in cut]), strict=True)]
     long = [i for i, (_, text) in enumerate(cut) if len(text) >= PASSAGE_CHARACTERS // 2] or list(range(len(cut)))
     ranked = sorted((1 - sizes[i][1] / max(1, sizes[i][0]), i) for i in long)
-    ranks = (0.95, 0.75, 0.5, 0.25)[:NUM_PASSAGES]
-    places = dict.fromkeys(round(rank * (len(ranked) - 1)) for rank in ranks)
+    places = dict.fromkeys(round(rank * (len(ranked) - 1)) for rank in PASSAGE_RANKS)
     passages = []
     for place in places:
         share, i = ranked[place]

@@ -27,6 +27,8 @@ METRIC_NAMES = {
     "seconds_per_1000_output_characters": "seconds per 1000 characters",
     "ttft_seconds": "seconds to the first token",
 }
+SHORT_NAMES = {"seconds_per_text": "per text", "seconds_per_1000_output_characters": "per character",
+               "ttft_seconds": "first token"}
 LOAD_NAMES = {"prefill": "reading", "decode": "writing"}
 ROW_NAMES = {"base": "base model", "mean": "mean of pieces", "distilled": "distilled"}
 SHOWN_TOKENS = 25
@@ -219,6 +221,15 @@ def what_got_worse(
     return found
 
 
+def shown_metrics(scenario: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the measures of a load that say something of their own.
+
+    With one output token, the time to the first is the time of all: prefill has one line, not two.
+    """
+    return [(name, metric) for name, metric in scenario["metrics"].items()
+            if name == scenario["main_metric"] or scenario["output_tokens_per_request"] > 1]
+
+
 def percent(share: float) -> str:
     """Write a share with as many digits as it deserves."""
     value = 100 * share
@@ -228,7 +239,7 @@ def percent(share: float) -> str:
 def _speed_phrase(load: str, metric: Mapping[str, Any]) -> str:
     low, high = metric["speedup_interval"]
     if metric["verdict"] == NO_DIFFERENCE:
-        return f"{load} speed cannot be told from the base's ({low:.2f} to {high:.2f} times)"
+        return f"{load} is not measurably different ({low:.2f} to {high:.2f} times as fast)"
     return f"{load} is {metric['speedup']:.2f} times as fast ({low:.2f} to {high:.2f})"
 
 
@@ -271,7 +282,7 @@ def _most_saving(lengths: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _bench_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     rows = []
     for scenario in (bench or {}).get("scenarios", []):
-        for name, metric in scenario["metrics"].items():
+        for name, metric in shown_metrics(scenario):
             low, high = metric["speedup_interval"]
             rows.append({
                 "load": LOAD_NAMES[scenario["name"]], "measure": METRIC_NAMES[name], "name": name,
@@ -286,14 +297,12 @@ def _bench_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def _bench_picture(bench: Mapping[str, Any]) -> Markup:
     estimates = []
     for scenario in bench["scenarios"]:
-        for name, metric in scenario["metrics"].items():
-            if name == "ttft_seconds" and scenario["name"] == "prefill":
-                continue  # one output token: the time to the first is the time of all
+        for name, metric in shown_metrics(scenario):
             tokens = [scenario[role]["prompt_tokens_per_run"] for role in ("base", "expanded")]
             expected = tokens[0] / max(1, tokens[1]) if scenario["name"] == "prefill" else None
             low, high = metric["speedup_interval"]
             estimates.append(pictures.Estimate(
-                f"{LOAD_NAMES[scenario['name']]}: {'first token' if name == 'ttft_seconds' else 'whole'}",
+                f"{LOAD_NAMES[scenario['name']]}: {SHORT_NAMES[name]}",
                 metric["speedup"], (low, high), metric["noise_floor"], f"{metric['speedup']:.2f}×", expected))
     words = "; ".join(f"{e.label} {e.text}, {e.interval[0]:.2f} to {e.interval[1]:.2f}" for e in estimates)
     return pictures.intervals(estimates, low_text="slower than base", high_text="faster than base",
@@ -318,6 +327,7 @@ def _evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any
             "name": ROW_NAMES.get(row["name"], row["name"]),
             "tokens": _number(row.get("tokens"), "{:,.0f}"),
             "bits_per_byte": _number(row.get("bits_per_byte"), "{:.4f}"),
+            "writing": _number(row.get("bits_per_byte_writing"), "{:.4f}"),
             "target_nll_nats": _number(row.get("target_nll_nats"), "{:.4f}"),
             "greedy_same_share": _number(row.get("greedy_same_share"), percent),
             "greedy_common_characters": _number(row.get("greedy_common_characters"), "{:,.1f}"),

@@ -1,6 +1,7 @@
 """`vocabext serve`: lengths, start, bench, report. The package `serve` is imported when a verb runs."""
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def start(
         show.emit(document, as_json, lambda: show.table(
             [("URL", document["url"]), ("model name", model), *card, ("log", log)], ("", "serving")))
         show.note("ready; Ctrl-C stops it")
-        click.get_text_stream("stdout").flush()
+        sys.stdout.flush()
         server.process.wait()
         server.check_alive()
 
@@ -102,9 +103,9 @@ def start(
 @click.option("--prefill-texts", default=6, show_default=True, help="Long prompts per run.")
 @click.option("--prompt-tokens", default=2032, show_default=True,
               help="Their length in base tokens, if the model's context allows it.")
-@click.option("--decode-texts", default=4, show_default=True, help="Short prompts with a long answer per run.")
+@click.option("--decode-texts", default=6, show_default=True, help="Short prompts with a long answer per run.")
 @click.option("--prompt-characters", default=200, show_default=True, help="Length of the short prompts.")
-@click.option("--output-tokens", default=96, show_default=True, help="Length of the long answers.")
+@click.option("--output-tokens", default=64, show_default=True, help="Length of the long answers.")
 @click.option("--concurrency", default=1, show_default=True, help="Requests in flight at once.")
 @click.option("--one-at-a-time", is_flag=True,
               help="Restart between base and expanded, where memory does not hold both. Takes much longer.")
@@ -197,11 +198,11 @@ def _show_lengths(result: dict[str, Any]) -> None:
 
 
 def _show_bench(result: dict[str, Any]) -> None:
-    from serve.report import METRIC_NAMES
+    from serve.report import METRIC_NAMES, shown_metrics
 
     rows = []
     for scenario in result["scenarios"]:
-        for name, metric in scenario["metrics"].items():
+        for name, metric in shown_metrics(scenario):
             low, high = metric["speedup_interval"]
             rows.append((scenario["name"], METRIC_NAMES[name], f"{metric['base']:.4g}", f"{metric['expanded']:.4g}",
                          f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f})",
