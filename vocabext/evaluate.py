@@ -13,20 +13,28 @@ new tokens themselves.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from vocabext.checkpoint import open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError
-from vocabext.expansion import Ids
-from vocabext.model import FrozenModel
+from vocabext.expansion import Expansion, Ids
+from vocabext.manifest import read_manifest
+from vocabext.model import FrozenModel, load_model
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
+from vocabext.records import Document, write_json
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
 
+EVAL_NAME = "eval.json"
 BOOTSTRAP_DRAWS = 1000
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class RowSet:
     """
 
     name: str
-    input_ND: torch.Tensor  # noqa: N815
-    output_ND: torch.Tensor  # noqa: N815
+    input_ND: torch.Tensor
+    output_ND: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class _Window:
 class _Sums:
     """Totals per document: nats over base pieces, nats over canonical tokens."""
 
-    reading_nats: np.ndarray  # type: ignore[type-arg]
-    writing_nats: np.ndarray  # type: ignore[type-arg]
+    reading_nats: Floats
+    writing_nats: Floats
 
 
 def evaluate(
@@ -108,6 +116,43 @@ def evaluate(
                 task.advance()
     greedy = _compare_greedy(model, pairs, base, expanded, row_sets, config, progress)
     return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, greedy)
+
+
+def evaluate_folder(
+    folder: Path, against: str, documents: Iterable[Document], config: EvalConfig, *, trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, object]:  # fmt: skip
+    """Measure an expanded checkpoint against its base and write eval.json into it.
+
+    The base model is loaded once; the rows of the expanded one are read from its folder.
+
+    Args:
+        folder: The expanded checkpoint.
+        against: The base: folder or hub id.
+        documents: Held-out text.
+        config: How much to read.
+        trust_remote_code: Run code that comes with the base model.
+        progress: Where to report.
+
+    Returns:
+        The content of eval.json.
+    """
+    manifest = read_manifest(folder)
+    tokens = [record.new_token for record in manifest.tokens]
+    base_folder = resolve_model(against)
+    base = load_tokenizer(base_folder, trust_remote_code=trust_remote_code)
+    expanded = load_expanded(folder, Expansion(tokens, manifest.first_new_id))
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
+    input_ND, output_ND = (checkpoint.read(n)[new] for n in (checkpoint.vocab_tensors[0], checkpoint.vocab_tensors[-1]))
+    model = load_model(base_folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    mean = RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens))
+    row_sets = [mean] if manifest.method == "mean" else [mean, RowSet("distilled", input_ND, output_ND)]
+    found = evaluate(documents, model, base, expanded, row_sets, config, progress)
+    result = {"artifact": "eval", "version": 1, "model": str(folder), "against": against,
+              "options": asdict(config), **found}  # fmt: skip
+    write_json(folder / EVAL_NAME, result)
+    return result
 
 
 def _texts(documents: Iterable[Document], max_bytes: int) -> list[str]:
@@ -176,7 +221,7 @@ class _Branches:
 
     ids: Ids
     positions: Ids
-    visible: np.ndarray  # type: ignore[type-arg]  # bool (T, T)
+    visible: npt.NDArray[np.bool_]  # (T, T)
     sources: Ids  # positions that predict
     targets: Ids  # the base piece that each predicts
 
@@ -206,8 +251,9 @@ def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
     parent, order = np.concatenate(parents), np.arange(size)
     on_stem = parent < 0
     # The stem sees its own past; a branch sees the stem before its token, and its own past.
-    visible = np.where(on_stem[:, None], on_stem & (order <= order[:, None]),
-                       (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & (order <= order[:, None])))  # fmt: skip
+    past = order <= order[:, None]
+    seen_by_branch = (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & past)
+    visible = np.where(on_stem[:, None], on_stem & past, seen_by_branch)
     return _Branches(np.concatenate(ids), np.concatenate(positions), visible, np.asarray(sources), np.asarray(targets))
 
 
@@ -236,8 +282,8 @@ def _compare_greedy(
     with progress("comparing greedy continuations", len(prompts) * (1 + len(row_sets)), "prompts") as task:
         wanted = []
         for prompt in prompts:
-            ids = expanded.expansion.unmerge(prompt)
-            wanted.append(_continue(model, ids, config.continuation, base, None, 0))
+            unmerged = expanded.expansion.unmerge(prompt)
+            wanted.append(_continue(model, unmerged, config.continuation, base, None, 0))
             task.advance()
         for rows in row_sets:
             shared, same = [], []
@@ -275,8 +321,8 @@ def _common_prefix(left: str, right: str) -> int:
 
 def _summary(
     texts: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]], expanded: ExpandedTokenizer,
-    sums: dict[str, _Sums], num_bytes: np.ndarray, num_pieces: np.ndarray, greedy: dict[str, _Greedy],
-) -> dict[str, object]:  # type: ignore[type-arg]  # fmt: skip
+    sums: dict[str, _Sums], num_bytes: Floats, num_pieces: Floats, greedy: dict[str, _Greedy],
+) -> dict[str, object]:  # fmt: skip
     base_tokens, expanded_tokens = sum(len(b) for b, _ in pairs), sum(len(e) for _, e in pairs)
     rows = []
     for name, s in sums.items():

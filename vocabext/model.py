@@ -12,6 +12,7 @@ This is the only module that imports the models of transformers.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,27 +66,29 @@ class FrozenModel:
         num_layers: Its depth L.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Freeze a transformers causal language model; use `load_model` to load one."""
         # Evaluation mode: dropout would make teacher and student differ by chance.
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
-        self._body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.num_layers = int(self._text_config.num_hidden_layers)
 
     @property
-    def _text_config(self):  # type: ignore[no-untyped-def]
+    def _text_config(self) -> Any:
         return self.model.config.get_text_config()
 
     @property
-    def embedding_VD(self) -> torch.Tensor:
+    def embedding_VD(self) -> torch.Tensor:  # noqa: N802
         """The input embedding matrix as stored."""
-        return self.model.get_input_embeddings().weight
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight
 
     @property
-    def head_VD(self) -> torch.Tensor:
+    def head_VD(self) -> torch.Tensor:  # noqa: N802
         """The output matrix as stored; the same as the input matrix where they are tied."""
-        return self.model.get_output_embeddings().weight
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     @property
     def max_positions(self) -> int:
@@ -124,10 +127,10 @@ class FrozenModel:
             What the first layer reads, (B, T, D), in the model's dtype.
         """
         layer = self.model.get_input_embeddings()
+        new_BT = ids_BT >= first_new_id if rows_ND is not None else torch.zeros_like(ids_BT, dtype=torch.bool)
+        base_BTD: torch.Tensor = layer(ids_BT.masked_fill(new_BT, 0))
         if rows_ND is None:
-            return layer(ids_BT)
-        new_BT = ids_BT >= first_new_id
-        base_BTD = layer(ids_BT.masked_fill(new_BT, 0))
+            return base_BTD
         # Some models (Gemma) scale what they look up; a new row is stored unscaled like the others.
         scale = float(getattr(layer, "embed_scale", 1.0))
         looked_up_BTD = rows_ND[(ids_BT - first_new_id).clamp(min=0)].to(base_BTD.dtype) * scale
@@ -150,18 +153,20 @@ class FrozenModel:
         Returns:
             Hidden states (B, T, D).
         """
-        options = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
-        if layer is None or layer == self.num_layers:
-            return self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+        options: dict[str, Any] = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        hidden_BTD: torch.Tensor
         layers, norm = getattr(self._body, "layers", None), getattr(self._body, "norm", None)
-        if not isinstance(layers, nn.ModuleList) or norm is None:
-            states = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states
-            return states[layer]
-        try:
-            self._body.layers, self._body.norm = layers[:layer], nn.Identity()
-            return self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-        finally:
-            self._body.layers, self._body.norm = layers, norm
+        if layer is None or layer == self.num_layers:
+            hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+        elif isinstance(layers, nn.ModuleList) and norm is not None:
+            try:
+                self._body.layers, self._body.norm = layers[:layer], nn.Identity()
+                hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+            finally:
+                self._body.layers, self._body.norm = layers, norm
+        else:  # a body of another shape: run all of it and pick
+            hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
+        return hidden_BTD
 
     def log_probabilities(
         self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None
@@ -176,7 +181,7 @@ class FrozenModel:
         Returns:
             Log probabilities (P, num_base + N), float32.
         """
-        logits = self.model.get_output_embeddings()(hidden_PD)[:, :num_base]
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base]
         if new_rows_ND is not None:
             logits = torch.cat((logits, hidden_PD @ new_rows_ND.to(hidden_PD.dtype).T), dim=1)
         logits = logits.float()
@@ -199,8 +204,9 @@ class FrozenModel:
         return [row[len(prompts[0]) :].tolist() for row in out]
 
 
-def load_model(folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-               ) -> FrozenModel:  # fmt: skip
+def load_model(
+    folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> FrozenModel:
     """Load a causal language model, frozen.
 
     Raises:
@@ -219,5 +225,6 @@ def load_model(folder: str | Path, *, device: str = "auto", dtype: str = "auto",
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     if model.get_output_embeddings() is None:
-        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); a causal language model is needed")
+        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
+                              "a causal language model is needed")
     return FrozenModel(model, place, number)

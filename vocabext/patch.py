@@ -178,6 +178,8 @@ def _new_tensors(checkpoint: Checkpoint, tokens: Sequence[NewToken], rows: Rows,
     """Return the vocabulary tensors with the new rows in place, by stored name, and where the head's come from."""
     import torch
 
+    from vocabext.rows import mean_rows
+
     if checkpoint.tied:
         if rows.output_ND is not None and not torch.equal(rows.input_ND, rows.output_ND):
             raise CheckpointError(
@@ -194,7 +196,7 @@ def _new_tensors(checkpoint: Checkpoint, tokens: Sequence[NewToken], rows: Rows,
     head_VD, output_ND, origin = checkpoint.read(checkpoint.head_name), rows.output_ND, "from the rows file"
     if output_ND is None:
         # Likely where its pieces were likely: the head was not distilled, and zero rows are not a ban.
-        output_ND = torch.stack([head_VD[list(token.run)].float().mean(dim=0) for token in tokens])
+        output_ND = mean_rows(head_VD, tokens)
         origin = "mean of the head rows of the token's run"
     return {**replaced, checkpoint.head_name: place_rows(head_VD, output_ND, num_used_rows=num_used)}, origin
 

@@ -8,6 +8,6 @@ match those it had with the original pieces. Only new rows are trained.
     stage.py      the stage: mean-of-pieces rows, training, the quality gate
 """
 
-from vocabext.distill.stage import DistillResult, TokenReport, distill, mean_rows
+from vocabext.distill.stage import DistillResult, TokenReport, distill, distill_file
 
-__all__ = ["DistillResult", "TokenReport", "distill", "mean_rows"]
+__all__ = ["DistillResult", "TokenReport", "distill", "distill_file"]

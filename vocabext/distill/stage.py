@@ -1,17 +1,22 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
+from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
 from vocabext.distill.engine import Fit, fit_rows
 from vocabext.distill.examples import build_examples
 from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel
+from vocabext.manifest import file_sha256
+from vocabext.model import FrozenModel, load_model
 from vocabext.progress import Progress, no_progress
-from vocabext.records import NewToken, TokenSnippets
+from vocabext.records import TokenSnippets, check_output, read_jsonl
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import extend, load_tokenizer
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
@@ -41,6 +46,11 @@ class TokenReport:
     norm: float
     method: str
 
+    @property
+    def ratio(self) -> float:
+        """Error as a share of the mean-of-pieces error: 1 where nothing was gained or measured."""
+        return self.end_error / self.start_error if self.start_error and self.end_error is not None else 1.0
+
 
 @dataclass(frozen=True)
 class DistillResult:
@@ -52,7 +62,7 @@ class DistillResult:
         layer: The layer whose states were matched; 0 for `mean`.
     """
 
-    input_ND: torch.Tensor  # noqa: N815
+    input_ND: torch.Tensor
     reports: tuple[TokenReport, ...]
     layer: int
 
@@ -63,15 +73,49 @@ class DistillResult:
         end = sum(r.end_error for r in self.reports if r.end_error is not None)
         return end / start if start else None
 
+    def summary(self) -> dict[str, object]:
+        """Return what a reader wants to know, as JSON-ready values."""
+        return {"tokens": len(self.reports), "trained": sum(r.method == "distill" for r in self.reports),
+                "layer": self.layer, "relative_error": self.relative_error,
+                "per_token": [asdict(report) for report in self.reports]}  # fmt: skip
 
-def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
-    """Return the mean of each token's pieces, (N, D), float32.
+
+def distill_file(
+    path: Path, model: str, output: Path, config: DistillConfig, *, force: bool = False,
+    trust_remote_code: bool = False, progress: Progress = no_progress,
+) -> DistillResult:  # fmt: skip
+    """Read snippets, make the rows of their tokens, and write them to `output`.
 
     Args:
-        matrix_VD: Embedding or head of the base model.
-        tokens: The new tokens.
+        path: The artifact of `collect`; with `--method mean` that of `mine` will do.
+        model: The base model: folder or hub id.
+        output: The rows file to write.
+        config: Method and options.
+        force: Replace `output`.
+        trust_remote_code: Run code that comes with the model.
+        progress: Where to report.
+
+    Raises:
+        UsageError: If the snippets were made for another model.
     """
-    return torch.stack([matrix_VD[list(t.run)].float().mean(0) for t in tokens])
+    check_output(output, force=force)
+    accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
+    header, rows = read_jsonl(path, accepted)
+    records = [TokenSnippets.from_json(row) for row in rows]
+    folder = resolve_model(model)
+    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
+    frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    result = distill(records, frozen, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
+                     progress=progress)  # fmt: skip
+    made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": frozen.embedding_VD.shape[1],
+                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}  # fmt: skip
+    save_rows(output, [record.new_token for record in records], Rows(result.input_ND), {
+        "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
+        "layer": result.layer, "relative_error": result.relative_error,
+        "per_token": [asdict(report) for report in result.reports],
+    })  # fmt: skip
+    return result
 
 
 def distill(
@@ -104,7 +148,8 @@ def distill(
             pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
             errors.update(zip(group, pairs, strict=True))
             task.advance(len(group))
-            task.note(f"error {sum(e for _, e in errors.values()) / sum(s for s, _ in errors.values()):.0%} of the start")
+            start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
+            task.note(f"error {end / start:.0%} of the start")
     reports = [_report(record, rows_ND[i], errors.get(i)) for i, record in enumerate(records)]
     return DistillResult(rows_ND, tuple(reports), layer)
 

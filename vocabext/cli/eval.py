@@ -1,0 +1,61 @@
+"""`vocabext eval`: base, mean-of-pieces and distilled rows next to each other, on held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vocabext.cli import options, show
+from vocabext.cli.distill import compute_options
+from vocabext.config import EvalConfig
+
+DEFAULTS = EvalConfig()
+
+
+@click.command("eval")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="NEWDIR")
+@options.against_option
+@options.corpus_option
+@options.text_field_option
+@click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True, help="Text to read, in bytes.")
+@click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
+              help="Prompts whose greedy continuations are compared.")
+@compute_options
+@options.trust_remote_code_option
+@options.json_option
+def evaluate(
+    folder: Path, against: str, corpus: tuple[str, ...], text_field: str, max_bytes: int, prompts: int, device: str,
+    dtype: str, trust_remote_code: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure how well NEWDIR reads and writes held-out text, and write NEWDIR/eval.json.
+
+    Three rows: the base model, new tokens as the mean of their pieces, and new tokens as NEWDIR has them.
+    The corpus must be held out: nothing that was mined or distilled from.
+    """
+    from vocabext.corpus import read_documents
+    from vocabext.evaluate import evaluate_folder
+
+    documents = read_documents(corpus, text_field=text_field)
+    config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype)
+    result = evaluate_folder(folder, against, documents, config, trust_remote_code=trust_remote_code,
+                             progress=show.progress)
+    show.emit(result, as_json, lambda: render_evaluation(result))
+
+
+def render_evaluation(result: dict[str, Any]) -> None:
+    """Write the three rows as a table."""
+    shorter = result["shorter"]
+    saved = 1 - shorter["expanded_tokens"] / shorter["base_tokens"]
+    click.echo(f"{result['documents']} documents, {result['bytes']:,} bytes: {shorter['base_tokens']:,} base tokens, "
+               f"{shorter['expanded_tokens']:,} expanded ({saved:.1%} shorter)")
+    show.table([
+        (row["name"], row["target_nll_nats"], row["bits_per_byte"], row["bits_per_byte_writing"],
+         None if row["greedy_same_share"] is None else f"{row['greedy_same_share']:.0%}",
+         row["greedy_common_characters"])
+        for row in result["rows"]
+    ], ("rows", "nats per piece", "bits per byte, reading", "bits per byte, writing", "same greedy text",
+        "characters until it differs"))  # fmt: skip
+    if result["gap_recovered"] is not None:
+        low, high = result["gap_recovered_interval"]
+        click.echo(f"gap between mean of pieces and base recovered: {result['gap_recovered']:.1%} "
+                   f"(95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
