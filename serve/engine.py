@@ -193,7 +193,10 @@ class Server(Child):
         try:
             with open_url(f"{self.url}/health", timeout_seconds=2.0) as response:
                 return bool(response.status == 200)
-        except (OSError, urllib.error.URLError):
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
+        except OSError:
             return False
 
     def check_alive(self) -> None:

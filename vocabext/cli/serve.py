@@ -14,7 +14,15 @@ _LOGS = "Where the servers' logs go; a folder beside the output by default."
 _FLAGS = "Flags of vLLM's server go after --, such as: -- --tensor-parallel-size 2"
 
 
-@click.group()
+class _InOrder(click.Group):
+    """A group that lists its verbs in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the verbs as they are defined."""
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder)
 def serve() -> None:
     """Serve base and expanded with vLLM, measure both on the same text, and write a report.
 
@@ -22,7 +30,7 @@ def serve() -> None:
     """
 
 
-@serve.command()
+@serve.command(short_help="Count how much shorter a corpus becomes.")
 @click.argument("base", metavar="BASE")
 @click.argument("expanded", metavar="EXPANDED")
 @options.corpus_option
@@ -52,7 +60,7 @@ def lengths(
     show.emit(result, as_json, lambda: _show_lengths(result))
 
 
-@serve.command()
+@serve.command(short_help="Serve a model with vLLM in the foreground.")
 @click.argument("model", metavar="MODEL")
 @click.argument("vllm_flags", nargs=-1, metavar="[-- VLLM FLAGS...]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -91,7 +99,7 @@ def start(
         server.check_alive()
 
 
-@serve.command()
+@serve.command(short_help="Measure base and expanded in turn, under vLLM.")
 @click.argument("base", metavar="BASE")
 @click.argument("expanded", metavar="EXPANDED")
 @click.argument("vllm_flags", nargs=-1, metavar="[-- VLLM FLAGS...]")
@@ -141,7 +149,7 @@ def bench(
     show.emit(result, as_json, lambda: _show_bench(result))
 
 
-@serve.command()
+@serve.command(short_help="Put all results on one page: report.html.")
 @click.argument("expanded", type=click.Path(path_type=Path), metavar="EXPANDED")
 @options.output_option
 @options.force_option
