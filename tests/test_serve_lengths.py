@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoints import TEXT, tiny_folder
+
+from serve import lengths
+from serve.encoder import load_encoder
+from vocabext.checkpoint import Rows, save_rows
+from vocabext.errors import CorpusError, TokenizerError
+from vocabext.expansion import Expansion
+from vocabext.patch import patch
+from vocabext.records import Document, NewToken
+from vocabext.tokenizer import load_tokenizer
+
+WORDS = (" muscle", " heart", " rates")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny base and its expansion by up to three words, one of which no text here contains."""
+    base = tiny_folder(tmp_path_factory.mktemp("models") / "base", num_ids=262)
+    tokenizer = load_tokenizer(base)
+    tokens = [tokenizer.new_token(word) for word in (" muscle", " heart", " zebra")]
+    rows_path = base.parent / "rows.safetensors"
+    save_rows(rows_path, tokens, Rows(torch.zeros(len(tokens), 64)), {"method": "mean"})
+    expanded = base.parent / "expanded"
+    patch(rows_path, str(base), expanded)
+    return base, expanded
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (*TEXT, "größe 42 \U0001f600")))
+    return str(path)
+
+
+def test_counts_agree_with_the_tokenizers(folders: tuple[Path, Path], corpus: str) -> None:
+    base, expanded = map(load_tokenizer, map(str, folders))
+    texts = [*TEXT, "größe 42 \U0001f600"]
+    found = lengths.measure_lengths(str(folders[0]), str(folders[1]), [corpus])
+    assert found["documents"] == 5
+    assert found["characters"] == sum(map(len, texts))
+    assert found["base_tokens"] == sum(len(base.encode(t)) for t in texts)
+    assert found["expanded_tokens"] == sum(len(expanded.encode(t)) for t in texts)
+    assert found["saved_share"] == 1 - found["expanded_tokens"] / found["base_tokens"] > 0
+    low, high = found["saved_share_interval"]
+    assert low <= found["saved_share"] <= high
+    assert found["invariant"] == {"documents": 5, "differing": 0, "first": ""}
+    assert sum(found["saved_share_histogram"]["documents"]) == 5
+    assert (found["documents_longer"], found["saved_share_percentiles"]["0"]) == (0, 0.0)
+
+
+def test_tokens_that_earn_and_tokens_that_never_fire(folders: tuple[Path, Path], corpus: str) -> None:
+    new = lengths.measure_lengths(str(folders[0]), str(folders[1]), [corpus])["new_tokens"]
+    assert (new["total"], new["used"], new["never_used"]) == (3, 2, [" zebra"])
+    by_token = {row["token"]: row for row in new["most_saving"]}
+    assert by_token[" heart"]["count"] == 3
+    for row in by_token.values():
+        assert row["saved_tokens"] == row["count"] * (row["base_tokens"] - 1)
+    saved = [row["saved_tokens"] for row in new["most_saving"]]
+    assert saved == sorted(saved, reverse=True)
+    assert 0 < new["share_of_characters"] < 1
+
+
+def test_passages_are_the_text_cut_in_tokens(folders: tuple[Path, Path], corpus: str) -> None:
+    passages = lengths.measure_lengths(str(folders[0]), str(folders[1]), [corpus])["passages"]
+    assert passages
+    for passage in passages:
+        before, after = ("".join(text for text, _ in passage[f"{role}_pieces"]) for role in ("base", "expanded"))
+        assert before == after
+        assert not any(new for _, new in passage["base_pieces"])
+        assert all((text in WORDS) == new for text, new in passage["expanded_pieces"])
+
+
+def test_a_model_against_itself_saves_nothing(folders: tuple[Path, Path], corpus: str) -> None:
+    found = lengths.measure_lengths(str(folders[0]), str(folders[0]), [corpus])
+    assert found["saved_share"] == 0
+    assert found["documents_not_shorter"] == 5
+    assert found["new_tokens"]["total"] == 0
+
+
+def test_a_tokenizer_that_breaks_the_invariant_is_found(folders: tuple[Path, Path]) -> None:
+    base, expanded = map(load_encoder, folders)
+    tokenizer = load_tokenizer(folders[0])
+    wrong = [NewToken(w, w, (5, 6)) for w in (" muscle", " heart", " zebra")]  # runs of another tokenizer
+    tally = lengths.Tally(np.zeros(3, np.int64))
+    batch = [Document("a", "the rest"), Document("b", "the heart")]
+    lengths.count_batch(tally, batch, base, expanded, Expansion(wrong, tokenizer.num_used_ids))
+    assert (tally.num_differing, tally.first_differing) == (1, "b")
+
+
+def test_a_corpus_of_empty_lines_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n{"text": "  "}\n')
+    with pytest.raises(CorpusError):
+        lengths.measure_lengths(str(folders[0]), str(folders[1]), [str(path)])
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(TokenizerError, match="has no tokenizer that transformers can load"):
+        load_encoder(tmp_path)
+
+
+def test_pieces_never_cut_a_character(folders: tuple[Path, Path]) -> None:
+    encoder = load_encoder(folders[0])
+    text = "größe \U0001f600 heart"
+    pieces = encoder.pieces(text)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert "\U0001f600" in [piece.strip() for piece, _ in pieces]  # four bytes, four tokens, one piece
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, 2 * 2 * 64 * 2),
+    ({"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "hidden_size": 64},
+     2 * 2 * 32 * 2),
+    ({"n_layer": 3, "n_head": 2, "n_embd": 8}, 2 * 3 * 8 * 2),
+    ({"text_config": {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8}}, 2 * 8 * 2),
+    ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "kv_lora_rank": 16}, None),
+    ({}, None),
+])
+def test_the_cache_of_a_token_follows_from_the_config(config: dict[str, object], expected: int | None) -> None:
+    assert lengths.cache_bytes_per_token(config) == expected
+
+
+def test_cache_and_context_follow_from_the_lengths(folders: tuple[Path, Path], corpus: str) -> None:
+    found = lengths.measure_lengths(str(folders[0]), str(folders[1]), [corpus])
+    cache = found["cache"]
+    saved = (found["base_tokens"] - found["expanded_tokens"]) / 5
+    assert cache["saved_bytes_per_document"] == pytest.approx(cache["bytes_per_token"] * saved)
+    assert cache["expanded_context_characters"] > cache["base_context_characters"]
