@@ -374,8 +374,9 @@ def method_of(config: BenchConfig, flags: Sequence[str]) -> list[str]:
         "end-of-text token ignored; compared by seconds per output character, because the tokens differ.",
         f"Load from vLLM's own benchmark client, {config.concurrency} request(s) in flight.",
         f"Prefix caching {'off' if caching else 'as the flags say'}.",
-        "Speed-up: geometric mean of a round's two base runs over its expanded run; median over the rounds. 95 % "
-        "intervals: bootstrap over rounds and requests. Noise floor: the interval of base over base again. "
+        "Speed-up: for each request, the geometric mean of its two base times over its expanded time; median over the "
+        "requests of all rounds. 95 % intervals: bootstrap over rounds and requests. Noise floor: the interval of base "
+        "over base again. "
         "'faster' or 'slower' only if the whole interval lies outside the noise floor.",
         "The noise floor compares a server with itself: a difference between two starts of the same model is not "
         "in it.",
