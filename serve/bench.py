@@ -38,6 +38,7 @@ from vocabext.checkpoint import read_json, resolve_model
 from vocabext.corpus import read_documents
 from vocabext.errors import CorpusError, ServerError, UsageError
 from vocabext.progress import Progress, no_progress
+from vocabext.records import Document
 
 FORMAT_VERSION = 1
 BASE, EXPANDED = "base", "expanded"
@@ -144,8 +145,9 @@ def run_bench(
     """
     require_vllm()
     about = provenance()
+    documents = read_documents(corpus, text_field=text_field)  # a wrong path should not wait for a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
-    texts = _texts(corpus, text_field)
+    texts = _texts(documents)
     encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
                 for role, folder in folders.items()}
     context = min(filter(None, (context_length(folder) for folder in folders.values())), default=None)
@@ -414,9 +416,9 @@ def context_length(folder: Path) -> int | None:
     return None
 
 
-def _texts(corpus: Sequence[str], text_field: str) -> list[str]:
+def _texts(documents: Iterable[Document]) -> list[str]:
     texts, characters = [], 0
-    for document in read_documents(corpus, text_field=text_field):
+    for document in documents:
         texts.append(document.text)
         characters += len(document.text)
         if characters > MAX_CORPUS_CHARACTERS:

@@ -1,5 +1,6 @@
 """`vocabext serve`: lengths, start, bench, report. The package `serve` is imported when a verb runs."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -141,8 +142,13 @@ def bench(
     config = BenchConfig(vllm_flags=vllm_flags, **settings)
     folder = logs or output.with_name(f"{output.stem}.logs")
     folder.mkdir(parents=True, exist_ok=True)
-    result = run_bench(base, expanded, corpus, config=config, text_field=text_field, log_folder=folder,
-                       progress=show.progress)
+    try:
+        result = run_bench(base, expanded, corpus, config=config, text_field=text_field, log_folder=folder,
+                           progress=show.progress)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is empty
+        raise
     write_json(output, show.to_plain(result))
     if logs is None:
         shutil.rmtree(folder)  # nothing failed: what is worth keeping is in the output

@@ -1,0 +1,103 @@
+"""A real vLLM server, started, asked, put under load and stopped."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_checkpoints import TEXT, tiny_folder
+
+from serve.bench import agreement_of
+from serve.client import Job, LoadClient, write_prompts
+from serve.encoder import load_encoder
+from serve.engine import Server, _group_members, open_url
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def started(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """`vocabext serve start`, and what it wrote to stdout when it was ready."""
+    log = tmp_path_factory.mktemp("logs") / "server.log"
+    command = [sys.executable, "-m", "vocabext", "serve", "start", str(model), "--port", "0", "--log", str(log),
+               "--json", "--", "--max-num-seqs", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        text = ""
+        for line in process.stdout:
+            text += line
+            if line.rstrip() == "}":
+                break
+        try:
+            yield process, json.loads(text)
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def server(started: tuple[subprocess.Popen[str], Any]) -> Server:
+    """The running server as the load generator wants to see it."""
+    document = started[1]
+    found = Server([], document["url"].removesuffix("/v1"), Path(document["log"]))
+    found._process = SimpleNamespace(poll=started[0].poll)  # type: ignore[assignment]
+    return found
+
+
+def test_it_answers(started: tuple[subprocess.Popen[str], Any], server: Server) -> None:
+    name = started[1]["model"]
+    body = json.dumps({"model": name, "prompt": "the heart", "max_tokens": 5, "temperature": 0}).encode()
+    with open_url(f"{server.url}/v1/completions", body=body) as response:
+        answer = json.load(response)
+    assert answer["usage"]["prompt_tokens"] >= 2
+    assert 1 <= answer["usage"]["completion_tokens"] <= 5
+
+
+def test_it_tokenizes_as_the_folder_does(
+    started: tuple[subprocess.Popen[str], Any], server: Server, model: Path
+) -> None:
+    found = agreement_of(server, started[1]["model"], TEXT, load_encoder(model))
+    assert found == {"prompts": len(TEXT), "agreeing": len(TEXT)}
+
+
+def test_vllms_own_client_puts_load_on_it(
+    started: tuple[subprocess.Popen[str], Any], server: Server, tmp_path: Path
+) -> None:
+    path = write_prompts(TEXT[:3], tmp_path, "decode")
+    job = Job(server.url, started[1]["model"], str(path), 3, 6, 2)
+    with LoadClient(tmp_path / "client.log") as client:
+        client.wait_until_ready()
+        load = client.run(job, server)
+        assert load.num_failed == 0
+        assert load.output_tokens == (6, 6, 6)
+        assert all(0 < first < whole for first, whole in zip(load.ttft_seconds, load.request_seconds, strict=True)
+                   if first is not None and whole is not None)
+        assert load.output_characters == tuple(len(text) for text in load.texts)
+        again = client.run(dataclasses.replace(job, output_tokens=1), server)
+        assert again.output_tokens == (1, 1, 1)
+
+
+def test_sigterm_stops_all_of_it(started: tuple[subprocess.Popen[str], Any]) -> None:
+    process, document = started
+    group = document["process_id"]
+    assert len(_group_members(group)) >= 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not _group_members(group)
