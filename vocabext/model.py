@@ -221,7 +221,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     if model.get_output_embeddings() is None:

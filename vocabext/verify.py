@@ -350,7 +350,9 @@ def adversarial_texts(base: BaseTokenizer, expansion: Expansion, count: int, see
         for _ in range(rng.randint(1, 6)):
             part = rng.choice(tokens) if rng.random() < 0.5 else rng.choice(odd)
             if rng.random() < 0.2:  # a part of a token, or the token in another shape
-                part = rng.choice([part[: rng.randint(0, len(part))], part.upper(), part.strip(), part.title()])
+                start = rng.randint(0, len(part))
+                cut = part[start : rng.randint(start, len(part))]
+                part = rng.choice([cut, part[:start], part.upper(), part.strip(), part.title()])
             parts.append(part)
         yield "".join(parts)
 

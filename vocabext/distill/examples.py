@@ -87,9 +87,12 @@ def build_examples(
 
 def _only_own(snippet: Ids, position: int, own: int, expansion: Expansion) -> tuple[Ids, int]:
     """Take every new token but `own` apart; returns the ids and the place of the token at `position`."""
-    parts = [snippet[i : i + 1] if snippet[i] == own else expansion.unmerge(snippet[i : i + 1])
-             for i in range(len(snippet))]  # fmt: skip
-    return np.concatenate(parts), sum(len(part) for part in parts[:position])
+    lengths = np.where(snippet == own, 1, expansion.run_lengths(snippet))
+    edges = np.flatnonzero(snippet == own)
+    parts = []
+    for start, stop in zip([0, *(edges + 1)], [*edges, len(snippet)], strict=True):
+        parts += [expansion.unmerge(snippet[start:stop]), snippet[stop : stop + 1]]
+    return np.concatenate(parts), int(lengths[:position].sum())
 
 
 def _pad(rows: Sequence[Ids]) -> torch.Tensor:

@@ -1,0 +1,172 @@
+"""The distillation engine: alignment, the objective, the gate, and what it writes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_checkpoints import tiny_folder, tiny_model
+from tiny_expanded import DOCUMENTS, new_tokens
+from vocabext.checkpoint import load_rows
+from vocabext.collect import collect
+from vocabext.config import CollectConfig, DistillConfig
+from vocabext.distill import distill, distill_file
+from vocabext.distill.engine import _schedule, snippet_errors, teacher_states
+from vocabext.distill.examples import build_examples
+from vocabext.errors import UsageError
+from vocabext.expansion import Expansion
+from vocabext.model import FrozenModel
+from vocabext.records import NewToken, TokenSnippets, write_jsonl
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import load_tokenizer
+
+FIRST = 10
+EXPANSION = Expansion([NewToken("ab", "ab", (1, 2)), NewToken("cde", "cde", (3, 4, 5))], FIRST)
+
+
+def frozen(layers: int = 2) -> FrozenModel:
+    return FrozenModel(tiny_model(layers=layers), torch.device("cpu"), torch.float32)
+
+
+def records() -> list[TokenSnippets]:
+    return [
+        TokenSnippets(EXPANSION.tokens[0], ((7, 10, 11, 8), (10, 9, 10)), (1, 2)),
+        TokenSnippets(EXPANSION.tokens[1], ((6, 11, 10),), (1,)),
+    ]
+
+
+def test_examples_merge_only_the_own_token_and_align_by_the_last_piece() -> None:
+    examples = build_examples(records(), EXPANSION, [0, 1], prefix_ids=[0])
+    assert examples.token_S.tolist() == [0, 0, 1]
+    assert examples.student_ST.tolist() == [[0, 7, 10, 3, 4, 5, 8], [0, 10, 9, 10, 0, 0, 0], [0, 6, 11, 1, 2, 0, 0]]
+    assert examples.teacher_SU.tolist() == [
+        [0, 7, 1, 2, 3, 4, 5, 8], [0, 1, 2, 9, 1, 2, 0, 0], [0, 6, 3, 4, 5, 1, 2, 0]]
+    assert examples.aligned_ST[0].tolist() == [0, 1, 3, 4, 5, 6, 7]
+    assert (examples.weight_ST > 0).int().tolist() == [
+        [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0]]
+    assert examples.weight_ST.sum(1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_a_group_numbers_its_own_tokens_from_the_first_new_id() -> None:
+    examples = build_examples(records()[1:], EXPANSION, [1])
+    assert examples.student_ST.tolist() == [[6, FIRST, 1, 2]]
+
+
+def test_teacher_states_are_those_of_the_base_text() -> None:
+    model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
+    states_STD = teacher_states(model, examples, layer=2)
+    whole = model.model.model(torch.tensor([[6, 3, 4, 5, 1, 2]])).last_hidden_state[0]
+    # The third snippet reads 6, [3 4 5], 1, 2: its positions are the base positions 0, 3, 4, 5.
+    assert torch.allclose(states_STD[2, :4], whole[[0, 3, 4, 5]], atol=1e-5)
+
+
+def test_a_student_that_reads_what_the_teacher_read_has_no_error() -> None:
+    model = frozen()
+    same = [TokenSnippets(NewToken("x", "x", (1,)), ((5, 10, 6, 7),), (1,))]
+    examples = build_examples(same, Expansion([same[0].new_token], FIRST), [0])
+    rows = model.embedding_VD[1:2].clone()
+    errors = snippet_errors(model, examples, teacher_states(model, examples, 2), rows, FIRST, 2)
+    assert float(errors) < 1e-9
+    errors = snippet_errors(model, examples, teacher_states(model, examples, 2), rows * 2, FIRST, 2)
+    assert float(errors) > 1e-4
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_running_up_to_a_layer_gives_the_states_of_that_layer(layer: int) -> None:
+    model = frozen(layers=3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    states = model.model.model(ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(model.hidden(model.embed(ids), layer=layer), states[layer], atol=1e-5)
+    assert len(model.model.model.layers) == 3
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    model = frozen()
+    short, padded = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    assert torch.allclose(model.hidden(model.embed(short)), model.hidden(model.embed(padded))[:, :3], atol=1e-5)
+
+
+def test_every_step_shows_each_token_equally_often() -> None:
+    owners = torch.tensor([0] * 7 + [1] * 3)
+    steps = _schedule(owners, 2, epochs=2, batch_snippets=2, generator=torch.Generator().manual_seed(0))
+    assert len(steps) == 8
+    assert all((owners[at] == 0).sum() == 2 and (owners[at] == 1).sum() == 2 for at in steps)
+    shown = torch.cat(steps)
+    assert set(shown.tolist()) == set(range(10))
+
+
+def collected(tmp_path: Path) -> tuple[Path, list[TokenSnippets]]:
+    folder = tiny_folder(tmp_path / "base")
+    base = load_tokenizer(folder)
+    return folder, collect(DOCUMENTS, base, new_tokens(folder), CollectConfig(snippets=8, window=24, min_snippets=2))
+
+
+def test_distilled_rows_match_the_teacher_better_than_the_mean(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    model = frozen(layers=1)
+    config = DistillConfig(epochs=10, learning_rate=0.3)
+    result = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert all(report.method == "distill" for report in result.reports)
+    assert result.relative_error is not None
+    assert result.relative_error < 0.7
+    assert not model.embedding_VD.requires_grad
+    again = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert torch.equal(result.input_ND, again.input_ND)
+
+
+def test_a_row_that_training_makes_worse_stays_at_the_mean(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    model = frozen(layers=1)
+    base = load_tokenizer(folder)
+    result = distill(found, model, DistillConfig(epochs=1, learning_rate=1e6), num_used_ids=base.num_used_ids)
+    assert {report.method for report in result.reports} == {"mean"}
+    assert result.relative_error == pytest.approx(1.0)
+    assert torch.equal(result.input_ND, mean_rows(model.embedding_VD, [r.new_token for r in found]))
+
+
+def test_a_token_without_snippets_is_kept_at_the_mean_and_said_to_be(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    found[1] = replace(found[1], snippets=(), positions=())
+    base = load_tokenizer(folder)
+    result = distill(found, frozen(1), DistillConfig(epochs=2), num_used_ids=base.num_used_ids)
+    assert (result.reports[1].method, result.reports[1].start_error) == ("mean", None)
+    assert result.reports[0].start_error is not None
+
+
+def test_layers_are_named_by_number_fraction_or_last() -> None:
+    model = frozen(layers=3)
+    assert [model.layer_number(t) for t in ("last", "2", "0.34", "1.0")] == [3, 2, 2, 3]
+    for wrong in ("4", "0", "middle", "1.5"):
+        with pytest.raises(UsageError, match="--target-layer"):
+            model.layer_number(wrong)
+
+
+def test_new_rows_are_scaled_like_the_rows_of_a_model_that_scales_its_embedding() -> None:
+    model = frozen()
+    model.model.get_input_embeddings().embed_scale = 3.0
+    row = torch.ones(1, 64)
+    assert torch.equal(model.embed(torch.tensor([[FIRST]]), row, FIRST)[0, 0], 3 * row[0])
+
+
+def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    write_jsonl(tmp_path / "snippets.jsonl", "snippets", {"options": {"window": 24}}, [r.to_json() for r in found])
+    config = DistillConfig(epochs=2, dtype="float32", device="cpu")
+    result = distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors", config)
+    tokens, rows, header = load_rows(tmp_path / "rows.safetensors")
+    assert [t.token for t in tokens] == [r.new_token.token for r in found]
+    assert torch.equal(rows.input_ND, result.input_ND)
+    assert header["options"]["window"] == 24
+    assert header["base"]["num_used_ids"] == load_tokenizer(folder).num_used_ids
+
+
+def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    path = tmp_path / "candidates.jsonl"
+    write_jsonl(path, "candidates", {}, [r.new_token.to_json() for r in found])
+    result = distill_file(path, str(folder), tmp_path / "rows.safetensors", DistillConfig(method="mean"))
+    assert np.isfinite([report.norm for report in result.reports]).all()
+    with pytest.raises(UsageError, match="'candidates', but snippets is needed"):
+        distill_file(path, str(folder), tmp_path / "other.safetensors", DistillConfig())

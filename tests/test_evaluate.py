@@ -1,0 +1,114 @@
+"""The measures of `eval`: the branches are exact, and a perfect row recovers the whole gap."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_checkpoints import tiny_folder
+from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
+from vocabext.config import EvalConfig
+from vocabext.errors import CorpusError
+from vocabext.evaluate import RowSet, _branches, _expanded_nats, _gap_recovered, _Sums, _windows, evaluate, evaluate_folder
+from vocabext.model import load_model
+from vocabext.records import Document
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import extend, load_tokenizer
+
+
+def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> None:
+    """Compare one pass with branches against one forward pass per predicted piece."""
+    folder = tiny_folder(tmp_path / "base")
+    base, model = load_tokenizer(folder), load_model(folder, device="cpu", dtype="float32")
+    tokens = new_tokens(folder)
+    expanded = extend(base, tokens)
+    rows = RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens))
+    text = "so the heart and a muscle of the rest are rated by the heart"
+    ids = expanded.encode(text)
+    assert expanded.expansion.is_new(ids).sum() >= 3
+    (window,) = _windows(0, ids, text, expanded, base, EvalConfig())
+    reading, writing = _expanded_nats(model, window, expanded, base, rows)
+
+    def nats(context: list[int], target: int, output: torch.Tensor | None) -> float:
+        inputs = model.embed(torch.tensor([context]), rows.input_ND, expanded.first_new_id)
+        logs = model.log_probabilities(model.hidden(inputs)[0, -1:], num_base=base.num_used_ids, new_rows_ND=output)
+        return -float(logs[0, target])
+
+    wanted_reading = wanted_writing = 0.0
+    for at in range(1, len(ids)):
+        wanted_writing += nats(ids[:at], ids[at], rows.output_ND)
+        run = expanded.expansion.unmerge([ids[at]]).tolist()
+        wanted_reading += sum(nats([*ids[:at], *run[:k]], run[k], None) for k in range(len(run)))
+    assert reading == pytest.approx(wanted_reading, rel=1e-4)
+    assert writing == pytest.approx(wanted_writing, rel=1e-4)
+
+
+def test_a_branch_sees_nothing_of_its_own_token_or_later() -> None:
+    class Tokenizer:
+        from vocabext.expansion import Expansion
+        from vocabext.records import NewToken
+
+        expansion = Expansion([NewToken("abc", "abc", (1, 2, 3))], 10)
+
+    layout = _branches(np.asarray([5, 10, 6]), 1, Tokenizer())  # type: ignore[arg-type]
+    assert layout.ids.tolist() == [5, 10, 6, 1, 2]
+    assert layout.positions.tolist() == [0, 1, 2, 1, 2]
+    assert layout.visible.astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    assert list(zip(layout.sources.tolist(), layout.targets.tolist(), strict=True)) == [(0, 1), (3, 2), (4, 3), (1, 6)]
+
+
+def test_windows_cover_a_document_once_and_count_its_bytes(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    base = load_tokenizer(folder)
+    expanded = extend(base, new_tokens(folder))
+    text = DOCUMENTS[0].text
+    ids = expanded.encode(text)
+    windows = list(_windows(0, ids, text, expanded, base, EvalConfig(window=16)))
+    assert np.concatenate([w.expanded[w.num_prefix:] for w in windows]).tolist() == ids
+    assert sum(w.num_bytes for w in windows) == pytest.approx(len(text.encode()), abs=len(windows))
+    assert max(len(expanded.expansion.unmerge(w.expanded)) for w in windows) <= 16
+
+
+def test_the_gap_is_measured_between_mean_and_base() -> None:
+    def sums(*nats: float) -> _Sums:
+        return _Sums(np.asarray(nats), np.asarray(nats))
+
+    gap, interval = _gap_recovered({"base": sums(10, 20), "mean": sums(20, 40), "distilled": sums(11, 22)})
+    assert gap == pytest.approx(0.9)
+    assert interval == pytest.approx([0.9, 0.9])
+    assert _gap_recovered({"base": sums(10), "mean": sums(9), "distilled": sums(9)}) == (None, None)
+
+
+def test_the_base_row_is_the_base_model(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path)
+    result = evaluate_folder(folder, str(base), DOCUMENTS, EvalConfig(prompts=2, continuation=4, window=64,
+                                                                      dtype="float32", device="cpu"))
+    rows = {row["name"]: row for row in result["rows"]}  # type: ignore[attr-defined]
+    assert list(rows) == ["base", "mean"]  # made with --method mean: no third row
+    assert rows["base"]["bits_per_byte"] == rows["base"]["bits_per_byte_writing"]
+    assert rows["base"]["greedy_same_share"] == 1.0
+    assert rows["mean"]["tokens"] < rows["base"]["tokens"]
+    assert (folder / "eval.json").is_file()
+
+
+def test_the_gap_of_real_rows_follows_from_their_bits_per_byte(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    base, model = load_tokenizer(folder), load_model(folder, device="cpu", dtype="float32")
+    tokens = new_tokens(folder)
+    mean = mean_rows(model.embedding_VD, tokens)
+    # A random model predicts nothing, so that any rows do: rows of another sign and size are off in some way.
+    rows = [RowSet("mean", -50 * mean, mean), RowSet("distilled", mean, mean)]
+    result = evaluate(DOCUMENTS, model, base, extend(base, tokens), rows, EvalConfig(prompts=0, window=64))
+    bits = {row["name"]: row["bits_per_byte"] for row in result["rows"]}  # type: ignore[attr-defined]
+    assert len(set(bits.values())) == 3
+    expected = (bits["mean"] - bits["distilled"]) / (bits["mean"] - bits["base"])
+    assert bits["mean"] > bits["base"]
+    assert result["gap_recovered"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_text_too_short_to_measure_is_refused(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path)
+    with pytest.raises(CorpusError, match="held-out"):
+        evaluate_folder(folder, str(base), [Document("d", "a")], EvalConfig(dtype="float32"))

@@ -1,0 +1,38 @@
+"""A tiny base model and its expansion, made by our own stages, for tests of what comes after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiny_checkpoints import tiny_folder
+from vocabext.checkpoint import Rows, save_rows
+from vocabext.manifest import file_sha256
+from vocabext.model import load_model
+from vocabext.patch import patch
+from vocabext.records import Document, NewToken
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import load_tokenizer
+
+TOKENS = [" muscle of", " the heart", " are rated"]
+DOCUMENTS = [Document(f"d{i}", text) for i, text in enumerate((
+    "the heart of the muscles, a muscle of the heart; the rate of the rest is the rate of the muscles and so on. " * 4,
+    "so the muscles are rated, and the heart is rated: a muscle of the heart rates the rest of the muscle. " * 4,
+    "a rest for the heart, the muscles of the heart and a muscle of the rest. the heart! the heart? so. " * 4,
+))]
+
+
+def new_tokens(folder: Path, texts: Sequence[str] = TOKENS) -> list[NewToken]:
+    """The new tokens, for the tokenizer of a folder."""
+    base = load_tokenizer(folder)
+    return [base.new_token(text) for text in texts]
+
+
+def expanded_pair(tmp_path: Path, *, texts: Sequence[str] = TOKENS, **options: object) -> tuple[Path, Path]:
+    """Make a base folder and an expanded one with mean-of-pieces rows."""
+    base = tiny_folder(tmp_path / "base", **options)  # type: ignore[arg-type]
+    tokens = new_tokens(base, texts)
+    model = load_model(base, device="cpu", dtype="float32")
+    header = {"base": {"model": str(base), "num_used_ids": load_tokenizer(base).num_used_ids, "hidden_size": 64,
+                       "tokenizer_sha256": file_sha256(base / "tokenizer.json")}, "method": "mean", "options": {}}
+    save_rows(tmp_path / "rows.safetensors", tokens, Rows(mean_rows(model.embedding_VD, tokens)), header)
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "expanded")
+    return base, tmp_path / "expanded"
