@@ -16,6 +16,7 @@ the *hazards* on the right; those on the left mirror them. A look-ahead and a lo
 the hazards make the cut exact, whatever stands further away.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +66,7 @@ class MergeTable:
         """Yield every state of BPE on `text`, each with the rank of the merge that it performs next."""
         symbols = list(text)
         while True:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
+            pairs = list(itertools.pairwise(symbols))
             rank, at = min(((self.ranks.get(pair, math.inf), i) for i, pair in enumerate(pairs)), default=(math.inf, 0))
             yield symbols, rank
             if rank == math.inf:
@@ -133,7 +134,8 @@ def phrase_probes(text: str) -> list[str]:
     if not _ends_in_word(text):
         return spaces
     marks = ["\n", "\r\n", "\t", "\n\n  x", "\u3000x", "\u00a0x", "_", "€", "😀", "\u200dx", "\x00"]
-    return [*spaces, *marks, *(mark + rest for mark in ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`\"—“”…" for rest in ("", "x", " x", "\n"))]
+    signs = ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`\"—“”…"
+    return [*spaces, *marks, *(sign + rest for sign in signs for rest in ("", "x", " x", "\n"))]
 
 
 def whole_text_guards(

@@ -105,7 +105,13 @@ def check_output(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary sibling of `path` for writing; rename it onto `path` if the block succeeds."""
+    """Open a temporary sibling of `path` for writing; rename it onto `path` if the block succeeds.
+
+    Raises:
+        UsageError: If `path` is a folder.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, but a file is written here; choose another output")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -122,6 +128,14 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def read_json_or(path: Path, default: Any) -> Any:
+    """Read one JSON document; a file that is missing or damaged reads as the default."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
 
 
 def write_jsonl(path: Path, artifact: str, header: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:

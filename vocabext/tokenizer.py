@@ -12,7 +12,8 @@ This is the only module that imports `tokenizers`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
 from vocabext.boundaries import MergeTable, phrase_guard, phrase_probes, prefix_tree, whole_text_guards
 from vocabext.errors import TokenizerError, UsageError
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE_MARK = "\u2581"
+# One of every sort of character that a split expression may forget.
+GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 ไทย שלום ـع "
+             "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")  # fmt: skip
 # Files from which other readers would rebuild the tokenizer without the new tokens.
 STALE_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "spiece.model",
                "sentencepiece.bpe.model", "vocab.txt", "qwen.tiktoken", "tiktoken.model")  # fmt: skip
@@ -136,6 +140,7 @@ class BaseTokenizer(_Encoder):
         self.vocabulary: dict[str, int] = self.spec["model"]["vocab"]
         self.added: dict[str, int] = {a["content"]: a["id"] for a in self.spec["added_tokens"]}
         self.num_used_ids = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
+        self._made: dict[str, NewToken] = {}
 
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""
@@ -147,6 +152,11 @@ class BaseTokenizer(_Encoder):
         Raises:
             TokenizerError: If the text cannot become one token; the message is the reason.
         """
+        if text not in self._made:
+            self._made[text] = self._make(text)
+        return self._made[text]
+
+    def _make(self, text: str) -> NewToken:
         if not text.strip():
             raise TokenizerError(f"{text!r} is empty or only spaces")
         if any(a in text for a in self.added):
@@ -155,7 +165,7 @@ class BaseTokenizer(_Encoder):
         key = "".join(pieces)
         if key in self.vocabulary or key in self.added:
             raise TokenizerError(f"{text!r} is in the vocabulary already")
-        run = tuple(t.id for piece in pieces for t in self.backend.model.tokenize(piece))
+        run = tuple(i for piece in pieces for i in self._merge(piece))
         if len(run) < 2:
             raise TokenizerError(f"{text!r} is one token already")
         if self._spelling(run) != key.encode():
@@ -215,6 +225,44 @@ class BaseTokenizer(_Encoder):
         falls_back = self._byte_fallback and all(f"<0x{b:02X}>" in self.vocabulary for b in range(256))
         return self.kind == WHOLE_TEXT and not falls_back and model.get("unk_token") is None
 
+    @cached_property
+    def unreachable(self) -> dict[str, int]:
+        """Where to cut the vocabulary entries that merges do not produce.
+
+        With `ignore_merges` such an entry would suddenly be found when a chunk spells it: the text
+        `<0x0A>` would become a line break. Cutting it at the given place leaves its ids as they are.
+
+        Raises:
+            TokenizerError: If there is one that can be a chunk and cannot be cut.
+        """
+        # Added tokens are taken out of a text before it is split, unless they want to stand alone.
+        taken_out = {a["content"] for a in self.spec["added_tokens"] if not a["single_word"]}
+        ids = {**self.vocabulary, **self.added}
+        entries = [token for token, i in ids.items() if token and self._merge(token) != [i]]
+        cuts = {}
+        for token in entries:
+            if self.kind == WHOLE_TEXT:
+                cuts[token] = self._harmless_cut(token, entries)
+            elif token not in taken_out and len(self._split(self.key_text(token))) == 1:
+                cuts[token] = 0
+        if 0 in cuts.values():
+            token = next(token for token, cut in cuts.items() if not cut)
+            raise TokenizerError(f"the vocabulary entry {token!r} cannot be reached by merges, and would be found "
+                                 "in plain text after an extension; this tokenizer cannot be extended safely")
+        return cuts
+
+    def _harmless_cut(self, token: str, entries: Sequence[str]) -> int:
+        """Return a place between two pieces of an entry, such that neither side is such an entry; 0 for none."""
+        ids = self._merge(token)
+        return next((cut for cut in range(1, len(token)) if token[:cut] not in entries and token[cut:] not in entries
+                     and [*self._merge(token[:cut]), *self._merge(token[cut:])] == ids), 0)
+
+    def _merge(self, chunk: str) -> list[int]:
+        return [piece.id for piece in self.backend.model.tokenize(chunk)]
+
+    def _split(self, text: str) -> list[str]:
+        return [chunk for chunk, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+
     @property
     def _byte_fallback(self) -> bool:
         return bool(self.spec["model"].get("byte_fallback"))
@@ -251,7 +299,7 @@ class BaseTokenizer(_Encoder):
             return [key]
         if (normal := self._normalize(text)) != text:
             raise TokenizerError(f"the normalizer turns {text!r} into {normal!r}; add that form instead")
-        return [piece for piece, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+        return self._split(text)
 
     def _normalize(self, text: str) -> str:
         if self.backend.normalizer is not None:
@@ -259,7 +307,7 @@ class BaseTokenizer(_Encoder):
         return text.replace(" ", SPACE_MARK) if self.kind == WHOLE_TEXT else text
 
     def _spelling(self, ids: Sequence[int]) -> bytes:
-        tokens = (self.backend.id_to_token(i) for i in ids)
+        tokens = (self.backend.id_to_token(i) or "" for i in ids)
         return b"".join(bytes([int(t[3:5], 16)]) if self._byte_fallback and _is_byte_token(t) else t.encode()
                         for t in tokens)
 
@@ -270,8 +318,7 @@ class BaseTokenizer(_Encoder):
         if text[-1].isspace() or "\n" in text or "\r" in text:
             raise TokenizerError(f"{text!r} ends in a space or contains a line break")
         for probe in phrase_probes(text):
-            found = [piece for piece, _ in self.backend.pre_tokenizer.pre_tokenize_str(text + probe)]
-            if found[: len(pieces)] != pieces:
+            if self._split(text + probe)[: len(pieces)] != pieces:
                 raise TokenizerError(f"{text!r} is cut differently when {probe!r} follows")
 
 
@@ -311,12 +358,11 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
     _check_tokens(base, tokens)
     spec = json.loads(base.backend.to_str())
     vocabulary = spec["model"]["vocab"]
-    unreachable = [] if spec["model"].get("ignore_merges") else _unreachable(base)
     # An added token that is not in the model's vocabulary would be renumbered once it grows.
     vocabulary.update({content: i for content, i in base.added.items() if content not in vocabulary})
     vocabulary.update({t.key: base.num_used_ids + i for i, t in enumerate(tokens)})
     spec["model"]["ignore_merges"] = True
-    spec["pre_tokenizer"] = _extended_steps(base, tokens, unreachable)
+    spec["pre_tokenizer"] = _extended_steps(base, tokens)
     return ExpandedTokenizer(Tokenizer.from_str(json.dumps(spec)), base.hf, Expansion(tokens, base.num_used_ids))
 
 
@@ -415,7 +461,7 @@ def _classify(spec: dict[str, Any]) -> str:
         whole = len(expression) == 1 and (expression[0]["type"] == "ByteLevel" or _keeps_matches(expression[0]))
         if not expression:
             raise TokenizerError(f"this byte-level tokenizer does not split the text; supported are {SUPPORTED}")
-        return CHUNKS if whole else CHUNKS_WORDS_ONLY
+        return CHUNKS if whole and _finds_its_way(expression[0]) else CHUNKS_WORDS_ONLY
     marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
     if marks and all(_never_cuts(step) for step in steps):
         return WHOLE_TEXT
@@ -439,6 +485,21 @@ def _keeps_matches(step: dict[str, Any]) -> bool:
         (step["behavior"] == "Isolated" and not step["invert"]) or (step["behavior"] == "Removed" and step["invert"]))
 
 
+def _finds_its_way(step: dict[str, Any]) -> bool:
+    """Tell whether the chunks of a Split step follow each other without gaps, and never look back.
+
+    A phrase is matched where a chunk begins. In a gap between two matches it would begin anywhere, and an
+    expression that looks back might not begin there after other text.
+    """
+    if step["type"] != "Split":
+        return True  # the one that is built in
+    expression = step["pattern"]["Regex"]
+    if re.search(r"\(\?<[=!]|\\[bBAGK]|(^|[|(:])\^", expression):
+        return False
+    gaps = pre_tokenizers.Split(Regex(expression), "removed").pre_tokenize_str(GAP_PROBE)
+    return not gaps
+
+
 def _never_cuts(step: dict[str, Any]) -> bool:
     """Tell whether a step leaves text whole once its spaces are marks."""
     if step["type"] == "Metaspace":
@@ -454,42 +515,22 @@ def _in_word(character: str) -> bool:
     return character.isalnum()
 
 
-def _unreachable(base: BaseTokenizer) -> dict[str, tuple[str, str]]:
-    """Return the vocabulary entries that merges do not produce, each cut in two harmless parts.
-
-    With `ignore_merges` such an entry would suddenly be found when a chunk spells it: the text
-    `<0x0A>` would become a line break.
-    """
-    found = {}
-    model = base.backend.model
-    for token, i in base.vocabulary.items():
-        pieces = model.tokenize(token)
-        if [p.id for p in pieces] == [i] or (base.kind != WHOLE_TEXT and token in base.added):
-            continue
-        text = base.key_text(token)
-        if base.kind != WHOLE_TEXT and len(base.backend.pre_tokenizer.pre_tokenize_str(text)) > 1:
-            continue  # never handed over as one chunk
-        cut = len(pieces[0].value) if pieces else 0
-        if not 0 < cut < len(token) or base.kind != WHOLE_TEXT:
-            raise TokenizerError(f"the vocabulary entry {token!r} cannot be reached by merges, and would be found "
-                                 "in plain text after an extension; this tokenizer cannot be extended safely")
-        found[token] = (token[:cut], token[cut:])
-    return found
-
-
-def _extended_steps(base: BaseTokenizer, tokens: Sequence[NewToken], unreachable: Any) -> dict[str, Any] | None:
+def _extended_steps(base: BaseTokenizer, tokens: Sequence[NewToken]) -> dict[str, Any] | None:
     steps = list(_steps(base.spec["pre_tokenizer"], "pretokenizers"))
     if base.kind == WHOLE_TEXT:
         steps += [_split(_whole_text_expression(base, tokens))] if tokens else []
-        steps += [_split(_protection(unreachable))] if unreachable else []
+        steps += [_split(_protection(base.unreachable))] if base.unreachable else []
         return {"type": "Sequence", "pretokenizers": steps}
+    assert not base.unreachable, "looking at it raises an error where there is one"
     phrases = [t.token for t in tokens if len(base.backend.pre_tokenizer.pre_tokenize_str(t.token)) > 1]
     if not phrases:
-        return base.spec["pre_tokenizer"]
+        unchanged: dict[str, Any] = base.spec["pre_tokenizer"]
+        return unchanged
     tree = prefix_tree({text: phrase_guard(text) for text in phrases})
     at = next(i for i, s in enumerate(steps) if s["type"] == "Split" or s["use_regex"])
     expression = steps[at]["pattern"]["Regex"] if steps[at]["type"] == "Split" else BYTE_LEVEL_SPLIT
-    split = {**_split(f"{tree}|{expression}"), **{k: steps[at][k] for k in ("behavior", "invert") if k in steps[at]}}
+    split = _split(f"{tree}|{expression}")
+    split.update({k: steps[at][k] for k in ("behavior", "invert") if k in steps[at]})
     byte_level = {**steps[-1], "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [*steps[:at], split, *steps[at + 1 : -1], byte_level]}
 
@@ -508,10 +549,10 @@ def _whole_text_expression(base: BaseTokenizer, tokens: Sequence[NewToken]) -> s
     return "|".join(trees)
 
 
-def _protection(unreachable: dict[str, tuple[str, str]]) -> str:
+def _protection(cuts: Mapping[str, int]) -> str:
     """Return an expression that cuts a chunk in two if, and only if, it spells an unreachable entry."""
     guards: dict[str, set[str]] = {}
-    for first, rest in unreachable.values():
-        guards.setdefault(first, set()).add(rest)
+    for token, cut in cuts.items():
+        guards.setdefault(token[:cut], set()).add(token[cut:])
     heads = {first: rf"(?={prefix_tree(dict.fromkeys(rests, ''))}\z)" for first, rests in guards.items()}
     return r"\A" + prefix_tree(heads)

@@ -1,0 +1,161 @@
+import re
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
+
+from vocabext.boundaries import (
+    MergeTable,
+    character_class,
+    escape,
+    phrase_guard,
+    phrase_probes,
+    prefix_tree,
+    whole_text_guards,
+)
+
+
+class Bpe:
+    """A BPE model and the table of its merges."""
+
+    def __init__(self, alphabet: str, pairs: list[tuple[int, int]]) -> None:
+        """Take merges as pairs of indices into the tokens that are there by then, modulo their number."""
+        symbols, merges = list(alphabet), []
+        for left, right in pairs:
+            pair = symbols[left % len(symbols)], symbols[right % len(symbols)]
+            if pair not in merges and "".join(pair) not in symbols:
+                merges.append(pair)
+                symbols.append("".join(pair))
+        vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+        self.model = models.BPE(vocabulary, merges)
+        self.table = MergeTable(merges, vocabulary)
+
+    def __call__(self, text: str) -> list[str]:
+        return [piece.value for piece in self.model.tokenize(text)] if text else []
+
+
+MODELS = st.builds(Bpe, st.just("abc"), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=14))
+TEXTS = st.text("abc", max_size=9)
+
+
+def cut_changes(bpe: Bpe, left: str, text: str, right: str) -> bool:
+    return bpe(left + text + right) != bpe(left) + bpe(text) + bpe(right)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bpe=MODELS, text=st.text("abc", min_size=1, max_size=6), contexts=st.lists(st.tuples(TEXTS, TEXTS), max_size=20))
+def test_outside_its_hazards_a_string_can_be_cut_out(bpe: Bpe, text: str, contexts: list[tuple[str, str]]) -> None:
+    hazards = bpe.table.hazards(text)
+    for left, right in contexts:
+        if left.endswith(tuple(hazards.left)) or right.startswith(tuple(hazards.right)):
+            continue
+        assert not cut_changes(bpe, left, text, right), (left, text, right, hazards)
+
+
+def test_inside_its_hazards_it_cannot() -> None:
+    # The check above can fail: without the guards, these cuts change the ids.
+    bpe = Bpe("abc", [(0, 1), (1, 2)])  # ab, bc
+    assert bpe.table.hazards("b").left == {"a"}
+    assert bpe.table.hazards("b").right == {"c"}
+    assert cut_changes(bpe, "a", "b", "")
+    assert cut_changes(bpe, "", "b", "c")
+
+
+def test_a_merge_that_comes_too_late_is_no_hazard() -> None:
+    # `b c` could happen across the edge of `ab`, but `a b` comes first and takes the b away.
+    early = Bpe("abc", [(0, 1), (1, 2)])
+    assert early.table.hazards("ab").right == frozenset()
+    late = Bpe("abc", [(1, 2), (0, 1)])
+    assert late.table.hazards("ab").right == {"c"}
+    assert cut_changes(late, "", "ab", "c")
+
+
+@settings(max_examples=60, deadline=None)
+@given(bpe=MODELS)
+def test_hazards_are_not_just_everything(bpe: Bpe) -> None:
+    hazards = bpe.table.hazards("a")
+    assert hazards.right <= {right for left, right in bpe.table.ranks if left == "a"}
+    assert hazards.left <= {left for left, right in bpe.table.ranks if right == "a"}
+
+
+# ---- regular expressions -------------------------------------------------------------------------
+
+
+def matches(expression: str, text: str) -> list[str]:
+    """What the tokenizers library cuts out of a text for an expression: matches and what lies between them."""
+    split: Any = pre_tokenizers.Split(Regex(expression), "isolated")
+    return [chunk for chunk, _ in split.pre_tokenize_str(text)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(min_size=1, max_size=5))
+@example(text="-]^[\\")
+@example(text="\x00\n")
+def test_an_escaped_literal_matches_itself_only(text: str) -> None:
+    assert matches(rf"\A{escape(text)}\z", text) == [text]
+    assert matches(rf"\A{escape(text)}\z", f"{text}x") == [f"{text}x"]
+    assert matches(rf"\A{character_class(text)}+\z", text) == [text]
+    assert character_class("") == ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.sets(st.text("abc.", min_size=1, max_size=5), min_size=1, max_size=12),
+       text=st.text("abc. ", max_size=30))  # fmt: skip
+def test_the_tree_finds_the_longest_string(words: set[str], text: str) -> None:
+    plain = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+    expected = [part for part in re.split(f"({plain.pattern})", text) if part]
+    assert matches(prefix_tree(dict.fromkeys(words, "")), text) == expected
+
+
+def test_where_the_guard_of_the_longest_fails_a_shorter_one_is_tried() -> None:
+    tree = prefix_tree({"ab": "", "abab": "(?!c)", "abc": r"(?=\z)"})
+    assert matches(tree, "abababc") == ["abab", "abc"]
+    assert matches(tree, "ababc") == ["ab", "abc"]
+    assert matches(tree, "abcx") == ["ab", "cx"]
+
+
+@pytest.mark.parametrize("text", [" the heart", " (the", "heart.", "中文", "foo_", "x²", "e\u0301"])
+def test_probes_are_what_the_guard_lets_pass(text: str) -> None:
+    expression = escape(text) + phrase_guard(text)
+    for probe in phrase_probes(text):
+        assert matches(expression, text + probe)[0] == text, probe
+    for refused in ("x", "1"):
+        assert matches(expression, text + refused) == [text + refused]
+
+
+# ---- guards of whole texts -----------------------------------------------------------------------
+
+
+def guarded(bpe: Bpe, keys: list[str], **options: bool) -> str:
+    ends, starts = whole_text_guards(keys, bpe.table, **options)
+    return "|".join(guard + prefix_tree({key: end for key, end in ends.items() if key[0] == first})
+                    for first, guard in starts.items())  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(bpe=st.builds(Bpe, st.just("ab.,"), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=14)),
+       keys=st.sets(st.text("ab.,", min_size=1, max_size=5), min_size=1, max_size=5),
+       texts=st.lists(st.text("ab.,", max_size=20), min_size=1, max_size=20))  # fmt: skip
+def test_cutting_at_guarded_keys_changes_nothing(bpe: Bpe, keys: set[str], texts: list[str]) -> None:
+    expression = guarded(bpe, sorted(keys))
+    for text in texts:
+        assert [piece for chunk in matches(expression, text) for piece in bpe(chunk)] == bpe(text)
+
+
+def test_without_guards_it_would() -> None:
+    bpe = Bpe("ab.,", [(0, 1), (1, 0)])  # ab, ba
+    text = "a.ba.b"
+    assert [p for chunk in matches(prefix_tree({".b": ""}), text) for p in bpe(chunk)] != bpe(text)
+    assert [p for chunk in matches(guarded(bpe, [".b"]), text) for p in bpe(chunk)] == bpe(text)
+
+
+def test_next_to_a_character_that_vanishes_nothing_is_cut() -> None:
+    bpe = Bpe(".,", [(0, 1)])
+    unsafe, safe = guarded(bpe, ["."]), guarded(bpe, ["."], drops_unknown=True)
+    text = ".?,"  # the question mark is unknown: the model deletes it, and `.` and `,` merge
+    assert bpe(text) == [".,"]
+    assert [p for chunk in matches(unsafe, text) for p in bpe(chunk)] == [".", ","]
+    assert [p for chunk in matches(safe, text) for p in bpe(chunk)] == [".,"]
+    assert matches(safe, "..") == [".", "."]
