@@ -71,8 +71,8 @@ def summary(expanded: Path, out: Path) -> str:
         _row("bits per byte, reading new tokens", rows, "bits_per_byte"),
         _row("bits per byte, writing them too", rows, "bits_per_byte_writing"),
         "",
-        f"{lengths['saved_share']:.1%} fewer tokens; {evaluation['gap_recovered']:.1%} of the gap between mean of pieces "
-        f"and base recovered (95 % interval {low:.1%} to {high:.1%})",
+        f"{lengths['saved_share']:.1%} fewer tokens; {evaluation['gap_recovered']:.1%} of the gap between mean of "
+        f"pieces and base recovered (95 % interval {low:.1%} to {high:.1%})",
         "",
         "| vLLM | base | expanded | base / expanded (95 % interval) | base / base | expanded is |",
         "|---|---|---|---|---|---|",

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
+
 from vocabext.checkpoint import load_rows
 from vocabext.collect import collect
 from vocabext.config import CollectConfig, DistillConfig

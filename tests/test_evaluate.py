@@ -5,12 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
+
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError
-from vocabext.evaluate import RowSet, _branches, _expanded_nats, _gap_recovered, _Sums, _windows, evaluate, evaluate_folder
+from vocabext.evaluate import (
+    RowSet,
+    _branches,
+    _expanded_nats,
+    _gap_recovered,
+    _Sums,
+    _windows,
+    evaluate,
+    evaluate_folder,
+)
 from vocabext.model import load_model
 from vocabext.records import Document
 from vocabext.rows import mean_rows

@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import save_file
-
 from tiny_checkpoints import edit_json
 from tiny_expanded import DOCUMENTS, TOKENS, expanded_pair
+
 from vocabext.cli.verify import verify as command
 from vocabext.errors import BadCheckpointError, CheckpointError, UsageError
 from vocabext.verify import FAIL, PASS, SKIPPED, Verification, adversarial_texts, verify

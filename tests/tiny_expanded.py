@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_checkpoints import tiny_folder
+
 from vocabext.checkpoint import Rows, save_rows
 from vocabext.manifest import file_sha256
 from vocabext.model import load_model
