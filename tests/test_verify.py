@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,8 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def pair(sound: tuple[Path, Path], tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    yield Path(shutil.copytree(sound[0], tmp_path / "base")), Path(shutil.copytree(sound[1], tmp_path / "expanded"))
+def pair(sound: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    return Path(shutil.copytree(sound[0], tmp_path / "base")), Path(shutil.copytree(sound[1], tmp_path / "expanded"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,18 @@ from typing import Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.cli.distill import compute_options
+from vocabext.cli.distill import Command, compute_options
 from vocabext.config import EvalConfig
 
 DEFAULTS = EvalConfig()
+
+
+def evaluate_options(command: Command) -> Command:
+    """Add the options that `eval` and `run` share."""
+    command = click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
+                           help="Prompts whose greedy continuations are compared.")(command)  # fmt: skip
+    return click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True,
+                        help="Held-out text to read, in bytes.")(command)  # fmt: skip
 
 
 @click.command("eval")
@@ -17,9 +25,7 @@ DEFAULTS = EvalConfig()
 @options.against_option
 @options.corpus_option
 @options.text_field_option
-@click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True, help="Text to read, in bytes.")
-@click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
-              help="Prompts whose greedy continuations are compared.")
+@evaluate_options
 @compute_options
 @options.trust_remote_code_option
 @options.json_option

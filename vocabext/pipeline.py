@@ -1,0 +1,246 @@
+"""All stages in order: from a corpus to a verified, measured checkpoint. Resumable.
+
+Every stage has a key: a digest of its options and of everything it reads (the keys of the stages
+before it, the signature of the corpus, the files of the model). A stage whose key is the one that its
+output was made with is skipped, so an interrupted run goes on where it stopped and a second run does
+nothing. Keys and artifacts lie in a working folder beside the new checkpoint.
+"""
+
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vocabext import __version__
+from vocabext.checkpoint import resolve_model
+from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
+from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.corpus import corpus_signature, read_documents
+from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
+from vocabext.mine import mine, read_candidates, write_candidates
+from vocabext.progress import Progress, no_progress
+from vocabext.records import Document, read_json_or, write_json
+
+# Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
+HELD_OUT_EVERY = 20
+MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `run` needs to know."""
+
+    model: str
+    corpus: tuple[str, ...]
+    output: Path
+    # Held-out corpus; empty takes documents out of `corpus`.
+    heldout: tuple[str, ...] = ()
+    text_field: str = "text"
+    # Working folder; None is the output's name with `-work` behind it.
+    work: Path | None = None
+    mine: MineConfig = field(default_factory=MineConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What happened to one stage: `made`, `up to date` or `not made: ...`, and how long that took."""
+
+    name: str
+    state: str
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    key: str
+    output: Path
+    make: Callable[[], str | None]  # returns why it could not be made, if so
+
+
+def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None
+        ) -> list[StageOutcome]:  # fmt: skip
+    """Walk from a corpus to a verified and measured checkpoint.
+
+    Args:
+        config: What to do.
+        progress: Where stages report.
+        say: Told one line per stage.
+
+    Returns:
+        One outcome per stage, in order.
+
+    Raises:
+        OutputExistsError: If the output folder exists and was not made by this very run.
+        BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
+    """
+    work = _Work(config, progress)
+    stages = work.stages()
+    work.check_output(stages)
+    work.folder.mkdir(exist_ok=True)
+    outcomes = []
+    for stage in stages:
+        began = time.monotonic()
+        if work.is_done(stage):
+            state = "up to date"
+        else:
+            reason = stage.make()
+            state = f"not made: {reason}" if reason else "made"
+            if not reason:
+                work.record(stage)
+        outcomes.append(StageOutcome(stage.name, state, time.monotonic() - began, str(stage.output)))
+        say(f"{stage.name}: {state}" + (f" in {outcomes[-1].seconds:.1f} s" if state == "made" else ""))
+    return outcomes
+
+
+class _Work:
+    """The working folder, and the stages with their keys."""
+
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.output = config.output
+        self.folder = config.work or self.output.with_name(self.output.name + "-work")
+        if not self.output.absolute().parent.is_dir():
+            raise UsageError(f"the folder {self.output.absolute().parent} does not exist; create it first")
+        self._state_path = self.folder / "run.json"
+        self._state: dict[str, Any] = read_json_or(self._state_path, {})
+
+    @cached_property
+    def base_folder(self) -> Path:
+        return resolve_model(self.config.model)
+
+    def stages(self) -> list[_Stage]:
+        """Return the stages; each one's key covers all that came before it."""
+        c = self.config
+        text = {"corpus": corpus_signature(c.corpus), "field": c.text_field,
+                "heldout": corpus_signature(c.heldout) if c.heldout else None}  # fmt: skip
+        key = _digest({"vocabext": __version__, "model": _model_signature(self.base_folder), **text})
+        candidates, snippets = self.folder / "candidates.jsonl", self.folder / "snippets.jsonl"
+        rows = self.folder / "rows.safetensors"
+        mean = c.distill.method == "mean"
+        plan: list[tuple[str, Any, Path, Callable[[], str | None]]] = [
+            ("mine", asdict(c.mine), candidates, lambda: self._mine(candidates)),
+            ("collect", asdict(c.collect), snippets, lambda: self._collect(candidates, snippets)),
+            ("distill", asdict(c.distill), rows, lambda: self._distill(candidates if mean else snippets, rows)),
+            ("patch", {}, self.output, lambda: self._patch(rows)),
+            ("verify", {}, self.output / "verify.json", self._verify),
+            ("eval", asdict(c.evaluate), self.output / "eval.json", self._evaluate),
+        ]
+        stages = []
+        for name, options, output, make in plan:
+            if name == "collect" and mean:
+                continue  # the mean of pieces needs no text
+            key = _digest({"stage": name, "options": options, "before": key})
+            stages.append(_Stage(name, key, output, make))
+        return stages
+
+    def is_done(self, stage: _Stage) -> bool:
+        return self._state.get(stage.name) == stage.key and stage.output.exists()
+
+    def record(self, stage: _Stage) -> None:
+        self._state[stage.name] = stage.key
+        write_json(self._state_path, self._state)
+
+    def check_output(self, stages: list[_Stage]) -> None:
+        """Refuse at once what `patch` would refuse in the end."""
+        (patching,) = (stage for stage in stages if stage.name == "patch")
+        if self.output.exists() and not self.is_done(patching) and not self.config.force:
+            raise OutputExistsError(self.output)
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def _mine(self, output: Path) -> None:
+        base = self._tokenizer()
+        result = mine(self._mining_documents(), base, self.config.mine, self.progress)
+        write_candidates(output, result, base, model=self.config.model, config=self.config.mine,
+                         corpus=self.config.corpus)  # fmt: skip
+
+    def _collect(self, candidates: Path, output: Path) -> None:
+        config = self.config.collect
+        base = self._tokenizer()
+        header, tokens = read_candidates(candidates)
+        records = collect(self._mining_documents(), base, tokens, config, self.progress)
+        if config.generate_missing and short_of_snippets(records, config):
+            from vocabext.model import load_model
+
+            model = load_model(self.base_folder, device=self.config.distill.device, dtype=self.config.distill.dtype,
+                               trust_remote_code=self.config.trust_remote_code)  # fmt: skip
+            records = generate_missing(records, model, base, config, self.progress)
+        write_snippets(output, records, header, config=config, corpus=self.config.corpus)
+
+    def _distill(self, source: Path, output: Path) -> None:
+        from vocabext.distill import distill_file
+
+        distill_file(source, self.config.model, output, self.config.distill, force=True,
+                     trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
+
+    def _patch(self, rows: Path) -> None:
+        from vocabext.patch import patch
+
+        patch(rows, self.config.model, self.output, force=self.config.force,
+              trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
+
+    def _verify(self) -> None:
+        from vocabext.verify import VERIFY_NAME, verify
+
+        result = verify(self.output, self.config.model, self._all_documents(), progress=self.progress,
+                        trust_remote_code=self.config.trust_remote_code)  # fmt: skip
+        write_json(self.output / VERIFY_NAME, result.to_json())
+        if not result.passed:
+            failed = [f"{check.name} ({check.detail})" for check in result.checks if check.verdict == "fail"]
+            raise BadCheckpointError(f"{self.output} failed verification: {'; '.join(failed)}")
+
+    def _evaluate(self) -> str | None:
+        from vocabext.evaluate import evaluate_folder
+
+        if next(self._held_out_documents(), None) is None:
+            return "the corpus is too small to hold a document out; pass --heldout"
+        evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,
+                        trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
+        return None
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        from vocabext.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.base_folder, trust_remote_code=self.config.trust_remote_code)
+
+    def _mining_documents(self) -> Iterator[Document]:
+        documents = read_documents(self.config.corpus, text_field=self.config.text_field)
+        return documents if self.config.heldout else (d for d in documents if not is_held_out(d))
+
+    def _held_out_documents(self) -> Iterator[Document]:
+        if self.config.heldout:
+            return read_documents(self.config.heldout, text_field=self.config.text_field)
+        documents = read_documents(self.config.corpus, text_field=self.config.text_field)
+        return (d for d in documents if is_held_out(d))
+
+    def _all_documents(self) -> Iterator[Document]:
+        return read_documents((*self.config.corpus, *self.config.heldout), text_field=self.config.text_field)
+
+
+def is_held_out(document: Document) -> bool:
+    """Tell whether a document is kept from mining: decided by its text, so the same text always is."""
+    return zlib.crc32(document.text.encode()) % HELD_OUT_EVERY == 0
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _model_signature(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of every file of a model that matters."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
