@@ -1,0 +1,159 @@
+"""`run`: all stages on a tiny model; what is up to date is skipped; outputs are not overwritten."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tiny_checkpoints import tiny_folder
+from tiny_expanded import DOCUMENTS
+from vocabext.cli.run import run as command
+from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.errors import BadCheckpointError, CorpusError, OutputExistsError, UsageError
+from vocabext.pipeline import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
+from vocabext.records import Document
+
+STAGES = ["mine", "collect", "distill", "patch", "verify", "eval"]
+
+
+@pytest.fixture(autouse=True)
+def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 300)
+
+
+def write_corpus(path: Path, documents: list[Document]) -> Path:
+    path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    base = tiny_folder(tmp_path / "base")
+    return RunConfig(
+        model=str(base),
+        corpus=(str(write_corpus(tmp_path / "corpus.jsonl", DOCUMENTS[:2])),),
+        heldout=(str(write_corpus(tmp_path / "heldout.jsonl", DOCUMENTS[2:])),),
+        output=tmp_path / "new",
+        mine=MineConfig(budget=5, min_count=4),
+        collect=CollectConfig(snippets=6, window=24, min_snippets=2),
+        distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
+        evaluate=EvalConfig(prompts=1, continuation=2, window=48, dtype="float32", device="cpu"),
+    )  # fmt: skip
+
+
+def states(outcomes: list[StageOutcome]) -> dict[str, str]:
+    return {outcome.name: outcome.state for outcome in outcomes}
+
+
+def test_all_stages_run_once_and_then_are_up_to_date(config: RunConfig) -> None:
+    assert states(run(config)) == dict.fromkeys(STAGES, "made")
+    assert json.loads((config.output / "verify.json").read_text())["passed"] is True
+    assert [row["name"] for row in json.loads((config.output / "eval.json").read_text())["rows"]] == [
+        "base", "mean", "distilled"]
+    before = (config.output / "model.safetensors").stat().st_mtime_ns
+    assert states(run(config)) == dict.fromkeys(STAGES, "up to date")
+    assert (config.output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_changed_option_reruns_its_stage_and_those_behind_it(config: RunConfig) -> None:
+    run(config)
+    changed = replace(config, evaluate=replace(config.evaluate, prompts=0))
+    assert states(run(changed)) == {**dict.fromkeys(STAGES, "up to date"), "eval": "made"}
+    changed = replace(config, distill=replace(config.distill, epochs=1), force=True)
+    assert states(run(changed)) == {**dict.fromkeys(STAGES, "made"), "mine": "up to date", "collect": "up to date"}
+
+
+def test_a_changed_corpus_reruns_everything(config: RunConfig) -> None:
+    run(config)
+    corpus = Path(config.corpus[0])
+    corpus.write_text(corpus.read_text() * 2)
+    assert states(run(replace(config, force=True))) == dict.fromkeys(STAGES, "made")
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vocabext.distill.stage.fit_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    work = config.output.with_name("new-work")
+    assert sorted(p.name for p in work.iterdir()) == ["candidates.jsonl", "run.json", "snippets.jsonl"]
+    assert not config.output.exists()
+    assert states(run(config)) == {**dict.fromkeys(STAGES, "made"), "mine": "up to date", "collect": "up to date"}
+
+
+def test_an_output_made_by_something_else_is_refused_before_any_work(config: RunConfig) -> None:
+    config.output.mkdir()
+    with pytest.raises(OutputExistsError, match="--force"):
+        run(config)
+    assert not config.output.with_name("new-work").exists()
+
+
+def test_an_output_made_with_other_options_is_refused(config: RunConfig) -> None:
+    run(config)
+    with pytest.raises(OutputExistsError, match="--force"):
+        run(replace(config, mine=replace(config.mine, budget=3)))
+
+
+def test_the_mean_needs_no_snippets(config: RunConfig) -> None:
+    outcomes = run(replace(config, distill=replace(config.distill, method="mean")))
+    assert list(states(outcomes)) == ["mine", "distill", "patch", "verify", "eval"]
+    assert json.loads((config.output / "vocabext.json").read_text())["method"] == "mean"
+
+
+def test_without_held_out_text_some_documents_are_kept_from_mining(config: RunConfig, tmp_path: Path) -> None:
+    documents = [Document(str(i), f"{DOCUMENTS[i % 3].text} number {i}") for i in range(60)]
+    kept = [d for d in documents if is_held_out(d)]
+    assert 0 < len(kept) < len(documents) * 3 / HELD_OUT_EVERY
+    write_corpus(tmp_path / "corpus.jsonl", documents)
+    run(replace(config, heldout=()))
+    assert json.loads((config.output / "eval.json").read_text())["documents"] == len(kept)
+    header = json.loads((tmp_path / "new-work" / "candidates.jsonl").read_text().splitlines()[0])
+    assert header["documents"] == len(documents) - len(kept)
+
+
+def test_a_corpus_too_small_to_hold_out_from_is_not_evaluated(config: RunConfig, tmp_path: Path) -> None:
+    documents = [d for i in range(40) if not is_held_out(d := Document(str(i), f"{DOCUMENTS[0].text} {i}"))][:2]
+    write_corpus(tmp_path / "corpus.jsonl", documents)
+    outcomes = run(replace(config, heldout=()))
+    assert states(outcomes)["eval"].startswith("not made: the corpus is too small")
+    assert states(outcomes)["verify"] == "made"
+
+
+def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vocabext.verify.MAX_NORM_RATIO", 1e-6)
+    with pytest.raises(BadCheckpointError, match="new rows plausible"):
+        run(config)
+    assert json.loads((config.output / "verify.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [
+    ({"corpus": ("missing.jsonl",)}, UsageError, "missing.jsonl"),
+    ({"text_field": "body"}, CorpusError, "body"),
+    ({"model": "./nowhere"}, UsageError, "nowhere"),
+    ({"output": Path("no/such/folder")}, UsageError, "no/such"),
+    ({"mine": MineConfig(budget=100_000, min_count=4)}, UsageError, "100000"),
+])  # fmt: skip
+def test_bad_input_leaves_nothing_behind(config: RunConfig, change: dict[str, object], error: type[Exception],
+                                         words: str) -> None:  # fmt: skip
+    with pytest.raises(error, match=words):
+        run(replace(config, **change))  # type: ignore[arg-type]
+    assert not config.output.exists()
+    work = config.output.with_name("new-work")
+    assert not work.exists() or not list(work.iterdir())
+
+
+def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
+    arguments = [*config.corpus, "--heldout", config.heldout[0], "--model", config.model, "-o", str(config.output),
+                 "--budget", "4", "--min-count", "4", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",
+                 "--dtype", "float32", "--device", "cpu", "--prompts", "0", "--json"]  # fmt: skip
+    result = CliRunner().invoke(command, arguments, env={**os.environ})
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [stage["name"] for stage in document["stages"]] == STAGES
+    assert len(json.loads((config.output / "vocabext.json").read_text())["tokens"]) == 4
