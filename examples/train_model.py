@@ -138,7 +138,7 @@ def train(texts: Texts, folder: Path, minutes: float, checkpoint_minutes: float)
     general = loop.Corpus.encode(bpe, texts.general())
     domain = loop.Corpus.encode(bpe, texts.mining)
     log.info("general %d tokens, domain %d tokens", len(general.tokens_N), len(domain.tokens_N))
-    model = build(bpe.token_to_id(tokenizer.BEGIN), bpe.token_to_id(tokenizer.END), SEED)
+    model = build(*tokenizer.special_ids(bpe), SEED)
     optimizer = Optimizer(model, muon_rate=MUON_RATE, adam_rate=ADAM_RATE, decay=WEIGHT_DECAY)
     result = loop.train(
         Trainee(model),

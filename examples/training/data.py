@@ -237,7 +237,7 @@ def read_wordnet(tree: Path) -> list[str]:
     seen: set[str] = set()
     entries = []
     for number, lines in enumerate(read_entries(tree)):
-        senses = []
+        senses: list[str] = []
         for line in lines[1:]:
             starts = re.match(r" +(?:(?:n|v|adj|adv) )?\d+: ", line)
             if starts or not senses:

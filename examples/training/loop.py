@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from training.model import Trainee
 from training.optim import Optimizer
-from training.tokenizer import BEGIN, CONTEXT, END
+from training.tokenizer import CONTEXT, special_ids
 
 log = logging.getLogger("train_model")
 
@@ -65,8 +65,7 @@ class Corpus:
         Returns:
             The corpus.
         """
-        assert tokenizer.token_to_id(BEGIN) is not None
-        end = tokenizer.token_to_id(END)
+        _, end = special_ids(tokenizer)
         rows = [
             np.array([*encoding.ids, end], np.uint16)
             for start in range(0, len(documents), 1_000)

@@ -135,4 +135,6 @@ class Trainee(nn.Module):
         """
         hidden_BTD = self.body(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
         targets_N = tokens_BT[:, 1:].reshape(-1)
-        return HeadLoss.apply(hidden_BTD.flatten(0, 1), self.model.lm_head.weight, targets_N)
+        hidden_ND, head_VD = hidden_BTD.flatten(0, 1), self.model.lm_head.weight
+        loss: Tensor = HeadLoss.apply(hidden_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
+        return loss

@@ -85,7 +85,8 @@ def discounts(counts: Ints) -> Floats:
     else:
         y = n1 / (n1 + 2 * n2)
         by_count = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    return by_count[np.minimum(counts, 3)]
+    result: Floats = by_count[np.minimum(counts, 3)]
+    return result
 
 
 def document_ends(corpus: Corpus) -> Ints:
@@ -136,7 +137,7 @@ class NGram:
         total = np.bincount(contexts, weights=counts, minlength=size)
         taken = np.bincount(contexts, weights=np.minimum(discount, counts), minlength=size)
         backoff = np.divide(taken, total, out=np.ones(size), where=total > 0)
-        return Table(keys[n - 1], np.maximum(counts - discount, 0.0), total, backoff)
+        return Table(keys[n - 1], np.maximum(counts - discount, 0.0), total.astype(np.float64), backoff)
 
     def probabilities(self, corpus: Corpus) -> Floats:
         """Compute the probability of every token given those before it in its document.
@@ -152,7 +153,7 @@ class NGram:
         begins = np.repeat(corpus.starts[:-1], np.diff(corpus.starts))
         places = np.arange(size)
         table = self.tables[0]
-        p = (table.numerator[tokens] + table.backoff[0] * table.total[0] / self.vocabulary) / (table.total[0])
+        p: Floats = (table.numerator[tokens] + table.backoff[0] * table.total[0] / self.vocabulary) / (table.total[0])
         contexts = tokens  # name of the (n-1)-gram that starts at each position
         for n in range(2, ORDER + 1):
             table = self.tables[n - 1]

@@ -37,7 +37,8 @@ def orthogonalize(matrices_KMN: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram_KMM = x @ x.mT
         x = a * x + (b * gram_KMM + c * gram_KMM @ gram_KMM) @ x
-    return x.mT if tall else x
+    result_KMN: Tensor = x.mT if tall else x
+    return result_KMN
 
 
 class Optimizer:

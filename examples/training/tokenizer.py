@@ -74,6 +74,14 @@ def train(documents: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the ids of the begin and the end token."""
+    begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+    assert begin is not None
+    assert end is not None
+    return begin, end
+
+
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
