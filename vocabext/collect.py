@@ -7,22 +7,46 @@ uniform sample per token (reservoir sampling, Vitter 1985), not the first few: t
 a corpus tend to be alike.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vocabext.config import CollectConfig
+from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken, TokenSnippets
+from vocabext.records import Document, NewToken, TokenSnippets, read_jsonl, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
 
 BATCH = 256
 # Base ids in front of the token: enough to be in context, few enough to leave room behind it, where
 # the objective looks.
 MAX_BEFORE = 0.4
+# Texts written per missing snippet: not each holds a real occurrence.
+TEXTS_PER_SNIPPET = 2
+# Prompts that the model continues at once.
+PROMPTS_PER_BATCH = 64
+# Sampling as it is: the snippets should be what the model itself finds likely.
+TEMPERATURE = 1.0
+# What may stand in front of a written text; the first after which the token really occurs is taken.
+LEADS = ("", "\n", " ", ". ", "(", "x")
+
+
+class Writer(Protocol):
+    """What continues prompts: `vocabext.model.FrozenModel`."""
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text in ids."""
+
+    def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
+              num_used_ids: int) -> list[list[int]]:  # fmt: skip
+        """Continue prompts of equal length; returns the new ids of each."""
 
 
 @dataclass
@@ -82,14 +106,110 @@ def add_generated(
             _sample(np.asarray(ids, np.int64), expanded.expansion, reservoirs, config, rng)
         (found,) = reservoirs.values()
         record = records[index]
-        new = found.snippets[: config.snippets - len(record.snippets)]
+        known = set(record.snippets)
+        distinct = [snippet for snippet in dict.fromkeys(found.snippets) if snippet[0] not in known]
+        new = distinct[: max(0, config.snippets - len(record.snippets))]
         topped_up[index] = replace(
             record,
             snippets=(*record.snippets, *(ids for ids, _ in new)),
             positions=(*record.positions, *(position for _, position in new)),
-            num_generated=len(new),
+            num_generated=record.num_generated + len(new),
         )
     return topped_up
+
+
+def generate_missing(
+    records: Sequence[TokenSnippets], model: Writer, base: BaseTokenizer, config: CollectConfig,
+    progress: Progress = no_progress,
+) -> list[TokenSnippets]:  # fmt: skip
+    """Let the model write text for every token with fewer than `config.min_snippets` snippets.
+
+    The model continues the token's base ids; only texts in which the expanded tokenizer really
+    produces the token count, so a token may stay short of snippets.
+
+    Args:
+        records: What `collect` found.
+        model: The frozen base model.
+        base: Its tokenizer.
+        config: As for `collect`.
+        progress: Where to report.
+
+    Returns:
+        One record per token, in the same order.
+    """
+    expanded = extend(base, [record.new_token for record in records])
+    prompts: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)  # by length: one call needs equal ones
+    for index in short_of_snippets(records, config):
+        prompt = [*base.prefix_ids, *records[index].new_token.run]
+        missing = config.snippets - len(records[index].snippets)
+        prompts[len(prompt)] += [(index, prompt)] * (TEXTS_PER_SNIPPET * missing)
+    texts: dict[int, list[str]] = defaultdict(list)
+    with progress("writing text", sum(len(group) for group in prompts.values()), "texts") as task:
+        for length, group in sorted(prompts.items()):
+            num_tokens = min(config.window, model.max_positions - length)
+            for at in range(0, len(group) if num_tokens > 0 else 0, PROMPTS_PER_BATCH):
+                batch = group[at : at + PROMPTS_PER_BATCH]
+                seed = int(np.random.SeedSequence([config.seed, length, at]).generate_state(1)[0])
+                written = model.write([prompt for _, prompt in batch], num_tokens, temperature=TEMPERATURE,
+                                      seed=seed, num_used_ids=base.num_used_ids)  # fmt: skip
+                for (index, _), ids in zip(batch, written, strict=True):
+                    texts[index].append(_written_text(index, ids, base, expanded))
+                task.advance(len(batch))
+    return add_generated(records, texts, expanded, config)
+
+
+def _written_text(index: int, continuation: Sequence[int], base: BaseTokenizer, expanded: ExpandedTokenizer) -> str:
+    """Spell what the model wrote, token included, such that the token occurs in it if that is possible."""
+    added = set(base.added.values())
+    end = next((i for i, token_id in enumerate(continuation) if token_id in added), len(continuation))
+    token = expanded.tokens[index]
+    # Decoders strip a space at the start of a text: the token's own spelling goes in front.
+    rest = base.decode([*token.run, *continuation[:end]]).removeprefix(base.decode(token.run))
+    texts = [lead + token.token + rest for lead in LEADS]
+    token_id = expanded.first_new_id + index
+    return next((text for text in texts if token_id in expanded.encode(text)), texts[0])
+
+
+def write_snippets(
+    path: Path, records: Sequence[TokenSnippets], header: Mapping[str, Any], *, config: CollectConfig,
+    corpus: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write what was collected: a header, then one line per token in token-id order.
+
+    Args:
+        path: The file; replaced if it is there.
+        records: The tokens with their snippets.
+        header: The header of the candidates that they come from.
+        config: The options of `collect`.
+        corpus: The sources of the corpus, as they were given.
+
+    Returns:
+        The header.
+    """
+    new_header = {
+        "base": header["base"], "options": {**header.get("options", {}), **asdict(config)}, "corpus": list(corpus),
+        "snippets": sum(len(record.snippets) for record in records),
+        "generated": sum(record.num_generated for record in records),
+        "short": [records[i].new_token.token for i in short_of_snippets(records, config)],
+    }  # fmt: skip
+    write_jsonl(path, "snippets", new_header, (record.to_json() for record in records))
+    return new_header
+
+
+def read_snippets(path: Path) -> tuple[dict[str, Any], list[TokenSnippets]]:
+    """Read the artifact of `collect` back.
+
+    Returns:
+        The header, and the tokens with their snippets in token-id order.
+
+    Raises:
+        UsageError: If the file is missing, damaged or another artifact.
+    """
+    header, rows = read_jsonl(path, ("snippets",))
+    try:
+        return header, [TokenSnippets.from_json(row) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); collect again") from None
 
 
 def short_of_snippets(records: Sequence[TokenSnippets], config: CollectConfig) -> list[int]:

@@ -9,22 +9,31 @@ computed again (lazy greedy, Minoux 1978).
 """
 
 import heapq
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vocabext.checkpoint import resolve_model
 from vocabext.config import MineConfig
-from vocabext.errors import TokenizerError, UsageError
+from vocabext.errors import CorpusError, TokenizerError, UsageError
+from vocabext.manifest import file_sha256
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken
+from vocabext.records import Document, NewToken, read_jsonl, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, extend
 
 Array = npt.NDArray[np.int64]
 BATCH = 512
 # `auto` looks for the knee among this many tokens.
 MAX_AUTO_BUDGET = 10_000
+# How many rejected candidates are named in the artifact; all are counted.
+MAX_EXAMPLES = 50
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,15 @@ class MineResult:
     candidates: int
     rejected: dict[str, str]
 
+    @property
+    def shorter_share(self) -> float:
+        """By which share the expanded tokenizer makes the mining corpus shorter, measured."""
+        return 1 - self.expanded_tokens / self.base_tokens
+
+    def rejected_by_reason(self) -> dict[str, int]:
+        """Count the rejected candidates by reason, the commonest first."""
+        return dict(Counter(_reason(text, why) for text, why in self.rejected.items()).most_common())
+
 
 def mine(
     documents: Iterable[Document], base: BaseTokenizer, config: MineConfig, progress: Progress = no_progress
@@ -72,8 +90,11 @@ def mine(
 
     Raises:
         UsageError: If the corpus yields fewer candidates than the budget asks for.
+        CorpusError: If there is no document.
     """
     texts = [document.text for document in documents]
+    if not texts:
+        raise CorpusError("there is no document to mine; give more text")
     corpus = _read(texts, base, progress)
     candidates = _count(corpus, config)
     _check_budget(len(candidates), config)
@@ -85,6 +106,62 @@ def mine(
     tokens, expanded_tokens = _measure(texts, base, kept, progress)
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
     return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), len(candidates), rejected)
+
+
+def write_candidates(
+    path: Path, result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str]
+) -> dict[str, Any]:  # fmt: skip
+    """Write what was mined: a header, then one line per token in token-id order.
+
+    Args:
+        path: The file; replaced if it is there.
+        result: What `mine` returned.
+        base: The tokenizer that it was mined with.
+        model: Its folder or hub id, as it was given.
+        config: The options of `mine`.
+        corpus: The sources of the corpus, as they were given.
+
+    Returns:
+        The header.
+    """
+    header = {
+        "base": {"model": model, "num_used_ids": base.num_used_ids,
+                 "tokenizer_sha256": file_sha256(resolve_model(model) / "tokenizer.json")},
+        "options": asdict(config), "corpus": list(corpus), "documents": result.documents,
+        "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
+        "candidates": result.candidates,
+        "rejected": {"count": len(result.rejected), "by_reason": result.rejected_by_reason(),
+                     "examples": dict(islice(result.rejected.items(), MAX_EXAMPLES))},
+        "curve": [asdict(point) for point in result.curve],
+    }  # fmt: skip
+    write_jsonl(path, "candidates", header, (token.to_json() for token in result.tokens))
+    return header
+
+
+def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:
+    """Read the artifact of `mine` back.
+
+    Returns:
+        The header, and the tokens in token-id order.
+
+    Raises:
+        UsageError: If the file is missing, damaged or another artifact.
+    """
+    header, rows = read_jsonl(path, ("candidates",))
+    try:
+        tokens = [NewToken.from_json(row) for row in rows]
+        str(header["base"]["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); mine again") from None
+    if not tokens:
+        raise UsageError(f"{path} holds no tokens; mine again")
+    return header, tokens
+
+
+def _reason(text: str, why: str) -> str:
+    """Take the texts and numbers out of a reason, so that equal reasons can be counted."""
+    quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+    return re.sub(r"\d+", "N", re.sub(quoted, "...", why.replace(repr(text), "it")))
 
 
 def _check_budget(available: int, config: MineConfig) -> None:

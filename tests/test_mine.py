@@ -1,0 +1,345 @@
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_checkpoints import tiny_folder
+from tiny_tokenizers import KINDS, TEXT, as_hf, llama3, tiny_base
+
+from vocabext.cli.main import cli
+from vocabext.cli.mine import mine as command
+from vocabext.config import MineConfig
+from vocabext.errors import CorpusError, UsageError
+from vocabext.manifest import file_sha256
+from vocabext.mine import CurvePoint, MineResult, _knee, mine, read_candidates, write_candidates
+from vocabext.records import Document, write_jsonl
+from vocabext.tokenizer import BaseTokenizer, extend
+
+WORDS = " cardiac muscle of the heart, signs and symptoms; ureter theatre rates".split(" ")
+
+
+def documents(texts: Sequence[str]) -> list[Document]:
+    return [Document(f"{i}", text) for i, text in enumerate(texts)]
+
+
+def corpus(seed: int = 0, count: int = 30) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return ["The" + " ".join(rng.choice(WORDS, 40)) + f".\n{TEXT[i % len(TEXT)]}" for i in range(count)]
+
+
+def run(base: BaseTokenizer, texts: Sequence[str], **options: object) -> MineResult:
+    return mine(documents(texts), base, MineConfig(**{"budget": 10, "min_count": 5, **options}))  # type: ignore[arg-type]
+
+
+def names(result: MineResult) -> list[str]:
+    return [token.token for token in result.tokens]
+
+
+# ---- what is chosen ------------------------------------------------------------------------------
+
+
+def test_overlap_is_accounted_for() -> None:
+    """A plain sort would take the phrase and then its words, which by then save nothing."""
+    base = tiny_base("gpt2")
+    texts = [" ureteral cardiopathy"] * 40 + [" symptomatic"] * 30
+    result = run(base, texts, budget=2)
+    assert names(result) == [" ureteral cardiopathy", " symptomatic"]
+    by_worth = {text: 40 * (len(base.new_token(text).run) - 1) for text in (" ureteral", " cardiopathy")}
+    assert max(by_worth.values()) > 30 * (len(base.new_token(" symptomatic").run) - 1)
+    assert result.tokens[0].saved == 40 * (len(base.new_token(" ureteral cardiopathy").run) - 1)
+
+
+def test_a_word_counts_where_the_phrase_does_not_hold_it() -> None:
+    base = tiny_base("gpt2")
+    texts = [" ureteral cardiopathy"] * 40 + [" cardiopathy"] * 10
+    tokens = {token.token: token for token in run(base, texts, budget=2).tokens}
+    assert tokens[" ureteral cardiopathy"].count == 40
+    assert tokens[" cardiopathy"].count == 10
+    assert tokens[" cardiopathy"].saved == 10 * (len(tokens[" cardiopathy"].run) - 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+def test_what_is_predicted_is_what_is_measured(kind: str) -> None:
+    # No two of these phrases overlap, so the order in which text is read plays no part.
+    base = tiny_base(kind)
+    texts = [" signs and symptoms. The ureteral theatre"] * 20 + [" ureteral (symptomatic) cardiopathy"] * 30
+    result = run(base, texts, budget=4, words_only=True)
+    assert result.base_tokens - result.expanded_tokens == result.curve[-1].saved_tokens > 0
+    assert result.curve[-1].shorter_share == pytest.approx(result.shorter_share)
+    assert sum(t.saved for t in result.tokens) == result.curve[-1].saved_tokens
+    for token in result.tokens:
+        assert token.saved == token.count * (len(token.run) - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_those_of_the_real_tokenizer(kind: str) -> None:
+    base, texts = tiny_base(kind), corpus()
+    result = run(base, texts)
+    assert result.base_tokens == sum(len(base.encode(text)) for text in texts)
+    new = extend(base, result.tokens)
+    ids = [i for text in texts for i in new.encode(text)]
+    assert result.expanded_tokens == len(ids)
+    assert [token.count for token in result.tokens] == [
+        ids.count(new.first_new_id + i) for i in range(len(result.tokens))]
+    assert min(token.count for token in result.tokens) >= 5
+    assert result.shorter_share > 0.2
+
+
+def test_savings_fall_and_the_curve_adds_them_up() -> None:
+    result = run(tiny_base("llama3"), corpus(), budget=15)
+    saved = [token.saved for token in result.tokens]
+    assert saved == sorted(saved, reverse=True)
+    assert [point.budget for point in result.curve] == [10, 15]
+    assert result.curve[0] == CurvePoint(10, sum(saved[:10]), sum(saved[:10]) / result.base_tokens)
+
+
+def test_a_phrase_that_overlaps_itself_is_counted_without_overlap() -> None:
+    base = tiny_base("gpt2")
+    texts = [" ha ha ha ha ha"] * 20  # each ` ha` is a token already; two of them begin at four places
+    for max_units, count in ((2, 40), (4, 20), (5, 20)):
+        result = run(base, texts, budget=1, max_units=max_units)
+        (token,) = result.tokens
+        assert (token.token, token.count) == (" ha" * max_units, count)
+        assert token.saved == count * (max_units - 1) == result.base_tokens - result.expanded_tokens
+
+
+def test_a_phrase_is_only_chosen_where_it_would_be_used() -> None:
+    # In front of `'s` the guard refuses the phrase; counting it there would promise too much.
+    base = tiny_base("gpt2")
+    texts = [" heart muscle's"] * 50
+    phrase = " heart muscle"
+    assert names(run(base, texts, budget=1, max_units=2)) != [phrase]
+    with pytest.raises(UsageError, match="only 1 candidates"):
+        run(base, texts, budget=2, max_units=2)
+    assert phrase in names(run(base, texts + [phrase] * 10, budget=2, max_units=2))
+
+
+def test_tokens_do_not_cross_documents_lines_or_special_tokens() -> None:
+    base = tiny_base("llama3")
+    result = run(base, [" ureter<s> ureteral\n theatre\n", "cardiac"] * 20, budget=4, max_units=9)
+    assert result.candidates == 4
+    assert sorted(names(result)) == [" theatre", " ureter", " ureteral", "cardiac"]
+
+
+def test_options_limit_what_is_taken() -> None:
+    base, texts = tiny_base("llama3"), [" ureteral cardiopathy and symptoms"] * 12 + [" ureteral"] * 3
+    assert all(" " not in name.strip() for name in names(run(base, texts, budget=2, words_only=True)))
+    assert max(name.count(" ") for name in names(run(base, texts, budget=2, max_units=2))) == 2
+    assert max(map(len, names(run(base, texts, budget=2, max_characters=11)))) <= 11
+    assert names(run(base, texts, budget=1, min_count=13, max_units=1)) == [" ureteral"]
+    limited = run(base, texts, budget=2, max_characters=11)
+    assert limited.rejected[" ureteral cardiopathy and"].endswith("has 25 characters, more than 11")
+
+
+def test_numbers_and_signs_are_no_vocabulary() -> None:
+    result = run(tiny_base("llama3"), [" 12,5 -- ureteral 99.9%"] * 20, budget=1)
+    assert any(c.isalpha() for c in names(result)[0])
+    assert "it has no letter" in result.rejected_by_reason()
+
+
+def test_the_same_corpus_gives_the_same_tokens() -> None:
+    base = tiny_base("metaspace")
+    assert run(base, corpus()) == run(base, corpus())
+
+
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.lists(st.sampled_from([*WORDS, "<s>", "\n", "🙂", "", "1", "'s"]), max_size=20).map(" ".join),
+                      min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))  # fmt: skip
+def test_any_corpus_gives_tokens_that_keep_the_invariant(texts: list[str], kind: str) -> None:
+    base = tiny_base(kind)
+    try:
+        result = mine(documents(texts), base, MineConfig(budget=None, min_count=2))
+    except UsageError:
+        return
+    new = extend(base, result.tokens)
+    for text in texts:
+        assert new.expansion.unmerge(new.encode(text)).tolist() == base.encode(text)
+    assert all(token.count >= 2 for token in result.tokens)
+
+
+# ---- budgets -------------------------------------------------------------------------------------
+
+
+def test_a_budget_larger_than_the_candidates_is_one_line_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match=r"--budget is 5000, but only \d+ candidates occur at least 5 times; lower"):
+        run(tiny_base("llama3"), corpus(), budget=5000)
+    # Enough candidates, but once the first are chosen the others save nothing.
+    with pytest.raises(UsageError, match=r"--budget is 2, but only 1 candidates occur at least 5 times"):
+        run(tiny_base("gpt2"), [" ureteral cardiopathy"] * 9, budget=2)
+
+
+def test_a_corpus_without_repetition_or_without_documents() -> None:
+    with pytest.raises(UsageError, match="no run of at least two tokens occurs 5 times in this corpus"):
+        run(tiny_base("gpt2"), ["the", "<s>"])
+    with pytest.raises(CorpusError, match="no document to mine"):
+        run(tiny_base("gpt2"), [])
+    with pytest.raises(UsageError, match="no run of at least two tokens"):
+        run(tiny_base("crossing"), ["🙂"])
+
+
+def test_auto_stops_at_the_knee() -> None:
+    assert _knee([100, 90, 80, 1, 1, 1, 1, 1]) == 3
+    assert _knee([5, 5]) == 2
+    assert _knee([]) == 0
+    base = tiny_base("gpt2")
+    heavy, light = [" ureteral", " cardiopathy", " symptomatic"], [" xa", " xb", " xc", " xd", " xe", " xf", " xg"]
+    texts = [text for text in heavy for _ in range(100)] + [text for text in light for _ in range(5)]
+    assert set(names(run(base, texts, budget=None))) == set(heavy)
+
+
+@pytest.mark.parametrize("option", ["budget", "min_count", "max_units", "max_characters"])
+def test_options_out_of_range_are_named(option: str) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is 0; it must be"):
+        MineConfig(**{option: 0})
+
+
+# ---- the artifact --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that holds a tokenizer; mining needs nothing else."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    as_hf(llama3()).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.fixture
+def corpus_file(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus()))
+    return path
+
+
+def test_candidates_survive_the_file(tmp_path: Path, model: Path) -> None:
+    base = tiny_base("llama3")
+    result = run(base, corpus(), max_characters=12)
+    path = tmp_path / "candidates.jsonl"
+    written = write_candidates(path, result, base, model=str(model), config=MineConfig(max_characters=12), corpus=["c"])
+    header, tokens = read_candidates(path)
+    assert tuple(tokens) == result.tokens
+    assert {**written, "artifact": "candidates", "version": 1} == header
+    assert header["base"] == {"model": str(model), "num_used_ids": base.num_used_ids,
+                              "tokenizer_sha256": file_sha256(model / "tokenizer.json")}  # fmt: skip
+    assert header["options"]["max_characters"] == 12
+    assert header["rejected"]["count"] == len(result.rejected) == sum(header["rejected"]["by_reason"].values())
+    assert header["rejected"]["by_reason"]["it has N characters, more than N"] > 0
+    assert header["curve"][-1]["budget"] == 10
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        ({"base": {"model": "m"}}, [{"token": "x"}], r"is damaged \(KeyError: 'key'\); mine again"),
+        ({}, [{"token": "x", "key": "x", "run": [1, 2]}], r"is damaged \(KeyError: 'base'\)"),
+        ({"base": {"model": "m"}}, [], "holds no tokens"),
+    ],
+)
+def test_damaged_candidates_are_one_line(tmp_path: Path, header: dict[str, object], rows: list[dict[str, object]],
+                                         message: str) -> None:  # fmt: skip
+    write_jsonl(tmp_path / "c.jsonl", "candidates", header, rows)
+    with pytest.raises(UsageError, match=message):
+        read_candidates(tmp_path / "c.jsonl")
+
+
+# ---- the verb ------------------------------------------------------------------------------------
+
+
+def invoke(*args: object) -> tuple[int, str, str]:
+    outcome = CliRunner().invoke(cli, ["mine", *map(str, args)], prog_name="vocabext")
+    if outcome.exception and not isinstance(outcome.exception, SystemExit):
+        raise outcome.exception
+    return outcome.exit_code, outcome.stdout, outcome.stderr
+
+
+def test_the_verb_writes_the_file_and_shows_the_curve(tmp_path: Path, model: Path, corpus_file: Path) -> None:
+    output = tmp_path / "candidates.jsonl"
+    code, out, err = invoke(corpus_file, "--model", model, "--budget", 12, "-o", output, "--max-characters", 14)
+    assert code == 0, err
+    header, tokens = read_candidates(output)
+    assert len(tokens) == 12
+    assert re.search(r"budget +saved tokens +shorter\n", out)
+    assert re.search(rf"^ +12 +{header['curve'][-1]['saved_tokens']:,} ", out, re.MULTILINE)
+    assert repr(tokens[0].token) in out
+    assert f"({header['base_tokens']:,} to {header['expanded_tokens']:,} tokens, measured)" in out
+    assert f"{header['rejected']['count']} candidates cannot be tokens (most often: it has N characters" in err
+
+
+def test_the_verb_speaks_json(tmp_path: Path, model: Path, corpus_file: Path) -> None:
+    output = tmp_path / "candidates.jsonl"
+    code, out, _ = invoke(corpus_file, "--model", model, "--budget", "auto", "-o", output, "--json")
+    document = json.loads(out)
+    assert code == 0
+    header, tokens = read_candidates(output)
+    assert document["tokens"] == len(tokens) > 2
+    assert document["curve"] == header["curve"]
+    assert document["best"][0]["token"] == tokens[0].token
+    assert header["options"]["budget"] is None
+
+
+def test_wrong_use_is_one_line_and_writes_nothing(tmp_path: Path, model: Path, corpus_file: Path) -> None:
+    output = tmp_path / "candidates.jsonl"
+    plain = (corpus_file, "--model", model, "-o", output)
+    for args, message in [
+        ((tmp_path / "missing.txt", *plain[1:]), "missing.txt does not exist"),
+        ((*plain, "--text-field", "body"), "has no field 'body', only 'text'; choose one with --text-field"),
+        ((corpus_file, "--model", tmp_path / "missing", "-o", output), "missing does not exist"),
+        ((corpus_file, "--model", tmp_path, "-o", output), "has no tokenizer that transformers can load"),
+        ((*plain, "--budget", "5000"), "--budget is 5000, but only"),
+        ((*plain, "--budget", "many"), "'many' is neither a number nor 'auto'"),
+        ((*plain, "--min-count", "1"), "--min-count is 1; it must be at least 2"),
+        ((corpus_file, "--model", model, "-o", tmp_path / "no" / "c.jsonl"), "no does not exist; create it"),
+    ]:
+        code, out, err = invoke(*args)
+        lines = [line for line in err.splitlines() if not re.match(r"[a-z ]+: [\d,]+ \w+ in ", line)]
+        assert code in (1, 2)
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert message in lines[0], lines
+        assert not out
+        assert not output.exists()
+    output.write_text("mine")
+    assert invoke(*plain, "--budget", "5")[0] == 2
+    assert output.read_text() == "mine"
+    assert invoke(*plain, "--budget", "5", "--force")[0] == 0
+    assert len(read_candidates(output)[1]) == 5
+
+
+def test_the_verb_works_on_a_whole_model_folder(tmp_path: Path, corpus_file: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    output = tmp_path / "candidates.jsonl"
+    assert invoke(corpus_file, "--model", folder, "--budget", "5", "-o", output)[0] == 0
+    assert read_candidates(output)[0]["base"]["num_used_ids"] == 290
+
+
+def test_help_names_every_option() -> None:
+    out = CliRunner().invoke(command, ["--help"]).output
+    for option in ("--budget", "--min-count", "--max-units", "--max-characters", "--words-only", "--json"):
+        assert option in out
+
+
+# ---- a real corpus -------------------------------------------------------------------------------
+
+
+@pytest.mark.assets
+def test_a_real_tokenizer_and_corpus(assets: Path) -> None:
+    from vocabext.corpus import read_documents
+    from vocabext.tokenizer import load_tokenizer
+
+    sources = assets / "corpora" / "medquad.heldout.jsonl.gz"
+    base = load_tokenizer(assets / "models" / "biomed-13m")
+    texts = [d for i, d in enumerate(read_documents([str(sources)])) if i % 4 == 0]
+    result = mine(texts, base, MineConfig(budget=200, min_count=5))
+    assert len(result.tokens) == 200
+    assert result.shorter_share > 0.1
+    assert result.shorter_share == pytest.approx(result.curve[-1].shorter_share, abs=0.03)
+    new = extend(base, result.tokens)
+    for document in texts[:50]:
+        assert new.expansion.unmerge(new.encode(document.text)).tolist() == base.encode(document.text)

@@ -1,0 +1,94 @@
+"""`vocabext collect`: snippets of a corpus for every new token."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vocabext.cli import options, show
+from vocabext.config import CollectConfig
+
+DEFAULTS = CollectConfig()
+NUM_NAMED = 20
+Command = Callable[..., Any]
+
+
+def collect_options(command: Command) -> Command:
+    """Add the options that `collect` and `run` share."""
+    for option in (
+        click.option("--generate-missing", is_flag=True, help="Let the model write text for tokens short of it."),
+        click.option("--min-snippets", type=int, default=DEFAULTS.min_snippets, show_default=True,
+                     help="A token with fewer snippets is listed as short of text."),
+        click.option("--window", type=int, default=DEFAULTS.window, show_default=True,
+                     help="Length of a snippet, in base ids."),
+        click.option("--snippets", type=int, default=DEFAULTS.snippets, show_default=True,
+                     help="Snippets per token."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("candidates", type=click.Path(path_type=Path), metavar="CANDIDATES")
+@options.corpus_option
+@click.option("--model", metavar="MODEL", help="Model folder or hub id.  [default: the one that was mined for]")
+@options.output_option
+@collect_options
+@options.text_field_option
+@options.seed_option
+@options.force_option
+@options.trust_remote_code_option
+@options.json_option
+def collect(
+    candidates: Path, corpus: tuple[str, ...], model: str | None, output: Path, text_field: str, force: bool,
+    trust_remote_code: bool, as_json: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Sample snippets of a corpus for each token of CANDIDATES (from `vocabext mine`).
+
+    One pass keeps a uniform sample per token; only places where the expanded tokenizer really produces
+    the token count.
+    """
+    from vocabext.collect import collect as run_collect
+    from vocabext.collect import generate_missing, short_of_snippets, write_snippets
+    from vocabext.corpus import read_documents
+    from vocabext.mine import read_candidates
+    from vocabext.records import check_output
+    from vocabext.tokenizer import load_tokenizer
+
+    config = CollectConfig(**settings)
+    check_output(output, force=force)
+    header, tokens = read_candidates(candidates)
+    model = model or str(header["base"]["model"])
+    documents = read_documents(corpus, text_field=text_field)
+    base = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    records = run_collect(documents, base, tokens, config, show.progress)
+    if config.generate_missing and short_of_snippets(records, config):
+        from vocabext.checkpoint import resolve_model
+        from vocabext.model import load_model
+
+        frozen = load_model(resolve_model(model), trust_remote_code=trust_remote_code)
+        records = generate_missing(records, frozen, base, config, show.progress)
+    written = write_snippets(output, records, header, config=config, corpus=corpus)
+    _name_short_ones(written["short"], config)
+    summary = {"output": output, "tokens": len(records), **written}
+
+    def render() -> None:
+        show.table([
+            ("tokens", len(records)),
+            ("snippets", written["snippets"]),
+            ("written by the model", written["generated"]),
+            (f"tokens with fewer than {config.min_snippets}", len(written["short"])),
+            ("tokens without any", sum(not record.snippets for record in records)),
+        ], ("", str(output)))
+
+    show.emit(summary, as_json, render)
+
+
+def _name_short_ones(short: list[str], config: CollectConfig) -> None:
+    if not short:
+        return
+    names = ", ".join(repr(token) for token in short[:NUM_NAMED])
+    more = f" and {len(short) - NUM_NAMED:,} more" if len(short) > NUM_NAMED else ""
+    hint = "" if config.generate_missing else "; give more text, or pass --generate-missing"
+    show.note(f"{len(short):,} tokens have fewer than {config.min_snippets} snippets: {names}{more}{hint}")

@@ -1,0 +1,92 @@
+"""`vocabext mine`: the words and phrases of a corpus that are worth a token."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vocabext.cli import options, show
+from vocabext.config import MineConfig
+
+if TYPE_CHECKING:
+    from vocabext.mine import MineResult
+
+DEFAULTS = MineConfig()
+NUM_BEST = 20
+Command = Callable[..., Any]
+
+
+def _budget(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    """Read the value of `--budget`: a number, or None for `auto`."""
+    try:
+        return None if value == "auto" else int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor 'auto'") from None
+
+
+def mine_options(command: Command) -> Command:
+    """Add the options that `mine` and `run` share."""
+    for option in (
+        click.option("--words-only", is_flag=True, help="Take words only, no phrases."),
+        click.option("--max-characters", type=int, default=DEFAULTS.max_characters, show_default=True,
+                     help="Longest token, in characters."),
+        click.option("--max-units", type=int, default=DEFAULTS.max_units, show_default=True,
+                     help="Longest phrase, in words or runs of punctuation."),
+        click.option("--min-count", type=int, default=DEFAULTS.min_count, show_default=True,
+                     help="A token must occur this often in the corpus."),
+        click.option("--budget", callback=_budget, default=str(DEFAULTS.budget), show_default=True, metavar="N|auto",
+                     help="How many new tokens; 'auto' takes the knee of the curve of savings."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command()
+@options.corpus_argument
+@options.model_option
+@options.output_option
+@mine_options
+@options.text_field_option
+@options.force_option
+@options.trust_remote_code_option
+@options.json_option
+def mine(
+    corpus: tuple[str, ...], model: str, output: Path, text_field: str, force: bool, trust_remote_code: bool,
+    as_json: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Find the words and phrases of CORPUS that are worth a token in MODEL.
+
+    CORPUS is a file, folder, glob or hub dataset. Tokens are chosen by what they still save once those
+    before them are chosen; the curve shows how much shorter the corpus gets for which budget.
+    """
+    from vocabext.corpus import read_documents
+    from vocabext.mine import mine as run_mine
+    from vocabext.mine import write_candidates
+    from vocabext.records import check_output
+    from vocabext.tokenizer import load_tokenizer
+
+    config = MineConfig(**settings)
+    check_output(output, force=force)
+    documents = read_documents(corpus, text_field=text_field)
+    base = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    result = run_mine(documents, base, config, show.progress)
+    header = write_candidates(output, result, base, model=model, config=config, corpus=corpus)
+    if result.rejected:
+        commonest = next(iter(result.rejected_by_reason()))
+        show.note(f"{len(result.rejected):,} candidates cannot be tokens (most often: {commonest}); "
+                  f"the header of {output} says which and why")  # fmt: skip
+    best = [token.to_json() for token in result.tokens[:NUM_BEST]]
+    document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
+                "best": best}  # fmt: skip
+    show.emit(document, as_json, lambda: _render(result, output))
+
+
+def _render(result: "MineResult", output: Path) -> None:
+    show.table([(point.budget, point.saved_tokens, f"{point.shorter_share:.1%}") for point in result.curve],
+               ("budget", "saved tokens", "shorter"))  # fmt: skip
+    click.echo(f"\nbest {min(NUM_BEST, len(result.tokens))} of {len(result.tokens):,} tokens")
+    show.table([(repr(t.token), len(t.run), t.count, t.saved) for t in result.tokens[:NUM_BEST]],
+               ("token", "pieces", "count", "saved"))  # fmt: skip
+    click.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus {result.shorter_share:.1%} shorter "
+               f"({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")  # fmt: skip
