@@ -52,6 +52,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 # vLLM repeats the failure of a child process in every parent; these lines say that there was one.
 _EMPTY_CAUSES = ("Engine core initialization failed", "WorkerProc initialization failed", "EngineDeadError")
 _CAUSE = re.compile(r"(?:^|\s)(?P<cause>(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception): .+)$")
+_USAGE = re.compile(r"^\S+: error: (?P<cause>.+)$")
 _LOG_PREFIX = re.compile(r"^\(\w[^)]*pid=\d+\)\s*(?:(?:INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
 
 _running: "set[Child]" = set()
@@ -227,7 +228,7 @@ def wait_until_ready(
     """
     started = time.monotonic()
     waiting = list(servers)
-    with progress("starting vLLM", len(servers), "servers") as task:
+    with progress("starting vLLM", len(servers)) as task:
         while waiting:
             seconds = time.monotonic() - started
             for server in waiting:
@@ -350,10 +351,14 @@ def log_lines(path: Path) -> list[str]:
 
 def likely_cause(lines: Sequence[str]) -> str:
     """Find the line of a log that names the root of a failure: the first real exception, or nothing."""
-    for line in lines:
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if wrong_usage := _USAGE.search(line):
+            return wrong_usage["cause"]
         found = _CAUSE.search(_LOG_PREFIX.sub("", line))
         if found and not any(empty in line for empty in _EMPTY_CAUSES):
-            return found["cause"].strip()
+            cause = found["cause"].strip()
+            # pydantic says in the first line only that something is wrong, and in the second what
+            return f"{cause}: {following.strip()}" if "validation error" in cause else cause
     return ""
 
 

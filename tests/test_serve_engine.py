@@ -231,7 +231,11 @@ def test_the_environment_sends_nothing_home_and_keeps_what_the_user_set(monkeypa
     (["fine", "(Worker pid=9) ERROR 11-23 10:00:00 [x.py:3] torch.OutOfMemoryError: tried to allocate 9 GiB"],
      "torch.OutOfMemoryError: tried to allocate 9 GiB"),
     (["RuntimeError: Engine core initialization failed. See root cause above."], ""),
-    (["api_server.py: error: unrecognized arguments: --nonsense"], ""),
+    (["  [--seed SEED]", "api_server.py: error: unrecognized arguments: --nonsense"],
+     "unrecognized arguments: --nonsense"),
+    (["x.ValidationError: 1 validation error for Model", "  Value error, too long"],
+     "x.ValidationError: 1 validation error for Model: Value error, too long"),
+    (["all is well"], ""),
 ])
 def test_the_likely_cause_is_the_first_real_exception(lines: list[str], cause: str) -> None:
     assert engine.likely_cause(lines) == cause
