@@ -136,10 +136,10 @@ def test_options_limit_what_is_taken() -> None:
     assert limited.rejected[" ureteral cardiopathy and"].endswith("has 25 characters, more than 11")
 
 
-def test_numbers_and_signs_are_no_vocabulary() -> None:
-    result = run(tiny_base("llama3"), [" 12,5 -- ureteral 99.9%"] * 20, budget=1)
-    assert any(c.isalpha() for c in names(result)[0])
-    assert "it has no letter" in result.rejected_by_reason()
+def test_signs_can_be_tokens_and_bare_spaces_cannot() -> None:
+    assert names(run(tiny_base("llama3"), [" >>>"] * 20, budget=1)) == [" >>>"]
+    with pytest.raises(UsageError, match="lower --budget"):
+        run(tiny_base("llama3"), ["a\n\n\n    b"] * 20, budget=1)
 
 
 def test_the_same_corpus_gives_the_same_tokens() -> None:

@@ -342,8 +342,6 @@ def _text(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer) -> str:
 
 def _as_token(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer, config: MineConfig) -> NewToken:
     text = _text(corpus, candidate, base)
-    if not any(c.isalpha() for c in text):
-        raise TokenizerError(f"{text!r} has no letter")
     if len(text) > config.max_characters:
         raise TokenizerError(f"{text!r} has {len(text)} characters, more than {config.max_characters}")
     token = base.new_token(text)
