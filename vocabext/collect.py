@@ -27,8 +27,8 @@ BATCH = 256
 # Base ids in front of the token: enough to be in context, few enough to leave room behind it, where
 # the objective looks.
 MAX_BEFORE = 0.4
-# Texts written per missing snippet: not each holds a real occurrence.
-TEXTS_PER_SNIPPET = 2
+# Not each written text holds a real occurrence: what is still missing is tried once more.
+WRITING_ROUNDS = 2
 # Prompts that the model continues at once.
 PROMPTS_PER_BATCH = 64
 # Sampling as it is: the snippets should be what the model itself finds likely.
@@ -138,24 +138,39 @@ def generate_missing(
         One record per token, in the same order.
     """
     expanded = extend(base, [record.new_token for record in records])
-    prompts: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)  # by length: one call needs equal ones
-    for index in short_of_snippets(records, config):
-        prompt = [*base.prefix_ids, *records[index].new_token.run]
-        missing = config.snippets - len(records[index].snippets)
-        prompts[len(prompt)] += [(index, prompt)] * (TEXTS_PER_SNIPPET * missing)
+    short, topped_up = short_of_snippets(records, config), list(records)
+    for writing_round in range(WRITING_ROUNDS):
+        missing = {i: config.snippets - len(topped_up[i].snippets) for i in short}
+        texts = _write(missing, model, base, expanded, config, writing_round, progress)
+        topped_up = add_generated(topped_up, texts, expanded, config)
+    return topped_up
+
+
+def _write(
+    missing: Mapping[int, int], model: Writer, base: BaseTokenizer, expanded: ExpandedTokenizer,
+    config: CollectConfig, writing_round: int, progress: Progress,
+) -> dict[int, list[str]]:  # fmt: skip
+    """Let the model write one text for each missing snippet; returns them by the index of their token."""
     texts: dict[int, list[str]] = defaultdict(list)
+    prompts: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)  # by length: one call needs equal ones
+    for index, count in missing.items():
+        prompt = [*base.prefix_ids, *expanded.tokens[index].run]
+        if count and len(prompt) < model.max_positions:
+            prompts[len(prompt)] += [(index, prompt)] * count
+    if not prompts:
+        return texts
     with progress("writing text", sum(len(group) for group in prompts.values()), "texts") as task:
         for length, group in sorted(prompts.items()):
             num_tokens = min(config.window, model.max_positions - length)
-            for at in range(0, len(group) if num_tokens > 0 else 0, PROMPTS_PER_BATCH):
+            for at in range(0, len(group), PROMPTS_PER_BATCH):
                 batch = group[at : at + PROMPTS_PER_BATCH]
-                seed = int(np.random.SeedSequence([config.seed, length, at]).generate_state(1)[0])
+                seed = int(np.random.SeedSequence([config.seed, writing_round, length, at]).generate_state(1)[0])
                 written = model.write([prompt for _, prompt in batch], num_tokens, temperature=TEMPERATURE,
                                       seed=seed, num_used_ids=base.num_used_ids)  # fmt: skip
                 for (index, _), ids in zip(batch, written, strict=True):
                     texts[index].append(_written_text(index, ids, base, expanded))
                 task.advance(len(batch))
-    return add_generated(records, texts, expanded, config)
+    return texts
 
 
 def _written_text(index: int, continuation: Sequence[int], base: BaseTokenizer, expanded: ExpandedTokenizer) -> str:
