@@ -107,7 +107,7 @@ Temperature 0.7, top 40, first sample of a fixed seed.
 * Too small and too briefly trained to be useful for anything but demonstrations and tests.
 * General English here means dictionaries and a database manual; ordinary prose is rare in it.
 * The 1913 dictionary has the language and the prejudices of its time.
-* The Python documentation was read several times over, so its mining side is partly memorised;
+* The Python documentation was read more than once, so its mining side is partly memorised;
   judge the model on the held-out side only.
 """
 
