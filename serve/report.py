@@ -96,17 +96,23 @@ def read_result(path: Path, artifact: str) -> dict[str, Any]:
     return dict(document)
 
 
-def card_of(folder: Path) -> list[tuple[str, str]]:
-    """Return what a model folder says of itself, as lines of a table."""
+def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """Return what a model folder says of itself, as lines of a table.
+
+    Args:
+        folder: The model folder.
+        verification: The content of verify.json; looked for in the folder if it is not given.
+    """
     if not has_manifest(folder):
         return [("vocabulary", "as published (no vocabext.json)")]
     manifest = read_manifest(folder)
     last = manifest.first_new_id + len(manifest.tokens) - 1
     path = folder / "verify.json"
-    if path.is_file():
-        verified = "passed" if read_result(path, "verify").get("passed") else "FAILED"
-    else:
-        verified = "not yet; run: vocabext verify"
+    if verification is None and path.is_file():
+        verification = read_result(path, "verify")
+    verified = "not yet; run: vocabext verify"
+    if verification is not None:
+        verified = "passed" if verification["passed"] else "FAILED"
     return [
         ("base", manifest.base.model),
         ("new tokens", f"{len(manifest.tokens):,} (ids {manifest.first_new_id} to {last})"),
@@ -130,7 +136,7 @@ def render_report(expanded: Path, results: Results) -> Page:
     html = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=expanded.resolve().name,
         headline=lines,
-        card=card_of(expanded),
+        card=card_of(expanded, verification),
         figures=_figures(lengths, bench, evaluation, verification),
         lengths=lengths,
         lengths_picture=lengths and _lengths_picture(lengths),
