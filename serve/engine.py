@@ -351,7 +351,7 @@ def log_lines(path: Path) -> list[str]:
 
 def likely_cause(lines: Sequence[str]) -> str:
     """Find the line of a log that names the root of a failure: the first real exception, or nothing."""
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
         if wrong_usage := _USAGE.search(line):
             return wrong_usage["cause"]
         found = _CAUSE.search(_LOG_PREFIX.sub("", line))

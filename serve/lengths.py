@@ -271,7 +271,8 @@ def _passages(
         share, i = ranked[place]
         name, text = cut[i]
         passages.append({
-            "document": name.rpartition("/")[2], "saved_share": share, "percentile": round(100 * place / max(1, len(ranked) - 1)),
+            "document": name.rpartition("/")[2], "saved_share": share,
+            "percentile": round(100 * place / max(1, len(ranked) - 1)),
             "base_pieces": _pieces(base, text, first_new_id), "expanded_pieces": _pieces(expanded, text, first_new_id),
         })
     return passages

@@ -236,6 +236,7 @@ def test_the_environment_sends_nothing_home_and_keeps_what_the_user_set(monkeypa
     (["x.ValidationError: 1 validation error for Model", "  Value error, too long"],
      "x.ValidationError: 1 validation error for Model: Value error, too long"),
     (["all is well"], ""),
+    ([], ""),
 ])
 def test_the_likely_cause_is_the_first_real_exception(lines: list[str], cause: str) -> None:
     assert engine.likely_cause(lines) == cause
