@@ -133,7 +133,7 @@ class Trainee(nn.Module):
         Returns:
             The loss in nats.
         """
-        hidden_BTD = self.body(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
+        hidden_BTD = self.body(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state  # type: ignore[no-untyped-call]
         targets_N = tokens_BT[:, 1:].reshape(-1)
         hidden_ND, head_VD = hidden_BTD.flatten(0, 1), self.model.lm_head.weight
         loss: Tensor = HeadLoss.apply(hidden_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
