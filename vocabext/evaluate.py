@@ -22,7 +22,7 @@ import torch
 
 from vocabext.checkpoint import open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
-from vocabext.errors import CorpusError
+from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.manifest import read_manifest
 from vocabext.model import FrozenModel, load_model
@@ -136,11 +136,17 @@ def evaluate_folder(
 
     Returns:
         The content of eval.json.
+
+    Raises:
+        UsageError: If `against` has other token ids than the base that the folder was made from.
     """
     manifest = read_manifest(folder)
     tokens = [record.new_token for record in manifest.tokens]
     base_folder = resolve_model(against)
     base = load_tokenizer(base_folder, trust_remote_code=trust_remote_code)
+    if manifest.first_new_id != base.num_used_ids:
+        raise UsageError(f"{folder} was made from {manifest.base.model} with {manifest.first_new_id} token ids, but "
+                         f"{against} has {base.num_used_ids}; pass the model it was made from as --against")
     expanded = load_expanded(folder, Expansion(tokens, manifest.first_new_id))
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
@@ -271,11 +277,11 @@ def _compare_greedy(
     budget = max(16, min(config.window, model.max_positions - config.continuation) // 2)
     prompts = []
     for _, ids in pairs:
+        if len(prompts) == config.prompts:
+            break
         array = np.asarray(ids[:budget], np.int64)
         if len(array) == budget and expanded.expansion.is_new(array).any():
             prompts.append(np.concatenate((np.asarray(base.prefix_ids, np.int64), array)))
-        if len(prompts) == config.prompts:
-            break
     if not prompts:
         return {}
     out: dict[str, _Greedy] = {}
