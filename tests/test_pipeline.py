@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS
+
 from vocabext.cli.run import run as command
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
-from vocabext.errors import BadCheckpointError, CorpusError, OutputExistsError, UsageError
+from vocabext.errors import (
+    BadCheckpointError,
+    CheckpointError,
+    CorpusError,
+    OutputExistsError,
+    TokenizerError,
+    UsageError,
+)
 from vocabext.pipeline import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
 from vocabext.records import Document
 
@@ -138,6 +145,11 @@ def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.M
     ({"model": "./nowhere"}, UsageError, "nowhere"),
     ({"output": Path("no/such/folder")}, UsageError, "no/such"),
     ({"mine": MineConfig(budget=100_000, min_count=4)}, UsageError, "100000"),
+    ({"output": Path()}, UsageError, "is there already"),
+    ({"work": Path("no/such/work")}, UsageError, "no/such"),
+    ({"work": Path(__file__)}, UsageError, "is a file; choose another with --work"),
+    ({"distill": DistillConfig(device="cuda:99")}, UsageError, "cuda:99"),
+    ({"distill": DistillConfig(target_layer="99")}, UsageError, "a number from 1 to 1"),
 ])  # fmt: skip
 def test_bad_input_leaves_nothing_behind(config: RunConfig, change: dict[str, object], error: type[Exception],
                                          words: str) -> None:  # fmt: skip
@@ -145,7 +157,29 @@ def test_bad_input_leaves_nothing_behind(config: RunConfig, change: dict[str, ob
         run(replace(config, **change))  # type: ignore[arg-type]
     assert not config.output.exists()
     work = config.output.with_name("new-work")
-    assert not work.exists() or not list(work.iterdir())
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(("name", "content", "error", "words"), [
+    ("heldout.jsonl", '{"body": "no text"}', CorpusError, "no field 'text'"),
+    ("heldout.jsonl", "", CorpusError, "holds no text"),
+    ("base/model.safetensors", "damaged", CheckpointError, "fewer than a safetensors file can have"),
+    ("base/tokenizer.json", "{", TokenizerError, "no tokenizer that transformers can load"),
+])  # fmt: skip
+def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
+    config: RunConfig, tmp_path: Path, name: str, content: str, error: type[Exception], words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=words):
+        run(config)
+    assert not config.output.exists()
+    assert not config.output.with_name("new-work").exists()
+
+
+def test_the_base_itself_is_never_the_output(config: RunConfig) -> None:
+    with pytest.raises(UsageError, match="is the base model itself"):
+        run(replace(config, output=Path(config.model), force=True))
+    assert not Path(config.model + "-work").exists()
 
 
 def test_the_command_takes_every_stages_options(config: RunConfig) -> None:

@@ -49,9 +49,9 @@ def test_an_artifact_is_a_header_and_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds None, but candidates is needed here"),
-        ("[1]\n", "holds None, but candidates is needed here"),
-        ('{"artifact": "snippets", "version": 1}\n', "holds 'snippets', but candidates is needed here"),
+        ("", "holds nothing that vocabext wrote, but 'candidates' .from `vocabext mine`. is needed here"),
+        ("[1]\n", "holds nothing that vocabext wrote, but 'candidates'"),
+        ('{"artifact": "snippets", "version": 1}\n', "holds 'snippets', but 'candidates' .from"),
         ('{"artifact": "candidates", "version": 99}\n', "has format version 99, this vocabext reads 1; make the file"),
         ("plain text\n", "is not a JSON Lines file of vocabext"),
         ("\udcff", "is not a JSON Lines file of vocabext"),
@@ -77,6 +77,9 @@ def test_an_output_is_never_replaced_without_force(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"out.json exists already; choose another output, or pass --force"):
         check_output(path, force=False)
     check_output(path, force=True)
+    with pytest.raises(UsageError, match="is a folder, but a file is written here"):
+        check_output(tmp_path, force=True)
+    check_output(tmp_path, force=True, folder=True)
     with pytest.raises(UsageError, match=r"the folder .*missing does not exist; create it"):
         check_output(tmp_path / "missing" / "out.json", force=True)
 

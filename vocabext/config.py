@@ -4,6 +4,8 @@ A field's comment says what it means, in which unit, and why its default is what
 behind the defaults stand in docs/decisions.md.
 """
 
+import math
+import re
 from dataclasses import dataclass
 
 from vocabext.errors import UsageError
@@ -60,6 +62,19 @@ class CollectConfig:
 
 
 METHODS = ("distill", "mean")
+DEVICE = r"auto|cpu|cuda(:\d+)?"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _check_compute(device: str, dtype: str) -> None:
+    """Check what can be checked without looking at the machine."""
+    _require(re.fullmatch(DEVICE, device) is not None,
+             f"--device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+    _require(dtype in ("auto", *DTYPES), f"--dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}")
+
+
+def _is_layer(target: str) -> bool:
+    return target == "last" or re.fullmatch(r"[1-9]\d*|0?\.\d*[1-9]\d*|1\.0*", target) is not None
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,11 @@ class DistillConfig:
     # Layer whose hidden states are matched: `last`, a number from 1, or a fraction of the depth.
     target_layer: str = "last"
     # Passes over the snippets.
-    epochs: int = 4
+    epochs: int = 2
     # Peak step size in units of the base embedding's root mean square.
-    learning_rate: float = 0.05
-    # Snippets of each token per step.
-    batch_snippets: int = 4
-    # Memory for the teacher's kept states, which bounds how many tokens are trained together.
-    teacher_bytes: int = 512 * 2**20
+    learning_rate: float = 0.1
+    # Snippets of each token per step. Many small steps beat few large ones at the same cost.
+    batch_snippets: int = 1
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -86,8 +99,12 @@ class DistillConfig:
         """Check the ranges."""
         _require(self.method in METHODS, f"--method is {self.method!r}; it must be one of {', '.join(METHODS)}")
         _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
-        _require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
+        _require(0 < self.learning_rate < math.inf,
+                 f"--learning-rate is {self.learning_rate}; it must be a number above 0")
         _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
+        _require(_is_layer(self.target_layer), f"--target-layer is {self.target_layer!r}; it must be 'last', a number "
+                                               "from 1 on, or a fraction such as 0.5")
+        _check_compute(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,3 +127,4 @@ class EvalConfig:
         _require(self.max_bytes > 0, f"--max-bytes is {self.max_bytes}; it must be at least 1")
         _require(self.window >= 16, f"--window is {self.window}; it must be at least 16")
         _require(self.prompts >= 0, f"--prompts is {self.prompts}; it must not be negative")
+        _check_compute(self.device, self.dtype)

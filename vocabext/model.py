@@ -10,6 +10,7 @@ This is the only module that imports the models of transformers.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
 
 
@@ -28,12 +30,13 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(DEVICE, name):
+        raise UsageError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device is {name!r}, but torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
     return device
 
 
@@ -50,6 +53,28 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in dtypes:
         raise UsageError(f"--dtype is {name!r}; it must be auto, {', '.join(dtypes)}")
     return dtypes[name]
+
+
+def layer_number(target: str, num_layers: int) -> int:
+    """Return the number of layers to run for a target layer.
+
+    Args:
+        target: `last`, a number from 1 to L, or a fraction of the depth between 0 and 1.
+        num_layers: The depth L.
+
+    Raises:
+        UsageError: If it is none of these.
+    """
+    if target == "last":
+        return num_layers
+    try:
+        layer = math.ceil(float(target) * num_layers) if "." in target else int(target)
+    except ValueError:
+        layer = 0
+    if not 1 <= layer <= num_layers:
+        raise UsageError(f"--target-layer is {target!r}; it must be 'last', a number from 1 to {num_layers}, "
+                         "or a fraction such as 0.5")
+    return layer
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -96,24 +121,8 @@ class FrozenModel:
         return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
 
     def layer_number(self, target: str) -> int:
-        """Return the number of layers to run for a target layer.
-
-        Args:
-            target: `last`, a number from 1 to L, or a fraction of the depth between 0 and 1.
-
-        Raises:
-            UsageError: If it is none of these.
-        """
-        if target == "last":
-            return self.num_layers
-        try:
-            layer = math.ceil(float(target) * self.num_layers) if "." in target else int(target)
-        except ValueError:
-            layer = 0
-        if not 1 <= layer <= self.num_layers:
-            raise UsageError(f"--target-layer is {target!r}; it must be 'last', a number from 1 to "
-                             f"{self.num_layers}, or a fraction such as 0.5")
-        return layer
+        """Return the number of layers to run for a target layer, as the function of this name does."""
+        return layer_number(target, self.num_layers)
 
     def embed(self, ids_BT: torch.Tensor, rows_ND: torch.Tensor | None = None, first_new_id: int = 0) -> torch.Tensor:
         """Look up embeddings, new tokens included.

@@ -106,10 +106,10 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     started = time.perf_counter()
     output = output_folder.resolve()
     if Path(model).resolve() != output:  # which gets a clearer refusal below
-        check_output(output, force=force)
+        check_output(output, force=force, folder=True)
     tokens, rows, header = load_rows(rows_path)
     base_folder = resolve_model(model)
-    _check_places(output, base_folder.resolve(), rows_path.resolve())
+    check_places(output, base_folder, rows_path)
     checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(str(base_folder), trust_remote_code=trust_remote_code)
     _check_rows(tokens, header, checkpoint, base.num_used_ids)
@@ -131,7 +131,18 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
 
 # -- before the first byte ----------------------------------------------------------------------------------------
 
-def _check_places(output: Path, base: Path, rows: Path) -> None:
+def check_places(output: Path, base: Path, rows: Path) -> None:
+    """Refuse an output that would destroy what it is made from, or something that is no model.
+
+    Args:
+        output: The folder to make; with `--force` it may exist.
+        base: The base model's folder.
+        rows: The rows file.
+
+    Raises:
+        UsageError: If they lie inside each other, or `output` is there and no model folder.
+    """
+    output, base, rows = output.resolve(), base.resolve(), rows.resolve()
     if output == base:
         raise UsageError(f"the output {output} is the base model itself; choose another output")
     if base in output.parents:

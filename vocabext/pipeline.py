@@ -11,13 +11,14 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vocabext import __version__
-from vocabext.checkpoint import resolve_model
+from vocabext.checkpoint import open_checkpoint, resolve_model
 from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import corpus_signature, read_documents
@@ -28,6 +29,7 @@ from vocabext.records import Document, read_json_or, write_json
 
 # Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
 HELD_OUT_EVERY = 20
+ROWS_NAME = "rows.safetensors"
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 
 
@@ -88,8 +90,13 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
     work = _Work(config, progress)
     stages = work.stages()
     work.check_output(stages)
-    work.folder.mkdir(exist_ok=True)
-    outcomes = []
+    if not all(work.is_done(stage) for stage in stages):
+        work.check_inputs()
+    with work.made_folder():
+        return list(_walk(work, stages, say))
+
+
+def _walk(work: "_Work", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:
     for stage in stages:
         began = time.monotonic()
         if work.is_done(stage):
@@ -99,9 +106,9 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
             state = f"not made: {reason}" if reason else "made"
             if not reason:
                 work.record(stage)
-        outcomes.append(StageOutcome(stage.name, state, time.monotonic() - began, str(stage.output)))
-        say(f"{stage.name}: {state}" + (f" in {outcomes[-1].seconds:.1f} s" if state == "made" else ""))
-    return outcomes
+        outcome = StageOutcome(stage.name, state, time.monotonic() - began, str(stage.output))
+        say(f"{stage.name}: {state}" + (f" in {outcome.seconds:.1f} s" if state == "made" else ""))
+        yield outcome
 
 
 class _Work:
@@ -110,9 +117,14 @@ class _Work:
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         self.config, self.progress = config, progress
         self.output = config.output
+        if not self.output.name:
+            raise UsageError(f"the output {self.output} is a folder that is there already; name a new one")
         self.folder = config.work or self.output.with_name(self.output.name + "-work")
-        if not self.output.absolute().parent.is_dir():
-            raise UsageError(f"the folder {self.output.absolute().parent} does not exist; create it first")
+        for path in (self.output, self.folder):
+            if not path.absolute().parent.is_dir():
+                raise UsageError(f"the folder {path.absolute().parent} does not exist; create it first")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"the working folder {self.folder} is a file; choose another with --work")
         self._state_path = self.folder / "run.json"
         self._state: dict[str, Any] = read_json_or(self._state_path, {})
 
@@ -127,7 +139,7 @@ class _Work:
                 "heldout": corpus_signature(c.heldout) if c.heldout else None}  # fmt: skip
         key = _digest({"vocabext": __version__, "model": _model_signature(self.base_folder), **text})
         candidates, snippets = self.folder / "candidates.jsonl", self.folder / "snippets.jsonl"
-        rows = self.folder / "rows.safetensors"
+        rows = self.folder / ROWS_NAME
         mean = c.distill.method == "mean"
         plan: list[tuple[str, Any, Path, Callable[[], str | None]]] = [
             ("mine", asdict(c.mine), candidates, lambda: self._mine(candidates)),
@@ -157,6 +169,33 @@ class _Work:
         (patching,) = (stage for stage in stages if stage.name == "patch")
         if self.output.exists() and not self.is_done(patching) and not self.config.force:
             raise OutputExistsError(self.output)
+
+    def check_inputs(self) -> None:
+        """Refuse at once what a later stage would refuse after much work."""
+        from vocabext.model import layer_number, pick_device
+        from vocabext.patch import check_places
+
+        c = self.config
+        check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
+        config = open_checkpoint(self.base_folder, trust_remote_code=c.trust_remote_code).config
+        pick_device(c.distill.device)
+        num_layers = (config.get("text_config") or config).get("num_hidden_layers")
+        if isinstance(num_layers, int) and c.distill.method == "distill":
+            layer_number(c.distill.target_layer, num_layers)
+        if c.heldout:
+            next(self._held_out_documents(), None)
+
+    @contextmanager
+    def made_folder(self) -> Iterator[None]:
+        """Make the working folder; if nothing was made in it, remove it again."""
+        is_new = not self.folder.exists()
+        self.folder.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it holds something
+                    self.folder.rmdir()
 
     # -- stages ---------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 from vocabext.errors import OutputExistsError, UsageError
 
 FORMAT_VERSION = 1
+# The verb that writes each kind of JSON Lines artifact.
+MADE_BY = {"candidates": "mine", "snippets": "collect"}
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,20 @@ class TokenSnippets:
                    tuple(row.get("positions", ())), int(row.get("occurrences", 0)), int(row.get("num_generated", 0)))
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, folder: bool = False) -> None:
     """Refuse an output that exists (unless `force`) or whose parent folder does not.
+
+    Args:
+        path: Where something is to be written.
+        force: Whether what is there may be replaced.
+        folder: Whether a folder is to be written, not a file.
 
     Raises:
         OutputExistsError: If `path` exists and `force` is false.
-        UsageError: If the parent of `path` is not a folder.
+        UsageError: If the parent of `path` is not a folder, or `path` is one and a file is to be written.
     """
+    if path.is_dir() and not folder:
+        raise UsageError(f"{path} is a folder, but a file is written here; choose another output")
     if path.exists() and not force:
         raise OutputExistsError(path)
     if not path.absolute().parent.is_dir():
@@ -167,7 +176,9 @@ def read_jsonl(path: Path, artifacts: tuple[str, ...]) -> tuple[dict[str, Any], 
         raise UsageError(f"{path} is not a JSON Lines file of vocabext: {error}") from None
     header = rows[0] if rows and isinstance(rows[0], dict) else {}
     if header.get("artifact") not in artifacts:
-        raise UsageError(f"{path} holds {header.get('artifact')!r}, but {' or '.join(artifacts)} is needed here")
+        kind = repr(header["artifact"]) if "artifact" in header else "nothing that vocabext wrote"
+        needed = " or ".join(f"{name!r} (from `vocabext {MADE_BY[name]}`)" for name in artifacts)
+        raise UsageError(f"{path} holds {kind}, but {needed} is needed here")
     if header.get("version") != FORMAT_VERSION:
         raise UsageError(f"{path} has format version {header.get('version')}, this vocabext reads {FORMAT_VERSION}; "
                          "make the file again")
