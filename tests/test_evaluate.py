@@ -9,7 +9,7 @@ from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
 
 from vocabext.config import EvalConfig
-from vocabext.errors import CorpusError
+from vocabext.errors import CorpusError, UsageError
 from vocabext.evaluate import (
     RowSet,
     _branches,
@@ -121,3 +121,11 @@ def test_text_too_short_to_measure_is_refused(tmp_path: Path) -> None:
     base, folder = expanded_pair(tmp_path)
     with pytest.raises(CorpusError, match="held-out"):
         evaluate_folder(folder, str(base), [Document("d", "a")], EvalConfig(dtype="float32"))
+
+
+def test_another_model_than_the_base_is_refused(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path)
+    other = tiny_folder(tmp_path / "other", num_ids=280)
+    with pytest.raises(UsageError, match=f"was made from {base} with 290 token ids, but {other} has 280; pass"):
+        evaluate_folder(folder, str(other), DOCUMENTS, EvalConfig(dtype="float32"))
+    assert not (folder / "eval.json").exists()

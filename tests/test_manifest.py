@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vocabext import __version__
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UsageError
 from vocabext.manifest import (
     MANIFEST_NAME,
     BaseRecord,
@@ -62,6 +62,8 @@ def test_tokens_are_numbered_from_the_first_free_id() -> None:
 def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no vocabext\.json; it is no expanded checkpoint"):
         read_manifest(tmp_path)
+    with pytest.raises(UsageError, match="missing does not exist"):
+        read_manifest(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(("change", "error"), [

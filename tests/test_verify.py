@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ from tiny_checkpoints import edit_json
 from tiny_expanded import DOCUMENTS, TOKENS, expanded_pair
 
 from vocabext.cli.verify import verify as command
-from vocabext.errors import BadCheckpointError, CheckpointError, UsageError
+from vocabext.errors import BadCheckpointError, CheckpointError, CorpusError, TokenizerError, UsageError
+from vocabext.records import Document
 from vocabext.verify import FAIL, PASS, SKIPPED, Verification, adversarial_texts, verify
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -221,3 +222,21 @@ def test_the_command_writes_its_verdicts_and_fails_with_the_bad_checkpoint_code(
     assert isinstance(result.exception, BadCheckpointError)
     assert result.exception.exit_code == 3
     assert json.loads((pair[1] / "verify.json").read_text())["passed"] is False
+
+
+def test_a_base_or_a_corpus_that_cannot_be_read_is_no_fault_of_the_checkpoint(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def unreadable() -> Iterator[Document]:
+        raise CorpusError("notes.jsonl:1 has no field 'text'")
+        yield
+
+    with pytest.raises(CorpusError, match="no field"):
+        verify(pair[1], str(pair[0]), unreadable(), load_weights=False)
+    with pytest.raises(UsageError, match="does not exist"):
+        verify(pair[1], str(tmp_path / "nowhere"), load_weights=False)
+    for file, error in (("tokenizer.json", TokenizerError), ("model.safetensors", CheckpointError)):
+        (pair[0] / file).unlink()
+        with pytest.raises(error, match=r"there (is|are) no"):
+            verify(pair[1], str(pair[0]), load_weights=False)
+        shutil.copyfile(pair[1] / file, pair[0] / file)

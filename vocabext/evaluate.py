@@ -275,7 +275,7 @@ def _compare_greedy(
 ) -> dict[str, _Greedy]:  # fmt: skip
     """Continue the beginnings of documents greedily, and compare each with base's own continuation."""
     budget = max(16, min(config.window, model.max_positions - config.continuation) // 2)
-    prompts = []
+    prompts: list[Ids] = []
     for _, ids in pairs:
         if len(prompts) == config.prompts:
             break

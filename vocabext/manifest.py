@@ -15,7 +15,7 @@ from typing import Any
 
 from vocabext import __version__
 from vocabext.checkpoint import read_json
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken, write_json
 
 MANIFEST_NAME = "vocabext.json"
@@ -155,9 +155,12 @@ def read_manifest(folder: Path) -> Manifest:
         folder: The model folder.
 
     Raises:
+        UsageError: If there is no such folder.
         CheckpointError: If the file is missing or damaged, of another version, or its token ids have gaps.
     """
     path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise UsageError(f"the folder {folder} does not exist")
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}; it is no expanded checkpoint that vocabext patch made")
     document = read_json(path)

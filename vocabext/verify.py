@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vocabext.checkpoint import Checkpoint, open_checkpoint, read_json, resolve_model
-from vocabext.errors import UsageError, VocabextError
+from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.manifest import Manifest, read_manifest
 from vocabext.progress import Progress, no_progress
@@ -93,12 +93,14 @@ def verify(
         progress: Where to report.
 
     Raises:
-        UsageError: If `folder` is no expanded checkpoint at all.
+        UsageError: If `folder` or the base does not exist.
+        CheckpointError: If `folder` is no expanded checkpoint at all, or the base is damaged.
+        TokenizerError: If the base has no tokenizer.
+        CorpusError: If a text cannot be read.
     """
     began = time.monotonic()
-    if not folder.is_dir():
-        raise UsageError(f"the folder {folder} does not exist")
     pair = _Pair(folder, against, read_manifest(folder), trust_remote_code, seed)
+    _ = pair.base, pair.base_tokenizer  # a base that cannot be read is no fault of the checkpoint
     checks: list[tuple[str, Callable[[], str]]] = [
         ("untouched tensors equal", lambda: _untouched_tensors(pair)),
         ("old rows bit-identical", lambda: _old_rows(pair)),
@@ -125,7 +127,7 @@ def _verdict(name: str, check: Callable[[], str]) -> Check:
         return Check(name, PASS, check())
     except _NotCheckedError as reason:
         return Check(name, SKIPPED, str(reason))
-    except (_FaultError, VocabextError) as fault:
+    except (_FaultError, CheckpointError, TokenizerError) as fault:
         return Check(name, FAIL, str(fault))
 
 
