@@ -318,6 +318,13 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
         resolve_model("./no/such/folder")
 
 
+def test_a_typing_error_in_a_relative_path_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="the model folder models/typo does not exist"):
+        resolve_model("models/typo")
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -367,10 +367,11 @@ def test_wrong_use_is_one_line_and_writes_nothing(mined: Mined, tmp_path: Path) 
     plain = (mined.candidates, "--corpus", mined.corpus, "-o", mined.output)
     for args, message in [
         ((tmp_path / "missing.jsonl", *plain[1:]), "missing.jsonl does not exist or is not a file"),
-        ((mined.corpus, *plain[1:]), "holds None, but candidates is needed here"),
+        ((mined.corpus, *plain[1:]), "holds nothing that vocabext wrote, but 'candidates' (from `vocabext mine`) is"),
         ((mined.candidates, "--corpus", tmp_path / "missing.txt", *plain[3:]), "missing.txt does not exist"),
         ((*plain, "--text-field", "body"), "has no field 'body'"),
-        ((*plain, "--model", tmp_path), "has no tokenizer that transformers can load"),
+        ((*plain, "--model", tmp_path), "has no config.json; it is no model folder"),
+        ((*plain, "--model", tiny_folder(tmp_path / "other", num_ids=280)), "token ids, but this model has 280"),
         ((*plain, "--window", "1"), "--window is 1; it must be at least 8"),
     ]:
         code, out, err = invoke(*args)

@@ -1,5 +1,6 @@
 """The distillation engine: alignment, the objective, the gate, and what it writes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vocabext.distill.engine import _schedule, snippet_errors, teacher_states
 from vocabext.distill.examples import build_examples
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel
+from vocabext.model import FrozenModel, pick_device
 from vocabext.records import NewToken, TokenSnippets, write_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import load_tokenizer
@@ -168,5 +169,45 @@ def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path)
     write_jsonl(path, "candidates", {}, [r.new_token.to_json() for r in found])
     result = distill_file(path, str(folder), tmp_path / "rows.safetensors", DistillConfig(method="mean"))
     assert np.isfinite([report.norm for report in result.reports]).all()
-    with pytest.raises(UsageError, match="'candidates', but snippets is needed"):
+    with pytest.raises(UsageError, match=r"'candidates', but 'snippets' \(from `vocabext collect`\) is needed"):
         distill_file(path, str(folder), tmp_path / "other.safetensors", DistillConfig())
+
+
+@pytest.mark.parametrize(("header", "rows", "message"), [
+    ({}, [], "holds no tokens; mine again"),
+    ({}, [{"token": "x"}], "is damaged .KeyError: 'key'."),
+    ({"base": {"model": "org/other", "num_used_ids": 7}}, None, "was made for org/other with 7 token ids, but this"),
+])  # fmt: skip
+def test_a_damaged_empty_or_foreign_file_is_refused(
+    tmp_path: Path, header: dict[str, object], rows: list[dict[str, object]] | None, message: str
+) -> None:
+    folder, found = collected(tmp_path)
+    path = tmp_path / "snippets.jsonl"
+    write_jsonl(path, "snippets", header, [r.to_json() for r in found] if rows is None else rows)
+    with pytest.raises(UsageError, match=message):
+        distill_file(path, str(folder), tmp_path / "rows.safetensors", DistillConfig(method="mean"))
+    assert not (tmp_path / "rows.safetensors").exists()
+
+
+@pytest.mark.parametrize(("option", "values"), [
+    ("device", ("mps", "meta", "cuda:x", "gpu")), ("dtype", ("foo", "int8")),
+    ("learning_rate", (0.0, math.inf, math.nan)),
+    ("target_layer", ("", "0", "-1", "first", "1.5", "0.0", "1e3")),
+])  # fmt: skip
+def test_options_out_of_range_are_refused_before_anything_is_loaded(option: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is "):
+            DistillConfig(**{option: value})  # type: ignore[arg-type]
+    for target in ("last", "1", "12", "0.5", ".25", "1.0", "0.05"):
+        assert DistillConfig(target_layer=target).target_layer == target
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device is 'cuda', but torch sees no GPU here; use --device cpu"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UsageError, match="--device is 'cuda:2', but torch sees 2 GPUs"):
+        pick_device("cuda:2")

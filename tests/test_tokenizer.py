@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, LLAMA_3_SPLIT, SPECIAL, TEXT, as_hf, gpt2, llama3, metaspace, tiny_base
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
@@ -375,6 +376,10 @@ def test_a_folder_that_is_not_there_or_holds_no_tokenizer(tmp_path: Path) -> Non
         load_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(TokenizerError, match="has no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
+    tiny = tiny_folder(tmp_path / "base")
+    (tiny / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"there is no tokenizer\.json in it; copy the tokenizer files"):
+        load_tokenizer(tiny)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -205,7 +205,9 @@ def resolve_model(model: str) -> Path:
         folder = path
     elif path.exists():
         raise UsageError(f"{model} is a file; a model is a folder with config.json and safetensors, or a hub id")
-    elif HUB_ID.fullmatch(model) and not model.endswith((".safetensors", ".json")):
+    # OWNER is no folder here: else it is a path with a typing error
+    elif HUB_ID.fullmatch(model) and not model.endswith((".safetensors", ".json")) \
+            and (path.parent == Path() or not path.parent.exists()):
         folder = _download(model)
     else:
         raise UsageError(f"the model folder {model} does not exist")

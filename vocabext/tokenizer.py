@@ -71,11 +71,33 @@ def _auto_tokenizer(model: str | Path, *, trust_remote_code: bool) -> "PreTraine
         hf = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        known = ("tokenizer.json", *STALE_FILES)
+        if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in known):
+            reason = "there is no tokenizer.json in it; copy the tokenizer files that belong to the model there"
         raise TokenizerError(f"{model} has no tokenizer that transformers can load: {reason}") from error
     if getattr(hf, "backend_tokenizer", None) is None:
         raise TokenizerError(f"the tokenizer of {model} is {type(hf).__name__}, which has no tokenizer.json form; "
                              f"supported are {SUPPORTED}")
     return hf
+
+
+def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", path: Path) -> None:
+    """Refuse an artifact whose new ids are numbered from another place.
+
+    Args:
+        header: The header of the artifact.
+        base: The tokenizer that it is to be used with.
+        path: The artifact, for the message.
+
+    Raises:
+        UsageError: If the header names another number of base ids.
+    """
+    made_for = header.get("base")
+    made_for = made_for if isinstance(made_for, dict) else {}
+    recorded = made_for.get("num_used_ids")
+    if recorded not in (None, base.num_used_ids):
+        raise UsageError(f"{path} was made for {made_for.get('model')} with {recorded} token ids, but this model has "
+                         f"{base.num_used_ids}; use the model it was made for, or mine again")
 
 
 def _plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
@@ -434,7 +456,10 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
     keys: dict[str, NewToken] = {}
     runs: dict[tuple[int, ...], NewToken] = {}
     for token in tokens:
-        real = base.new_token(token.token)
+        try:
+            real = base.new_token(token.token)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
         if (real.key, real.run) != (token.key, token.run):
             raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
                                  "these tokens were made for another tokenizer")

@@ -49,25 +49,27 @@ def collect(
     One pass keeps a uniform sample per token; only places where the expanded tokenizer really produces
     the token count.
     """
+    from vocabext.checkpoint import resolve_model
     from vocabext.collect import collect as run_collect
     from vocabext.collect import generate_missing, short_of_snippets, write_snippets
     from vocabext.corpus import read_documents
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
-    from vocabext.tokenizer import load_tokenizer
+    from vocabext.tokenizer import check_made_for, load_tokenizer
 
     config = CollectConfig(**settings)
     check_output(output, force=force)
     header, tokens = read_candidates(candidates)
     model = model or str(header["base"]["model"])
     documents = read_documents(corpus, text_field=text_field)
-    base = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    folder = resolve_model(model)
+    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    check_made_for(header, base, candidates)
     records = run_collect(documents, base, tokens, config, show.progress)
     if config.generate_missing and short_of_snippets(records, config):
-        from vocabext.checkpoint import resolve_model
         from vocabext.model import load_model
 
-        frozen = load_model(resolve_model(model), trust_remote_code=trust_remote_code)
+        frozen = load_model(folder, trust_remote_code=trust_remote_code)
         records = generate_missing(records, frozen, base, config, show.progress)
     written = write_snippets(output, records, header, config=config, corpus=corpus)
     _name_short_ones(written["short"], config)

@@ -60,6 +60,7 @@ def mine(
     CORPUS is a file, folder, glob or hub dataset. Tokens are chosen by what they still save once those
     before them are chosen; the curve shows how much shorter the corpus gets for which budget.
     """
+    from vocabext.checkpoint import resolve_model
     from vocabext.corpus import read_documents
     from vocabext.mine import mine as run_mine
     from vocabext.mine import write_candidates
@@ -69,7 +70,7 @@ def mine(
     config = MineConfig(**settings)
     check_output(output, force=force)
     documents = read_documents(corpus, text_field=text_field)
-    base = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    base = load_tokenizer(resolve_model(model), trust_remote_code=trust_remote_code)
     result = run_mine(documents, base, config, show.progress)
     header = write_candidates(output, result, base, model=model, config=config, corpus=corpus)
     if result.rejected:

@@ -10,13 +10,14 @@ from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
 from vocabext.distill.engine import Fit, fit_rows
 from vocabext.distill.examples import build_examples
+from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import file_sha256
 from vocabext.model import FrozenModel, load_model
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
-from vocabext.tokenizer import extend, load_tokenizer
+from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
@@ -96,14 +97,20 @@ def distill_file(
         progress: Where to report.
 
     Raises:
-        UsageError: If the snippets were made for another model.
+        UsageError: If the file is damaged or empty, or was made for a model with other token ids.
     """
     check_output(output, force=force)
     accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
     header, rows = read_jsonl(path, accepted)
-    records = [TokenSnippets.from_json(row) for row in rows]
+    try:
+        records = [TokenSnippets.from_json(row) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
+    if not records:
+        raise UsageError(f"{path} holds no tokens; mine again")
     folder = resolve_model(model)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
     frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
     result = distill(records, frozen, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
