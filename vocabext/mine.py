@@ -97,11 +97,15 @@ def mine(
         raise CorpusError("there is no document to mine; give more text")
     corpus = _read(texts, base, progress)
     candidates = _count(corpus, config)
-    _check_budget(len(candidates), config)
-    target = config.budget or min(MAX_AUTO_BUDGET, len(candidates))
+    if not candidates:
+        raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
+                         "give more text, or lower --min-count")
+    target = min(config.budget or MAX_AUTO_BUDGET, len(candidates))
     kept, rejected = _choose_and_check(texts, corpus, candidates, base, config, target, progress)
     if config.budget is not None and len(kept) < config.budget:
-        _too_few(len(kept), config)
+        raise UsageError(f"--budget is {config.budget}, but only {len(kept)} tokens that occur at least "
+                         f"{config.min_count} times can be made; lower --budget to {len(kept)}, lower --min-count, "
+                         "or give more text")
     kept = kept[: config.budget or _knee([token.saved for token in kept])]
     tokens, expanded_tokens = _measure(texts, base, kept, progress)
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
@@ -162,19 +166,6 @@ def _reason(text: str, why: str) -> str:
     """Take the texts and numbers out of a reason, so that equal reasons can be counted."""
     quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
     return re.sub(r"\d+", "N", re.sub(quoted, "...", why.replace(repr(text), "it")))
-
-
-def _check_budget(available: int, config: MineConfig) -> None:
-    if available == 0:
-        raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
-                         "give more text, or lower --min-count")
-    if config.budget is not None and available < config.budget:
-        _too_few(available, config)
-
-
-def _too_few(available: int, config: MineConfig) -> None:
-    raise UsageError(f"--budget is {config.budget}, but only {available} candidates occur at least "
-                     f"{config.min_count} times; lower --budget to {available}, lower --min-count, or give more text")
 
 
 @dataclass
