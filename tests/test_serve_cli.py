@@ -80,6 +80,18 @@ def test_a_missing_vllm_is_named_with_its_command(
     assert done.stderr == "error: vllm is not installed; run: pip install 'vocabext[serve]'\n"
 
 
+def test_a_place_for_logs_that_cannot_be_is_wrong_usage(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.engine.require_vllm", lambda: None)
+    done = run("start", tmp_path, "--log", tmp_path / "no" / "server.log")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "no does not exist; create it" in done.stderr
+    done = run("bench", "BASE", "EXPANDED", "--corpus", corpus, "-o", tmp_path / "out.json", "--logs", corpus)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "is a file, but the logs need a folder; choose another with --logs" in done.stderr
+
+
 def test_an_option_out_of_range_is_wrong_usage(tmp_path: Path, corpus: Path) -> None:
     done = run("bench", "BASE", "EXPANDED", "--corpus", corpus, "-o", tmp_path / "out.json", "--pairs", 0)
     assert done.exit_code == 2

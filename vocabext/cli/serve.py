@@ -82,8 +82,11 @@ def start(
     from serve.engine import require_vllm, vllm_server, wait_until_ready
     from serve.report import card_of
     from vocabext.checkpoint import resolve_model
+    from vocabext.records import check_output
 
     require_vllm()
+    if log is not None:
+        check_output(log, force=True)
     folder = resolve_model(model)
     card = card_of(folder)
     log = log or Path(tempfile.mkdtemp(prefix="vocabext-serve-")) / "server.log"
@@ -136,11 +139,14 @@ def bench(
     Flags of vLLM's server go after --, for both servers.
     """
     from serve.bench import BenchConfig, run_bench
+    from vocabext.errors import UsageError
     from vocabext.records import check_output, write_json
 
     check_output(output, force=force)
     config = BenchConfig(vllm_flags=vllm_flags, **settings)
     folder = logs or output.with_name(f"{output.stem}.logs")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, but the logs need a folder; choose another with --logs")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         result = run_bench(base, expanded, corpus, config=config, text_field=text_field, log_folder=folder,
