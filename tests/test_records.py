@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,17 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         write_jsonl(path, "candidates", {}, rows())
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_full_disk_leaves_nothing_and_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_json(tmp_path / "out.json", {"a": 1})
+    assert caught.value.filename == str(tmp_path / "out.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which; the temporary name would mean nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
