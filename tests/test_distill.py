@@ -16,6 +16,7 @@ from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill, distill_file
 from vocabext.distill.engine import _schedule, snippet_errors, teacher_states
 from vocabext.distill.examples import build_examples
+from vocabext.distill.silence import sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, pick_device
@@ -211,3 +212,36 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UsageError, match="--device is 'cuda:2', but torch sees 2 GPUs"):
         pick_device("cuda:2")
+
+
+def test_what_a_row_takes_is_what_the_base_tokens_lose() -> None:
+    model = frozen()
+    group = build_examples(records(), EXPANSION, [0, 1])
+    background = sample_background(model, [group], 290, torch.Generator().manual_seed(0))
+    assert len(background.hidden_PD) == 7 + 5 + 6  # every base id of the three snippets, no padding
+    row = 30 * background.hidden_PD[0]
+    before = model.log_probabilities(background.hidden_PD, num_base=290)
+    after = model.log_probabilities(background.hidden_PD, num_base=290, new_rows_ND=row[None])[:, :290]
+    assert float(background.taken(row[None])) == pytest.approx(float((before - after).mean()), rel=1e-4)
+    assert float(background.taken(row[None])) > 0.1
+
+
+def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    first = load_tokenizer(folder).num_used_ids
+
+    def taken(silence: float) -> float:
+        config = DistillConfig(epochs=10, learning_rate=0.3, silence=silence)
+        nats = distill(found, frozen(1), config, num_used_ids=first).taken_nats
+        assert nats is not None
+        return nats
+
+    assert taken(10.0) < 0.9 * taken(0.0)
+
+
+def test_an_untied_model_needs_no_silence(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    model = FrozenModel(tiny_model(tied=False), torch.device("cpu"), torch.float32)
+    result = distill(found, model, DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert not model.tied
+    assert result.taken_nats is None

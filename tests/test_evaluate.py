@@ -74,7 +74,7 @@ def test_windows_cover_a_document_once_and_count_its_bytes(tmp_path: Path) -> No
     expanded = extend(base, new_tokens(folder))
     text = DOCUMENTS[0].text
     ids = expanded.encode(text)
-    windows = list(_windows(0, ids, text, expanded, base, EvalConfig(window=16)))
+    windows = list(_windows(0, ids, text, expanded, base, EvalConfig(context=16)))
     assert np.concatenate([w.expanded[w.num_prefix:] for w in windows]).tolist() == ids
     assert sum(w.num_bytes for w in windows) == pytest.approx(len(text.encode()), abs=len(windows))
     assert max(len(expanded.expansion.unmerge(w.expanded)) for w in windows) <= 16
@@ -92,7 +92,7 @@ def test_the_gap_is_measured_between_mean_and_base() -> None:
 
 def test_the_base_row_is_the_base_model(tmp_path: Path) -> None:
     base, folder = expanded_pair(tmp_path)
-    result = evaluate_folder(folder, str(base), DOCUMENTS, EvalConfig(prompts=2, continuation=4, window=64,
+    result = evaluate_folder(folder, str(base), DOCUMENTS, EvalConfig(prompts=2, continuation=4, context=64,
                                                                       dtype="float32", device="cpu"))
     rows = {row["name"]: row for row in result["rows"]}  # type: ignore[attr-defined]
     assert list(rows) == ["base", "mean"]  # made with --method mean: no third row
@@ -109,7 +109,7 @@ def test_the_gap_of_real_rows_follows_from_their_bits_per_byte(tmp_path: Path) -
     mean = mean_rows(model.embedding_VD, tokens)
     # A random model predicts nothing, so that any rows do: rows of another sign and size are off in some way.
     rows = [RowSet("mean", -50 * mean, mean), RowSet("distilled", mean, mean)]
-    result = evaluate(DOCUMENTS, model, base, extend(base, tokens), rows, EvalConfig(prompts=0, window=64))
+    result = evaluate(DOCUMENTS, model, base, extend(base, tokens), rows, EvalConfig(prompts=0, context=64))
     bits = {row["name"]: row["bits_per_byte"] for row in result["rows"]}  # type: ignore[attr-defined]
     assert len(set(bits.values())) == 3
     expected = (bits["mean"] - bits["distilled"]) / (bits["mean"] - bits["base"])

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> RunConfig:
         mine=MineConfig(budget=5, min_count=4),
         collect=CollectConfig(snippets=6, window=24, min_snippets=2),
         distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
-        evaluate=EvalConfig(prompts=1, continuation=2, window=48, dtype="float32", device="cpu"),
+        evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu"),
     )  # fmt: skip
 
 
@@ -191,3 +191,9 @@ def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
     document = json.loads(result.stdout)
     assert [stage["name"] for stage in document["stages"]] == STAGES
     assert len(json.loads((config.output / "vocabext.json").read_text())["tokens"]) == 4
+
+
+def test_no_two_stages_share_an_option_by_accident() -> None:
+    """`run` takes all options of all stages: a shared name means a shared value."""
+    names = [f.name for config in (MineConfig, CollectConfig, DistillConfig, EvalConfig) for f in fields(config)]
+    assert {name for name in names if names.count(name) > 1} == {"seed", "device", "dtype"}

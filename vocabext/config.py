@@ -91,6 +91,8 @@ class DistillConfig:
     learning_rate: float = 0.1
     # Snippets of each token per step. Many small steps beat few large ones at the same cost.
     batch_snippets: int = 1
+    # For tied models: weight of not being written where the base would write something else; 0 is off.
+    silence: float = 0.1
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -101,6 +103,7 @@ class DistillConfig:
         _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
         _require(0 < self.learning_rate < math.inf,
                  f"--learning-rate is {self.learning_rate}; it must be a number above 0")
+        _require(0 <= self.silence < math.inf, f"--silence is {self.silence}; it must be a number from 0 on")
         _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
         _require(_is_layer(self.target_layer), f"--target-layer is {self.target_layer!r}; it must be 'last', a number "
                                                "from 1 on, or a fraction such as 0.5")
@@ -114,7 +117,7 @@ class EvalConfig:
     # Held-out text read, in bytes of UTF-8: enough for steady means, short enough for a coffee.
     max_bytes: int = 200_000
     # Longest piece of a document that the model reads at once, in base ids.
-    window: int = 512
+    context: int = 512
     # Prompts for the comparison of greedy continuations.
     prompts: int = 16
     # Length of each continuation in base tokens.
@@ -125,6 +128,6 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(self.max_bytes > 0, f"--max-bytes is {self.max_bytes}; it must be at least 1")
-        _require(self.window >= 16, f"--window is {self.window}; it must be at least 16")
+        _require(self.context >= 16, f"--context is {self.context}; it must be at least 16")
         _require(self.prompts >= 0, f"--prompts is {self.prompts}; it must not be negative")
         _check_compute(self.device, self.dtype)

@@ -174,14 +174,14 @@ def _texts(documents: Iterable[Document], max_bytes: int) -> list[str]:
 def _windows(
     document: int, ids: Sequence[int], text: str, expanded: ExpandedTokenizer, base: BaseTokenizer, config: EvalConfig
 ) -> Iterator[_Window]:
-    """Cut one document into windows of at most `config.window` base ids, at expanded token edges."""
+    """Cut one document into windows of at most `config.context` base ids, at expanded token edges."""
     array = np.asarray(ids, np.int64)
     ends = np.cumsum(expanded.expansion.run_lengths(array))
     prefix = np.asarray(base.prefix_ids, np.int64)
     total = len(text.encode())
     start = done = 0
     while start < len(array):
-        stop = max(start + 1, int(np.searchsorted(ends, done + config.window, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, done + config.context, side="right")))
         framed = np.concatenate((prefix, array[start:stop]))
         pieces = int(ends[stop - 1]) - done
         if len(framed) > 1:
@@ -274,7 +274,7 @@ def _compare_greedy(
     row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress,
 ) -> dict[str, _Greedy]:  # fmt: skip
     """Continue the beginnings of documents greedily, and compare each with base's own continuation."""
-    budget = max(16, min(config.window, model.max_positions - config.continuation) // 2)
+    budget = max(16, min(config.context, model.max_positions - config.continuation) // 2)
     prompts: list[Ids] = []
     for _, ids in pairs:
         if len(prompts) == config.prompts:

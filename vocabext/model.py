@@ -116,6 +116,11 @@ class FrozenModel:
         return weight
 
     @property
+    def tied(self) -> bool:
+        """Whether input and output matrix are one."""
+        return self.embedding_VD.data_ptr() == self.head_VD.data_ptr()
+
+    @property
     def max_positions(self) -> int:
         """The longest input the model was made for."""
         return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
@@ -190,13 +195,19 @@ class FrozenModel:
         Returns:
             Log probabilities (P, num_base + N), float32.
         """
+        return torch.log_softmax(self.logits(hidden_PD, num_base=num_base, new_rows_ND=new_rows_ND), dim=-1)
+
+    def logits(
+        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what `log_probabilities` normalises, (P, num_base + N), float32."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base]
         if new_rows_ND is not None:
             logits = torch.cat((logits, hidden_PD @ new_rows_ND.to(hidden_PD.dtype).T), dim=1)
         logits = logits.float()
         if cap := getattr(self._text_config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
-        return torch.log_softmax(logits, dim=-1)
+        return logits
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,

@@ -20,6 +20,8 @@ def distill_options(command: Command) -> Command:
                      help="Peak step size, in units of the root mean square of the base embedding."),
         click.option("--batch-snippets", type=int, default=DEFAULTS.batch_snippets, show_default=True,
                      help="Snippets of each token per step."),
+        click.option("--silence", type=float, default=DEFAULTS.silence, show_default=True,
+                     help="Tied models: weight of not being written where the base would write something else."),
         click.option("--epochs", type=int, default=DEFAULTS.epochs, show_default=True,
                      help="Passes over the snippets."),
         click.option("--target-layer", default=DEFAULTS.target_layer, show_default=True, metavar="LAYER",
@@ -71,6 +73,9 @@ def distill(
             ("kept at the mean of their pieces", f"{sum(r.method == 'mean' for r in result.reports):,}"),
             ("error, relative to the mean of pieces",
              "not measured" if result.relative_error is None else f"{result.relative_error:.1%}"),
+            ("taken from base tokens, all rows together",
+             "not measured" if result.taken_nats is None else
+             f"{result.taken_nats:.4f} nats (mean of pieces {result.taken_nats_start:.4f})"),
         ], ("", str(output)))
         if worst:
             click.echo("\nhardest tokens")

@@ -5,6 +5,7 @@ match those it had with the original pieces. Only new rows are trained.
 
     examples.py   snippets as padded arrays, student and teacher aligned
     engine.py     the optimisation
+    silence.py    what keeps the rows of a tied model from being written in the wrong place
     stage.py      the stage: mean-of-pieces rows, training, the quality gate
 """
 

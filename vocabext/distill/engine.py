@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vocabext.distill.examples import Examples
+from vocabext.distill.silence import Background
 from vocabext.model import FrozenModel
 
 BETAS = (0.9, 0.95)
@@ -83,6 +84,7 @@ def held_out_errors(
 def fit_rows(
     model: FrozenModel, train: Examples, held_out: Examples, start_GD: torch.Tensor, *, first_new_id: int,
     layer: int, epochs: int, learning_rate: float, batch_snippets: int, generator: torch.Generator,
+    background: Background | None = None, silence: float = 0.0,
 ) -> Fit:  # fmt: skip
     """Train the rows of a group.
 
@@ -97,6 +99,8 @@ def fit_rows(
         learning_rate: Peak step size, per element; decays to zero along a cosine.
         batch_snippets: Snippets of each token per step.
         generator: Source of the order of snippets.
+        background: Places where the rows should not be written, for a model whose matrices are tied.
+        silence: Weight of that, per nat that a row takes from the base tokens.
 
     Returns:
         For each token the better of start and result.
@@ -109,7 +113,10 @@ def fit_rows(
     for step, at in enumerate(schedule):
         part = train.take(at).to(model.device)
         errors_S = snippet_errors(model, part, train_target[at], rows_GD, first_new_id, layer)
-        (gradient_GD,) = torch.autograd.grad(errors_S.sum(), rows_GD)
+        loss = errors_S.sum() / batch_snippets
+        if background is not None:
+            loss = loss + silence * background.sample(generator).taken(rows_GD).sum()
+        (gradient_GD,) = torch.autograd.grad(loss, rows_GD)
         rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
         with torch.no_grad():
             _adam(rows_GD, gradient_GD, first_GD, second_GD, step + 1, rate)

@@ -8,8 +8,9 @@ import torch
 
 from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
-from vocabext.distill.engine import Fit, fit_rows
+from vocabext.distill.engine import FORWARD_SNIPPETS, Fit, fit_rows
 from vocabext.distill.examples import build_examples
+from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import file_sha256
@@ -21,6 +22,8 @@ from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
+# Snippets from which the places are sampled where rows should not be written.
+BACKGROUND_SNIPPETS = 256
 # Fewer snippets than this cannot be split into training and held-out ones.
 MIN_SNIPPETS = 2
 # Positions that one training step should have at least, to keep the matrix units busy.
@@ -61,11 +64,16 @@ class DistillResult:
         input_ND: Input rows, float32.
         reports: One per token.
         layer: The layer whose states were matched; 0 for `mean`.
+        taken_nats: How much all new rows together lower the log probability of base tokens where the base
+            predicts, on average; None where the output rows are others (untied), or nothing was trained.
+        taken_nats_start: The same for the mean-of-pieces rows.
     """
 
     input_ND: torch.Tensor
     reports: tuple[TokenReport, ...]
     layer: int
+    taken_nats: float | None = None
+    taken_nats_start: float | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -78,6 +86,7 @@ class DistillResult:
         """Return what a reader wants to know, as JSON-ready values."""
         return {"tokens": len(self.reports), "trained": sum(r.method == "distill" for r in self.reports),
                 "layer": self.layer, "relative_error": self.relative_error,
+                "taken_nats_start": self.taken_nats_start, "taken_nats": self.taken_nats,
                 "per_token": [asdict(report) for report in self.reports]}  # fmt: skip
 
 
@@ -120,6 +129,7 @@ def distill_file(
     save_rows(output, [record.new_token for record in records], Rows(result.input_ND), {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
         "layer": result.layer, "relative_error": result.relative_error,
+        "taken_nats_start": result.taken_nats_start, "taken_nats": result.taken_nats,
         "per_token": [asdict(report) for report in result.reports],
     })  # fmt: skip
     return result
@@ -148,9 +158,12 @@ def distill(
     expansion = Expansion(tokens, num_used_ids)
     rate = config.learning_rate * float(model.embedding_VD[:num_used_ids].float().square().mean().sqrt())
     errors: dict[int, tuple[float, float]] = {}
+    background = _background(records, expansion, model, config, prefix_ids) if model.tied else None
+    taken_start = None if background is None else float(background.taken(rows_ND.to(model.device)).sum())
     with progress("distilling", len(records), "tokens") as task:
         for group in _groups(records, config):
-            fit = _fit_group(group, records, expansion, rows_ND[group], model, config, layer, rate, prefix_ids)
+            fit = _fit_group(group, records, expansion, rows_ND[group], model, config, layer, rate, prefix_ids,
+                             background)  # fmt: skip
             rows_ND[group] = fit.rows_GD
             pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
             errors.update(zip(group, pairs, strict=True))
@@ -158,7 +171,23 @@ def distill(
             start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
             task.note(f"error {end / start:.0%} of the start")
     reports = [_report(record, rows_ND[i], errors.get(i)) for i, record in enumerate(records)]
-    return DistillResult(rows_ND, tuple(reports), layer)
+    taken = None if background is None else float(background.taken(rows_ND.to(model.device)).sum())
+    return DistillResult(rows_ND, tuple(reports), layer, taken, taken_start)
+
+
+def _background(
+    records: Sequence[TokenSnippets], expansion: Expansion, model: FrozenModel, config: DistillConfig,
+    prefix_ids: Sequence[int],
+) -> Background | None:  # fmt: skip
+    """Sample places from one snippet of each of some tokens, spread over all of them."""
+    having = [i for i, record in enumerate(records) if record.snippets]
+    if not having:
+        return None
+    some = having[:: max(1, len(having) // BACKGROUND_SNIPPETS)]
+    first = [replace(records[i], snippets=records[i].snippets[:1], positions=records[i].positions[:1]) for i in some]
+    groups = [build_examples(first[at : at + FORWARD_SNIPPETS], expansion, some[at : at + FORWARD_SNIPPETS],
+                             prefix_ids=prefix_ids) for at in range(0, len(some), FORWARD_SNIPPETS)]  # fmt: skip
+    return sample_background(model, groups, expansion.first_new_id, torch.Generator().manual_seed(config.seed))
 
 
 def _groups(records: Sequence[TokenSnippets], config: DistillConfig) -> list[list[int]]:
@@ -177,6 +206,7 @@ def _groups(records: Sequence[TokenSnippets], config: DistillConfig) -> list[lis
 def _fit_group(
     group: list[int], records: Sequence[TokenSnippets], expansion: Expansion, start_GD: torch.Tensor,
     model: FrozenModel, config: DistillConfig, layer: int, rate: float, prefix_ids: Sequence[int],
+    background: Background | None,
 ) -> Fit:  # fmt: skip
     parts = [_split(records[i]) for i in group]
     train, held_out = (build_examples([part[side] for part in parts], expansion, group, prefix_ids=prefix_ids)
@@ -185,6 +215,8 @@ def _fit_group(
         model, train, held_out, start_GD, first_new_id=expansion.first_new_id, layer=layer, epochs=config.epochs,
         learning_rate=rate, batch_snippets=config.batch_snippets,
         generator=torch.Generator().manual_seed(config.seed * 1_000_003 + group[0]),
+        # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
+        background=background, silence=config.silence * len(records),
     )  # fmt: skip
 
 

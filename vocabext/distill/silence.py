@@ -1,0 +1,72 @@
+"""Keep the rows of a tied model from being written where the base would write something else.
+
+Shape suffixes: P places, D hidden size, G tokens of a group.
+
+Where input and output matrix are one, a new input row is an output row as well. Nothing in the
+objective bounds its product with final hidden states, and a few loud rows are then on top nearly
+everywhere: the model reads well and writes nonsense. So the probability that a row would take at places
+sampled from the corpus, next to all base tokens, is part of what is minimised.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vocabext.distill.examples import Examples
+from vocabext.model import FrozenModel
+
+# Places looked at in each step, out of those kept.
+PLACES_PER_STEP = 512
+MAX_PLACES = 8_192
+NORMALISER_PLACES = 256
+
+
+@dataclass(frozen=True)
+class Background:
+    """Places at which the base predicts.
+
+    Attributes:
+        hidden_PD: Final hidden states.
+        normaliser_P: Log of the sum over base tokens of the exponentials of their logits.
+    """
+
+    hidden_PD: torch.Tensor
+    normaliser_P: torch.Tensor
+
+    def sample(self, generator: torch.Generator) -> "Background":
+        """Return some of the places."""
+        at = torch.randint(len(self.hidden_PD), (PLACES_PER_STEP,), generator=generator).to(self.hidden_PD.device)
+        return Background(self.hidden_PD[at], self.normaliser_P[at])
+
+    def taken(self, rows_GD: torch.Tensor) -> torch.Tensor:
+        """Return, for each row, how much it lowers the base tokens' log probability on average, (G,), in nats."""
+        logits_GP = rows_GD.to(self.hidden_PD.dtype) @ self.hidden_PD.T
+        return torch.nn.functional.softplus(logits_GP.float() - self.normaliser_P).mean(1)
+
+
+@torch.no_grad()
+def sample_background(
+    model: FrozenModel, groups: Sequence[Examples], num_base: int, generator: torch.Generator
+) -> Background:
+    """Run the base over snippets and keep final hidden states of some places.
+
+    Args:
+        model: The frozen model.
+        groups: Snippets, of which the teacher's side is read.
+        num_base: How many base ids are in use.
+        generator: Source of the choice.
+    """
+    hidden = []
+    for examples in groups:
+        part = examples.to(model.device)
+        lengths_S = part.aligned_ST.max(1).values + 1
+        states_SUD = model.hidden(model.embed(part.teacher_SU))
+        real_SU = torch.arange(part.teacher_SU.shape[1], device=model.device) < lengths_S[:, None]
+        hidden.append(states_SUD[real_SU])
+    every_PD = torch.cat(hidden)
+    at = torch.randperm(len(every_PD), generator=generator)[:MAX_PLACES].to(every_PD.device)
+    kept_PD = every_PD[at]
+    normalisers = (torch.logsumexp(model.logits(part_PD, num_base=num_base), -1)
+                   for part_PD in kept_PD.split(NORMALISER_PLACES))  # fmt: skip
+    return Background(kept_PD, torch.cat(list(normalisers)))
