@@ -1,0 +1,82 @@
+"""Distill the same tokens with several settings and print what each costs and recovers.
+
+    python examples/python_docs.py -o corpus
+    python benchmarks/distill_sweep.py corpus [--tokens 60] [--model examples/model]
+
+Prints one line per setting: seconds, held-out error as a share of the mean-of-pieces error, share of the
+gap recovered, nats that all new rows take from base tokens, bits per byte of reading and of writing, and
+after how many characters greedy text leaves base's. Settings run one after the other on the same snippets.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vocabext.collect import collect
+from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.corpus import read_documents
+from vocabext.distill import distill
+from vocabext.evaluate import RowSet, evaluate
+from vocabext.mine import mine
+from vocabext.model import load_model
+from vocabext.rows import mean_rows
+from vocabext.tokenizer import extend, load_tokenizer
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"learning_rate": 0.2},
+    {"epochs": 4},
+    {"epochs": 4, "learning_rate": 0.3},
+    {"batch_snippets": 4},
+    {"epochs": 4, "target_layer": "0.75"},
+    {"epochs": 4, "target_layer": "0.5"},
+    {"epochs": 4, "target_layer": "0.25"},
+    {"silence": 0.0},
+    {"silence": 1.0},
+]
+HEADER = ("setting", "seconds", "error", "gap recovered", "nats taken", "reading", "writing", "characters")
+
+
+def main() -> None:
+    """Run every setting and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path, help="folder with mining.jsonl and heldout.jsonl")
+    parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parents[1] / "examples" / "model")
+    parser.add_argument("--tokens", type=int, default=60, help="new tokens")
+    parser.add_argument("--max-bytes", type=int, default=60_000, help="held-out text to read, in bytes")
+    arguments = parser.parse_args()
+    base, model = load_tokenizer(arguments.model), load_model(arguments.model)
+    mining, heldout = (list(read_documents([str(arguments.corpus / f"{side}.jsonl")]))
+                       for side in ("mining", "heldout"))  # fmt: skip
+    tokens = mine(mining, base, MineConfig(budget=arguments.tokens)).tokens
+    records = collect(mining, base, tokens, CollectConfig())
+    expanded, mean = extend(base, tokens), mean_rows(model.embedding_VD, tokens)
+    write("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    for setting in SETTINGS:
+        began = time.monotonic()
+        result = distill(records, model, DistillConfig(**setting), num_used_ids=base.num_used_ids,
+                         prefix_ids=base.prefix_ids)  # fmt: skip
+        seconds = time.monotonic() - began
+        found: dict[str, Any] = evaluate(
+            heldout, model, base, expanded,
+            [RowSet("mean", mean, mean), RowSet("distilled", result.input_ND, result.input_ND)],
+            EvalConfig(max_bytes=arguments.max_bytes, prompts=8),
+        )  # fmt: skip
+        row = found["rows"][-1]
+        name = ", ".join(f"{key} {value}" for key, value in setting.items()) or "defaults"
+        taken = "" if result.taken_nats is None else f"{result.taken_nats:.3f}"
+        write(f"| {name} | {seconds:.1f} | {result.relative_error:.2f} | {found['gap_recovered']:.3f} | {taken} | "
+              f"{row['bits_per_byte']:.4f} | {row['bits_per_byte_writing']:.4f} | "
+              f"{row['greedy_common_characters'] or 0:.0f} |")  # fmt: skip
+
+
+def write(line: str) -> None:
+    """Write a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
