@@ -86,13 +86,13 @@ class DistillConfig:
     # Layer whose hidden states are matched: `last`, a number from 1, or a fraction of the depth.
     target_layer: str = "last"
     # Passes over the snippets.
-    epochs: int = 2
+    epochs: int = 4
     # Peak step size in units of the base embedding's root mean square.
     learning_rate: float = 0.1
     # Snippets of each token per step. Many small steps beat few large ones at the same cost.
     batch_snippets: int = 1
     # For tied models: weight of not being written where the base would write something else; 0 is off.
-    silence: float = 0.1
+    silence: float = 0.02
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
