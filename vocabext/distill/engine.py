@@ -29,7 +29,6 @@ class Fit:
         rows_GD: The chosen rows, float32.
         start_error_G: Held-out error of the rows that training began with.
         end_error_G: Held-out error of the chosen rows, never above the start.
-        norm_G: Euclidean norm of the chosen rows.
     """
 
     rows_GD: torch.Tensor
