@@ -26,13 +26,13 @@ from vocabext.tokenizer import extend, load_tokenizer
 
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"learning_rate": 0.2},
-    {"epochs": 4},
-    {"epochs": 4, "learning_rate": 0.3},
+    {"epochs": 2, "learning_rate": 0.2},
+    {"epochs": 2},
+    {"learning_rate": 0.3},
     {"batch_snippets": 4},
-    {"epochs": 4, "target_layer": "0.75"},
-    {"epochs": 4, "target_layer": "0.5"},
-    {"epochs": 4, "target_layer": "0.25"},
+    {"target_layer": "0.75"},
+    {"target_layer": "0.5"},
+    {"target_layer": "0.25"},
     {"silence": 0.0},
     {"silence": 1.0},
 ]
