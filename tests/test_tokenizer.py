@@ -183,7 +183,7 @@ def test_the_text_of_a_byte_token_does_not_become_the_byte(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["metaspace", "prepend"])
 def test_without_protection_it_would(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BaseTokenizer(as_hf(KINDS[kind]()))
-    monkeypatch.setitem(base.__dict__, "unreachable", {})
+    monkeypatch.setitem(base.scheme.__dict__, "unreachable", {})
     new = extend(base, [base.new_token(" cardiac")])
     with pytest.raises(AssertionError):
         check_all(base, new, ["</s><0x0A>", "x cardiac<0x0A> cardiac", " cardiac<0x0A>"])

@@ -1,0 +1,209 @@
+"""The effective tokenizer of a base model, and the expanded one that is made from it."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from vocabext.errors import TokenizerError
+from vocabext.expansion import Expansion
+from vocabext.records import NewToken
+from vocabext.tokenizer.chunks import ChunkScheme
+from vocabext.tokenizer.scheme import SPACE_MARK, SUPPORTED, Scheme, Units, steps_of
+from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
+    """Return a copy of the fast tokenizer inside one of transformers, without padding and truncation."""
+    backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+class _Encoder:
+    """What base and expanded tokenizers share."""
+
+    def __init__(self, backend: Tokenizer, hf: "PreTrainedTokenizerBase") -> None:
+        self.backend = backend
+        self.hf = hf
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without the special tokens that frame a prompt."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts in parallel; like `encode`, in the order given."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids that the tokenizer puts in front of a prompt (often BOS, often nothing)."""
+        framed, bare = self.backend.encode("a").ids, self.backend.encode("a", add_special_tokens=False).ids
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+        return list(framed[:at])
+
+
+class BaseTokenizer(_Encoder):
+    """The effective tokenizer of a base model.
+
+    Attributes:
+        scheme: What kind it is, and how it is extended.
+    """
+
+    def __init__(self, hf: "PreTrainedTokenizerBase") -> None:
+        """Take over a fast tokenizer of transformers.
+
+        Raises:
+            TokenizerError: If it is of a kind that cannot be extended.
+        """
+        super().__init__(plain_backend(hf), hf)
+        self.scheme = scheme_of(self.backend)
+        self._made: dict[str, NewToken] = {}
+
+    @property
+    def kind(self) -> str:
+        """What this kind of tokenizer is called."""
+        return self.scheme.name
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Entries of the tokenizer's model to their ids."""
+        return self.scheme.vocabulary
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Contents of added tokens, special ones among them, to their ids."""
+        return self.scheme.added
+
+    @property
+    def num_used_ids(self) -> int:
+        """One more than the highest id in use."""
+        return self.scheme.num_used_ids
+
+    @property
+    def barrier_ids(self) -> npt.NDArray[np.int64]:
+        """Ids that no new token may contain."""
+        return self.scheme.barrier_ids
+
+    def describe(self) -> str:
+        """Say in one sentence what kind of tokenizer this is and what can be added to it."""
+        return self.scheme.description
+
+    def new_token(self, text: str) -> NewToken:
+        """Return the new token that stands for a text, or for what the normalizer makes of it.
+
+        Raises:
+            TokenizerError: If the text cannot become one token; the message is the reason.
+        """
+        if text not in self._made:
+            self._made[text] = self.scheme.new_token(text)
+        return self._made[text]
+
+    def key_text(self, key: str) -> str:
+        """Return the text that a vocabulary entry stands for."""
+        return self.scheme.key_text(key)
+
+    def encode_units(self, texts: Sequence[str]) -> list[Units]:
+        """Encode many texts and mark where a token or phrase may begin and end."""
+        return self.scheme.encode_units(texts)
+
+    def phrase_may_end(
+        self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell for pairs of ids whether a phrase that ends with the first is used before the second.
+
+        Args:
+            last_ids: Ids at the end of phrases, shape (P,).
+            next_ids: The ids that follow; -1 for the end of a text.
+        """
+        return self.scheme.phrase_may_end(last_ids, next_ids)
+
+
+class ExpandedTokenizer(_Encoder):
+    """A base tokenizer with new tokens.
+
+    Attributes:
+        expansion: The new tokens and the arithmetic on their ids.
+    """
+
+    def __init__(self, backend: Tokenizer, hf: "PreTrainedTokenizerBase", expansion: Expansion) -> None:
+        """Wrap an extended backend; use `extend` to make one."""
+        super().__init__(backend, hf)
+        self.expansion = expansion
+
+    @property
+    def tokens(self) -> tuple[NewToken, ...]:
+        """The new tokens in token-id order."""
+        return self.expansion.tokens
+
+    @property
+    def first_new_id(self) -> int:
+        """The id of the first new token."""
+        return self.expansion.first_new_id
+
+
+def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer:
+    """Add new tokens to a tokenizer so that all other text keeps its ids.
+
+    Args:
+        base: The tokenizer to extend; not modified.
+        tokens: The new tokens; `tokens[i]` gets the id `base.num_used_ids + i`.
+
+    Raises:
+        TokenizerError: If a token repeats, belongs to another tokenizer, or cannot be added safely.
+    """
+    _check_tokens(base, tokens)
+    backend = Tokenizer.from_str(json.dumps(base.scheme.extended(tokens)))
+    return ExpandedTokenizer(backend, base.hf, Expansion(tokens, base.num_used_ids))
+
+
+def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
+    keys: dict[str, NewToken] = {}
+    runs: dict[tuple[int, ...], NewToken] = {}
+    for token in tokens:
+        try:
+            real = base.new_token(token.token)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
+        if (real.key, real.run) != (token.key, token.run):
+            raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
+                                 "these tokens were made for another tokenizer")
+        if token.key in keys or token.run in runs:
+            other = keys.get(token.key) or runs[token.run]
+            raise TokenizerError(f"{token.token!r} and {other.token!r} have the same base ids; keep one of them")
+        keys[token.key], runs[token.run] = token, token
+
+
+def scheme_of(backend: Tokenizer) -> Scheme:
+    """Classify a tokenizer by the way in which it can be extended.
+
+    Raises:
+        TokenizerError: If it is of a kind that cannot; says what is there and what is supported.
+    """
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise TokenizerError(f"this is a {model['type']} tokenizer; supported are {SUPPORTED}")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise TokenizerError(f"this BPE tokenizer uses {option}={model[option]!r}; supported are {SUPPORTED}")
+    steps = list(steps_of(spec["pre_tokenizer"]))
+    kinds = [step["type"] for step in steps]
+    if "ByteLevel" in kinds:
+        return ChunkScheme(backend, spec)
+    marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
+    if marks and all(never_cuts(step) for step in steps):
+        return WholeTextScheme(backend, spec)
+    raise TokenizerError(f"this BPE tokenizer splits by {kinds or 'nothing'}; supported are {SUPPORTED}")

@@ -1,0 +1,229 @@
+"""Byte-level BPE on the chunks of a split expression: GPT-2, Llama 3, Qwen, OLMo, DeepSeek, tekken.
+
+A word is a chunk already, so putting it into the vocabulary is enough. A phrase is several chunks: a
+prefix tree of the phrases becomes the first alternative of the split expression. Where the splitting
+takes several steps, or leaves gaps, the tree is a step of its own in front of them, behind a guard on
+its left side too, and the later steps leave its matches whole.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers
+
+from vocabext.boundaries import prefix_tree
+from vocabext.errors import TokenizerError
+from vocabext.records import NewToken
+from vocabext.tokenizer.bpe import BpeScheme
+from vocabext.tokenizer.phrases import FOLLOWING, Guard, bad_following, ending, left_guard, right_guards
+from vocabext.tokenizer.scheme import SUPPORTED, split_step, steps_of, with_new_entries
+
+# The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
+BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# One of every sort of character that a split expression may forget.
+GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 ไทย שלום ـع "
+             "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")  # fmt: skip
+# How many chunks at either end of a phrase can be changed by what stands next to it.
+EDGE = 2
+
+ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE = "one expression", "several steps", "opaque"
+DESCRIPTIONS = {
+    ONE_EXPRESSION: "byte-level BPE on the chunks of one split expression: words and phrases can be added",
+    SEVERAL_STEPS: "byte-level BPE on the chunks of several splitting steps: words and phrases can be added",
+    OPAQUE: "byte-level BPE behind splitting steps that cannot be extended: words can be added, phrases not",
+}
+
+
+class ChunkScheme(BpeScheme):
+    """A byte-level BPE tokenizer whose text is split before BPE sees it."""
+
+    name = "chunks"
+
+    def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
+        """Classify the splitting.
+
+        Raises:
+            TokenizerError: If a space is put in front of the text, or the text is not split at all.
+        """
+        super().__init__(backend, spec)
+        self.steps = list(steps_of(spec["pre_tokenizer"]))
+        kinds = [step["type"] for step in self.steps]
+        if any(step.get("add_prefix_space") for step in self.steps):
+            raise TokenizerError(f"this byte-level tokenizer splits by {kinds} and puts a space in front of the text; "
+                                 f"supported are {SUPPORTED}")
+        splitting = [step for step in self.steps if step["type"] != "ByteLevel" or step["use_regex"]]
+        if not splitting:
+            raise TokenizerError(f"this byte-level tokenizer does not split the text; supported are {SUPPORTED}")
+        self.splitting = _splitting_kind(splitting) if kinds[-1] == "ByteLevel" else OPAQUE
+        self.description = DESCRIPTIONS[self.splitting]
+        self._bad_following = lru_cache(maxsize=None)(self._bad_following)  # type: ignore[method-assign]
+        self._left_guard = lru_cache(maxsize=None)(self._left_guard)  # type: ignore[method-assign]
+
+    # -- text to chunks -------------------------------------------------------------------------------------------
+
+    def normalize(self, text: str) -> str:
+        """Return what the normalizer makes of a text."""
+        return str(self.backend.normalizer.normalize_str(text)) if self.backend.normalizer is not None else text
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the chunks of a text that begins where a chunk begins, in the alphabet of bytes."""
+        return [chunk for chunk, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    def split(self, text: str) -> list[str]:
+        """Return the chunks of a text, as text."""
+        return [text[start:end] for _, (start, end) in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    def key_text(self, key: str) -> str:
+        """Return the text that an entry in the alphabet of bytes stands for."""
+        return str(decoders.ByteLevel().decode([key]))
+
+    def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
+        """A unit is a chunk."""
+        words = np.asarray([-1 if w is None else w for w in encoding.word_ids], np.int64)
+        starts = np.ones(len(words), np.bool_)
+        starts[1:] = words[1:] != words[:-1]
+        return starts
+
+    def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
+        """An entry that a chunk can spell cannot be cut: chunks are looked up as they are."""
+        for token in entries:
+            if token not in self.taken_out and len(self.pieces(self.key_text(token))) == 1:
+                yield token, 0
+
+    # -- phrases --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def guards(self) -> Mapping[str, Guard | None]:
+        """What may follow a phrase, by its ending."""
+        return right_guards(self.split)
+
+    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+        """Search for neighbours that change how a phrase is cut. A single chunk has none: it is what it is."""
+        if len(pieces) > 1:
+            self._phrase_guards(text)
+
+    def _phrase_guards(self, text: str) -> tuple[str, str]:
+        """Return the assertions on both sides of a phrase.
+
+        Raises:
+            TokenizerError: If there are none that keep its cuts.
+        """
+        if self.splitting == OPAQUE:
+            raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
+        if any(step["type"] == "Digits" for step in self.steps) and any(c.isnumeric() for c in text):
+            raise TokenizerError(f"{text!r} is a phrase with digits, which this tokenizer always cuts apart")
+        parts, end = self.split(text), ending(text)
+        guard = self.guards[end]
+        if guard is None:
+            raise TokenizerError(f"{text!r} is a phrase that ends in {end}, where its cut depends on what follows")
+        bad = self._bad_following("".join(parts[-EDGE:]))
+        if bad is not None:
+            raise TokenizerError(f"{text!r} is cut differently when {bad!r} follows")
+        if self.splitting == ONE_EXPRESSION:
+            return "", guard.expression
+        left = self._left_guard("".join(parts[:EDGE]))
+        if left is None:
+            raise TokenizerError(f"{text!r} is a phrase whose first cut depends on what stands before it")
+        return left.expression, guard.expression
+
+    def _bad_following(self, tail: str) -> str | None:
+        guard = self.guards[ending(tail)]
+        assert guard is not None
+        return bad_following(tail, self.split, guard)
+
+    def _left_guard(self, head: str) -> Guard | None:
+        guard = self.guards[ending(head)]
+        after = [rest for rest in FOLLOWING if guard is not None and guard.accepts(rest)]
+        return left_guard(head, self.split, after[:3])
+
+    def phrase_may_end(
+        self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell whether the guard behind the first id of each pair accepts the second; -1 is the end of a text."""
+        ends, accepted = self._phrase_edges
+        return np.asarray(accepted[ends[last_ids], next_ids])
+
+    @cached_property
+    def _phrase_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The kind of ending of each id, shape (V,), and the followers that each kind accepts, shape (4, V + 1)."""
+        kinds = list(self.guards)
+        ends = np.zeros(self.num_used_ids, np.int64)
+        accepted = np.zeros((len(kinds), self.num_used_ids + 1), np.bool_)
+        for token, i in self.vocabulary.items():
+            text = self.key_text(token) or token
+            ends[i] = kinds.index(ending(text))
+            # What follows a single space is in another chunk and mostly a word.
+            accepted[:, i] = [g is not None and g.accepts(text + "x" * (text == " ")) for g in self.guards.values()]
+        accepted[:, -1] = [g is not None and g.accepts("") for g in self.guards.values()]
+        return ends, accepted
+
+    # -- the extension --------------------------------------------------------------------------------------------
+
+    def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
+        """Return the specification of the tokenizer with the new tokens."""
+        assert not self.unreachable, "looking at it raises an error where there is one"
+        spec = copy.deepcopy(self.spec)
+        with_new_entries(spec, self.added, tokens, self.num_used_ids)
+        phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.pieces(t.token)) > 1}
+        if phrases:
+            extend = _first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front
+            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": extend(self.steps, phrases)}
+        return spec
+
+
+def _splitting_kind(steps: list[dict[str, Any]]) -> str:
+    if any(_looks_back(step) for step in steps):
+        return OPAQUE
+    if len(steps) == 1 and _gives_all_matches(steps[0]) and _has_no_gaps(steps[0]):
+        return ONE_EXPRESSION
+    known = all(_gives_all_matches(step) or step["type"] == "Digits" for step in steps)
+    return SEVERAL_STEPS if known else OPAQUE
+
+
+def _gives_all_matches(step: dict[str, Any]) -> bool:
+    """Tell whether a step turns every match of an expression into a chunk."""
+    if step["type"] == "ByteLevel":
+        return True
+    return step["type"] == "Split" and "Regex" in step["pattern"] and (
+        (step["behavior"] == "Isolated" and not step["invert"]) or (step["behavior"] == "Removed" and step["invert"]))
+
+
+def _looks_back(step: dict[str, Any]) -> bool:
+    return step["type"] == "Split" and bool(re.search(r"\(\?<[=!]|\\[bBAGK]|(^|[|(:])\^", step["pattern"]["Regex"]))
+
+
+def _has_no_gaps(step: dict[str, Any]) -> bool:
+    """Tell whether the chunks follow each other; in a gap a phrase would be matched anywhere."""
+    if step["type"] == "ByteLevel":
+        return True  # the one that is built in
+    return not pre_tokenizers.Split(Regex(step["pattern"]["Regex"]), "removed").pre_tokenize_str(GAP_PROBE)
+
+
+def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Put the phrases in front of the one expression that splits the text."""
+    tree = prefix_tree({text: right for text, (_, right) in phrases.items()})
+    return [new for step in steps for new in _with_alternative(step, tree)]
+
+
+def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Put a step that finds the phrases in front, and let every later step leave a chunk that is one of them."""
+    groups: dict[str, dict[str, str]] = {}
+    for text, (left, right) in phrases.items():
+        groups.setdefault(left, {})[text] = right
+    found = "|".join(left + prefix_tree(group) for left, group in groups.items())
+    whole = rf"\A{prefix_tree(dict.fromkeys(phrases, ''))}\z"
+    return [split_step(found), *(new for step in steps for new in _with_alternative(step, whole))]
+
+
+def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:
+    """Give a splitting step a first alternative; GPT-2's built-in expression is written out for it."""
+    if step["type"] == "Split":
+        return [{**step, "pattern": {"Regex": f"{alternative}|{step['pattern']['Regex']}"}}]
+    if step["use_regex"]:
+        return [split_step(f"{alternative}|{BYTE_LEVEL_SPLIT}"), {**step, "use_regex": False}]
+    return [step]

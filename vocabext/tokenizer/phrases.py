@@ -1,0 +1,117 @@
+"""Which neighbours a phrase of several chunks may have, found by trying the real splitting.
+
+A phrase is handed over as one chunk, so its own cuts must be the same whatever stands around it. Split
+expressions match from left to right and (those that we accept) never look back, so a phrase that begins
+where a chunk begins needs no guard on its left. What follows it can join its last chunk, and a look-ahead
+keeps such neighbours away: for each kind of ending the widest *guard* that survives all probes is taken.
+A probe is one representative for each sort of character that split expressions tell apart.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+WORD, SIGN, BREAK, SPACE = "a word", "a sign", "a line break", "a space"
+Split = Callable[[str], list[str]]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on what stands next to a phrase.
+
+    Attributes:
+        expression: The assertion, for the regex engine of the tokenizers library.
+        accepts: The same condition on the neighbouring text; empty text is the end.
+    """
+
+    expression: str
+    accepts: Callable[[str], bool]
+
+
+def ending(text: str) -> str:
+    """Tell with which sort of character a text ends."""
+    last = text[-1]
+    if last in "\r\n":
+        return BREAK
+    if last.isspace():
+        return SPACE
+    return WORD if last.isalnum() or not last.isascii() else SIGN
+
+
+def _in_word(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN"
+
+
+# From wide to narrow. A narrow guard costs savings, never correctness.
+RIGHT = {
+    WORD: (Guard(r"(?![\p{L}\p{M}\p{N}'’])", lambda rest: not rest or not (_in_word(rest[0]) or rest[0] in "'’")),
+           Guard(r"(?=\s|\z)", lambda rest: not rest or rest[0].isspace()),
+           Guard(r"(?= |\z)", lambda rest: not rest or rest[0] == " ")),
+    SIGN: (Guard(r"(?=[\p{L}\p{N}\s]|\z)", lambda rest: not rest or rest[0].isspace() or rest[0].isalnum()),
+           Guard(r"(?=\s|\z)", lambda rest: not rest or rest[0].isspace()),
+           Guard(r"(?= |\z)", lambda rest: not rest or rest[0] == " ")),
+    BREAK: (Guard(r"(?![\r\n])", lambda rest: not rest or rest[0] not in "\r\n"),
+            Guard(r"(?=\S|\z)", lambda rest: not rest or not rest[0].isspace()),
+            Guard(r"(?= \S)", lambda rest: rest[:1] == " " and rest[1:2].strip() != "")),
+    SPACE: (Guard(r"(?= \S)", lambda rest: rest[:1] == " " and rest[1:2].strip() != ""),
+            Guard(r"(?= [\p{L}\p{N}])", lambda rest: rest[:1] == " " and rest[1:2].isalnum())),
+}  # fmt: skip
+LEFT = (
+    Guard("", lambda before: True),
+    Guard(r"(?<!\s)", lambda before: not before[-1:].isspace()),
+    Guard(r"(?<![^\s\p{L}\p{M}\p{N}])", lambda before: not before or before[-1].isspace() or _in_word(before[-1])),
+    Guard(r"(?<![^\p{L}\p{M}\p{N}])", lambda before: not before or _in_word(before[-1])),
+)
+SIGNS = ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`'\"_—“”’…"
+FOLLOWING = (
+    "", " ", " x", " X", "  x", " 1", " .", "   ", " \n", "\n", "\n\n", "\r\n", "\nx", "\n x", "\n    x", "\t", "\tx",
+    "\n\n  x", "\u3000x", "\u00a0x", "€", "😀", "\u200dx", "\x00", "x", "X", "xX", "Xx", "é", "中", "中x", "ا",
+    "1", "12", "1234", "½", "\u0301", "\u0301x", "'s", "’s", "'", " 's", " 中", " €", " \u0301", "ไทย", "ไ",
+    *(sign + rest for sign in SIGNS for rest in ("", "x", " x", "\n")),
+)  # fmt: skip
+PRECEDING = ("", "x", "X", "1", "12", "x ", "x  ", "1 ", " ", "  ", "\n", "x\n", "\n\n", "\n ", "\t", ". ", ".  ", "é",
+             "中", "中 ", "😀", "😀 ", "\u00a0", "\u3000", "x'", "x's", "ไ", *SIGNS,
+             *("x" + sign for sign in SIGNS))  # fmt: skip
+SAMPLES = {
+    WORD: (" of the", "a b", " x-ray", " naïve café", " 中 文"),
+    SIGN: (" a,", "self.x(", " (x)", " e.g.", "a/b/", " x =", ' "a"'),
+    BREAK: ("a\n", "x:\n", " x.\n\n", " end;\r\n"),
+    SPACE: ("x:\n       ", " a  ", "\n\n    x\n   "),
+}
+
+
+def right_guards(split: Split) -> dict[str, Guard | None]:
+    """Choose for each kind of ending the widest guard under which sample phrases keep their cuts.
+
+    Args:
+        split: The splitting of the tokenizer: text to the chunks of it.
+
+    Returns:
+        A guard per ending; None where no guard is narrow enough.
+    """
+    return {end: next((g for g in guards if all(bad_following(t, split, g) is None for t in SAMPLES[end])), None)
+            for end, guards in RIGHT.items()}  # fmt: skip
+
+
+def bad_following(text: str, split: Split, guard: Guard) -> str | None:
+    """Return a continuation that the guard lets pass and that changes how the text is cut, None for none."""
+    pieces = split(text)
+    return next((after for after in FOLLOWING
+                 if guard.accepts(after) and split(text + after)[: len(pieces)] != pieces), None)  # fmt: skip
+
+
+def left_guard(text: str, split: Split, after: Sequence[str]) -> Guard | None:
+    """Choose the widest guard on the left under which a phrase, cut out, leaves everything as it is.
+
+    Args:
+        text: The phrase.
+        split: The splitting of the tokenizer.
+        after: Some continuations that the guard on the right lets pass.
+    """
+    return next((g for g in LEFT if _stands_alone(text, split, g, after)), None)
+
+
+def _stands_alone(text: str, split: Split, guard: Guard, after: Iterable[str]) -> bool:
+    pieces = split(text)
+    return all(split(before + text + rest) == [*split(before), *pieces, *split(rest)]
+               for rest in after for before in PRECEDING if guard.accepts(before))  # fmt: skip

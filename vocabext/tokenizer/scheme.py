@@ -1,0 +1,192 @@
+"""What every way of extending a tokenizer must be able to do.
+
+A *scheme* knows one kind of tokenizer: how text becomes ids there, which texts can become a token,
+and which changes to the tokenizer's specification make them one. `chunks.py` (byte-level BPE behind a
+split expression), `whole_text.py` (BPE that sees everything) and `unigram.py` are the three.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from vocabext.errors import TokenizerError
+from vocabext.records import NewToken
+
+SPACE_MARK = "\u2581"
+SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
+             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (T5, XLM-R)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Units:
+    """Token ids of one text and the places where it may be cut.
+
+    Attributes:
+        ids: Token ids, shape (T,).
+        starts: True where a unit (a word, a run of punctuation, ...) begins, shape (T,).
+    """
+
+    ids: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.bool_]
+
+
+class Scheme(ABC):
+    """One kind of tokenizer and how it is extended.
+
+    Attributes:
+        name: What this kind is called.
+        description: One sentence for the user: what it is and what can be added.
+        backend: The tokenizer; never modified.
+        spec: Its specification, the content of tokenizer.json; never modified.
+        vocabulary: Entries of the model to their ids.
+        added: Contents of added tokens (special ones among them) to their ids.
+        num_used_ids: One more than the highest id in use.
+    """
+
+    name: str
+    description: str
+
+    def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
+        """Index the vocabulary of a tokenizer."""
+        self.backend = backend
+        self.spec = spec
+        self.vocabulary = vocabulary_of(spec)
+        self.added: dict[str, int] = {a["content"]: a["id"] for a in spec["added_tokens"]}
+        self.num_used_ids = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
+
+    def new_token(self, text: str) -> NewToken:
+        """Return the new token that stands for a text.
+
+        Raises:
+            TokenizerError: If the text cannot become one token in all contexts; the message is the reason.
+        """
+        if not text:
+            raise TokenizerError("the text is empty")
+        if held := next((a for a in self.added if a in text), None):
+            raise TokenizerError(f"{text!r} contains the added token {held!r}")
+        text, given = self.normalize(text), text
+        if not text or self.normalize(text) != text:
+            raise TokenizerError(f"the normalizer turns {given!r} into {text!r}, and that into something else again")
+        pieces = self.pieces(text)
+        key = "".join(pieces)
+        if key in self.vocabulary or key in self.added:
+            raise TokenizerError(f"{text!r} is in the vocabulary already")
+        run = tuple(i for piece in pieces for i in self.merge(piece))
+        if len(run) < 2:
+            raise TokenizerError(f"{text!r} is one token already")
+        if self.spelling(run) != key.encode():
+            raise TokenizerError(f"{text!r} has characters that this tokenizer does not know")
+        self.check(text, pieces, run)
+        return NewToken(text, key, run)
+
+    @abstractmethod
+    def normalize(self, text: str) -> str:
+        """Return what the normalizer makes of a text that stands inside a longer one."""
+
+    @abstractmethod
+    def pieces(self, text: str) -> list[str]:
+        """Return the chunks, spelled as the model sees them, of a text that stands inside a longer one."""
+
+    @abstractmethod
+    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+        """Search for contexts in which the text, though it is there, would not be cut into its run.
+
+        Raises:
+            TokenizerError: If there is one.
+        """
+
+    def merge(self, chunk: str) -> list[int]:
+        """Return the ids that the model gives to one chunk."""
+        return [piece.id for piece in self.backend.model.tokenize(chunk)]
+
+    def spelling(self, ids: Sequence[int]) -> bytes:
+        """Return the entries of the ids, one after the other, in UTF-8."""
+        return "".join(self.backend.id_to_token(i) or "" for i in ids).encode()
+
+    @abstractmethod
+    def key_text(self, key: str) -> str:
+        """Return the text that a vocabulary entry stands for."""
+
+    @abstractmethod
+    def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
+        """Tell for each token of an encoding whether a new token or phrase may begin there."""
+
+    def encode_units(self, texts: Sequence[str]) -> list[Units]:
+        """Encode many texts and mark where a token or phrase may begin and end."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)  # the fast one has no words
+        return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e)) for e in encodings]
+
+    def phrase_may_end(
+        self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell for pairs of ids whether a phrase that ends with the first is used before the second.
+
+        Args:
+            last_ids: Ids at the end of phrases, shape (P,).
+            next_ids: The ids that follow; -1 for the end of a text.
+        """
+        return np.ones(len(last_ids), np.bool_)
+
+    @cached_property
+    def barrier_ids(self) -> npt.NDArray[np.int64]:
+        """Ids that no new token may contain: added tokens, and the one for unknown characters."""
+        return np.asarray(sorted({*self.added.values(), *self.unknown_ids}), np.int64)
+
+    @property
+    def unknown_ids(self) -> list[int]:
+        """The id of the unknown token, if there is one."""
+        unknown = self.spec["model"].get("unk_token")
+        return [self.vocabulary[unknown]] if unknown in self.vocabulary else []
+
+    @abstractmethod
+    def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
+        """Return the specification of the tokenizer with the new tokens.
+
+        Args:
+            tokens: The new tokens; `tokens[i]` gets the id `num_used_ids + i`.
+
+        Raises:
+            TokenizerError: If they cannot be added safely.
+        """
+
+
+def vocabulary_of(spec: dict[str, Any]) -> dict[str, int]:
+    """Return the entries of a tokenizer's model and their ids."""
+    entries = spec["model"]["vocab"]
+    return dict(entries) if isinstance(entries, dict) else {entry[0]: i for i, entry in enumerate(entries)}
+
+
+def steps_of(node: dict[str, Any] | None, children: str = "pretokenizers") -> Iterator[dict[str, Any]]:
+    """Yield the steps of a pre-tokenizer (or, with `children="normalizers"`, normalizer), sequences taken apart."""
+    if node is None:
+        return
+    if node["type"] == "Sequence":
+        for child in node[children]:
+            yield from steps_of(child, children)
+    else:
+        yield node
+
+
+def split_step(expression: str) -> dict[str, Any]:
+    """Return a pre-tokenizer step that makes every match of an expression, and every gap, a chunk."""
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
+def is_byte_token(token: str) -> bool:
+    """Tell whether an entry looks like one that stands for a byte, such as `<0x0A>`."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def with_new_entries(spec: dict[str, Any], added: dict[str, int], tokens: Sequence[NewToken], first: int) -> None:
+    """Put the new tokens into the vocabulary of a BPE model that looks whole chunks up, in place."""
+    vocabulary = spec["model"]["vocab"]
+    # An added token that is not in the model's vocabulary would be renumbered once it grows.
+    vocabulary.update({content: i for content, i in added.items() if content not in vocabulary})
+    vocabulary.update({t.key: first + i for i, t in enumerate(tokens)})
+    spec["model"]["ignore_merges"] = True
