@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ Array = npt.NDArray[np.int64]
 BATCH = 512
 # `auto` looks for the knee among this many tokens.
 MAX_AUTO_BUDGET = 10_000
-# How many rejected candidates are named in the artifact; all are counted.
-MAX_EXAMPLES = 50
+# How many rejected candidates are named in the artifact for each reason; all are counted.
+MAX_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,17 @@ class MineResult:
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected candidates by reason, the commonest first."""
-        return dict(Counter(_reason(text, why) for text, why in self.rejected.items()).most_common())
+        return dict(Counter(map(_reason, self.rejected.values())).most_common())
+
+    def rejected_examples(self) -> dict[str, str]:
+        """Return some rejected candidates of each reason, with the reason in full."""
+        seen: Counter[str] = Counter()
+        examples = {}
+        for text, why in self.rejected.items():
+            seen[_reason(why)] += 1
+            if seen[_reason(why)] <= MAX_EXAMPLES:
+                examples[text] = why
+        return examples
 
 
 def mine(
@@ -97,7 +106,7 @@ def mine(
         raise CorpusError("there is no document to mine; give more text")
     corpus = _read(texts, base, progress)
     candidates = _count(corpus, config)
-    if not candidates:
+    if not len(candidates):
         raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
                          "give more text, or lower --min-count")
     target = min(config.budget or MAX_AUTO_BUDGET, len(candidates))
@@ -135,7 +144,7 @@ def write_candidates(
         "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
         "candidates": result.candidates,
         "rejected": {"count": len(result.rejected), "by_reason": result.rejected_by_reason(),
-                     "examples": dict(islice(result.rejected.items(), MAX_EXAMPLES))},
+                     "examples": result.rejected_examples()},
         "curve": [asdict(point) for point in result.curve],
     }  # fmt: skip
     write_jsonl(path, "candidates", header, (token.to_json() for token in result.tokens))
@@ -162,10 +171,10 @@ def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:
     return header, tokens
 
 
-def _reason(text: str, why: str) -> str:
-    """Take the texts and numbers out of a reason, so that equal reasons can be counted."""
+def _reason(why: str) -> str:
+    """Take the texts out of a reason, so that equal reasons can be counted."""
     quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-    return re.sub(r"\d+", "N", re.sub(quoted, "...", why.replace(repr(text), "it")))
+    return re.sub(quoted, "...", re.sub(rf"^(?:{quoted}) ", "it ", why))
 
 
 @dataclass
@@ -177,7 +186,6 @@ class _Corpus:
     pieces: Array  # tokens per unit
     codes: npt.NDArray[np.uint64]  # hash of each unit's ids
     inside: npt.NDArray[np.bool_]  # may stand in a token at all
-    joinable: npt.NDArray[np.bool_]  # may stand next to another unit in a phrase
     closable: npt.NDArray[np.bool_]  # a phrase may end with this unit, given the unit that follows it
 
     @property
@@ -201,22 +209,18 @@ def _read(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> _Cor
                 task.advance()
     flat, first = np.concatenate(ids), np.flatnonzero(np.concatenate(starts))
     pieces = np.diff(np.append(first, len(flat)))
-    inside, joinable = _allowed(flat, first, base)
+    inside = _allowed(flat, first, base)
     following = np.append(flat[first[1:]], -1)
     closable = base.phrase_may_end(flat[first + pieces - 1], following)
-    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, joinable, closable)
+    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable)
 
 
-def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Tell for each unit whether it may be (part of) a token, and whether it may be part of a phrase."""
+def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
+    """Tell for each unit whether it may be (part of) a token."""
     broken = np.zeros(base.num_used_ids + 1, np.bool_)
     broken[base.barrier_ids] = True
     broken[-1] = True  # index -1: the barrier between documents
-    newline = np.zeros(base.num_used_ids + 1, np.bool_)
-    for token, i in base.vocabulary.items():
-        newline[i] = any(c in base.key_text(token) for c in "\n\r")
-    inside = ~np.logical_or.reduceat(broken[ids], starts)
-    return inside, inside & ~np.logical_or.reduceat(newline[ids], starts)
+    return ~np.logical_or.reduceat(broken[ids], starts)
 
 
 def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint64]:
@@ -229,17 +233,26 @@ def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint
 
 
 @dataclass
-class _Candidate:
-    """A frequent run of units and where it occurs."""
+class _Candidates:
+    """The frequent runs of units and where they occur; arrays of shape (C,) unless noted."""
 
-    units: int
-    positions: Array
-    token: NewToken | None = None
+    units: Array  # units per run
+    worth: Array  # the tokens it would save if nothing else were chosen, overlaps not yet taken out
+    positions: Array  # all places, candidate by candidate (P,)
+    edges: Array  # where each candidate's places begin in `positions` (C + 1,)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def places(self, index: int) -> Array:
+        """Return the units at which a candidate begins, in reading order."""
+        return self.positions[self.edges[index] : self.edges[index + 1]]
 
 
-def _count(corpus: _Corpus, config: MineConfig) -> list[_Candidate]:
+def _count(corpus: _Corpus, config: MineConfig) -> _Candidates:
     """Find all runs of units that are frequent enough and at least two tokens long."""
-    found: list[_Candidate] = []
+    none = np.empty(0, np.int64)
+    found: list[tuple[Array, Array, Array, Array]] = [(none, none, none, none)]
     codes = corpus.codes.copy()
     alive = corpus.inside.copy()
     pieces = corpus.pieces.copy()
@@ -253,13 +266,22 @@ def _count(corpus: _Corpus, config: MineConfig) -> list[_Candidate]:
         frequent = counts[group] >= config.min_count
         alive[at[~frequent]] = False  # a longer run cannot be more frequent than its beginning
         at, group = at[frequent], group[frequent]
-        worth = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
-        at, group = at[worth], group[worth]
-        order = np.argsort(group, kind="stable")
-        edges = np.flatnonzero(np.diff(group[order])) + 1
-        places = np.split(at[order], edges)
-        found += [_Candidate(units, positions) for positions in places if len(positions) >= config.min_count]
-    return found
+        usable = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
+        found.append(_grouped(at[usable], group[usable], pieces, units, config.min_count))
+    lengths, worth, positions, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
+    return _Candidates(lengths, worth, positions, np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes))))
+
+
+def _grouped(at: Array, group: Array, pieces: Array, units: int,
+             min_count: int) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Sort places by the run that stands there; returns units, worth, all places, and how many for each run."""
+    counts = np.bincount(group)
+    enough = counts[group] >= min_count
+    at, group = at[enough], group[enough]
+    at = at[np.argsort(group, kind="stable")]
+    sizes = counts[counts >= min_count]
+    first = at[np.cumsum(sizes) - sizes]
+    return np.full(len(sizes), units), sizes * (pieces[first] - 1), at, sizes
 
 
 def _longer(corpus: _Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.uint64], pieces: Array,
@@ -268,7 +290,7 @@ def _longer(corpus: _Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np
     wider = np.zeros_like(alive)
     follows = slice(units - 1, None)
     width = len(alive) - units + 1
-    wider[:width] = alive[:width] & corpus.joinable[:width] & corpus.joinable[follows]
+    wider[:width] = alive[:width] & corpus.inside[follows]
     longer = codes.copy()
     longer[:width] = codes[:width] * np.uint64(0xD6E8FEB86659FD93) + corpus.codes[follows]
     total = pieces.copy()
@@ -277,7 +299,7 @@ def _longer(corpus: _Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np
 
 
 def _choose_and_check(
-    texts: Sequence[str], corpus: _Corpus, candidates: list[_Candidate], base: BaseTokenizer, config: MineConfig,
+    texts: Sequence[str], corpus: _Corpus, candidates: _Candidates, base: BaseTokenizer, config: MineConfig,
     budget: int, progress: Progress,
 ) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
     """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left."""
@@ -287,56 +309,58 @@ def _choose_and_check(
         counted, _ = _measure(texts, base, chosen, progress)
         kept = [token for token in counted if token.count >= config.min_count]
         if len(kept) >= budget or len(chosen) < budget + extra:
-            rare = {t.token: f"the expanded tokenizer produces it only {t.count} times" for t in counted
-                    if t.count < config.min_count}  # fmt: skip
+            why = f"the expanded tokenizer produces it fewer than {config.min_count} times"
+            rare = {t.token: why for t in counted if t.count < config.min_count}
             return kept, {**rejected, **rare}
         extra = 2 * extra + 2 * (budget - len(kept))
 
 
 def _choose(
-    corpus: _Corpus, candidates: list[_Candidate], base: BaseTokenizer, config: MineConfig, wanted: int,
+    corpus: _Corpus, candidates: _Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
     progress: Progress,
 ) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
     """Take the candidate that saves most, again and again, recomputing only what may have changed."""
-    cover = _Cover(corpus)
+    cover = _Cover(corpus, candidates)
     chosen: list[NewToken] = []
     rejected: dict[str, str] = {}
     taken: set[tuple[int, ...]] = set()
-    heap = [(-len(c.positions) * (len(corpus.run(int(c.positions[0]), c.units)) - 1), i, -1)
-            for i, c in enumerate(candidates)]  # fmt: skip
+    heap = [(-worth, index, -1) for index, worth in enumerate(candidates.worth.tolist())]
     heapq.heapify(heap)
     with progress("choosing tokens", wanted, "tokens") as task:
         while heap and len(chosen) < wanted:
             _, index, computed_at = heapq.heappop(heap)
-            candidate = candidates[index]
-            if candidate.token is None:
-                try:
-                    candidate.token = _as_token(corpus, candidate, base, config)
-                except TokenizerError as error:
-                    rejected[_text(corpus, candidate, base)] = str(error)
-                    continue
             if computed_at < len(chosen):
-                saved, count = cover.savings(candidate)
+                saved, count = cover.savings(index)
                 if count >= config.min_count and saved > 0:
                     heapq.heappush(heap, (-saved, index, len(chosen)))
-            elif candidate.token.run not in taken:
-                taken.add(candidate.token.run)
-                chosen.append(replace(candidate.token, saved=cover.take(candidate)))
-                task.advance()
+                continue
+            # Only a winner is made a token: that takes longer than all the rest.
+            run = corpus.run(int(candidates.places(index)[0]), int(candidates.units[index]))
+            if run in taken:
+                continue
+            try:
+                token = _as_token(run, base, config)
+            except TokenizerError as error:
+                rejected[_text(run, base)] = str(error)
+                continue
+            taken.add(run)
+            chosen.append(replace(token, saved=cover.take(index)))
+            task.advance()
+        if len(chosen) < wanted:
+            task.note("no other candidate saves anything")
     return chosen, rejected
 
 
-def _text(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer) -> str:
-    run = corpus.run(int(candidate.positions[0]), candidate.units)
+def _text(run: Sequence[int], base: BaseTokenizer) -> str:
     return base.key_text("".join(base.backend.id_to_token(i) or "" for i in run))
 
 
-def _as_token(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer, config: MineConfig) -> NewToken:
-    text = _text(corpus, candidate, base)
+def _as_token(run: tuple[int, ...], base: BaseTokenizer, config: MineConfig) -> NewToken:
+    text = _text(run, base)
     if len(text) > config.max_characters:
-        raise TokenizerError(f"{text!r} has {len(text)} characters, more than {config.max_characters}")
+        raise TokenizerError(f"{text!r} is longer than {config.max_characters} characters")
     token = base.new_token(text)
-    if token.run != corpus.run(int(candidate.positions[0]), candidate.units):
+    if token.run != run:
         raise TokenizerError(f"{text!r} is cut differently on its own")
     return token
 
@@ -344,50 +368,55 @@ def _as_token(corpus: _Corpus, candidate: _Candidate, base: BaseTokenizer, confi
 class _Cover:
     """Which units are covered by chosen tokens, and what a candidate would still save."""
 
-    def __init__(self, corpus: _Corpus) -> None:
+    def __init__(self, corpus: _Corpus, candidates: _Candidates) -> None:
+        self.candidates = candidates
         self.cost = corpus.pieces.copy()  # tokens counted at each unit's first place
         self.begins = np.ones(len(corpus.pieces) + 1, np.bool_)  # a token or free unit begins here
-        self.places: dict[int, Array] = {}  # where each candidate still fits, by its identity
+        self.left: dict[int, Array] = {}  # where a candidate still fits, once some of its places are gone
 
-    def savings(self, candidate: _Candidate) -> tuple[int, int]:
-        """Return the tokens that the candidate would save now, and at how many places."""
-        at = self._free(candidate)
-        return int(self._cost(at, candidate.units).sum() - len(at)), len(at)
+    def savings(self, index: int) -> tuple[int, int]:
+        """Return the tokens that a candidate would save now, and at how many places."""
+        at, cost = self._free(index)
+        return int(cost.sum()) - len(at), len(at)
 
-    def take(self, candidate: _Candidate) -> int:
-        """Cover the candidate's places; returns the tokens saved."""
-        at = self._free(candidate)
-        saved = int(self._cost(at, candidate.units).sum() - len(at))
-        for offset in range(candidate.units):
+    def take(self, index: int) -> int:
+        """Cover a candidate's places; returns the tokens saved."""
+        at, cost = self._free(index)
+        for offset in range(int(self.candidates.units[index])):
             self.cost[at + offset] = 1 if offset == 0 else 0
             self.begins[at + offset] = offset == 0
-        return saved
+        return int(cost.sum()) - len(at)
 
-    def _free(self, candidate: _Candidate) -> Array:
-        at = self.places.get(id(candidate), candidate.positions)
-        # Places that an earlier token cuts into are gone for good, and never looked at again.
-        at = at[self.begins[at] & self.begins[at + candidate.units]]
-        self.places[id(candidate)] = at
-        at = at[self._cost(at, candidate.units) > 1]
-        return _without_overlap(at, candidate.units) if candidate.units > 1 else at
-
-    def _cost(self, at: Array, units: int) -> Array:
-        total = self.cost[at].copy()
+    def _free(self, index: int) -> tuple[Array, Array]:
+        """Return the places where a candidate still saves something, and what the text costs there now."""
+        units = int(self.candidates.units[index])
+        at = self.left[index] if index in self.left else self.candidates.places(index)
+        fits = self.begins[at] & self.begins[at + units]
+        if not fits.all():
+            # Places that an earlier token cuts into are gone for good, and never looked at again.
+            at = self.left[index] = at[fits]
+        cost = self.cost[at]
         for offset in range(1, units):
-            total += self.cost[at + offset]
-        return total
+            cost = cost + self.cost[at + offset]
+        saves = cost > 1
+        if not saves.all():
+            at, cost = at[saves], cost[saves]
+        if units > 1:
+            apart = _apart(at, units)
+            at, cost = at[apart], cost[apart]
+        return at, cost
 
 
-def _without_overlap(at: Array, units: int) -> Array:
-    """Drop places that begin inside the one before (`"ha ha ha"`), from left to right."""
-    if len(at) < 2 or int(np.diff(at).min()) >= units:
-        return at
-    keep, end = [], -1
-    for position in at.tolist():
+def _apart(at: Array, units: int) -> slice | npt.NDArray[np.bool_]:
+    """Select the places that do not begin inside the one before (`"ha ha ha"`), from left to right."""
+    if len(at) < 2 or int((at[1:] - at[:-1]).min()) >= units:
+        return slice(None)
+    keep, end = np.zeros(len(at), np.bool_), -1
+    for index, position in enumerate(at.tolist()):
         if position >= end:
-            keep.append(position)
+            keep[index] = True
             end = position + units
-    return np.asarray(keep, np.int64)
+    return keep
 
 
 def _measure(

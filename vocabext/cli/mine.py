@@ -74,9 +74,9 @@ def mine(
     result = run_mine(documents, base, config, show.progress)
     header = write_candidates(output, result, base, model=model, config=config, corpus=corpus)
     if result.rejected:
-        commonest = next(iter(result.rejected_by_reason()))
-        show.note(f"{len(result.rejected):,} candidates cannot be tokens (most often: {commonest}); "
-                  f"the header of {output} says which and why")  # fmt: skip
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
+        show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "
+                  f"the header of {output} has examples")  # fmt: skip
     best = [token.to_json() for token in result.tokens[:NUM_BEST]]
     document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
                 "best": best}  # fmt: skip
