@@ -125,16 +125,14 @@ def count_batch(
     texts = [document.text for document in batch]
     for document, base_ids, ids in zip(batch, base.encode_batch(texts), expanded.encode_batch(texts), strict=True):
         array = np.asarray(ids, np.int64)
-        new = array[array >= expansion.first_new_id] - expansion.first_new_id
-        known = new[new < expansion.num_new]
-        tally.counts += np.bincount(known, minlength=expansion.num_new)
+        known = array[array < expansion.end_id]  # another tokenizer may give ids that nothing here stands for
+        tally.counts += expansion.counts(known)
         tally.base.append(len(base_ids))
         tally.expanded.append(len(ids))
         tally.characters.append(len(document.text))
         tally.num_bytes += len(document.text.encode())
-        tally.new.append(len(new))
-        same = len(known) == len(new) and np.array_equal(expansion.unmerge(array), np.asarray(base_ids, np.int64))
-        if not same:
+        tally.new.append(int(expansion.is_new(array).sum()))
+        if len(known) < len(array) or not np.array_equal(expansion.unmerge(array), base_ids):
             tally.num_differing += 1
             tally.first_differing = tally.first_differing or document.name
 

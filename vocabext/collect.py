@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from vocabext.config import CollectConfig
 from vocabext.errors import UsageError
-from vocabext.expansion import Expansion
+from vocabext.expansion import Expansion, Ids
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, NewToken, TokenSnippets, read_jsonl, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
@@ -244,7 +243,7 @@ def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
 
 
 def _sample(
-    ids: npt.NDArray[np.int64],
+    ids: Ids,
     expansion: Expansion,
     reservoirs: Mapping[int, _Reservoir],
     config: CollectConfig,
@@ -254,7 +253,7 @@ def _sample(
     at = np.flatnonzero(expansion.is_new(ids))
     if not len(at):
         return
-    ends = np.cumsum(expansion.run_lengths(ids))
+    edges = expansion.edges(ids)
     draws, befores = rng.random(len(at)), rng.random(len(at))
     for position, draw, before in zip(at.tolist(), draws.tolist(), befores.tolist(), strict=True):
         reservoir = reservoirs.get(int(ids[position]))
@@ -262,21 +261,18 @@ def _sample(
             continue
         reservoir.seen += 1
         if len(reservoir.snippets) < config.snippets:
-            reservoir.snippets.append(_window(ids, ends, position, before, config.window))
+            reservoir.snippets.append(_window(ids, edges, position, before, config.window))
         elif (place := int(draw * reservoir.seen)) < config.snippets:
-            reservoir.snippets[place] = _window(ids, ends, position, before, config.window)
+            reservoir.snippets[place] = _window(ids, edges, position, before, config.window)
 
 
-def _window(
-    ids: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], position: int, before: float, window: int
-) -> tuple[tuple[int, ...], int]:
+def _window(ids: Ids, edges: Ids, position: int, before: float, window: int) -> tuple[tuple[int, ...], int]:
     """Cut a window of about `window` base ids around a position; returns expanded ids and the place inside."""
-    begin_of_token = int(ends[position - 1]) if position else 0
-    start_base = max(0, begin_of_token - int(before * MAX_BEFORE * window))
-    start = int(np.searchsorted(ends, start_base, side="right"))
-    base_start = int(ends[start - 1]) if start else 0
-    stop = max(int(np.searchsorted(ends, base_start + window, side="right")), position + 1)
-    return tuple(ids[start:stop].tolist()), position - start
+    start_base = max(0, int(edges[position]) - int(before * MAX_BEFORE * window))
+    # The run that holds the base id `start_base` begins at the last edge that is not beyond it.
+    start = int(np.searchsorted(edges, start_base, side="right")) - 1
+    stop = int(np.searchsorted(edges, edges[start] + window, side="right")) - 1
+    return tuple(ids[start : max(stop, position + 1)].tolist()), position - start
 
 
 def _record(token: NewToken, reservoir: _Reservoir) -> TokenSnippets:

@@ -176,18 +176,18 @@ def _windows(
 ) -> Iterator[_Window]:
     """Cut one document into windows of at most `config.context` base ids, at expanded token edges."""
     array = np.asarray(ids, np.int64)
-    ends = np.cumsum(expanded.expansion.run_lengths(array))
+    edges = expanded.expansion.edges(array)
     prefix = np.asarray(base.prefix_ids, np.int64)
     total = len(text.encode())
-    start = done = 0
+    start = 0
     while start < len(array):
-        stop = max(start + 1, int(np.searchsorted(ends, done + config.context, side="right")))
+        stop = max(start + 1, int(np.searchsorted(edges, edges[start] + config.context, side="right")) - 1)
         framed = np.concatenate((prefix, array[start:stop]))
-        pieces = int(ends[stop - 1]) - done
+        pieces = int(edges[stop] - edges[start])
         if len(framed) > 1:
             # The first piece has no context without a prefix and is not predicted; its bytes count on both sides.
-            yield _Window(document, framed, len(prefix), round(total * pieces / int(ends[-1])))
-        start, done = stop, int(ends[stop - 1])
+            yield _Window(document, framed, len(prefix), round(total * pieces / int(edges[-1])))
+        start = stop
 
 
 @torch.no_grad()
@@ -240,27 +240,24 @@ def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
         first: Index of the first id that is predicted.
         expanded: The tokenizer.
     """
-    expansion = expanded.expansion
-    ids, positions, parents = [stem], [np.arange(len(stem))], [np.full(len(stem), -1)]
-    sources, targets, size = [], [], len(stem)
-    for at in range(first, len(stem)):
-        run = expansion.unmerge(stem[at : at + 1])
-        sources.append(at - 1)
-        targets.append(run[0])
-        if len(run) > 1:
-            sources.extend(range(size, size + len(run) - 1))
-            targets.extend(run[1:])
-            ids.append(run[:-1])
-            positions.append(np.arange(at, at + len(run) - 1))
-            parents.append(np.full(len(run) - 1, at))
-            size += len(run) - 1
-    parent, order = np.concatenate(parents), np.arange(size)
+    expansion, predicted = expanded.expansion, stem[first:]
+    pieces, edges = expansion.unmerge(predicted), expansion.edges(predicted)
+    # Each piece belongs to an id of the stem, and is predicted from where the one before it was read.
+    owners = np.repeat(np.arange(first, len(stem)), np.diff(edges))
+    depths = np.arange(len(pieces)) - np.repeat(edges[:-1], np.diff(edges))
+    on_branch = np.ones(len(pieces), np.bool_)
+    on_branch[edges[1:] - 1] = False  # what follows the last piece is predicted from the new token itself
+    read_at = len(stem) - 1 + np.cumsum(on_branch)
+    sources = np.where(depths == 0, owners - 1, np.concatenate(([0], read_at[:-1])))
+    ids = np.concatenate((stem, pieces[on_branch]))
+    positions = np.concatenate((np.arange(len(stem)), (owners + depths)[on_branch]))
+    parent, order = np.concatenate((np.full(len(stem), -1), owners[on_branch])), np.arange(len(ids))
     on_stem = parent < 0
     # The stem sees its own past; a branch sees the stem before its token, and its own past.
     past = order <= order[:, None]
     seen_by_branch = (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & past)
     visible = np.where(on_stem[:, None], on_stem & past, seen_by_branch)
-    return _Branches(np.concatenate(ids), np.concatenate(positions), visible, np.asarray(sources), np.asarray(targets))
+    return _Branches(ids, positions, visible, sources, pieces)
 
 
 @dataclass(frozen=True)

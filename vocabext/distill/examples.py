@@ -69,13 +69,14 @@ def build_examples(
     prefix = np.asarray(prefix_ids, np.int64)
     for index, (record, token) in enumerate(zip(records, tokens, strict=True)):
         own = expansion.first_new_id + token
-        for snippet, position in zip(record.snippets, record.positions, strict=True):
-            student, at = _only_own(np.asarray(snippet, np.int64), position, own, expansion)
-            student = np.concatenate((prefix, student))
-            teachers.append(expansion.unmerge(student))
-            aligned.append(expansion.last_positions(student))
-            students.append(np.where(student == own, expansion.first_new_id + index, student))
-            starts.append(at + len(prefix))
+        for snippet, position, student in zip(
+            record.snippets, record.positions, expansion.unmerge_batch(record.snippets, keep=[own]), strict=True
+        ):
+            framed = np.concatenate((prefix, student))
+            teachers.append(expansion.unmerge(framed))
+            aligned.append(expansion.last_positions(framed))
+            students.append(np.where(framed == own, expansion.first_new_id + index, framed))
+            starts.append(len(prefix) + int(expansion.edges(snippet[:position], keep=[own])[-1]))
             owners.append(index)
     lengths = np.asarray([len(s) for s in students])
     place = np.arange(lengths.max(initial=1))
@@ -83,16 +84,6 @@ def build_examples(
     weight = counted / np.maximum(counted.sum(1, keepdims=True), 1)
     return Examples(_pad(students), _pad(teachers), _pad(aligned), torch.from_numpy(weight).float(),
                     torch.tensor(owners))  # fmt: skip
-
-
-def _only_own(snippet: Ids, position: int, own: int, expansion: Expansion) -> tuple[Ids, int]:
-    """Take every new token but `own` apart; returns the ids and the place of the token at `position`."""
-    lengths = np.where(snippet == own, 1, expansion.run_lengths(snippet))
-    edges = np.flatnonzero(snippet == own)
-    parts = []
-    for start, stop in zip([0, *(edges + 1)], [*edges, len(snippet)], strict=True):
-        parts += [expansion.unmerge(snippet[start:stop]), snippet[stop : stop + 1]]
-    return np.concatenate(parts), int(lengths[:position].sum())
 
 
 def _pad(rows: Sequence[Ids]) -> torch.Tensor:
