@@ -20,7 +20,7 @@ from vocabext.boundaries import prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme
-from vocabext.tokenizer.phrases import FOLLOWING, Guard, bad_following, ending, left_guard, right_guards
+from vocabext.tokenizer.phrases import Guard, bad_following, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import SUPPORTED, split_step, steps_of, with_new_entries
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
@@ -126,7 +126,7 @@ class ChunkScheme(BpeScheme):
             raise TokenizerError(f"{text!r} is cut differently when {bad!r} follows")
         if self.splitting == ONE_EXPRESSION:
             return "", guard.expression
-        left = self._left_guard("".join(parts[:EDGE]))
+        left = self._left_guard("".join(parts[: EDGE + 1]))
         if left is None:
             raise TokenizerError(f"{text!r} is a phrase whose first cut depends on what stands before it")
         return left.expression, guard.expression
@@ -137,9 +137,7 @@ class ChunkScheme(BpeScheme):
         return bad_following(tail, self.split, guard)
 
     def _left_guard(self, head: str) -> Guard | None:
-        guard = self.guards[ending(head)]
-        after = [rest for rest in FOLLOWING if guard is not None and guard.accepts(rest)]
-        return left_guard(head, self.split, after[:3])
+        return left_guard(head, self.split, EDGE)
 
     def phrase_may_end(
         self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
@@ -224,6 +222,6 @@ def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, 
     """Give a splitting step a first alternative; GPT-2's built-in expression is written out for it."""
     if step["type"] == "Split":
         return [{**step, "pattern": {"Regex": f"{alternative}|{step['pattern']['Regex']}"}}]
-    if step["use_regex"]:
+    if step["type"] == "ByteLevel" and step["use_regex"]:
         return [split_step(f"{alternative}|{BYTE_LEVEL_SPLIT}"), {**step, "use_regex": False}]
     return [step]

@@ -7,11 +7,13 @@ keeps such neighbours away: for each kind of ending the widest *guard* that surv
 A probe is one representative for each sort of character that split expressions tell apart.
 """
 
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-WORD, SIGN, BREAK, SPACE = "a word", "a sign", "a line break", "a space"
+WORD, MARK, SIGN = "a word", "a combining mark", "a sign"
+BREAK, BREAKS, SPACE = "a line break", "several line breaks", "a space"
 Split = Callable[[str], list[str]]
 
 
@@ -32,35 +34,46 @@ def ending(text: str) -> str:
     """Tell with which sort of character a text ends."""
     last = text[-1]
     if last in "\r\n":
-        return BREAK
+        return BREAK if last == "\n" and not text[-2:-1].isspace() else BREAKS
     if last.isspace():
         return SPACE
-    return WORD if last.isalnum() or not last.isascii() else SIGN
+    if unicodedata.category(last)[0] == "M":
+        return MARK
+    return WORD if last.isalnum() else SIGN
 
 
 def _in_word(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN"
 
 
+def _is_space(rest: str) -> bool:
+    return not rest or rest[0].isspace()
+
+
+NO_WORD = Guard(r"(?![\p{L}\p{M}\p{N}'’])", lambda rest: not rest or not (_in_word(rest[0]) or rest[0] in "'’"))
+ANY_SPACE = Guard(r"(?=\s|\z)", _is_space)
+PLAIN_SPACE = Guard(r"(?= |\z)", lambda rest: not rest or rest[0] == " ")
+NO_BREAK = Guard(r"(?![\r\n])", lambda rest: not rest or rest[0] not in "\r\n")
+NO_SPACE = Guard(r"(?=\S|\z)", lambda rest: not rest or not rest[0].isspace())
+ONE_SPACE = Guard(r"(?= \S)", lambda rest: rest[:1] == " " and rest[1:2].strip() != "")
 # From wide to narrow. A narrow guard costs savings, never correctness.
 RIGHT = {
-    WORD: (Guard(r"(?![\p{L}\p{M}\p{N}'’])", lambda rest: not rest or not (_in_word(rest[0]) or rest[0] in "'’")),
-           Guard(r"(?=\s|\z)", lambda rest: not rest or rest[0].isspace()),
-           Guard(r"(?= |\z)", lambda rest: not rest or rest[0] == " ")),
-    SIGN: (Guard(r"(?=[\p{L}\p{N}\s]|\z)", lambda rest: not rest or rest[0].isspace() or rest[0].isalnum()),
-           Guard(r"(?=\s|\z)", lambda rest: not rest or rest[0].isspace()),
-           Guard(r"(?= |\z)", lambda rest: not rest or rest[0] == " ")),
-    BREAK: (Guard(r"(?![\r\n])", lambda rest: not rest or rest[0] not in "\r\n"),
-            Guard(r"(?=\S|\z)", lambda rest: not rest or not rest[0].isspace()),
-            Guard(r"(?= \S)", lambda rest: rest[:1] == " " and rest[1:2].strip() != "")),
-    SPACE: (Guard(r"(?= \S)", lambda rest: rest[:1] == " " and rest[1:2].strip() != ""),
-            Guard(r"(?= [\p{L}\p{N}])", lambda rest: rest[:1] == " " and rest[1:2].isalnum())),
+    WORD: (NO_WORD, ANY_SPACE, PLAIN_SPACE),
+    MARK: (NO_WORD, ANY_SPACE, PLAIN_SPACE),
+    SIGN: (Guard(r"(?=[\p{L}\p{N}\s]|\z)", lambda rest: _is_space(rest) or rest[0].isalnum()),
+           Guard(r"(?=[\p{N}\s]|\z)", lambda rest: _is_space(rest) or rest[0].isnumeric()),
+           Guard(r"(?=[\p{N} ]|\z)", lambda rest: not rest or rest[0] == " " or rest[0].isnumeric()),
+           PLAIN_SPACE),
+    BREAK: (NO_BREAK, NO_SPACE, ONE_SPACE),
+    BREAKS: (NO_BREAK, NO_SPACE, ONE_SPACE),
+    SPACE: (ONE_SPACE, Guard(r"(?= [A-Za-z])", lambda rest: re.match(" [A-Za-z]", rest) is not None)),
 }  # fmt: skip
 LEFT = (
     Guard("", lambda before: True),
     Guard(r"(?<!\s)", lambda before: not before[-1:].isspace()),
     Guard(r"(?<![^\s\p{L}\p{M}\p{N}])", lambda before: not before or before[-1].isspace() or _in_word(before[-1])),
     Guard(r"(?<![^\p{L}\p{M}\p{N}])", lambda before: not before or _in_word(before[-1])),
+    Guard(r"(?<![^\n])", lambda before: not before or before[-1] == "\n"),
 )
 SIGNS = ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`'\"_—“”’…"
 FOLLOWING = (
@@ -74,8 +87,10 @@ PRECEDING = ("", "x", "X", "1", "12", "x ", "x  ", "1 ", " ", "  ", "\n", "x\n",
              *("x" + sign for sign in SIGNS))  # fmt: skip
 SAMPLES = {
     WORD: (" of the", "a b", " x-ray", " naïve café", " 中 文"),
+    MARK: ("e\u0301te\u0301", " ที่ ที่", " नमस्ते दुनिया ि"),
     SIGN: (" a,", "self.x(", " (x)", " e.g.", "a/b/", " x =", ' "a"'),
-    BREAK: ("a\n", "x:\n", " x.\n\n", " end;\r\n"),
+    BREAK: ("a\n", "x:\n", " a.b\n"),
+    BREAKS: (" x.\n\n", " end;\r\n", "x \n", "a\n  \n"),
     SPACE: ("x:\n       ", " a  ", "\n\n    x\n   "),
 }
 
@@ -100,18 +115,15 @@ def bad_following(text: str, split: Split, guard: Guard) -> str | None:
                  if guard.accepts(after) and split(text + after)[: len(pieces)] != pieces), None)  # fmt: skip
 
 
-def left_guard(text: str, split: Split, after: Sequence[str]) -> Guard | None:
-    """Choose the widest guard on the left under which a phrase, cut out, leaves everything as it is.
+def left_guard(text: str, split: Split, edge: int) -> Guard | None:
+    """Choose the widest guard on the left under which what stands there, and the phrase, keep their cuts.
 
     Args:
-        text: The phrase.
+        text: The phrase, or its beginning.
         split: The splitting of the tokenizer.
-        after: Some continuations that the guard on the right lets pass.
+        edge: How many of its first chunks to look at.
     """
-    return next((g for g in LEFT if _stands_alone(text, split, g, after)), None)
-
-
-def _stands_alone(text: str, split: Split, guard: Guard, after: Iterable[str]) -> bool:
-    pieces = split(text)
-    return all(split(before + text + rest) == [*split(before), *pieces, *split(rest)]
-               for rest in after for before in PRECEDING if guard.accepts(before))  # fmt: skip
+    pieces = split(text)[:edge]
+    bad = [before for before in PRECEDING
+           if split(before + text)[: len(split(before)) + edge] != [*split(before), *pieces]]  # fmt: skip
+    return next((guard for guard in LEFT if not any(guard.accepts(before) for before in bad)), None)
