@@ -7,6 +7,7 @@ its left side too, and the later steps leave its matches whole.
 """
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -16,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers
 
-from vocabext.boundaries import prefix_tree
+from vocabext.boundaries import MergeTable, prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
-from vocabext.tokenizer.bpe import BpeScheme
-from vocabext.tokenizer.phrases import Guard, bad_following, ending, left_guard, right_guards
-from vocabext.tokenizer.scheme import SUPPORTED, split_step, steps_of, with_new_entries
+from vocabext.tokenizer.bpe import BpeScheme, merges_of
+from vocabext.tokenizer.inner import edges_of, holds_inner, inner_step, is_inner
+from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
+from vocabext.tokenizer.scheme import SUPPORTED, Units, split_step, steps_of, with_new_entries
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -81,6 +83,12 @@ class ChunkScheme(BpeScheme):
     def key_text(self, key: str) -> str:
         """Return the text that an entry in the alphabet of bytes stands for."""
         return str(decoders.ByteLevel().decode([key]))
+
+    def encode_units(self, texts: Sequence[str]) -> list[Units]:
+        """Encode many texts; a unit also begins at any character of a script without spaces."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e) | _spaceless_starts(e, text))
+                for e, text in zip(encodings, texts, strict=True)]  # fmt: skip
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
         """A unit is a chunk."""
@@ -158,7 +166,13 @@ class ChunkScheme(BpeScheme):
             # What follows a single space is in another chunk and mostly a word.
             accepted[:, i] = [g is not None and g.accepts(text + "x" * (text == " ")) for g in self.guards.values()]
         accepted[:, -1] = [g is not None and g.accepts("") for g in self.guards.values()]
-        return ends, accepted
+        # Inside a run of letters without spaces a word may end anywhere, as far as this table can tell.
+        kinds.append("spaceless")
+        free = np.zeros(self.num_used_ids + 1, np.bool_)
+        for token, i in self.vocabulary.items():
+            free[i], tail = edges_of(token)
+            ends[i] = kinds.index("spaceless") if tail else ends[i]
+        return ends, np.vstack((accepted, accepted[kinds.index(WORD)] | free))
 
     # -- the extension --------------------------------------------------------------------------------------------
 
@@ -171,7 +185,28 @@ class ChunkScheme(BpeScheme):
         if phrases:
             extend = _first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front
             spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": extend(self.steps, phrases)}
+        if step := self._inner_step([t.token for t in tokens]):
+            steps = [new for old in steps_of(spec["pre_tokenizer"]) for new in _with_alternative(old, "")]
+            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps[:-1], step, steps[-1]]}
         return spec
+
+    def _inner_step(self, texts: Sequence[str]) -> dict[str, Any] | None:
+        words = [text for text in texts if is_inner(text) and len(self.pieces(text)) == 1]
+        if not words or self.steps[-1]["type"] != "ByteLevel" or not self._looks_up_only_merges:
+            return None
+        table = MergeTable(merges_of(self.spec), self.vocabulary)
+        return inner_step(words, set(texts) - set(words), table)
+
+    @cached_property
+    def _looks_up_only_merges(self) -> bool:
+        """Whether looking a part of a chunk up finds only what merges would make of it."""
+        if not self.spec["model"].get("ignore_merges"):
+            return True  # `unreachable` has looked at every entry that can be a chunk
+        spec = copy.deepcopy(self.spec)
+        spec["model"]["ignore_merges"] = False
+        model = Tokenizer.from_str(json.dumps(spec)).model
+        return all([piece.id for piece in model.tokenize(token)] == [i]
+                   for token, i in self.vocabulary.items() if token not in self.taken_out)  # fmt: skip
 
 
 def _splitting_kind(steps: list[dict[str, Any]]) -> str:
@@ -219,9 +254,23 @@ def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str,
 
 
 def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:
-    """Give a splitting step a first alternative; GPT-2's built-in expression is written out for it."""
-    if step["type"] == "Split":
-        return [{**step, "pattern": {"Regex": f"{alternative}|{step['pattern']['Regex']}"}}]
+    """Give a splitting step a first alternative, if any; GPT-2's built-in expression is written out for it."""
+    first = f"{alternative}|" if alternative else ""
+    if step["type"] == "Split" and first:
+        return [{**step, "pattern": {"Regex": first + step["pattern"]["Regex"]}}]
     if step["type"] == "ByteLevel" and step["use_regex"]:
-        return [split_step(f"{alternative}|{BYTE_LEVEL_SPLIT}"), {**step, "use_regex": False}]
+        return [split_step(first + BYTE_LEVEL_SPLIT), {**step, "use_regex": False}]
     return [step]
+
+
+def _spaceless_starts(encoding: Encoding, text: str) -> npt.NDArray[np.bool_]:
+    """Tell for each token whether it begins at a character of a script without spaces, behind another one."""
+    starts = np.zeros(len(encoding.ids), np.bool_)
+    if not holds_inner(text):
+        return starts
+    inner = np.fromiter((is_inner(character) for character in text), np.bool_, len(text))
+    offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+    first, behind = offsets[1:, 0], offsets[:-1, 1]
+    whole = first >= behind  # tokens that share a character overlap
+    starts[1:] = whole & inner[np.minimum(first, len(text) - 1)] & inner[behind - 1]
+    return starts

@@ -1,0 +1,121 @@
+"""Words of scripts that put no space between them (Chinese, Japanese), inside a chunk of byte-level BPE.
+
+A split expression hands over a whole run of such letters as one chunk, so a word in it is not a chunk.
+Inside a chunk BPE sees everything at once, as it does with whole texts, and the same proof applies
+(`vocabext.boundaries`), on the level of bytes: a word is cut out where no merge could cross its edges.
+"""
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from vocabext.boundaries import MergeTable, character_class, escape, prefix_tree
+from vocabext.tokenizer.scheme import split_step
+
+# Hiragana and Katakana; Han, with its extensions.
+SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_ONLY = re.compile(f"[{SPACELESS}]+")
+_ANY = re.compile(f"[{SPACELESS}]")
+FIRST = r"(?=[\x{3040}-\x{30FF}\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{3FFFF}])"
+# The alphabet of byte-level BPE: printable bytes are themselves, the others are numbered from U+0100.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(b): b for b in _PRINTABLE}
+_BYTES |= {chr(0x100 + i): b for i, b in enumerate(b for b in range(0x100) if b not in _PRINTABLE)}
+
+
+def is_inner(text: str) -> bool:
+    """Tell whether a text is a word that may stand inside a run of letters."""
+    return bool(_ONLY.fullmatch(text)) and text.isalpha()
+
+
+def holds_inner(text: str) -> bool:
+    """Tell whether a text has a letter of a script without spaces."""
+    return bool(_ANY.search(text))
+
+
+def edges_of(key: str) -> tuple[bool, bool]:
+    """Tell whether an entry may begin, and may end, with such a letter; parts of a character may."""
+    data = bytes(_BYTES.get(c, 0) for c in key)
+    whole = data.decode(errors="ignore")
+    lead = data[:1] >= b"\xe3" if not whole or not data.startswith(whole[0].encode()) else holds_inner(whole[0])
+    tail = data[-1:] >= b"\x80" if not whole or not data.endswith(whole[-1].encode()) else holds_inner(whole[-1])
+    return lead, tail
+
+
+def inner_step(words: Sequence[str], whole: Iterable[str], table: MergeTable) -> dict[str, Any] | None:
+    """Return the splitting step that cuts words out of the chunks that hold them.
+
+    Args:
+        words: The words, each of them `is_inner`.
+        whole: Other new tokens (phrases, mixed words) that must stay as they are where they are a chunk.
+        table: The merges of the base.
+
+    Returns:
+        The step; None if no word can be cut out anywhere.
+    """
+    guards = {word: guard for word in words if (guard := inner_guard(word, table)) is not None}
+    if not guards:
+        return None
+    kept = [text for text in whole if holds_inner(text)]
+    stays = rf"\A{prefix_tree(dict.fromkeys(kept, ''))}\z|" if kept else ""
+    return split_step(stays + FIRST + prefix_tree(guards))
+
+
+def inner_guard(word: str, table: MergeTable) -> str | None:
+    """Return the assertions, at the end of a word, under which a cut around it is exact; None if there are none."""
+    hazards = table.hazards(_spell(word))
+    before = set()
+    for text in map(_bytes, hazards.left):
+        if not _ends_whole(text):
+            continue  # no text to the left ends inside a character
+        if not (whole := text.decode(errors="ignore")):
+            return None  # the end of a character: thousands of characters may have it
+        before.add(whole[-1])
+    after, refused = _refused(map(_bytes, hazards.right)), character_class(before)
+    return (f"(?!{after})" if after else "") + (f"(?<!{refused}{escape(word)})" if refused else "")
+
+
+def _refused(texts: Iterable[bytes]) -> str:
+    """Return an expression for text that begins with one of these bytes; they may end inside a character."""
+    alternatives: set[str] = set()
+    singles: list[str] = []
+    for text in texts:
+        if 0x80 <= text[0] < 0xC0:
+            continue  # no text to the right begins inside a character
+        whole = text.decode(errors="ignore")
+        rest = text[len(whole.encode()) :]
+        if rest:
+            alternatives.add(escape(whole) + _beginning_with(rest))
+        elif len(whole) == 1:
+            singles.append(whole)
+        else:
+            alternatives.add(escape(whole))
+    return "|".join([*([character_class(singles)] if singles else []), *sorted(alternatives)])
+
+
+def _beginning_with(lead: bytes) -> str:
+    """Return a class of the characters whose UTF-8 begins with the given bytes."""
+    lowest = {0xE0: 0xA0, 0xF0: 0x90}.get(lead[0], 0x80) if len(lead) == 1 else 0x80
+    highest = {0xED: 0x9F, 0xF4: 0x8F}.get(lead[0], 0xBF) if len(lead) == 1 else 0xBF
+    missing = (2 if lead[0] < 0xE0 else 3 if lead[0] < 0xF0 else 4) - len(lead)
+    first = (lead + bytes([lowest]) + b"\x80" * (missing - 1)).decode()
+    last = (lead + bytes([highest]) + b"\xbf" * (missing - 1)).decode()
+    return rf"[\x{{{ord(first):X}}}-\x{{{ord(last):X}}}]"
+
+
+def _ends_whole(text: bytes) -> bool:
+    """Tell whether bytes end where a character ends."""
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    decoder.decode(text)
+    return decoder.getstate()[0] == b""
+
+
+def _spell(text: str) -> str:
+    return str(pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)[0][0])
+
+
+def _bytes(key: str) -> bytes:
+    return bytes(_BYTES[c] for c in key)
