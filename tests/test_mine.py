@@ -211,6 +211,8 @@ def test_a_budget_larger_than_the_candidates_is_one_line_with_both_numbers() -> 
         run(tiny_base("llama3"), corpus(), budget=5000)
     (advised,) = re.findall(r"lower --budget to (\d+)", str(caught.value))
     assert len(run(tiny_base("llama3"), corpus(), budget=int(advised)).tokens) == int(advised)
+    capped = mine(documents(corpus()), tiny_base("llama3"), MineConfig(budget=5000, min_count=5), at_most=True)
+    assert len(capped.tokens) == int(advised)
     # Enough candidates, but once the first are chosen the others save nothing.
     with pytest.raises(UsageError, match=r"--budget is 2, but only 1 tokens"):
         run(tiny_base("gpt2"), [" ureteral cardiopathy"] * 9, budget=2)

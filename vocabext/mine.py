@@ -87,8 +87,9 @@ class MineResult:
 
 
 def mine(
-    documents: Iterable[Document], base: BaseTokenizer, config: MineConfig, progress: Progress = no_progress
-) -> MineResult:
+    documents: Iterable[Document], base: BaseTokenizer, config: MineConfig, progress: Progress = no_progress, *,
+    at_most: bool = False,
+) -> MineResult:  # fmt: skip
     """Choose the new tokens for a corpus.
 
     Args:
@@ -96,9 +97,10 @@ def mine(
         base: The tokenizer to extend.
         config: Budget and thresholds.
         progress: Where to report.
+        at_most: Take what there is where the corpus yields fewer tokens than the budget asks for.
 
     Raises:
-        UsageError: If the corpus yields fewer candidates than the budget asks for.
+        UsageError: If the corpus yields fewer tokens than the budget asks for, or none.
         CorpusError: If there is no document.
     """
     texts = [document.text for document in documents]
@@ -111,7 +113,7 @@ def mine(
                          "give more text, or lower --min-count")
     target = min(config.budget or MAX_AUTO_BUDGET, len(candidates))
     kept, rejected = _choose_and_check(texts, corpus, candidates, base, config, target, progress)
-    if config.budget is not None and len(kept) < config.budget:
+    if config.budget is not None and len(kept) < config.budget and not (at_most and kept):
         raise UsageError(f"--budget is {config.budget}, but only {len(kept)} tokens that occur at least "
                          f"{config.min_count} times can be made; lower --budget to {len(kept)}, lower --min-count, "
                          "or give more text")
