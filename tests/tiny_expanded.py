@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_checkpoints import tiny_folder
+from tiny_tokenizers import KINDS, as_hf
 
 from vocabext.checkpoint import Rows, save_rows
 from vocabext.manifest import file_sha256
@@ -27,13 +28,22 @@ def new_tokens(folder: Path, texts: Sequence[str] = TOKENS) -> list[NewToken]:
     return [base.new_token(text) for text in texts]
 
 
-def expanded_pair(tmp_path: Path, *, texts: Sequence[str] = TOKENS, **options: object) -> tuple[Path, Path]:
-    """Make a base folder and an expanded one with mean-of-pieces rows."""
+def expanded_pair(
+    tmp_path: Path, *, texts: Sequence[str] = TOKENS, kind: str | None = None, **options: object
+) -> tuple[Path, Path]:
+    """Make a base folder and an expanded one with mean-of-pieces rows; `kind` chooses another tiny tokenizer."""
     base = tiny_folder(tmp_path / "base", **options)  # type: ignore[arg-type]
+    if kind is not None:
+        as_hf(KINDS[kind]()).save_pretrained(base)
+    return base, patched(base, tmp_path, texts)
+
+
+def patched(base: Path, folder: Path, texts: Sequence[str]) -> Path:
+    """Expand a base folder by tokens with mean-of-pieces rows; returns the new folder."""
     tokens = new_tokens(base, texts)
     model = load_model(base, device="cpu", dtype="float32")
     header = {"base": {"model": str(base), "num_used_ids": load_tokenizer(base).num_used_ids, "hidden_size": 64,
                        "tokenizer_sha256": file_sha256(base / "tokenizer.json")}, "method": "mean", "options": {}}
-    save_rows(tmp_path / "rows.safetensors", tokens, Rows(mean_rows(model.embedding_VD, tokens)), header)
-    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "expanded")
-    return base, tmp_path / "expanded"
+    save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(model.embedding_VD, tokens)), header)
+    patch(folder / "rows.safetensors", str(base), folder / "expanded")
+    return folder / "expanded"
