@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer
 
 SPECIAL = ["<s>", "</s>"]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 LLAMA_3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 TEXT = [
@@ -63,8 +64,8 @@ def _space_mark(*, split: bool, byte_fallback: bool, texts: Sequence[str] = TEXT
     backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False))
     vocabulary = backend.get_vocab()
     merges = _merges(backend)
-    names = [*(["<unk>"] if byte_fallback else []), *SPECIAL,
-             *([f"<0x{b:02X}>" for b in range(256)] if byte_fallback else []), *sorted(vocabulary, key=vocabulary.__getitem__)]
+    names = [*(["<unk>"] if byte_fallback else []), *SPECIAL, *(BYTE_TOKENS if byte_fallback else []),
+             *sorted(vocabulary, key=vocabulary.__getitem__)]
     model = models.BPE({name: i for i, name in enumerate(names)}, merges, fuse_unk=byte_fallback,
                        byte_fallback=byte_fallback, unk_token="<unk>" if byte_fallback else None)
     backend = Tokenizer(model)
@@ -158,7 +159,6 @@ DEEPSEEK_SPLITS = [
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"]  # fmt: skip
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 @dataclass(frozen=True)
