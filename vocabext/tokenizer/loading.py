@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from vocabext.errors import TokenizerError, UsageError
 from vocabext.expansion import Expansion
+from vocabext.manifest import has_manifest
 from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, plain_backend
 from vocabext.tokenizer.scheme import SUPPORTED
 
@@ -31,7 +32,14 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
         if not Path(model).expanduser().is_dir():
             raise UsageError(f"the model folder {model} does not exist")
         model = Path(model).expanduser()
-    return BaseTokenizer(_auto_tokenizer(model, trust_remote_code=trust_remote_code))
+    hf = _auto_tokenizer(model, trust_remote_code=trust_remote_code)
+    try:
+        return BaseTokenizer(hf)
+    except TokenizerError as error:
+        if Path(model).is_dir() and has_manifest(Path(model)):
+            raise TokenizerError(f"{model} is an expanded checkpoint already, and its tokenizer cannot be extended "
+                                 "again; start from its base (vocabext.json names it)") from error
+        raise
 
 
 def _auto_tokenizer(model: str | Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
