@@ -91,12 +91,25 @@ def test_counts_are_those_of_the_real_tokenizer(kind: str) -> None:
     assert result.shorter_share > 0.2
 
 
-def test_savings_fall_and_the_curve_adds_them_up() -> None:
+def test_the_curve_adds_the_savings_up() -> None:
     result = run(tiny_base("llama3"), corpus(), budget=15)
     saved = [token.saved for token in result.tokens]
-    assert saved == sorted(saved, reverse=True)
+    assert saved[0] == max(saved)
     assert [point.budget for point in result.curve] == [10, 15]
     assert result.curve[0] == CurvePoint(10, sum(saved[:10]), sum(saved[:10]) / result.base_tokens)
+
+
+def test_what_one_document_repeats_does_not_count() -> None:
+    base = tiny_base("gpt2")
+    common = [" the" * 4] * 400 + [" ureteral"] * 20
+    assert names(run(base, [*common, " cardiopathy" * 40], budget=1, words_only=True)) == [" ureteral"]
+    # The same text in many documents is worth a token.
+    assert names(run(base, [*common, *[" cardiopathy"] * 40], budget=1, words_only=True)) == [" cardiopathy"]
+
+
+def test_one_long_document_can_be_mined() -> None:
+    texts = ["".join(text for text in corpus(count=60))]
+    assert len(names(run(tiny_base("gpt2"), texts))) == 10
 
 
 def test_a_phrase_that_overlaps_itself_is_counted_without_overlap() -> None:
@@ -307,7 +320,7 @@ def invoke(*args: object) -> tuple[int, str, str]:
 
 def test_the_verb_writes_the_file_and_shows_the_curve(tmp_path: Path, model: Path, corpus_file: Path) -> None:
     output = tmp_path / "candidates.jsonl"
-    code, out, err = invoke(corpus_file, "--model", model, "--budget", 12, "-o", output, "--max-characters", 14)
+    code, out, err = invoke(corpus_file, "--model", model, "--budget", 12, "-o", output, "--max-characters", 8)
     assert code == 0, err
     header, tokens = read_candidates(output)
     assert len(tokens) == 12
@@ -315,6 +328,7 @@ def test_the_verb_writes_the_file_and_shows_the_curve(tmp_path: Path, model: Pat
     assert re.search(rf"^ +12 +{header['curve'][-1]['saved_tokens']:,} ", out, re.MULTILINE)
     assert repr(tokens[0].token) in out
     assert f"({header['base_tokens']:,} to {header['expanded_tokens']:,} tokens, measured)" in out
+    assert header["rejected"]["count"] > 0
     assert f"{header['rejected']['count']} good candidates cannot be tokens" in err
     assert all(f"{count}: {why}" in err for why, count in header["rejected"]["by_reason"].items())
 

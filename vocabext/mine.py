@@ -6,6 +6,10 @@ units that are frequent. They are chosen greedily by what they save *given what 
 once `" signs and symptoms"` is a token, `" symptoms"` saves only where it stands alone. Since choices
 only ever lower what others save, a stale value is an upper bound and most of them need never be
 computed again (lazy greedy, Minoux 1978).
+
+What a candidate saves in the one *section* (a document, or a part of a long one) that uses it most does
+not count: a name that fills one document says little about the next. Held-out text gets shorter by it, though
+the mining corpus gets longer (measured in docs/decisions.md).
 """
 
 import heapq
@@ -31,6 +35,8 @@ Array = npt.NDArray[np.int64]
 BATCH = 512
 # `auto` looks for the knee among this many tokens.
 MAX_AUTO_BUDGET = 10_000
+# Long documents are cut into sections, none of which holds more than one part in so many of the corpus.
+MIN_SECTIONS = 20
 # How many rejected candidates are named in the artifact for each reason; all are counted.
 MAX_EXAMPLES = 10
 
@@ -49,7 +55,8 @@ class MineResult:
     """What was mined.
 
     Attributes:
-        tokens: The chosen tokens, best first; counts are those of the expanded tokenizer.
+        tokens: The chosen tokens, best first by what they save outside the section that uses them most;
+            counts are those of the expanded tokenizer.
         curve: Savings by budget, as the greedy choice accounts for them.
         base_tokens: Length of the corpus in base tokens.
         expanded_tokens: The same under the expanded tokenizer, measured.
@@ -189,6 +196,7 @@ class _Corpus:
     codes: npt.NDArray[np.uint64]  # hash of each unit's ids
     inside: npt.NDArray[np.bool_]  # may stand in a token at all
     closable: npt.NDArray[np.bool_]  # a phrase may end with this unit, given the unit that follows it
+    sections: Array  # the section that each unit belongs to, counted upwards
 
     @property
     def num_tokens(self) -> int:
@@ -214,7 +222,14 @@ def _read(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> _Cor
     inside = _allowed(flat, first, base)
     following = np.append(flat[first[1:]], -1)
     closable = base.phrase_may_end(flat[first + pieces - 1], following)
-    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable)
+    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable, _sections(flat[first]))
+
+
+def _sections(first_ids: Array) -> Array:
+    """Number the sections of a corpus, given the first id of each unit."""
+    begins = np.append(True, first_ids[:-1] < 0)
+    begins[:: -(-len(first_ids) // MIN_SECTIONS)] = True
+    return np.cumsum(begins)
 
 
 def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
@@ -321,7 +336,7 @@ def _choose(
     corpus: _Corpus, candidates: _Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
     progress: Progress,
 ) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
-    """Take the candidate that saves most, again and again, recomputing only what may have changed."""
+    """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed."""
     cover = _Cover(corpus, candidates)
     chosen: list[NewToken] = []
     rejected: dict[str, str] = {}
@@ -332,9 +347,9 @@ def _choose(
         while heap and len(chosen) < wanted:
             _, index, computed_at = heapq.heappop(heap)
             if computed_at < len(chosen):
-                saved, count = cover.savings(index)
-                if count >= config.min_count and saved > 0:
-                    heapq.heappush(heap, (-saved, index, len(chosen)))
+                elsewhere, count = cover.savings(index)
+                if count >= config.min_count and elsewhere > 0:
+                    heapq.heappush(heap, (-elsewhere, index, len(chosen)))
                 continue
             # Only a winner is made a token: that takes longer than all the rest.
             run = corpus.run(int(candidates.places(index)[0]), int(candidates.units[index]))
@@ -372,14 +387,20 @@ class _Cover:
 
     def __init__(self, corpus: _Corpus, candidates: _Candidates) -> None:
         self.candidates = candidates
+        self.sections = corpus.sections
         self.cost = corpus.pieces.copy()  # tokens counted at each unit's first place
         self.begins = np.ones(len(corpus.pieces) + 1, np.bool_)  # a token or free unit begins here
         self.left: dict[int, Array] = {}  # where a candidate still fits, once some of its places are gone
 
     def savings(self, index: int) -> tuple[int, int]:
-        """Return the tokens that a candidate would save now, and at how many places."""
+        """Return the tokens that a candidate would save now outside its best section, and at how many places in all."""
         at, cost = self._free(index)
-        return int(cost.sum()) - len(at), len(at)
+        if not len(at):
+            return 0, 0
+        sections = self.sections[at]
+        edges = np.flatnonzero(np.append(True, sections[1:] != sections[:-1]))
+        saved = np.add.reduceat(cost - 1, edges)
+        return int(saved.sum() - saved.max()), len(at)
 
     def take(self, index: int) -> int:
         """Cover a candidate's places; returns the tokens saved."""
