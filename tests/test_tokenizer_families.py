@@ -11,7 +11,7 @@ import pytest
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, family_base
+from tiny_tokenizers import FAMILIES, MORE_TEXT, family_base
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -174,6 +174,32 @@ def test_batches_are_encoded_like_single_texts(name: str, data: st.DataObject) -
     family_base(name)
     batch = data.draw(st.lists(texts(name), min_size=1, max_size=8))
     assert expanded(name).encode_batch(batch) == [expanded(name).encode(text) for text in batch]
+
+
+ODD = " \n\t\r.,-_/()1aAéxsS▁:;!\u0301\u200d\u00a0\u3000½²٣中のไ한🙂👩\ufe0fßſİǆ\x00\x7f\u0345ـאि"
+CORPUS = "\n".join([*MORE_TEXT, *ALL_WANTED])
+CANDIDATES = st.one_of(
+    st.builds(lambda at, length: CORPUS[at : at + length], st.integers(0, len(CORPUS) - 20), st.integers(1, 18)),
+    st.text(ODD, min_size=1, max_size=6),
+    st.builds("{}{}".format, st.sampled_from(FRAGMENTS), st.sampled_from(FRAGMENTS)),
+)
+KNOWN_FAULTS = set("'’\ufffd")  # see the end of this file; to be mended
+
+
+@on_any_text(6)
+def test_any_string_that_is_taken_as_a_token(name: str, data: st.DataObject) -> None:
+    """Not only those that people want: parts of words, of phrases, of characters, and odd characters."""
+    base = family_base(name)
+    candidates = data.draw(st.lists(CANDIDATES, min_size=10, max_size=40))
+    new = extend(base, possible(base, [text for text in candidates if not set(text) & KNOWN_FAULTS]))
+    parts = st.one_of(st.sampled_from(candidates), st.sampled_from(FRAGMENTS), st.text(ODD, max_size=3))
+    for _ in range(5):
+        text = data.draw(st.lists(parts, max_size=8).map("".join))
+        if name == "crossing":  # a known fault as well
+            text = "".join(c for c in text if c == " " or c in base.vocabulary)
+        check_ids(base, new, text)
+        check_offsets(base, new, text)
+        check_streaming(base, new, text)
 
 
 BEFORE = ["", "x", "x ", "  ", "\n", ". ", "(", "é", "1", "’", "語", "▁", "\u0301"]
