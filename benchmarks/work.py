@@ -1,0 +1,213 @@
+"""How many floating-point operations matrix products take: counted while a run does them, and the least needed."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from reference_step import Pair
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vocabext.expansion import Expansion
+from vocabext.model import FrozenModel
+from vocabext.records import TokenSnippets
+
+aten: Any = torch.ops.aten
+counting: Any = flop_counter  # carries no types
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    return int(counting.sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
+                        **__: Any) -> int:  # fmt: skip
+    return int(counting.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+# What torch's own registry leaves out: attention on a CPU.
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the FLOPs of matrix products within a `with` block, by part and direction.
+
+    Parts are `body` (products with weights of the layers), `attention`, `head` (products with an embedding
+    matrix) and `other`. Attention counts as if it were not causal. Compiled code is not seen: run it with
+    `torch.compiler.set_stance("force_eager")`.
+    """
+
+    def __init__(self, model: FrozenModel) -> None:
+        """Learn which storages belong to what."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self._parts = {_storage(weight): "body" for weight in body_weights(model)}
+        self._parts |= {_storage(weight): "head" for weight in (model.embedding_VD, model.head_VD)}
+
+    @property
+    def body(self) -> int:
+        """What the layers took, attention included."""
+        return sum(count for (part, _), count in self.flops.items() if part in ("body", "attention"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count it."""
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in counting.flop_registry and packet not in CPU_ATTENTION and func is not aten.detach.default:
+            with self:  # an operation that is made of others, such as `linear` in inference mode
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        out = func(*args, **kwargs)
+        if packet in CPU_ATTENTION:
+            self._count("attention", CPU_ATTENTION[packet](*args, **kwargs))
+        elif packet in counting.flop_registry:
+            self._count(self._part(packet, args), int(counting.flop_registry[packet](*args, **kwargs, out_val=out)))
+        return out
+
+    def _part(self, packet: Any, args: Sequence[Any]) -> str:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        known = [self._parts[_storage(t)] for t in tensors if _storage(t) in self._parts]
+        if known:
+            return known[0]
+        return "attention" if "attention" in str(packet) or packet is aten.bmm else "other"
+
+    def _count(self, part: str, flops: int) -> None:
+        backward = torch._C._current_graph_task_id() != -1
+        self.flops[part, "backward" if backward else "forward"] += flops
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def body_weights(model: FrozenModel) -> list[torch.Tensor]:
+    """Return the matrices of the layers that every position is multiplied by."""
+    body = model.model.get_decoder()
+    tables = {_storage(m.weight) for m in body.modules() if isinstance(m, torch.nn.Embedding)}
+    return [p for p in body.parameters() if p.ndim == 2 and _storage(p) not in tables]
+
+
+@dataclass(frozen=True)
+class BodyShape:
+    """What decides how much work one position is.
+
+    Attributes:
+        layers: Depth.
+        layer_weights: Elements of the matrices of one layer.
+        attention_width: Heads times their size.
+        hidden: Hidden size D.
+        inner: Width of the widest matrix of a layer.
+        rows: Rows of the embedding matrix.
+    """
+
+    layers: int
+    layer_weights: int
+    attention_width: int
+    hidden: int
+    inner: int
+    rows: int
+
+    @classmethod
+    def of(cls, model: FrozenModel) -> "BodyShape":
+        """Read it off a model all of whose layers are alike."""
+        config = model.model.config.get_text_config()
+        heads, hidden = int(config.num_attention_heads), model.embedding_VD.shape[1]
+        size = int(getattr(config, "head_dim", None) or hidden // heads)
+        weights = body_weights(model)
+        return cls(model.num_layers, sum(w.numel() for w in weights) // model.num_layers, heads * size, hidden,
+                   max(max(w.shape) for w in weights), model.embedding_VD.shape[0])  # fmt: skip
+
+    def linear(self, positions: int, layers: int) -> int:
+        """Return the FLOPs of products with weights, in one direction, for a number of positions."""
+        return 2 * self.layer_weights * layers * positions
+
+    def attention(self, seen: int, layers: int) -> int:
+        """Return the FLOPs of attention forward, for positions that see `seen` positions in all."""
+        return 4 * self.attention_width * layers * seen
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least work that a run of ours can be done with.
+
+    Attributes:
+        teacher: FLOPs of the teacher, once over each snippet.
+        student: FLOPs of the student, forward and activation-backward, from each snippet's token on.
+        epochs: How often the student reads a training snippet.
+    """
+
+    teacher: int
+    student: int
+    epochs: float
+
+    @property
+    def flops(self) -> int:
+        """All of it."""
+        return self.teacher + self.student
+
+
+def floor_of(
+    shape: BodyShape, records: Sequence[TokenSnippets], expansion: Expansion, num_prefix: int, *, layer: int,
+    epochs: float, backward_flops: int | None = None, train_share: float = 1.0,
+) -> Floor:  # fmt: skip
+    """Return the least work for reading every snippet `epochs` times.
+
+    Positions before the token are the teacher's, by causality, and are not read again. The student has its
+    own token merged, the others as pieces. Nothing above the target layer, no head, no padding.
+
+    Args:
+        shape: Of the model.
+        records: The tokens with their snippets.
+        expansion: The new tokens.
+        num_prefix: How many ids stand in front of every snippet.
+        layer: How many layers are needed.
+        epochs: How often a training snippet is read.
+        backward_flops: Products with weights that the run did on its way back: where it did fewer than so many
+            epochs need, because tokens stopped early, epochs are counted down to what it did.
+        train_share: Which share of the snippets is trained on, not held out.
+    """
+    teacher = once = once_linear = 0
+    for index, record in enumerate(records):
+        own = [expansion.first_new_id + index]
+        students = expansion.unmerge_batch(record.snippets, keep=own) if record.snippets else []
+        for snippet, at, student in zip(record.snippets, record.positions, students, strict=True):
+            full = num_prefix + int(expansion.edges(snippet)[-1])
+            start = num_prefix + int(expansion.edges(snippet[:at], keep=own)[-1])
+            stop = num_prefix + len(student)
+            teacher += shape.linear(full, layer) + shape.attention(_triangle(full), layer)
+            linear = shape.linear(stop - start, layer)
+            # Attention takes two products forward and four back.
+            once += 2 * linear + 3 * shape.attention(_triangle(stop) - _triangle(start), layer)
+            once_linear += linear
+    if backward_flops is not None:
+        epochs = min(epochs, backward_flops / max(1.0, once_linear * train_share))
+    return Floor(teacher, round(once * train_share * epochs), epochs)
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def reference_work(shape: BodyShape, batches: Sequence[Sequence[Pair]], rows: int, *, tied: bool) -> tuple[int, int]:
+    """Return the FLOPs that the reference takes in the layers, attention not causal, and in the head.
+
+    Args:
+        shape: Of the model.
+        batches: The snippets of each step.
+        rows: Rows of the grown matrices.
+        tied: Whether logits go unused, and nothing comes back through the head.
+    """
+    body = head = 0
+    for batch in batches:
+        width = max(len(pair.teacher) for pair in batch)
+        linear = shape.linear(len(batch) * width, shape.layers)
+        attention = shape.attention(len(batch) * width * width, shape.layers)
+        body += 3 * linear + 2 * attention + 5 * attention // 2  # flash attention computes one product of five anew
+        head += (2 if tied else 3) * 2 * rows * shape.hidden * len(batch) * width
+    return body, head
