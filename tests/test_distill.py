@@ -14,9 +14,11 @@ from vocabext.checkpoint import load_rows
 from vocabext.collect import collect
 from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill, distill_file
-from vocabext.distill.engine import _schedule, snippet_errors, teacher_states
+from vocabext.distill.contexts import Contexts, teach
+from vocabext.distill.engine import Objective, _schedule, next_token_nats, snippet_errors
 from vocabext.distill.examples import build_examples
 from vocabext.distill.silence import sample_background
+from vocabext.distill.stage import _rounds
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, pick_device
@@ -39,29 +41,48 @@ def records() -> list[TokenSnippets]:
     ]
 
 
-def test_examples_merge_only_the_own_token_and_align_by_the_last_piece() -> None:
+def test_examples_begin_at_the_token_and_align_by_the_last_piece() -> None:
     examples = build_examples(records(), EXPANSION, [0, 1], prefix_ids=[0])
     assert examples.token_S.tolist() == [0, 0, 1]
-    assert examples.student_ST.tolist() == [[0, 7, 10, 3, 4, 5, 8], [0, 10, 9, 10, 0, 0, 0], [0, 6, 11, 1, 2, 0, 0]]
+    assert examples.before_SP.tolist() == [[0, 7], [0, 0], [0, 6]]
+    assert examples.before_S.tolist() == [2, 1, 2]
+    assert examples.ids_ST.tolist() == [[10, 3, 4, 5, 8], [10, 9, 10, 0, 0], [11, 1, 2, 0, 0]]
+    assert examples.length_S.tolist() == [5, 3, 3]
     assert examples.teacher_SU.tolist() == [
         [0, 7, 1, 2, 3, 4, 5, 8], [0, 1, 2, 9, 1, 2, 0, 0], [0, 6, 3, 4, 5, 1, 2, 0]]
-    assert examples.aligned_ST[0].tolist() == [0, 1, 3, 4, 5, 6, 7]
-    assert (examples.weight_ST > 0).int().tolist() == [
-        [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0]]
-    assert examples.weight_ST.sum(1).tolist() == pytest.approx([1, 1, 1])
+    assert examples.aligned_ST[0].tolist() == [3, 4, 5, 6, 7]
+    assert examples.aligned_ST[1, :3].tolist() == [2, 3, 5]
+    assert examples.next_ST.tolist() == [[3, 4, 5, 8, -1], [9, 1, -1, -1, -1], [1, 2, -1, -1, -1]]
+    assert examples.shared
 
 
-def test_a_group_numbers_its_own_tokens_from_the_first_new_id() -> None:
-    examples = build_examples(records()[1:], EXPANSION, [1])
-    assert examples.student_ST.tolist() == [[6, FIRST, 1, 2]]
+def test_reach_cuts_both_sides_behind_the_token() -> None:
+    examples = build_examples(records(), EXPANSION, [0, 1], reach=1)
+    assert examples.ids_ST.tolist() == [[10, 3], [10, 9], [11, 1]]
+    assert examples.teacher_SU.tolist() == [[7, 1, 2, 3, 0], [1, 2, 9, 0, 0], [6, 3, 4, 5, 1]]
+    assert examples.next_ST.tolist() == [[3, 4], [9, 1], [1, 2]]
+
+
+def test_all_tokens_are_merged_where_that_is_asked_for() -> None:
+    other = [TokenSnippets(EXPANSION.tokens[1], ((10, 11, 10, 8),), (1,))]
+    examples = build_examples(other, EXPANSION, [1], merge_all=True)
+    assert examples.before_SP.tolist() == [[10]]
+    assert examples.ids_ST.tolist() == [[11, 10, 8]]
+    assert examples.teacher_SU.tolist() == [[1, 2, 3, 4, 5, 1, 2, 8]]
+    assert examples.aligned_ST.tolist() == [[4, 6, 7]]
+    assert not examples.shared
 
 
 def test_teacher_states_are_those_of_the_base_text() -> None:
     model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
-    states_STD = teacher_states(model, examples, layer=2)
+    states_STD = teach(model, examples, 2, keep_past=False).target_STD
     whole = model.model.model(torch.tensor([[6, 3, 4, 5, 1, 2]])).last_hidden_state[0]
-    # The third snippet reads 6, [3 4 5], 1, 2: its positions are the base positions 0, 3, 4, 5.
-    assert torch.allclose(states_STD[2, :4], whole[[0, 3, 4, 5]], atol=1e-5)
+    # The third snippet reads 6, [3 4 5], 1, 2: from the token on these are the base positions 3, 4, 5.
+    assert torch.allclose(states_STD[2, :3], whole[[3, 4, 5]], atol=1e-5)
+
+
+def objective(layer: int = 2, **options: object) -> Objective:
+    return Objective(layer=layer, first_new_id=FIRST, rounds=((1, 1),), learning_rate=0.1, **options)  # type: ignore[arg-type]
 
 
 def test_a_student_that_reads_what_the_teacher_read_has_no_error() -> None:
@@ -69,10 +90,29 @@ def test_a_student_that_reads_what_the_teacher_read_has_no_error() -> None:
     same = [TokenSnippets(NewToken("x", "x", (1,)), ((5, 10, 6, 7),), (1,))]
     examples = build_examples(same, Expansion([same[0].new_token], FIRST), [0])
     rows = model.embedding_VD[1:2].clone()
-    errors = snippet_errors(model, examples, teacher_states(model, examples, 2), rows, FIRST, 2)
-    assert float(errors) < 1e-9
-    errors = snippet_errors(model, examples, teacher_states(model, examples, 2), rows * 2, FIRST, 2)
-    assert float(errors) > 1e-4
+    contexts = teach(model, examples, 2, keep_past=True)
+    assert float(snippet_errors(model, examples, contexts, rows, objective())[0]) < 1e-9
+    assert float(snippet_errors(model, examples, contexts, rows * 2, objective())[0]) > 1e-4
+
+
+def test_the_error_is_relative_and_ignores_padding() -> None:
+    model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
+    contexts = teach(model, examples, 2, keep_past=False)
+    errors_S, hidden_STD = snippet_errors(model, examples, contexts, torch.zeros(2, 64), objective())
+    target_TD = contexts.target_STD[1, :3]
+    by_hand = (hidden_STD[1, :3] - target_TD).square().sum() / target_TD.square().sum()
+    assert float(errors_S[1]) == pytest.approx(float(by_hand), rel=1e-5)
+    doubled = Contexts(hidden_STD.detach() * 2, None)
+    errors_S = snippet_errors(model, examples, doubled, torch.zeros(2, 64), objective())[0]
+    assert errors_S.tolist() == pytest.approx([0.25] * 3)
+
+
+def test_next_token_nats_are_those_of_the_base_ids_that_follow() -> None:
+    model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
+    hidden_STD = teach(model, examples, 2, keep_past=False).target_STD
+    logs = torch.log_softmax(model.model(torch.tensor([[6, 3, 4, 5, 1, 2]])).logits[0, :, :290], -1)
+    nats_S = next_token_nats(model, examples, hidden_STD, 290)
+    assert float(nats_S[2]) == pytest.approx(-float(logs[3, 1] + logs[4, 2]) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -90,13 +130,29 @@ def test_padding_on_the_right_changes_nothing() -> None:
     assert torch.allclose(model.hidden(model.embed(short)), model.hidden(model.embed(padded))[:, :3], atol=1e-5)
 
 
-def test_every_step_shows_each_token_equally_often() -> None:
-    owners = torch.tensor([0] * 7 + [1] * 3)
-    steps = _schedule(owners, 2, epochs=2, batch_snippets=2, generator=torch.Generator().manual_seed(0))
-    assert len(steps) == 8
-    assert all((owners[at] == 0).sum() == 2 and (owners[at] == 1).sum() == 2 for at in steps)
-    shown = torch.cat(steps)
-    assert set(shown.tolist()) == set(range(10))
+def test_every_step_shows_each_token_at_work_equally_often() -> None:
+    parts = [build_examples([replace(r, snippets=r.snippets[:1] * n, positions=r.positions[:1] * n)
+                             for r, n in zip(records(), counts, strict=True)], EXPANSION, [0, 1])
+             for counts in ((4, 2), (3, 1))]  # fmt: skip
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    steps = _schedule(parts, torch.tensor([0, 1]), 7, 2, generators)
+    shown: list[list[int]] = [[], []]
+    for step in steps:
+        owners = torch.cat([part.token_S[at] for part, at in zip(parts, step, strict=True)])
+        assert owners.bincount().tolist() == [2, 2]
+        for number, at in enumerate(step):
+            shown[number] += at.tolist()
+    assert [set(at) for at in shown] == [set(range(6)), set(range(4))]
+    only = _schedule(parts, torch.tensor([1]), 3, 1, generators)
+    assert [len(at) for step in only for at in step].count(1) == 3
+
+
+@pytest.mark.parametrize(("snippets", "epochs", "rounds"), [
+    (22, 1, [(22, 22)]), (22, 2, [(8, 16), (22, 28)]), (22, 4, [(8, 16), (16, 32), (22, 40)]),
+    (1, 1, [(1, 1)]), (1, 4, [(1, 2), (1, 2)]), (4, 4, [(4, 8), (4, 8)]),
+])  # fmt: skip
+def test_rounds_double_and_end_with_every_snippet(snippets: int, epochs: int, rounds: list[tuple[int, int]]) -> None:
+    assert _rounds(snippets, epochs) == rounds
 
 
 def collected(tmp_path: Path) -> tuple[Path, list[TokenSnippets]]:
@@ -158,8 +214,10 @@ def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
     config = DistillConfig(epochs=2, dtype="float32", device="cpu")
     result = distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors", config)
     tokens, rows, header = load_rows(tmp_path / "rows.safetensors")
-    assert [t.token for t in tokens] == [r.new_token.token for r in found]
-    assert torch.equal(rows.input_ND, result.input_ND)
+    assert [t.token for t in tokens] == [found[i].new_token.token for i in result.kept]
+    assert torch.equal(rows.input_ND, result.input_ND[result.kept])
+    assert [fact["token"] for fact in header["per_token"]] == [t.token for t in tokens]
+    assert not list(tmp_path.glob(".*"))
     assert header["options"]["window"] == 24
     assert header["base"]["num_used_ids"] == load_tokenizer(folder).num_used_ids
 

@@ -85,7 +85,9 @@ class DistillConfig:
     method: str = "distill"
     # Layer whose hidden states are matched: `last`, a number from 1, or a fraction of the depth.
     target_layer: str = "last"
-    # Passes over the snippets.
+    # Positions compared behind the token; None for all. The error lives near the token.
+    reach: int | None = 8
+    # Passes over the snippets at most; a token stops when its held-out snippets stop improving.
     epochs: int = 4
     # Peak step size in units of the base embedding's root mean square.
     learning_rate: float = 0.1
@@ -93,6 +95,17 @@ class DistillConfig:
     batch_snippets: int = 1
     # For tied models: weight of not being written where the base would write something else; 0 is off.
     silence: float = 0.02
+    # Weight of predicting the next base id, per nat, beside the states; 0 is off, and needs no logits.
+    next_token_weight: float = 0.0
+    # A second pass with all new tokens merged in the snippets, as text arrives in production.
+    second_pass: bool = False
+    # Leave a token out if its held-out error is this many times the median's, and training did not halve it;
+    # 0 keeps all.
+    leave_out: float = 3.0
+    # Memory for what is kept of a group of tokens, in GiB; None takes an eighth of the device's memory.
+    cache_gib: float | None = None
+    # Spread the model over devices, such as `0=20GiB,cpu=60GiB`; None puts it on one.
+    max_memory: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -103,7 +116,12 @@ class DistillConfig:
         _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
         _require(0 < self.learning_rate < math.inf,
                  f"--learning-rate is {self.learning_rate}; it must be a number above 0")
-        _require(0 <= self.silence < math.inf, f"--silence is {self.silence}; it must be a number from 0 on")
+        _require(self.reach is None or self.reach >= 0, f"--reach is {self.reach}; it must be 'all' or at least 0")
+        for name in ("silence", "next_token_weight", "leave_out"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be a number from 0 on")
+        _require(self.cache_gib is None or 0 <= self.cache_gib < math.inf,
+                 f"--cache-gib is {self.cache_gib}; it must be a number from 0 on")
         _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
         _require(_is_layer(self.target_layer), f"--target-layer is {self.target_layer!r}; it must be 'last', a number "
                                                "from 1 on, or a fraction such as 0.5")

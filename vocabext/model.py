@@ -21,6 +21,12 @@ from torch import nn
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
 
+# For each layer its keys and values, (B, heads, T, size of a head).
+Past = Sequence[tuple[torch.Tensor, torch.Tensor]]
+# What transformers calls the norm after the last layer: Llama and most others, GPT-2, GPT-NeoX, ...
+PROBE_POSITIONS = 32
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device for `--device`: `auto` takes a GPU where there is one.
@@ -81,6 +87,49 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def _recompute_layers(body: nn.Module) -> None:
+    """Let each layer compute its inner states again for the gradient, so that its weights need not stay."""
+    from torch.utils.checkpoint import checkpoint
+
+    def wrap(forward: Any) -> Any:
+        def run(*inputs: Any, **options: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **options)
+            return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+        return run
+
+    for stack in (child for child in body.children() if isinstance(child, nn.ModuleList)):
+        for layer in stack:
+            layer.forward = wrap(layer.forward)
+
+
+def parse_max_memory(text: str) -> dict[int | str, str]:
+    """Read `--max-memory`, such as `0=20GiB,cpu=60GiB`: how much of the model each device may hold.
+
+    Raises:
+        UsageError: If it has another form.
+    """
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+|cpu)\s*=\s*(\d+(?:\.\d+)?\s*[KMGT]i?B)\s*", part)
+        if not found:
+            raise UsageError(f"--max-memory is {text!r}; it must be sizes by device, such as 0=20GiB,cpu=60GiB")
+        name = found[1]
+        limits[int(name) if name.isdigit() else name] = found[2].replace(" ", "")
+    return limits
+
+
+def _cache(past: Past) -> Any:
+    """Return what transformers' layers read earlier keys and values from, and append theirs to."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(past):
+        cache.update(keys, values, number)
+    return cache
+
+
 class FrozenModel:
     """A causal language model in evaluation mode without gradients of its own.
 
@@ -92,33 +141,95 @@ class FrozenModel:
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Freeze a transformers causal language model; use `load_model` to load one."""
+        """Freeze a transformers causal language model; use `load_model` to load one.
+
+        A model that accelerate has spread over devices stays where it is; `device` is then where its inputs go.
+        """
+        spread = getattr(model, "hf_device_map", None) is not None
         # Evaluation mode: dropout would make teacher and student differ by chance.
-        self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model: Any = (model if spread else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
         self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.num_layers = int(self._text_config.num_hidden_layers)
+        # Some weights are elsewhere and come in for each layer's turn.
+        self.offloaded = any(parameter.is_meta for parameter in self.model.parameters())
+        if self.offloaded:
+            _recompute_layers(self._body)
 
     @property
     def _text_config(self) -> Any:
         return self.model.config.get_text_config()
 
     @property
+    def _has_layer_types(self) -> bool:
+        return bool(getattr(self._text_config, "layer_types", None))
+
+    @property
+    def _stack_names(self) -> tuple[str | None, str | None]:
+        """The names of the body's list of layers and of its final norm, where it has them."""
+        stacks = [name for name, child in self._body.named_children()
+                  if isinstance(child, nn.ModuleList) and len(child) == self.num_layers]
+        norms = [name for name in FINAL_NORMS if hasattr(self._body, name)]
+        return stacks[0] if len(stacks) == 1 else None, norms[0] if norms else None
+
+    @property
     def embedding_VD(self) -> torch.Tensor:  # noqa: N802
         """The input embedding matrix as stored."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return weight
+        return self._weight(self.model.get_input_embeddings())
 
     @property
     def head_VD(self) -> torch.Tensor:  # noqa: N802
         """The output matrix as stored; the same as the input matrix where they are tied."""
-        weight: torch.Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return self._weight(self.model.get_output_embeddings())
 
     @property
     def tied(self) -> bool:
         """Whether input and output matrix are one."""
-        return self.embedding_VD.data_ptr() == self.head_VD.data_ptr()
+        into, out = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        if into.is_meta or out.is_meta:  # weights that are elsewhere have no address to compare
+            return bool(self.model.config.get_text_config().tie_word_embeddings)
+        return bool(into.data_ptr() == out.data_ptr())
+
+    def _weight(self, module: nn.Module) -> torch.Tensor:
+        """Return a module's weight, fetching it where it is offloaded."""
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        if not weight.is_meta:
+            return weight
+        from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+        with align_module_device(module):
+            return module.weight.detach().clone()  # type: ignore[operator]
+
+    @property
+    def weight_bytes(self) -> int:
+        """How much memory the weights take, wherever they are."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+    @torch.no_grad()
+    def past_bytes(self, layer: int | None = None) -> int:
+        """Return how much memory the keys and values of one position take, measured on one position."""
+        probe = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        try:
+            past = self.hidden_and_past(probe, layer=layer)[1]
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return 0  # a model that keeps its past in a way of its own; nobody asks it to
+        return sum(keys.nbytes + values.nbytes for keys, values in past)
+
+    def step_bytes(self, layer: int | None = None) -> int:
+        """Return how much memory one position takes while gradients are computed, measured on a few positions."""
+        known = {parameter.data_ptr() for parameter in self.model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in known:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        probe = self.embed(torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=self.device)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = self.hidden(probe, layer=layer)
+        del kept
+        return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
 
     @property
     def max_positions(self) -> int:
@@ -145,14 +256,19 @@ class FrozenModel:
         base_BTD: torch.Tensor = layer(ids_BT.masked_fill(new_BT, 0))
         if rows_ND is None:
             return base_BTD
-        # Some models (Gemma) scale what they look up; a new row is stored unscaled like the others.
-        scale = float(getattr(layer, "embed_scale", 1.0))
-        looked_up_BTD = rows_ND[(ids_BT - first_new_id).clamp(min=0)].to(base_BTD.dtype) * scale
+        looked_up_BTD = self.scaled(rows_ND[(ids_BT - first_new_id).clamp(min=0)])
         return torch.where(new_BT.unsqueeze(-1), looked_up_BTD, base_BTD)
+
+    def scaled(self, rows_D: torch.Tensor) -> torch.Tensor:
+        """Return rows as the first layer reads them, in the model's dtype.
+
+        Some models (Gemma) scale what they look up; a new row is stored unscaled like the others.
+        """
+        return rows_D.to(self.dtype) * float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
     def hidden(
         self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None, past: Past | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model up to a layer; nothing above it is computed.
 
@@ -163,24 +279,56 @@ class FrozenModel:
             layer: How many layers to run; None or L runs all and applies the final norm.
             position_ids: Positions (B, T), where they are not 0 .. T-1.
             mask: Additive attention mask (B, 1, T, T), where it is not the causal one.
+            past: Keys and values of text before the inputs; then `position_ids` and `mask` are needed, and the mask
+                is (B, 1, T, P + T).
 
         Returns:
             Hidden states (B, T, D).
         """
-        options: dict[str, Any] = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        options = {"position_ids": position_ids, "attention_mask": mask}
+        if past is None:
+            return self._run(inputs_BTD, layer, use_cache=False, **options)
+        return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_cache(past), **options)
+
+    def hidden_and_past(self, inputs_BTD: torch.Tensor, *, layer: int | None = None) -> tuple[torch.Tensor, Past]:
+        """Run the model up to a layer, and keep the keys and values of the layers that ran.
+
+        Returns:
+            Hidden states (B, T, D), and for each layer its keys and values (B, heads, T, size of a head). Fewer
+            layers, or other lengths, mean that the model does not keep all of the past.
+        """
+        cache = _cache(())
+        hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache)
+        return hidden_BTD, tuple((kept.keys, kept.values) for kept in cache.layers if kept.is_initialized)
+
+    def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
         hidden_BTD: torch.Tensor
-        layers, norm = getattr(self._body, "layers", None), getattr(self._body, "norm", None)
+        stack, norm = self._stack_names
         if layer is None or layer == self.num_layers:
             hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-        elif isinstance(layers, nn.ModuleList) and norm is not None:
+        elif stack and norm:
+            layers, final = getattr(self._body, stack), getattr(self._body, norm)
             try:
-                self._body.layers, self._body.norm = layers[:layer], nn.Identity()
+                setattr(self._body, stack, layers[:layer])
+                setattr(self._body, norm, nn.Identity())
                 hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
             finally:
-                self._body.layers, self._body.norm = layers, norm
+                setattr(self._body, stack, layers)
+                setattr(self._body, norm, final)
         else:  # a body of another shape: run all of it and pick
             hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
         return hidden_BTD
+
+    def sliding_window(self, layer: int | None = None) -> int | None:
+        """Return how far the first `layer` layers look back at least: None for all the way, 0 where it is unknown.
+
+        Unknown are layers that are neither full nor sliding attention, such as recurrent ones.
+        """
+        kinds = set((getattr(self._text_config, "layer_types", None) or ["full_attention"])[:layer])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            return 0
+        window = getattr(self._text_config, "sliding_window", None)
+        return int(window) if window and ("sliding_attention" in kinds or not self._has_layer_types) else None
 
     def log_probabilities(
         self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None
@@ -225,9 +373,18 @@ class FrozenModel:
 
 
 def load_model(
-    folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> FrozenModel:
+    folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
+    max_memory: str | None = None, offload_folder: Path | None = None,
+) -> FrozenModel:  # fmt: skip
     """Load a causal language model, frozen.
+
+    Args:
+        folder: The model.
+        device: Where to compute.
+        dtype: In which numbers.
+        trust_remote_code: Run code that comes with the model.
+        max_memory: Spread the model over devices, such as `0=20GiB,cpu=60GiB`; what fits nowhere stays on disk.
+        offload_folder: Where weights lie that fit nowhere.
 
     Raises:
         CheckpointError: If transformers cannot load it.
@@ -237,9 +394,14 @@ def load_model(
 
     place = pick_device(device)
     number = pick_dtype(dtype, place)
+    spread: dict[str, Any] = {}
+    if max_memory is not None:
+        spread = {"device_map": "auto", "max_memory": parse_max_memory(max_memory)}
+        if offload_folder is not None:
+            spread["offload_folder"] = str(offload_folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True
+            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

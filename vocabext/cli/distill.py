@@ -22,8 +22,22 @@ def distill_options(command: Command) -> Command:
                      help="Snippets of each token per step."),
         click.option("--silence", type=float, default=DEFAULTS.silence, show_default=True,
                      help="Tied models: weight of not being written where the base would write something else."),
+        click.option("--next-token-weight", type=float, default=DEFAULTS.next_token_weight, show_default=True,
+                     help="Weight of predicting the next base token, per nat; costs the output head."),
+        click.option("--second-pass", is_flag=True, default=DEFAULTS.second_pass,
+                     help="Train once more with all new tokens merged in the snippets."),
+        click.option("--leave-out", type=float, default=DEFAULTS.leave_out, show_default=True, metavar="FACTOR",
+                     help="Leave out tokens whose held-out error is above FACTOR times the median's and was not "
+                          "halved by training; 0 keeps all."),
+        click.option("--cache-gib", type=float, default=DEFAULTS.cache_gib, metavar="GIB",
+                     help="Memory for what is kept of a group of tokens.  [default: an eighth of the device's]"),
+        click.option("--max-memory", default=DEFAULTS.max_memory, metavar="LIMITS",
+                     help="Spread the model over devices, such as '0=20GiB,cpu=60GiB'; the rest stays on disk."),
+        click.option("--reach", default="all" if DEFAULTS.reach is None else str(DEFAULTS.reach), show_default=True,
+                     metavar="N", callback=_reach, help="Positions compared behind the token, or 'all'."),
         click.option("--epochs", type=int, default=DEFAULTS.epochs, show_default=True,
-                     help="Passes over the snippets."),
+                     help="Passes over the snippets at most; a token stops when its held-out snippets do not "
+                          "improve."),
         click.option("--target-layer", default=DEFAULTS.target_layer, show_default=True, metavar="LAYER",
                      help="Layer whose hidden states are matched: 'last', a number, or a fraction of the depth."),
         click.option("--method", type=click.Choice(METHODS), default=DEFAULTS.method, show_default=True,
@@ -31,6 +45,16 @@ def distill_options(command: Command) -> Command:
     ):  # fmt: skip
         command = option(command)
     return compute_options(command)
+
+
+def _reach(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    """Read a number or 'all'."""
+    if value == "all":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither 'all' nor a number") from None
 
 
 def compute_options(command: Command) -> Command:
@@ -68,7 +92,8 @@ def distill(
     def render() -> None:
         worst = sorted((r for r in result.reports if r.start_error), key=lambda r: -r.ratio)[:10]
         show.table([
-            ("rows", f"{len(result.reports):,}"),
+            ("rows", f"{len(result.kept):,}"),
+            ("left out", f"{len(result.reports) - len(result.kept):,}"),
             ("trained", f"{sum(r.method == 'distill' for r in result.reports):,}"),
             ("kept at the mean of their pieces", f"{sum(r.method == 'mean' for r in result.reports):,}"),
             ("error, relative to the mean of pieces",
@@ -81,5 +106,9 @@ def distill(
             click.echo("\nhardest tokens")
             show.table([(repr(r.token), r.snippets, f"{r.ratio:.0%}") for r in worst],
                        ("token", "snippets", "error, relative to the mean of its pieces"))  # fmt: skip
+
+        if left_out := [report for report in result.reports if report.left_out is not None]:
+            click.echo("\nleft out: the model cannot represent them as one row")
+            show.table([(repr(r.token), r.left_out) for r in left_out[:10]], ("token", "why"))
 
     show.emit(result.summary(), as_json, render)

@@ -4,11 +4,17 @@ The new row is optimised until the frozen model's hidden states, with the one ne
 match those it had with the original pieces. Only new rows are trained.
 
     examples.py   snippets as padded arrays, student and teacher aligned
-    engine.py     the optimisation
+    contexts.py   what the teacher makes of them: states to match, keys and values before the token
+    engine.py     the optimisation of a group of tokens, in rounds
+    clocks.py     an optimizer per token, and when it stops
     silence.py    what keeps the rows of a tied model from being written in the wrong place
+    memory.py     what all this needs, known before it starts
+    report.py     what became of each token, and which are left out
+    resume.py     finished groups, kept until the output is written
     stage.py      the stage: mean-of-pieces rows, training, the quality gate
 """
 
-from vocabext.distill.stage import DistillResult, TokenReport, distill, distill_file
+from vocabext.distill.report import TokenReport
+from vocabext.distill.stage import DistillResult, distill, distill_file
 
 __all__ = ["DistillResult", "TokenReport", "distill", "distill_file"]

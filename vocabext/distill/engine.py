@@ -1,24 +1,57 @@
 """The optimisation of the rows of one group of tokens.
 
-Shape suffixes: S snippets, T positions, D hidden size, G tokens of the group.
+Shape suffixes: S snippets, T positions from the token on, D hidden size, G tokens of the group, A those still at work.
 
-Tokens are independent problems that share forward passes. Every step shows each token of the group
-the same number of its snippets, so that one dense Adam over the group's rows *is* an optimizer per
-token with a clock of its own. The teacher runs once per snippet; its states are kept for the group.
+Every step shows each token that is still at work the same number of its snippets, so that one pass of the
+model serves many optimizers (`clocks.py`). The teacher runs once per snippet (`contexts.py`), and only over
+those that a round needs: rounds begin with few snippets, and only a token that still gains gets to see more.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
+from vocabext.distill.clocks import Clocks, decayed
+from vocabext.distill.contexts import Contexts, chunks, student_states, teach
 from vocabext.distill.examples import Examples
 from vocabext.distill.silence import Background
 from vocabext.model import FrozenModel
 
-BETAS = (0.9, 0.95)
-# Snippets that go through the model at once when nothing is trained.
-FORWARD_SNIPPETS = 128
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and how.
+
+    Attributes:
+        layer: How many layers to run.
+        first_new_id: The id of the first new token.
+        rounds: For each round how many training snippets of a token it uses, and how often it shows one.
+        learning_rate: Peak step size, per element.
+        batch_snippets: Snippets of each token per step.
+        positions: Positions of one forward pass at most, padding included; longer steps are cut in parts.
+        keep_past: Whether the past of the tokens is kept (exact, and fits), or computed in every step.
+        next_token_weight: Weight of predicting the next base id, per nat.
+        num_base: How many base ids are in use.
+        background: Places where the rows should not be written, for a model whose matrices are tied.
+        silence: Weight of that, per nat that a row takes from the base tokens.
+        others_ND: Rows of all new tokens, for snippets in which others are merged, too.
+    """
+
+    layer: int
+    first_new_id: int
+    rounds: Sequence[tuple[int, int]]
+    learning_rate: float
+    batch_snippets: int = 1
+    positions: int = 4_096
+    keep_past: bool = True
+    next_token_weight: float = 0.0
+    num_base: int = 0
+    background: Background | None = None
+    silence: float = 0.0
+    others_ND: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -29,127 +62,170 @@ class Fit:
         rows_GD: The chosen rows, float32.
         start_error_G: Held-out error of the rows that training began with.
         end_error_G: Held-out error of the chosen rows, never above the start.
+        shown_G: How many snippets each token was shown, repetitions included.
     """
 
     rows_GD: torch.Tensor
     start_error_G: torch.Tensor
     end_error_G: torch.Tensor
+    shown_G: torch.Tensor
 
 
-@torch.no_grad()
-def teacher_states(model: FrozenModel, examples: Examples, layer: int) -> torch.Tensor:
-    """Return the states that the student must match, (S, T, D), at student positions."""
-    states = []
-    for at in torch.arange(len(examples.token_S)).split(FORWARD_SNIPPETS):
-        part = examples.take(at).to(model.device)
-        hidden_SUD = model.hidden(model.embed(part.teacher_SU), layer=layer)
-        index = part.aligned_ST.unsqueeze(-1).expand(-1, -1, hidden_SUD.shape[-1])
-        matched_STD = hidden_SUD.gather(1, index)
-        states.append(torch.nn.functional.pad(matched_STD, (0, 0, 0, examples.student_ST.shape[1] - index.shape[1])))
-    return torch.cat(states)
+@dataclass
+class Taught:
+    """Snippets and what the teacher made of them, in parts that grow from round to round."""
+
+    examples: list[Examples] = field(default_factory=list)
+    contexts: list[Contexts] = field(default_factory=list)
+
+    def add(self, model: FrozenModel, examples: Examples, objective: Objective) -> None:
+        """Run the teacher over more snippets."""
+        self.examples.append(examples)
+        self.contexts.append(teach(model, examples, objective.layer, keep_past=objective.keep_past,
+                                   others_ND=objective.others_ND, first_new_id=objective.first_new_id))  # fmt: skip
+
+    def batches(self, chosen: Sequence[torch.Tensor], positions: int, device: torch.device
+                ) -> Iterator[tuple[Examples, Contexts]]:  # fmt: skip
+        """Yield chosen snippets of each part, in batches of similar length."""
+        for examples, contexts, wanted in zip(self.examples, self.contexts, chosen, strict=True):
+            for at in chunks(examples.length_S, wanted, positions):
+                part = examples.take(at)
+                yield part.to(device), contexts.take(at, part)
 
 
 def snippet_errors(
-    model: FrozenModel, examples: Examples, target_STD: torch.Tensor, rows_GD: torch.Tensor, first_new_id: int,
-    layer: int,
-) -> torch.Tensor:  # fmt: skip
-    """Return the relative squared error of each snippet, (S,): 0 is perfect, 1 is as wrong as predicting zero.
+    model: FrozenModel, part: Examples, contexts: Contexts, rows_GD: torch.Tensor, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the relative squared error of each snippet, (S,), and the states that have it.
 
-    Dividing by the mean square of the target makes errors comparable across layers and models, and
-    gives every snippet of a token the same say.
+    0 is perfect, 1 is as wrong as predicting zero. Dividing by the mean square of the target makes errors
+    comparable across layers and models, and gives every snippet of a token the same say.
     """
-    hidden_STD = model.hidden(model.embed(examples.student_ST, rows_GD, first_new_id), layer=layer)
-    target_STD = target_STD[:, : hidden_STD.shape[1]].float()
-    error_ST = (hidden_STD.float() - target_STD).square().sum(-1)
-    scale_ST = target_STD.square().sum(-1)
-    return (error_ST * examples.weight_ST).sum(-1) / (scale_ST * examples.weight_ST).sum(-1).clamp(min=1e-12)
+    hidden_STD = student_states(model, part, contexts.past, rows_GD[part.token_S], objective.layer,
+                                objective.first_new_id, objective.others_ND)  # fmt: skip
+    hidden_STD = hidden_STD[:, : part.ids_ST.shape[1]]
+    exact = torch.promote_types(hidden_STD.dtype, torch.float32)
+    target_STD = contexts.target_STD.to(hidden_STD.device, exact)
+    counted_ST = torch.arange(part.ids_ST.shape[1], device=hidden_STD.device) < part.length_S[:, None]
+    error_S = ((hidden_STD.to(exact) - target_STD).square().sum(-1) * counted_ST).sum(-1)
+    scale_S = (target_STD.square().sum(-1) * counted_ST).sum(-1)
+    return error_S / scale_S.clamp(min=1e-12), hidden_STD
+
+
+def next_token_nats(model: FrozenModel, part: Examples, hidden_STD: torch.Tensor, num_base: int) -> torch.Tensor:
+    """Return the mean negative log-likelihood of the following base ids of each snippet, (S,)."""
+    known_ST = part.next_ST >= 0
+    logs_PV = model.log_probabilities(hidden_STD[known_ST], num_base=num_base)
+    nats_P = -logs_PV.gather(1, part.next_ST[known_ST][:, None])[:, 0]
+    owner_P = known_ST.nonzero()[:, 0]
+    total_S = nats_P.new_zeros(len(part)).index_add(0, owner_P, nats_P)
+    return total_S / known_ST.sum(1).clamp(min=1)
 
 
 @torch.no_grad()
 def held_out_errors(
-    model: FrozenModel, examples: Examples, target_STD: torch.Tensor, rows_GD: torch.Tensor, first_new_id: int,
-    layer: int,
+    model: FrozenModel, taught: Taught, rows_GD: torch.Tensor, objective: Objective,
+    active_G: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return each token's mean error over its held-out snippets, (G,)."""
-    total, count = (torch.zeros(len(rows_GD), device=model.device) for _ in range(2))
-    for at in torch.arange(len(examples.token_S)).split(FORWARD_SNIPPETS):
-        part = examples.take(at).to(model.device)
-        errors_S = snippet_errors(model, part, target_STD[at], rows_GD, first_new_id, layer)
-        total.index_add_(0, part.token_S, errors_S)
-        count.index_add_(0, part.token_S, torch.ones_like(errors_S))
-    return total / count.clamp(min=1)
+    """Return each token's mean error over its held-out snippets, (G,); 0 for tokens that are not asked for."""
+    total_G, count_G = (torch.zeros(len(rows_GD), device=rows_GD.device) for _ in range(2))
+    wanted = [_of(examples, active_G) for examples in taught.examples]
+    for part, contexts in taught.batches(wanted, objective.positions, model.device):
+        errors_S = snippet_errors(model, part, contexts, rows_GD, objective)[0].float()
+        total_G.index_add_(0, part.token_S, errors_S)
+        count_G.index_add_(0, part.token_S, torch.ones_like(errors_S))
+    return total_G / count_G.clamp(min=1)
+
+
+def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
+    every = torch.arange(len(examples))
+    return every if active_G is None else every[active_G.cpu()[examples.token_S]]
 
 
 def fit_rows(
-    model: FrozenModel, train: Examples, held_out: Examples, start_GD: torch.Tensor, *, first_new_id: int,
-    layer: int, epochs: int, learning_rate: float, batch_snippets: int, generator: torch.Generator,
-    background: Background | None = None, silence: float = 0.0,
+    model: FrozenModel, train: Sequence[Examples | None], held_out: Examples, start_GD: torch.Tensor,
+    objective: Objective, generators: Sequence[torch.Generator],
 ) -> Fit:  # fmt: skip
     """Train the rows of a group.
 
     Args:
         model: The frozen model.
-        train: Training snippets of the group.
-        held_out: Held-out snippets; they decide between the start and the result, token by token.
+        train: Training snippets of the group; part i is what round i adds, None if that is nothing.
+        held_out: Held-out snippets; they end the rounds, and decide between the start and the result.
         start_GD: Initial rows, float32.
-        first_new_id: The id that stands for `start_GD[0]` in the examples.
-        layer: How many layers to run.
-        epochs: Passes over the training snippets.
-        learning_rate: Peak step size, per element; decays to zero along a cosine.
-        batch_snippets: Snippets of each token per step.
-        generator: Source of the order of snippets.
-        background: Places where the rows should not be written, for a model whose matrices are tied.
-        silence: Weight of that, per nat that a row takes from the base tokens.
+        objective: What is minimised.
+        generators: For each token the source of the order of its snippets.
 
     Returns:
-        For each token the better of start and result.
+        For each token the best of start and rounds.
     """
     start_GD = start_GD.to(model.device)
-    train_target, held_target = teacher_states(model, train, layer), teacher_states(model, held_out, layer)
-    rows_GD = start_GD.clone().requires_grad_()
-    first_GD, second_GD = torch.zeros_like(start_GD), torch.zeros_like(start_GD)
-    schedule = _schedule(train.token_S, len(start_GD), epochs, batch_snippets, generator)
-    for step, at in enumerate(schedule):
-        part = train.take(at).to(model.device)
-        errors_S = snippet_errors(model, part, train_target[at], rows_GD, first_new_id, layer)
-        loss = errors_S.sum() / batch_snippets
-        if background is not None:
-            loss = loss + silence * background.sample(generator).taken(rows_GD).sum()
-        (gradient_GD,) = torch.autograd.grad(loss, rows_GD)
-        rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
-        with torch.no_grad():
-            _adam(rows_GD, gradient_GD, first_GD, second_GD, step + 1, rate)
-    rows_GD = rows_GD.detach()
-    start_error = held_out_errors(model, held_out, held_target, start_GD, first_new_id, layer)
-    end_error = held_out_errors(model, held_out, held_target, rows_GD, first_new_id, layer)
-    better = (end_error < start_error) & rows_GD.isfinite().all(-1)
-    return Fit(torch.where(better.unsqueeze(-1), rows_GD, start_GD).cpu(), start_error.cpu(),
-               torch.where(better, end_error, start_error).cpu())  # fmt: skip
+    judged, taught = Taught(), Taught()
+    judged.add(model, held_out, objective)
+    start_error_G = held_out_errors(model, judged, start_GD, objective)
+    clocks = Clocks(start_GD, start_error_G)
+    shown_G = torch.zeros(len(start_GD), dtype=torch.long)
+    for number, (_, shows) in enumerate(objective.rounds):
+        active = clocks.active
+        if not len(active):
+            break
+        part = train[number]
+        if part is not None and len(added := _of(part, clocks.active_G)):
+            taught.add(model, part.take(added), objective)
+        _train_round(model, taught, clocks, objective, shows, generators)
+        shown_G[active.cpu()] += shows
+        error_G = held_out_errors(model, judged, clocks.rows_GD, objective, clocks.active_G)
+        clocks.end_round(active, error_G[active])
+    return Fit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
 
 
-def _adam(
-    rows_GD: torch.Tensor, gradient_GD: torch.Tensor, first_GD: torch.Tensor, second_GD: torch.Tensor, step: int,
-    rate: float,
+def _train_round(
+    model: FrozenModel, taught: Taught, clocks: Clocks, objective: Objective, shows: int,
+    generators: Sequence[torch.Generator],
 ) -> None:  # fmt: skip
-    """Take one Adam step in place (arXiv 1412.6980), without weight decay."""
-    first_GD.lerp_(gradient_GD, 1 - BETAS[0])
-    second_GD.lerp_(gradient_GD.square(), 1 - BETAS[1])
-    scale = (second_GD / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)
-    rows_GD.addcdiv_(first_GD, scale, value=-rate / (1 - BETAS[0] ** step))
+    active = clocks.active
+    steps = math.ceil(shows / objective.batch_snippets)
+    schedule = _schedule(taught.examples, active.cpu(), steps, objective.batch_snippets, generators)
+    for step, chosen in enumerate(schedule):
+        rows_GD = clocks.rows_GD.detach().requires_grad_()
+        gradient_GD = torch.zeros_like(rows_GD)
+        for part, contexts in taught.batches(chosen, objective.positions, model.device):
+            errors_S, hidden_STD = snippet_errors(model, part, contexts, rows_GD, objective)
+            loss = errors_S.sum()
+            if objective.next_token_weight:
+                nats_S = next_token_nats(model, part, hidden_STD, objective.num_base)
+                loss = loss + objective.next_token_weight * nats_S.sum()
+            gradient_GD += torch.autograd.grad(loss / objective.batch_snippets, rows_GD)[0]
+        gradient_AD = gradient_GD[active]
+        if objective.background is not None and objective.silence:
+            gradient_AD += _silence_gradient(objective, clocks.rows_GD[active], generators[int(active[0])])
+        clocks.step(active, gradient_AD, decayed(objective.learning_rate, step, steps))
+
+
+def _silence_gradient(objective: Objective, rows_AD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    assert objective.background is not None
+    rows_AD = rows_AD.detach().requires_grad_()
+    taken = objective.background.sample(generator).taken(rows_AD).sum()
+    return torch.autograd.grad(objective.silence * taken, rows_AD)[0]
 
 
 def _schedule(
-    token_S: torch.Tensor, num_tokens: int, epochs: int, batch_snippets: int, generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Return the snippets of every step: the same number for each token, in an order of its own.
+    parts: Sequence[Examples], tokens: torch.Tensor, steps: int, batch_snippets: int,
+    generators: Sequence[torch.Generator],
+) -> list[list[torch.Tensor]]:  # fmt: skip
+    """Return for every step which snippets of each part are shown: the same number for each token.
 
     A token with fewer snippets than the others goes round them more often.
     """
-    own = [(token_S == token).nonzero().flatten() for token in range(num_tokens)]
-    steps = epochs * math.ceil(max(len(o) for o in own) / batch_snippets)
+    owner = torch.cat([examples.token_S for examples in parts])
+    bounds = torch.tensor([0, *(len(examples) for examples in parts)]).cumsum(0)
+    count = steps * batch_snippets
     columns = []
-    for snippets in own:
-        rounds = math.ceil(steps * batch_snippets / len(snippets))
-        order = [snippets[torch.randperm(len(snippets), generator=generator)] for _ in range(rounds)]
-        columns.append(torch.cat(order)[: steps * batch_snippets].view(steps, batch_snippets))
-    return [torch.cat([column[step] for column in columns]) for step in range(steps)]
+    for token in tokens.tolist():
+        own = (owner == token).nonzero().flatten()
+        times = math.ceil(count / len(own))
+        order = [own[torch.randperm(len(own), generator=generators[token])] for _ in range(times)]
+        columns.append(torch.cat(order)[:count].view(steps, batch_snippets))
+    every = torch.stack(columns, 1)  # steps, tokens, snippets
+    return [[step[(step >= low) & (step < high)] - low for low, high in pairwise(bounds)]
+            for step in every.flatten(1)]  # fmt: skip

@@ -1,10 +1,14 @@
 """Snippets as padded arrays: what the student reads, what the teacher reads, and which positions meet.
 
-Shape suffixes: S snippets, T student positions, U teacher positions.
+Shape suffixes: S snippets, P positions before the token, T positions from the token on, U teacher positions.
 
-The student reads a snippet with its own token merged and every other new token taken apart, so that
-each row is an independent problem. Position j of the student lines up with the last base id of its
-run in the teacher's text. Positions before the token are equal by causality and carry no information.
+A snippet falls into the part before its token, which no row of the token can change (attention is
+causal), and the part from the token on, where the student is compared. Position t of the latter lines
+up with the last base id of its run in the teacher's text. Only so many positions behind the token are
+laid out: the error lives near it (docs/decisions.md).
+
+The student reads its own token merged and every other new token taken apart, so that each row is an
+independent problem; or, in the second pass, all of them merged, as text arrives in production.
 """
 
 from collections.abc import Sequence
@@ -24,36 +28,67 @@ class Examples:
     """Snippets of several tokens.
 
     Attributes:
-        student_ST: Ids with the token merged, padded on the right.
-        teacher_SU: The same text as base ids, padded on the right.
-        aligned_ST: For each student position, the teacher's position that it must match.
-        weight_ST: 1 at positions from the token on, divided by their number in the snippet; else 0.
+        before_SP: Ids before the token as the student reads them, padded on the left.
+        before_S: How many these are.
+        ids_ST: Ids from the token on, padded on the right.
+        length_S: How many these are.
+        teacher_SU: The same text as base ids, from its beginning, padded on the right.
+        aligned_ST: For each position from the token on, the teacher's position that it must match.
+        next_ST: The base id that comes after each of these positions; -1 where the snippet ends.
         token_S: Which token (index into the group) each snippet belongs to.
+        shared: Whether teacher and student read the same ids before the token.
     """
 
-    student_ST: torch.Tensor
+    before_SP: torch.Tensor
+    before_S: torch.Tensor
+    ids_ST: torch.Tensor
+    length_S: torch.Tensor
     teacher_SU: torch.Tensor
     aligned_ST: torch.Tensor
-    weight_ST: torch.Tensor
+    next_ST: torch.Tensor
     token_S: torch.Tensor
+    shared: bool
+
+    def __len__(self) -> int:
+        """How many snippets there are."""
+        return len(self.token_S)
+
+    @property
+    def teacher_length_S(self) -> torch.Tensor:  # noqa: N802
+        """How many base ids the teacher reads."""
+        return self.aligned_ST.max(1).values + 1
 
     def take(self, at: torch.Tensor) -> "Examples":
         """Return some of the snippets, with padding that none of them needs cut off."""
-        width = int((self.weight_ST[at] > 0).any(0).nonzero().max()) + 1
-        depth = int(self.aligned_ST[at].max()) + 1
+        width, depth = int(self.length_S[at].max()), int(self.teacher_length_S[at].max())
+        before = self.before_SP.shape[1] - int(self.before_S[at].max())
         return Examples(
-            self.student_ST[at, :width], self.teacher_SU[at, :depth], self.aligned_ST[at, :width],
-            self.weight_ST[at, :width], self.token_S[at],
+            self.before_SP[at, before:], self.before_S[at], self.ids_ST[at, :width], self.length_S[at],
+            self.teacher_SU[at, :depth], self.aligned_ST[at, :width], self.next_ST[at, :width], self.token_S[at],
+            self.shared,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "Examples":
         """Move all arrays to a device."""
-        return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Examples(**moved, shared=self.shared)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One snippet as both sides read it."""
+
+    before: Ids
+    ids: Ids
+    teacher: Ids
+    aligned: Ids
+    following: Ids
 
 
 def build_examples(
-    records: Sequence[TokenSnippets], expansion: Expansion, tokens: Sequence[int], *, prefix_ids: Sequence[int] = ()
-) -> Examples:
+    records: Sequence[TokenSnippets], expansion: Expansion, tokens: Sequence[int], *,
+    prefix_ids: Sequence[int] = (), reach: int | None = None, merge_all: bool = False,
+) -> Examples:  # fmt: skip
     """Lay out the snippets of a group of tokens.
 
     Args:
@@ -61,30 +96,39 @@ def build_examples(
         expansion: The whole expansion that the snippets were made with.
         tokens: Index of each of the group's tokens in the expansion.
         prefix_ids: Ids to put in front of every snippet (such as BOS), as in real use.
+        reach: How many positions behind the token are compared; None for all.
+        merge_all: Whether the student reads the other new tokens merged, too.
 
     Returns:
-        Snippets in which the group's token g has the id `expansion.first_new_id + g`.
+        Snippets in which the tokens have the ids that they have in the expansion.
     """
-    students, teachers, aligned, starts, owners = [], [], [], [], []
+    texts: list[_Text] = []
+    owners: list[int] = []
     prefix = np.asarray(prefix_ids, np.int64)
     for index, (record, token) in enumerate(zip(records, tokens, strict=True)):
         own = expansion.first_new_id + token
-        for snippet, position, student in zip(
-            record.snippets, record.positions, expansion.unmerge_batch(record.snippets, keep=[own]), strict=True
-        ):
-            framed = np.concatenate((prefix, student))
-            teachers.append(expansion.unmerge(framed))
-            aligned.append(expansion.last_positions(framed))
-            students.append(np.where(framed == own, expansion.first_new_id + index, framed))
-            starts.append(len(prefix) + int(expansion.edges(snippet[:position], keep=[own])[-1]))
-            owners.append(index)
-    lengths = np.asarray([len(s) for s in students])
-    place = np.arange(lengths.max(initial=1))
-    counted = (place >= np.asarray(starts)[:, None]) & (place < lengths[:, None])
-    weight = counted / np.maximum(counted.sum(1, keepdims=True), 1)
-    return Examples(_pad(students), _pad(teachers), _pad(aligned), torch.from_numpy(weight).float(),
-                    torch.tensor(owners))  # fmt: skip
+        students = ([np.asarray(snippet, np.int64) for snippet in record.snippets] if merge_all
+                    else expansion.unmerge_batch(record.snippets, keep=[own]))  # fmt: skip
+        texts += [_lay_out(np.concatenate((prefix, student)), own, expansion, reach) for student in students]
+        owners += [index] * len(students)
+    counts = [[len(part) for part in column] for column in
+              zip(*((text.before, text.ids) for text in texts), strict=True)] or [[], []]  # fmt: skip
+    return Examples(
+        _pad([text.before[::-1] for text in texts]).flip(1), torch.tensor(counts[0]), _pad([t.ids for t in texts]),
+        torch.tensor(counts[1]), _pad([t.teacher for t in texts]), _pad([t.aligned for t in texts]),
+        _pad([t.following for t in texts], -1), torch.tensor(owners), shared=not merge_all,
+    )  # fmt: skip
 
 
-def _pad(rows: Sequence[Ids]) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(r) for r in rows], batch_first=True, padding_value=PAD)
+def _lay_out(student: Ids, own: int, expansion: Expansion, reach: int | None) -> _Text:
+    """Cut a text at the first occurrence of its token: nothing before it depends on the token's row."""
+    start = int(np.flatnonzero(student == own)[0])
+    stop = len(student) if reach is None else min(len(student), start + 1 + reach)
+    teacher, aligned = expansion.unmerge(student), expansion.last_positions(student)[start:stop]
+    following = np.append(teacher, -1)[aligned + 1]
+    return _Text(student[:start], student[start:stop], teacher[: aligned[-1] + 1], aligned, following)
+
+
+def _pad(rows: Sequence[Ids], value: int = PAD) -> torch.Tensor:
+    tensors = [torch.from_numpy(row.copy()) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

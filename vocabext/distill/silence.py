@@ -60,7 +60,7 @@ def sample_background(
     hidden = []
     for examples in groups:
         part = examples.to(model.device)
-        lengths_S = part.aligned_ST.max(1).values + 1
+        lengths_S = part.teacher_length_S
         states_SUD = model.hidden(model.embed(part.teacher_SU))
         real_SU = torch.arange(part.teacher_SU.shape[1], device=model.device) < lengths_S[:, None]
         hidden.append(states_SUD[real_SU])

@@ -1,15 +1,20 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
-from vocabext.distill.engine import FORWARD_SNIPPETS, Fit, fit_rows
-from vocabext.distill.examples import build_examples
+from vocabext.distill.contexts import sharing_is_exact
+from vocabext.distill.engine import Fit, Objective, fit_rows
+from vocabext.distill.examples import Examples, build_examples
+from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
+from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
+from vocabext.distill.resume import FinishedGroups, model_facts, work_digest
 from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
@@ -22,38 +27,19 @@ from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
-# Snippets from which the places are sampled where rows should not be written.
+# Snippets from which the places are sampled where rows should not be written, and how many of them at once.
 BACKGROUND_SNIPPETS = 256
+BACKGROUND_AT_ONCE = 128
 # Fewer snippets than this cannot be split into training and held-out ones.
 MIN_SNIPPETS = 2
 # Positions that one training step should have at least, to keep the matrix units busy.
-POSITIONS_PER_STEP = 6_000
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """How one row was made.
-
-    Attributes:
-        token: The text of the token.
-        snippets: How many snippets it had.
-        start_error: Held-out relative squared error of the mean-of-pieces row; None if not measured.
-        end_error: The same for the row that is shipped.
-        norm: Its Euclidean norm.
-        method: `distill`, or `mean` where training had nothing to train on or made nothing better.
-    """
-
-    token: str
-    snippets: int
-    start_error: float | None
-    end_error: float | None
-    norm: float
-    method: str
-
-    @property
-    def ratio(self) -> float:
-        """Error as a share of the mean-of-pieces error: 1 where nothing was gained or measured."""
-        return self.end_error / self.start_error if self.start_error and self.end_error is not None else 1.0
+POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
+# Positions that go through the model at once while gradients are computed: a bound for long snippets.
+POSITIONS_AT_ONCE = {"cpu": 4_000, "cuda": 16_000}
+# The first round uses so many snippets of a token, and shows each twice; every further round up to twice as many.
+FIRST_SNIPPETS = 8
+# Snippets whose length is looked at to see whether sharing is exact.
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -61,12 +47,13 @@ class DistillResult:
     """Rows for all tokens, in their order, and a report for each.
 
     Attributes:
-        input_ND: Input rows, float32.
+        input_ND: Input rows, float32; of the tokens that are left out, too.
         reports: One per token.
         layer: The layer whose states were matched; 0 for `mean`.
         taken_nats: How much all new rows together lower the log probability of base tokens where the base
             predicts, on average; None where the output rows are others (untied), or nothing was trained.
         taken_nats_start: The same for the mean-of-pieces rows.
+        memory: What the work needed; None for `mean`.
     """
 
     input_ND: torch.Tensor
@@ -74,6 +61,7 @@ class DistillResult:
     layer: int
     taken_nats: float | None = None
     taken_nats_start: float | None = None
+    memory: MemoryPlan | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -82,12 +70,19 @@ class DistillResult:
         end = sum(r.end_error for r in self.reports if r.end_error is not None)
         return end / start if start else None
 
+    @property
+    def kept(self) -> list[int]:
+        """The tokens that are shipped."""
+        return [i for i, report in enumerate(self.reports) if report.left_out is None]
+
     def summary(self) -> dict[str, object]:
         """Return what a reader wants to know, as JSON-ready values."""
-        return {"tokens": len(self.reports), "trained": sum(r.method == "distill" for r in self.reports),
+        return {"tokens": len(self.kept), "trained": sum(r.method == "distill" for r in self.reports),
                 "layer": self.layer, "relative_error": self.relative_error,
                 "taken_nats_start": self.taken_nats_start, "taken_nats": self.taken_nats,
-                "per_token": [asdict(report) for report in self.reports]}  # fmt: skip
+                "memory": None if self.memory is None else asdict(self.memory),
+                "left_out": [asdict(r) for r in self.reports if r.left_out is not None],
+                "per_token": [asdict(self.reports[i]) for i in self.kept]}  # fmt: skip
 
 
 def distill_file(
@@ -95,6 +90,9 @@ def distill_file(
     trust_remote_code: bool = False, progress: Progress = no_progress,
 ) -> DistillResult:  # fmt: skip
     """Read snippets, make the rows of their tokens, and write them to `output`.
+
+    Finished groups of tokens are kept in a folder beside `output` until it is written: the same call goes on
+    after them if it was interrupted, with the same result.
 
     Args:
         path: The artifact of `collect`; with `--method mean` that of `mine` will do.
@@ -121,23 +119,24 @@ def distill_file(
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
-    frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    beside = output.with_name(f".{output.name}.groups")
+    frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
+                        max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
     result = distill(records, frozen, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
-                     progress=progress)  # fmt: skip
-    made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": frozen.embedding_VD.shape[1],
+                     progress=progress, finished_folder=beside)  # fmt: skip
+    made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": result.input_ND.shape[1],
                  "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}  # fmt: skip
-    save_rows(output, [record.new_token for record in records], Rows(result.input_ND), {
+    save_rows(output, [records[i].new_token for i in result.kept], Rows(result.input_ND[result.kept]), {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
-        "layer": result.layer, "relative_error": result.relative_error,
-        "taken_nats_start": result.taken_nats_start, "taken_nats": result.taken_nats,
-        "per_token": [asdict(report) for report in result.reports],
+        **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
     })  # fmt: skip
+    FinishedGroups(beside, "").remove()
     return result
 
 
 def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
-    prefix_ids: Sequence[int] = (), progress: Progress = no_progress,
+    prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
 ) -> DistillResult:  # fmt: skip
     """Make the input rows of all new tokens.
 
@@ -148,93 +147,198 @@ def distill(
         num_used_ids: Id of the first new token.
         prefix_ids: What the tokenizer puts in front of a prompt.
         progress: Where to report.
+        finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
     """
     tokens = [record.new_token for record in records]
     rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
     if config.method == "mean":
-        reports = [_report(record, row_D, None) for record, row_D in zip(records, rows_ND, strict=True)]
-        return DistillResult(rows_ND, tuple(reports), 0)
-    layer = model.layer_number(config.target_layer)
-    expansion = Expansion(tokens, num_used_ids)
-    rate = config.learning_rate * float(model.embedding_VD[:num_used_ids].float().square().mean().sqrt())
-    errors: dict[int, tuple[float, float]] = {}
-    background = _background(records, expansion, model, config, prefix_ids) if model.tied else None
-    taken_start = None if background is None else float(background.taken(rows_ND.to(model.device)).sum())
-    with progress("distilling", len(records), "tokens") as task:
-        for group in _groups(records, config):
-            fit = _fit_group(group, records, expansion, rows_ND[group], model, config, layer, rate, prefix_ids,
-                             background)  # fmt: skip
-            rows_ND[group] = fit.rows_GD
-            pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
-            errors.update(zip(group, pairs, strict=True))
-            task.advance(len(group))
-            start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
-            task.note(f"error {end / start:.0%} of the start")
-    reports = [_report(record, rows_ND[i], errors.get(i)) for i, record in enumerate(records)]
-    taken = None if background is None else float(background.taken(rows_ND.to(model.device)).sum())
-    return DistillResult(rows_ND, tuple(reports), layer, taken, taken_start)
+        return DistillResult(rows_ND, _reports(records, rows_ND, {}, {}, config, model, num_used_ids), 0)
+    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
+    taken_start = work.taken(rows_ND)
+    with progress(work.memory.describe()):
+        pass  # stated before the work starts
+    errors, shown = work.run("distilling", rows_ND, progress, merge_all=False)
+    if config.second_pass:
+        # What counts is text with all new tokens merged; the rows of the others are those of the first pass.
+        _, more = work.run("distilling with all new tokens merged", rows_ND, progress, merge_all=True)
+        shown = {token: count + more.get(token, 0) for token, count in shown.items()}
+    return DistillResult(rows_ND, _reports(records, rows_ND, errors, shown, config, model, num_used_ids), work.layer,
+                         work.taken(rows_ND), taken_start, work.memory)  # fmt: skip
 
 
-def _background(
-    records: Sequence[TokenSnippets], expansion: Expansion, model: FrozenModel, config: DistillConfig,
-    prefix_ids: Sequence[int],
-) -> Background | None:  # fmt: skip
-    """Sample places from one snippet of each of some tokens, spread over all of them."""
-    having = [i for i, record in enumerate(records) if record.snippets]
-    if not having:
-        return None
-    some = having[:: max(1, len(having) // BACKGROUND_SNIPPETS)]
-    first = [replace(records[i], snippets=records[i].snippets[:1], positions=records[i].positions[:1]) for i in some]
-    groups = [build_examples(first[at : at + FORWARD_SNIPPETS], expansion, some[at : at + FORWARD_SNIPPETS],
-                             prefix_ids=prefix_ids) for at in range(0, len(some), FORWARD_SNIPPETS)]  # fmt: skip
-    return sample_background(model, groups, expansion.first_new_id, torch.Generator().manual_seed(config.seed))
+class _Work:
+    """Everything that the groups of tokens share."""
+
+    def __init__(
+        self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, num_used_ids: int,
+        prefix_ids: Sequence[int], finished_folder: Path | None,
+    ) -> None:  # fmt: skip
+        self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
+        self.layer = model.layer_number(config.target_layer)
+        if config.next_token_weight and self.layer != model.num_layers:
+            raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
+                             f"{config.target_layer}; the next token is predicted from the last layer")  # fmt: skip
+        self.expansion = Expansion([record.new_token for record in records], num_used_ids)
+        embedding_VD = model.embedding_VD
+        self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
+        self.trainable = [i for i, record in enumerate(records) if len(record.snippets) >= MIN_SNIPPETS]
+        # Tokens with about the same number of snippets go together, so that nobody waits for the others.
+        self.trainable.sort(key=lambda i: -len(records[i].snippets))
+        self.background = self._background() if model.tied else None
+        self.memory = self._plan()
+        self.finished = None
+        if finished_folder is not None:
+            facts = {"options": asdict(config), "model": model_facts(model), "group": self.memory.group,
+                     "keep_past": self.memory.keep_past, "prefix_ids": list(prefix_ids), "first": num_used_ids}
+            self.finished = FinishedGroups(finished_folder, work_digest(records, facts))
+
+    def taken(self, rows_ND: torch.Tensor) -> float | None:
+        """Return how many nats all rows together take from the base tokens."""
+        return None if self.background is None else float(self.background.taken(rows_ND.to(self.model.device)).sum())
+
+    def run(
+        self, title: str, rows_ND: torch.Tensor, progress: Progress, *, merge_all: bool
+    ) -> tuple[dict[int, tuple[float, float]], dict[int, int]]:
+        """Train all groups; `rows_ND` is changed in place.
+
+        Returns:
+            For each trained token its held-out errors (start, end), and how many snippets it was shown.
+        """
+        errors: dict[int, tuple[float, float]] = {}
+        shown: dict[int, int] = {}
+        others_ND = rows_ND.clone().to(self.model.device) if merge_all else None
+        size = self.memory.group
+        with progress(title, len(self.records), "tokens") as task:
+            task.advance(len(self.records) - len(self.trainable))
+            for at in range(0, len(self.trainable), size):
+                group = self.trainable[at : at + size]
+                fit = self._group(group, f"{'all' if merge_all else 'own'}-{at:08d}", rows_ND[group], others_ND)
+                rows_ND[group] = fit.rows_GD
+                pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
+                errors.update(zip(group, pairs, strict=True))
+                shown.update(zip(group, fit.shown_G.tolist(), strict=True))
+                task.advance(len(group))
+                start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
+                task.note(f"error {end / start:.0%} of the start")
+        return errors, shown
+
+    def _group(self, group: list[int], name: str, start_GD: torch.Tensor, others_ND: torch.Tensor | None) -> Fit:
+        done = None if self.finished is None else self.finished.load(name)
+        if done is not None:
+            return done
+        parts = [_split(self.records[i]) for i in group]
+        rounds = _rounds(max(len(train.snippets) for train, _ in parts), self.config.epochs)
+        added = [[_slice(train, low, high) for train, _ in parts] for low, high in _bounds(rounds)]
+        train = [self._lay_out(some, group, merge_all=others_ND is not None) if any(r.snippets for r in some) else None
+                 for some in added]  # fmt: skip
+        held_out = self._lay_out([held_out for _, held_out in parts], group, merge_all=others_ND is not None)
+        generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
+        fit = fit_rows(self.model, train, held_out, start_GD, self._objective(rounds, others_ND), generators)
+        if self.finished is not None:
+            self.finished.save(name, fit)
+        return fit
+
+    def _objective(self, rounds: Sequence[tuple[int, int]], others_ND: torch.Tensor | None) -> Objective:
+        return Objective(
+            layer=self.layer, first_new_id=self.expansion.first_new_id, rounds=rounds,
+            learning_rate=self.rate if others_ND is None else self.rate / 2,
+            batch_snippets=self.config.batch_snippets, positions=POSITIONS_AT_ONCE[self.model.device.type],
+            keep_past=self.memory.keep_past,
+            next_token_weight=self.config.next_token_weight, num_base=self.expansion.first_new_id,
+            background=self.background,
+            # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
+            silence=self.config.silence * len(self.records), others_ND=others_ND,
+        )  # fmt: skip
+
+    def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
+        return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
+                              merge_all=merge_all)  # fmt: skip
+
+    def _plan(self) -> MemoryPlan:
+        """State the memory, and choose the size of groups, from the longest snippets there are."""
+        snippets = [len(record.snippets) for record in self.records]
+        longest = max((len(ids) for record in self.records for ids in record.snippets), default=1)
+        runs = max(len(record.new_token.run) for record in self.records)
+        before = max((at for r in self.records for at in r.positions), default=0) * runs + len(self.prefix_ids)
+        some = self.trainable[:: max(1, len(self.trainable) // PROBE_TOKENS)]
+        exact = False
+        if some:
+            probe = self._lay_out([self.records[i] for i in some], some)
+            before = int(probe.before_S.max())
+            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
+        width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
+        wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
+        budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)
+        return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
+                           layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
+                           wanted_group=max(1, wanted), budget_bytes=budget, exact=exact,
+                           batch_snippets=self.config.batch_snippets)  # fmt: skip
+
+    def _background(self) -> Background | None:
+        """Sample places from one snippet of each of some tokens, spread over all of them."""
+        having = [i for i, record in enumerate(self.records) if record.snippets]
+        if not having:
+            return None
+        some = having[:: max(1, len(having) // BACKGROUND_SNIPPETS)]
+        first = [_slice(self.records[i], 0, 1) for i in some]
+        groups = [self._lay_out(first[at : at + BACKGROUND_AT_ONCE], some[at : at + BACKGROUND_AT_ONCE])
+                  for at in range(0, len(some), BACKGROUND_AT_ONCE)]  # fmt: skip
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return sample_background(self.model, groups, self.expansion.first_new_id, generator)
 
 
-def _groups(records: Sequence[TokenSnippets], config: DistillConfig) -> list[list[int]]:
-    """Split the tokens that can be trained into groups that share their steps.
+def _rounds(snippets: int, epochs: int) -> list[tuple[int, int]]:
+    """Return for each round how many snippets it uses, and how often it shows one.
 
-    Tokens with about the same number of snippets go together, so that nobody waits for the others.
+    Rounds double. All together show every snippet `epochs` times, or fewer where a token stops early.
     """
-    trainable = [i for i, r in enumerate(records) if len(r.snippets) >= MIN_SNIPPETS]
-    trainable.sort(key=lambda i: -len(records[i].snippets))
-    lengths = [len(s) for r in records for s in r.snippets]
-    typical = max(1, sum(lengths) // max(1, len(lengths)))
-    size = max(1, round(POSITIONS_PER_STEP / (typical * config.batch_snippets)))
-    return [trainable[at : at + size] for at in range(0, len(trainable), size)]
+    left, rounds, first = snippets * epochs, list[tuple[int, int]](), min(snippets, FIRST_SNIPPETS)
+    use, shows = first, 2 * first
+    while left:
+        if left - shows < shows:
+            use, shows = snippets, left
+        rounds.append((min(use, snippets), shows))
+        left -= shows
+        use, shows = 2 * use, 2 * shows
+    return rounds
 
 
-def _fit_group(
-    group: list[int], records: Sequence[TokenSnippets], expansion: Expansion, start_GD: torch.Tensor,
-    model: FrozenModel, config: DistillConfig, layer: int, rate: float, prefix_ids: Sequence[int],
-    background: Background | None,
-) -> Fit:  # fmt: skip
-    parts = [_split(records[i]) for i in group]
-    train, held_out = (build_examples([part[side] for part in parts], expansion, group, prefix_ids=prefix_ids)
-                       for side in (0, 1))  # fmt: skip
-    return fit_rows(
-        model, train, held_out, start_GD, first_new_id=expansion.first_new_id, layer=layer, epochs=config.epochs,
-        learning_rate=rate, batch_snippets=config.batch_snippets,
-        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + group[0]),
-        # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
-        background=background, silence=config.silence * len(records),
-    )  # fmt: skip
+def _bounds(rounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return which snippets each round adds."""
+    uses = [0, *(use for use, _ in rounds)]
+    return list(pairwise(uses))
 
 
 def _split(record: TokenSnippets) -> tuple[TokenSnippets, TokenSnippets]:
     """Set some snippets aside; returns what to train on and what to judge by."""
     size = len(record.snippets)
     held = set(range(0, size, HELD_OUT_EVERY))
-    sides = ([i for i in range(size) if i not in held], sorted(held))
-    train, held_out = (
-        replace(record, snippets=tuple(record.snippets[i] for i in side),
-                positions=tuple(record.positions[i] for i in side))
-        for side in sides
-    )  # fmt: skip
-    return train, held_out
+    return _only(record, [i for i in range(size) if i not in held]), _only(record, sorted(held))
 
 
-def _report(record: TokenSnippets, row_D: torch.Tensor, errors: tuple[float, float] | None) -> TokenReport:
-    start, end = errors or (None, None)
-    improved = start is not None and end is not None and end < start
-    return TokenReport(record.new_token.token, len(record.snippets), start, end, float(row_D.norm()),
-                       "distill" if improved else "mean")  # fmt: skip
+def _slice(record: TokenSnippets, low: int, high: int) -> TokenSnippets:
+    return _only(record, range(len(record.snippets))[low:high])
+
+
+def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
+    return replace(record, snippets=tuple(record.snippets[i] for i in at),
+                   positions=tuple(record.positions[i] for i in at))  # fmt: skip
+
+
+def _reports(
+    records: Sequence[TokenSnippets], rows_ND: torch.Tensor, errors: Mapping[int, tuple[float, float]],
+    shown: Mapping[int, int], config: DistillConfig, model: FrozenModel, num_used_ids: int,
+) -> tuple[TokenReport, ...]:  # fmt: skip
+    base_VD = model.embedding_VD[:num_used_ids]
+    typical = float(base_VD.float().norm(dim=1).median())
+    reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out)
+    nearest = nearest_rows(rows_ND, base_VD)
+    reports = []
+    for i, record in enumerate(records):
+        start, end = errors.get(i, (None, None))
+        improved = start is not None and end is not None and end < start
+        norm = float(rows_ND[i].norm())
+        reports.append(TokenReport(
+            record.new_token.token, len(record.snippets), start, end, norm, "distill" if improved else "mean",
+            norm / max(typical, 1e-12), nearest[i], shown.get(i, 0), reasons[i]))  # fmt: skip
+    return tuple(reports)

@@ -1,0 +1,171 @@
+"""The past that teacher and student share: the same numbers as the plain way, on several kinds of models."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from vocabext.distill.contexts import chunks, sharing_is_exact, teach
+from vocabext.distill.engine import Objective, fit_rows, snippet_errors
+from vocabext.distill.examples import Examples, build_examples
+from vocabext.expansion import Expansion
+from vocabext.model import FrozenModel
+from vocabext.records import NewToken, TokenSnippets
+
+FIRST = 90
+EXPANSION = Expansion([NewToken("ab", "ab", (1, 2)), NewToken("cde", "cde", (3, 4, 5)), NewToken("fg", "fg", (6, 7))],
+                      FIRST)  # fmt: skip
+SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0,
+         "eos_token_id": 0}  # fmt: skip
+
+
+def llama() -> Any:
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=0,
+                                      eos_token_id=0))  # fmt: skip
+
+
+def gemma(window: int = 64) -> Any:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**SIZES, "head_dim": 16}, sliding_window=window, layer_types=kinds))
+
+
+def mistral(window: int) -> Any:
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
+
+
+def bloom() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=3, n_head=2, bos_token_id=0,
+                                        eos_token_id=0))  # fmt: skip
+
+
+def frozen(make: Any, dtype: torch.dtype = torch.float64, **options: Any) -> FrozenModel:
+    torch.manual_seed(0)
+    model = make(**options)
+    for parameter in model.parameters():  # initial weights are so small that layers hardly do anything
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return FrozenModel(model, torch.device("cpu"), dtype)
+
+
+def snippets(count: int = 5) -> list[TokenSnippets]:
+    """Snippets of random ids: tokens first, in the middle, last, and twice."""
+    rng = np.random.default_rng(0)
+    records = []
+    for index, token in enumerate(EXPANSION.tokens):
+        made = []
+        for number in range(count):
+            ids = rng.integers(8, 90, 5 + 3 * number).tolist()
+            at = [0, 2, len(ids) - 1][number % 3]
+            ids[at] = FIRST + index
+            made.append((tuple(ids), at))
+        records.append(TokenSnippets(token, tuple(ids for ids, _ in made), tuple(at for _, at in made)))
+    return records
+
+
+def laid_out(**options: Any) -> Examples:
+    return build_examples(snippets(), EXPANSION, [0, 1, 2], prefix_ids=[0], **options)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gemma])
+@pytest.mark.parametrize("layer", [2, 3])
+def test_the_shared_past_gives_the_losses_and_gradients_of_the_plain_way(make: Any, layer: int) -> None:
+    model, examples = frozen(make), laid_out(reach=4)
+    assert sharing_is_exact(model, examples, layer, FIRST)
+    rows_GD = model.embedding_VD[[1, 3, 6]].clone().requires_grad_()
+    found = []
+    for keep_past in (True, False):
+        contexts = teach(model, examples, layer, keep_past=keep_past)
+        assert (contexts.past is not None) == keep_past
+        objective = Objective(layer, FIRST, ((1, 1),), 0.1)
+        errors_S, _ = snippet_errors(model, examples, contexts, rows_GD, objective)
+        found.append((errors_S, torch.autograd.grad(errors_S.sum(), rows_GD)[0]))
+    assert float(found[0][1].abs().min(1).values.max()) > 0
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-9)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("merge_all", [False, True])
+def test_the_shared_past_gives_the_rows_of_the_plain_way(
+    dtype: torch.dtype, tolerance: float, merge_all: bool
+) -> None:
+    model = frozen(llama, dtype)
+    records = snippets()
+    if merge_all:  # tokens next to each other and before each other
+        records = [TokenSnippets(r.new_token, tuple((90, 91, 92, *ids) for ids in r.snippets),
+                                 tuple(at + 3 for at in r.positions)) for r in records]  # fmt: skip
+    train = [build_examples(records, EXPANSION, [0, 1, 2], prefix_ids=[0], merge_all=merge_all)]
+    start_GD = model.embedding_VD[[1, 3, 6]].to(torch.promote_types(dtype, torch.float32))
+    fits = []
+    for keep_past in (True, False):
+        objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=40, keep_past=keep_past,
+                              others_ND=start_GD.clone() if merge_all else None)  # fmt: skip
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        fits.append(fit_rows(model, train, train[0], start_GD, objective, generators))
+    assert torch.allclose(fits[0].rows_GD, fits[1].rows_GD, atol=tolerance)
+    assert torch.allclose(fits[0].end_error_G, fits[1].end_error_G, atol=tolerance)
+    assert not torch.allclose(fits[0].rows_GD, start_GD.to(fits[0].rows_GD.dtype), atol=tolerance)
+    assert bool((fits[0].end_error_G < fits[0].start_error_G).all())
+
+
+@pytest.mark.parametrize("make", [gemma, mistral])
+def test_a_window_shorter_than_a_snippet_takes_the_plain_way(make: Any) -> None:
+    examples = laid_out()
+    longest = int((examples.before_S + examples.length_S).max())
+    assert sharing_is_exact(frozen(make, window=longest), examples, 3, FIRST)
+    assert not sharing_is_exact(frozen(make, window=longest - 1), examples, 3, FIRST)
+
+
+def test_layers_below_the_first_window_still_share() -> None:
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = frozen(lambda: Gemma3ForCausalLM(Gemma3TextConfig(
+        **{**SIZES, "head_dim": 16}, sliding_window=4, layer_types=kinds)))  # fmt: skip
+    assert sharing_is_exact(model, laid_out(), 1, FIRST)
+    assert not sharing_is_exact(model, laid_out(), 2, FIRST)
+
+
+def test_a_model_that_takes_no_mask_of_ours_takes_the_plain_way() -> None:
+    model, examples = frozen(bloom), laid_out()
+    assert not sharing_is_exact(model, examples, 3, FIRST)
+    contexts = teach(model, examples, 3, keep_past=False)
+    errors_S, _ = snippet_errors(model, examples, contexts, model.embedding_VD[[1, 3, 6]],
+                                 Objective(3, FIRST, ((1, 1),), 0.1))  # fmt: skip
+    assert bool(errors_S.isfinite().all())
+
+
+def test_sharing_that_gives_other_states_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = frozen(llama), laid_out()
+    right = model.hidden_and_past
+
+    def wrong(*inputs: Any, **options: Any) -> Any:
+        hidden, past = right(*inputs, **options)
+        return hidden, tuple((keys, values * 1.001) for keys, values in past)
+
+    monkeypatch.setattr(model, "hidden_and_past", wrong)
+    assert not sharing_is_exact(model, examples, 3, FIRST)
+
+
+def test_chunks_hold_every_snippet_once_and_are_bounded() -> None:
+    lengths = torch.tensor([5, 1, 9, 3, 3, 30, 2])
+    parts = list(chunks(lengths, torch.tensor([0, 1, 2, 3, 4, 5, 6]), 12))
+    assert sorted(torch.cat(parts).tolist()) == list(range(7))
+    assert all(len(part) * int(lengths[part].max()) <= 12 or len(part) == 1 for part in parts)
+    assert len(parts) == 4
+    assert list(chunks(lengths, torch.tensor([], dtype=torch.long), 12)) == []

@@ -1,0 +1,100 @@
+"""Interrupted at any moment, a run goes on with the same result as an uninterrupted one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import tiny_folder
+from tiny_expanded import DOCUMENTS, new_tokens
+
+import vocabext.distill.stage as stage
+from vocabext.checkpoint import load_rows
+from vocabext.collect import collect
+from vocabext.config import CollectConfig, DistillConfig
+from vocabext.distill import distill_file
+from vocabext.distill.engine import Fit, fit_rows
+from vocabext.distill.resume import FinishedGroups
+from vocabext.records import write_jsonl
+from vocabext.tokenizer import load_tokenizer
+
+CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tiny_folder(tmp_path / "base")
+    found = collect(DOCUMENTS, load_tokenizer(folder), new_tokens(folder),
+                    CollectConfig(snippets=8, window=24, min_snippets=2))  # fmt: skip
+    write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [r.to_json() for r in found])
+    return tmp_path
+
+
+def run(source: Path, output: str, config: DistillConfig = CONFIG) -> Path:
+    distill_file(source / "snippets.jsonl", str(source / "base"), source / output, config)
+    return source / output
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
+    """Count the groups that are trained; interrupt at one of them, if that is asked for."""
+    calls: list[int] = []
+    train = fit_rows
+
+    def fit(*inputs: Any, **options: Any) -> Fit:
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        calls.append(len(calls))
+        return train(*inputs, **options)
+
+    monkeypatch.setattr(stage, "fit_rows", fit)
+    return calls
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        calls = count_calls(patched)
+        _, whole, header = load_rows(run(source, "whole.safetensors"))
+        total = len(calls)
+    assert total >= 4  # groups of one token, in two passes
+    for stop in (1, total - 1):
+        name = f"killed-{stop}.safetensors"
+        with monkeypatch.context() as patched:
+            count_calls(patched, stop_at=stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(source, name)
+        kept = sorted(path.name for path in (source / f".{name}.groups").iterdir())
+        assert len(kept) == stop
+        with monkeypatch.context() as patched:
+            calls = count_calls(patched)
+            _, rows, again = load_rows(run(source, name))
+            assert torch.equal(rows.input_ND, whole.input_ND)
+            assert again == header
+            assert len(calls) == total - stop
+        assert not (source / f".{name}.groups").exists()
+
+
+def test_what_other_options_finished_is_not_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        count_calls(patched, stop_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, "rows.safetensors")
+    other = DistillConfig(**{**vars(CONFIG), "epochs": 3})
+    _, rows, _ = load_rows(run(source, "rows.safetensors", other))
+    _, fresh, _ = load_rows(run(source, "fresh.safetensors", other))
+    assert torch.equal(rows.input_ND, fresh.input_ND)
+
+
+def test_a_damaged_group_is_made_again(tmp_path: Path) -> None:
+    fit = Fit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
+    groups = FinishedGroups(tmp_path / "groups", "digest")
+    assert groups.load("a") is None
+    groups.save("a", fit)
+    back = groups.load("a")
+    assert back is not None
+    assert torch.equal(back.shown_G, fit.shown_G)
+    assert FinishedGroups(tmp_path / "groups", "other").load("a") is None
+    path = next((tmp_path / "groups").iterdir())
+    path.write_bytes(path.read_bytes()[:-5])
+    assert groups.load("a") is None
+    groups.remove()
+    assert not (tmp_path / "groups").exists()

@@ -1,0 +1,100 @@
+"""How much memory the work needs, known before it starts.
+
+What is kept of a group of tokens grows with the group: the states to match, and the keys and values before the
+tokens. A budget bounds it, and with it the size of the groups. Everything else is the model, the new rows with
+their optimizer, and what one step computes; none of these grow with the number of snippets.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from vocabext.model import FrozenModel
+
+GIB = 2**30
+# Share of the device's memory that may hold what is kept of a group, where no budget is given. Of all of it,
+# not of what happens to be free: the same run must make the same groups again.
+SHARE = 1 / 8
+# Fewer tokens than this per step waste the hardware: then the past is computed in every step instead.
+MIN_GROUP = 8
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the work needs, in bytes.
+
+    Attributes:
+        weights_bytes: The model.
+        rows_bytes: The new rows, their gradients and their optimizers, of one group.
+        states_bytes: The states to match, of one group.
+        past_bytes: Keys and values before the tokens, of one group; 0 if they are not kept.
+        step_bytes: What one step computes (an estimate).
+        group: Tokens that train together.
+        keep_past: Whether keys and values are kept.
+    """
+
+    weights_bytes: int
+    rows_bytes: int
+    states_bytes: int
+    past_bytes: int
+    step_bytes: int
+    group: int
+    keep_past: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything together."""
+        return self.weights_bytes + self.rows_bytes + self.states_bytes + self.past_bytes + self.step_bytes
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        parts = {"model": self.weights_bytes, "rows": self.rows_bytes, "states to match": self.states_bytes,
+                 "text before the tokens": self.past_bytes, "a step": self.step_bytes}  # fmt: skip
+        return (f"{_size(self.total_bytes)} of memory for {self.group:,} tokens at a time: "
+                + ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count))
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return how much memory a device has, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan_memory(
+    model: FrozenModel, *, tokens: int, snippets: int, before: int, width: int, layer: int, positions: int,
+    wanted_group: int, budget_bytes: int | None, exact: bool, batch_snippets: int = 1,
+) -> MemoryPlan:  # fmt: skip
+    """Choose the size of the groups, and whether the past is kept.
+
+    Args:
+        model: The frozen model.
+        tokens: How many tokens there are.
+        snippets: Most snippets of a token.
+        before: Most positions before a token.
+        width: Most positions from a token on.
+        layer: How many layers run.
+        positions: Positions of one forward pass.
+        wanted_group: Tokens per group if memory were no matter.
+        budget_bytes: Bound for what is kept of a group; None takes a share of the device's memory.
+        exact: Whether keeping the past gives the same result (`contexts.sharing_is_exact`).
+        batch_snippets: Snippets of a token per step.
+    """
+    item, hidden_size = model.dtype.itemsize, model.embedding_VD.shape[1]
+    budget = int(device_bytes(model.device) * SHARE) if budget_bytes is None else budget_bytes
+    states, past = snippets * width * hidden_size * item, snippets * before * model.past_bytes(layer)
+    keep_past = exact and (budget >= (states + past) * min(MIN_GROUP, tokens))
+    kept = states + past * keep_past
+    group = max(1, min(wanted_group, tokens, budget // max(1, kept)))
+    per_snippet = width if keep_past else before + width
+    at_once = min(positions, group * batch_snippets * per_snippet)
+    return MemoryPlan(
+        weights_bytes=model.weight_bytes, rows_bytes=group * hidden_size * 4 * 5, states_bytes=group * states,
+        past_bytes=group * past * keep_past, step_bytes=at_once * model.step_bytes(layer), group=group,
+        keep_past=keep_past,
+    )  # fmt: skip

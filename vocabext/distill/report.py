@@ -1,0 +1,89 @@
+"""What became of each token, and which tokens are better left out.
+
+Shape suffixes: N new rows, V base rows in use, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+# Base tokens whose rows are nearest by angle: what a person looks at first in a strange row.
+NEAREST = 3
+# Rows compared with the base at once.
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How one row was made.
+
+    Attributes:
+        token: The text of the token.
+        snippets: How many snippets it had.
+        start_error: Held-out relative squared error of the mean-of-pieces row; None if not measured.
+        end_error: The same for the row that is shipped.
+        norm: Its Euclidean norm.
+        method: `distill`, or `mean` where training had nothing to train on or made nothing better.
+        relative_norm: The norm as a share of the median norm of base rows.
+        nearest: The base tokens with the most similar rows (ids), and their cosines.
+        shown: How many snippets the token was shown until it stopped, repetitions included.
+        left_out: Why the token is not shipped; None if it is.
+    """
+
+    token: str
+    snippets: int
+    start_error: float | None
+    end_error: float | None
+    norm: float
+    method: str
+    relative_norm: float | None = None
+    nearest: tuple[tuple[int, float], ...] = ()
+    shown: int = 0
+    left_out: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Error as a share of the mean-of-pieces error: 1 where nothing was gained or measured."""
+        return self.end_error / self.start_error if self.start_error and self.end_error is not None else 1.0
+
+
+def left_out_reasons(errors: Sequence[tuple[float, float] | None], leave_out: float) -> list[str | None]:
+    """Find the tokens that the model cannot represent as one row.
+
+    The rule: a token is left out if its held-out error is more than `leave_out` times the median error of all
+    tokens, and training took away less than half of what the mean of its pieces had. The first says that texts
+    with it are read worse than texts with the others, the second that more training would not help much.
+
+    Args:
+        errors: For each token its held-out errors (start, end); None where there was nothing to judge by.
+        leave_out: The factor; 0 leaves nothing out.
+
+    Returns:
+        For each token why it is left out, or None. A token without errors stays: nothing is known against it.
+    """
+    known = [pair[1] for pair in errors if pair is not None]
+    if not known or not leave_out:
+        return [None] * len(errors)
+    bound = leave_out * median(known)
+    return [_reason(pair, bound) for pair in errors]
+
+
+def _reason(pair: tuple[float, float] | None, bound: float) -> str | None:
+    if pair is None or pair[1] <= bound or pair[1] <= pair[0] / 2:
+        return None
+    return f"error {pair[1]:.3f} is above {bound:.3f}, and {pair[1] / max(pair[0], 1e-12):.0%} of the mean's"
+
+
+@torch.no_grad()
+def nearest_rows(rows_ND: torch.Tensor, base_VD: torch.Tensor) -> list[tuple[tuple[int, float], ...]]:
+    """Return for each row the ids of the base rows with the largest cosines, and these."""
+    unit_VD = torch.nn.functional.normalize(base_VD.float(), dim=1)
+    found: list[tuple[tuple[int, float], ...]] = []
+    for part_ND in rows_ND.to(unit_VD.device).split(ROWS_AT_ONCE):
+        cosine_NV = torch.nn.functional.normalize(part_ND.float(), dim=1) @ unit_VD.T
+        top = cosine_NV.topk(min(NEAREST, len(unit_VD)), dim=1)
+        found += [tuple(zip(ids, cosines, strict=True))
+                  for ids, cosines in zip(top.indices.tolist(), top.values.tolist(), strict=True)]  # fmt: skip
+    return found
