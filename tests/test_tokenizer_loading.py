@@ -26,7 +26,7 @@ from vocabext.rows import mean_rows
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
 
 Files = Mapping[str, bytes]
-TEXTS = [f"The {fragment}. {fragment} <0x0A>" for fragment in FRAGMENTS[::3]]
+TEXTS = [f"The {fragment}. {fragment} <0x0A>" for fragment in FRAGMENTS[::5]]
 TURNS = [{"role": "user", "content": " cardiac signs and symptoms"}, {"role": "assistant", "content": "5 mg/dL\n"}]
 
 
@@ -229,7 +229,7 @@ def check_same_ids(pair: Pair, new: PreTrainedTokenizerFast) -> None:
         assert new.encode(text, add_special_tokens=False) == pair.written.encode(text)
         assert new.decode(found) == pair.old.decode(pair.old(text)["input_ids"])
         used += int(expansion.is_new(found).sum())
-    assert used > 20
+    assert used > 10
 
 
 # ---- all ways in which a base folder comes --------------------------------------------------------
