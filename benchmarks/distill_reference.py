@@ -57,6 +57,8 @@ TIMES = ("seconds", "CPU seconds", "times faster")
 MEMORY = ("peak MiB", "beyond the start")
 # Our engine holds one snippet in this many out, at least one of each token: these are not trained on.
 HELD_OUT_EVERY = 8
+# Tokens of the run in which work is counted; it stands for all.
+COUNTED_TOKENS = 100
 # Positions of one product at the model's own shape, for the peak that its layers could reach.
 SHAPE_POSITIONS = 4096
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
@@ -150,7 +152,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-count", type=int, default=10, help="how often a token must occur in the mining text")
     parser.add_argument("--max-bytes", type=int, default=100_000, help="held-out text to read, in bytes")
     parser.add_argument("--ours", nargs="*", default=BUDGETS, metavar="KEY=VALUE,...",
-                        help="further budgets of ours: snippets=N and options of distill (default: %(default)s)")
+                        help="further budgets of ours, snippets=N and options of distill; those that would take longer "
+                             "than the reference are left out (default: %(default)s)")
     parser.add_argument("--merged", choices=("all", "own"), default="all",
                         help="which new tokens the reference merges in a snippet")
     parser.add_argument("--autocast", action="store_true", help="let the reference multiply in bfloat16")
@@ -201,9 +204,12 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     dtype = "bfloat16" if arguments.autocast else "float32"
     references = [_reference_run(s, dtype) for s in snapshots]
     references[-1] = replace(references[-1], memory=memory)
-    runs = []
+    runs: list[Run] = []
     # The defaults first: compiling and warming up is theirs to pay.
     for budget in ("", *arguments.ours):
+        if runs and (expected := _expected_seconds(budget, runs[0], arguments.snippets)) > references[-1].seconds:
+            write_note(f"ours, {budget}: left out, would take about {expected:.0f} s, longer than the reference")
+            continue
         with note(f"ours, {budget or DEFAULTS}"):
             runs.append(time_ours(task, budget))
     with note("measuring on held-out text"):
@@ -267,6 +273,13 @@ def time_ours(task: Task, budget: str) -> Run:
                (memory.peak_bytes, memory.before_bytes), result)  # fmt: skip
 
 
+def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
+    """Guess how long a budget takes from how long the defaults took."""
+    snippets, config = _budget(budget)
+    share = min(1.0, (num_snippets if snippets is None else snippets) / num_snippets)
+    return defaults.seconds * share * config.epochs / DistillConfig().epochs
+
+
 def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
              progress: Progress = no_progress) -> DistillResult:  # fmt: skip
     return distill(records, model, config, num_used_ids=task.expansion.first_new_id, prefix_ids=task.prefix_ids,
@@ -328,15 +341,21 @@ def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig) -> d
 
 
 def count_ours(task: Task) -> tuple[WorkCounter, DistillResult]:
-    """Run ours with its defaults once more, uncompiled and off the clock, and count what it does."""
+    """Run ours with its defaults once more, uncompiled and off the clock, and count what it does.
+
+    A sample of the tokens stands for all: the others keep their ids, but come without snippets.
+    """
+    every = -(-len(task.records) // COUNTED_TOKENS)
+    records = [record if i % every == 0 else _capped(record, 0) for i, record in enumerate(task.records)]
     model = task.load(DistillConfig().dtype)
     counter = WorkCounter(model)
     torch.compiler.set_stance("force_eager")
     try:
         with counter:
-            result = _distill(task, task.records, model, DistillConfig())
+            result = _distill(task, records, model, DistillConfig())
     finally:
         torch.compiler.set_stance("default")
+    counter.scale(task.num_snippets / max(1, sum(len(record.snippets) for record in records)))
     return counter, result
 
 
@@ -383,7 +402,9 @@ class PartProgress:
         """Begin a task of the stage; only those that count tokens are noted."""
         self._memory.lap()
         part_size = total / self._num_parts if total and unit == "tokens" else math.inf
-        yield _TaskParts(self.parts, self._memory, description, part_size)
+        task = _TaskParts(self.parts, self._memory, description, part_size)
+        yield task
+        task.close()
 
 
 class _TaskParts:
@@ -397,9 +418,17 @@ class _TaskParts:
         """Note a part when it is full."""
         self._done += amount
         if self._done >= self._noted + self._part_size - 0.5:
-            now = time.monotonic()
-            self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, self._memory.lap()))
-            self._noted, self._since = self._done, now
+            self._end_part()
+
+    def close(self) -> None:
+        """Note what is left."""
+        if self._done > self._noted and self._part_size < math.inf:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        now = time.monotonic()
+        self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, self._memory.lap()))
+        self._noted, self._since = self._done, now
 
     def note(self, text: str, /) -> None:
         """Do nothing."""
@@ -580,9 +609,14 @@ def write(line: str) -> None:
 @contextmanager
 def note(what: str) -> Iterator[None]:
     """Tell standard error what is going on and how long it took."""
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     yield
-    sys.stderr.write(f"{what}: {time.monotonic() - began:.1f} s\n")
+    write_note(f"{what}: {time.monotonic() - began:.1f} s, CPU {time.process_time() - cpu:.1f} s")
+
+
+def write_note(line: str) -> None:
+    """Write a line to standard error at once."""
+    sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 

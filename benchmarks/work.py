@@ -54,6 +54,10 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What the layers took, attention included."""
         return sum(count for (part, _), count in self.flops.items() if part in ("body", "attention"))
 
+    def scale(self, factor: float) -> None:
+        """Multiply what was counted, where only a sample was run."""
+        self.flops = Counter({key: round(count * factor) for key, count in self.flops.items()})
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
         kwargs = kwargs or {}

@@ -14,7 +14,7 @@ from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
 
 from vocabext.collect import collect
-from vocabext.config import CollectConfig
+from vocabext.config import CollectConfig, DistillConfig
 from vocabext.evaluate import RowSet
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, load_model
@@ -234,8 +234,10 @@ def test_it_compares_both_and_prints_its_tables(
 ) -> None:
     from distill_reference import main
 
-    main([*options(folder), "--ours", "snippets=4,epochs=1", "-o", str(tmp_path / "result.json")])
-    printed = capsys.readouterr().out
+    main([*options(folder), "--ours", "snippets=4,epochs=1", "epochs=5000",
+          "-o", str(tmp_path / "result.json")])
+    printed, notes = capsys.readouterr()
+    assert "ours, epochs=5000: left out" in notes
     assert "| base |" in printed
     assert "| mean |" in printed
     assert "| reference, 1 epoch |" in printed
@@ -276,6 +278,42 @@ def test_random_snippets_are_windows_of_the_same_length_that_hold_their_token() 
         for snippet, at in zip(record.snippets, record.positions, strict=True):
             assert snippet[at] == 100 + index
             assert len(expansion.unmerge(snippet)) == 50
+
+
+def test_the_last_part_is_shown_though_it_is_not_full() -> None:
+    from distill_reference import PartProgress
+    from machine import PeakMemory
+
+    with PeakMemory(CPU) as memory:
+        listening = PartProgress(memory, 2)
+        with listening("distilling", 10, "tokens") as task:
+            for amount in (3, 3, 2, 1):  # the tenth has no snippets
+                task.advance(amount)
+        with listening("reading", 10, "windows") as task:
+            task.advance(10)
+    assert [(part.stage, part.tokens) for part in listening.parts] == [("distilling", 6), ("distilling", 3)]
+    assert min(part.peak_bytes for part in listening.parts) > 0
+
+
+def test_a_budget_that_takes_longer_than_the_reference_is_known_before() -> None:
+    from distill_reference import Run, _expected_seconds
+
+    defaults = Run("ours", 8.0, 8.0, "float32", torch.zeros(1, 64))
+    epochs = DistillConfig().epochs
+    assert _expected_seconds(f"epochs={3 * epochs}", defaults, 20) == 24
+    assert _expected_seconds("snippets=5", defaults, 20) == 2
+
+
+def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distill_reference
+
+    records = distill_reference.random_records(6, 4, 512)
+    expansion = Expansion([record.new_token for record in records], 512)
+    task = distill_reference.Task("tiny", records, expansion, (1,), CPU)
+    everything, _ = distill_reference.count_ours(task)
+    monkeypatch.setattr(distill_reference, "COUNTED_TOKENS", 3)
+    sample, _ = distill_reference.count_ours(task)
+    assert sample.body == pytest.approx(everything.body, rel=0.2)
 
 
 def test_rows_left_out_are_no_comparison() -> None:
