@@ -467,6 +467,28 @@ def test_a_base_that_cannot_be_streamed_is_no_fault(gpt2: tuple[Path, Path]) -> 
     assert behaviour.streaming_and_offsets(opened(*gpt2)).startswith(f"{behaviour.STREAMED} texts")
 
 
+def test_places_without_spaces_are_compared_without_spaces(gpt2: tuple[Path, Path]) -> None:
+    for folder in gpt2:
+        edit_part(folder, "post_processor", TRIMMED)
+    assert behaviour.streaming_and_offsets(opened(*gpt2))
+
+
+def test_places_behind_a_character_that_vanishes_are_the_base_s_own_fault(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path, kind="crossing", texts=[WORD, " muscle"])
+    pair = opened(base, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pair.base_tokenizer.scheme), "drops_unknown", False)
+        with pytest.raises(FaultError, match=r"^token \d+ of '.*' stands at \(\d+, \d+\), its pieces at \(\d+, \d+\)$"):
+            behaviour.streaming_and_offsets(pair)
+    assert behaviour.streaming_and_offsets(pair)
+
+
+def test_a_new_token_of_bytes_does_not_join_broken_bytes(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path, kind="metaspace", texts=[" ж"], num_rows=448)
+    assert all(i < 300 for i in read_manifest(folder).tokens[0].run[1:])  # bytes behind the space
+    assert behaviour.streaming_and_offsets(opened(base, folder))
+
+
 def test_what_no_text_encodes_to_must_decode_as_its_pieces(
     sound_families: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
 
 BATCH = 512
 SHOWN = 80  # characters of a text in a message
-STREAMED, RANDOM_ROWS, RANDOM_LENGTH = 2_000, 2_000, 12
+STREAMED, RANDOM_ROWS, RANDOM_LENGTH = 2_000, 4_000, 6
 Place = tuple[int, int]  # where a token begins and ends in its text
 BEFORE, AFTER = ("", "x", "x ", ". ", "\n", "("), ("", " ", " y", ".", ",", "\n", ")")
 
@@ -117,23 +117,42 @@ def streaming_and_offsets(pair: Pair) -> str:
 
     A new token must stand where its run stood: from the beginning of the first piece to the end of the last.
     """
+    scheme = pair.base_tokenizer.scheme
+    kept = set(pair.adversary.entries) if getattr(scheme, "drops_unknown", False) else None
+    trims = "'trim_offsets': True" in str(scheme.spec["post_processor"])
     for batch in _batches(pair.adversary.texts(STREAMED, pair.seed + 1)):
         befores, afters = (tokenizer.backend.encode_batch(batch, add_special_tokens=False)
                            for tokenizer in (pair.base_tokenizer, pair.new_tokenizer))  # fmt: skip
         backs = _unmerged(pair, [after.ids for after in afters])
         for text, before, after, back in zip(batch, befores, afters, backs, strict=True):
-            if len(back) == len(before.ids):  # else another check says so
-                _check_offsets(text, before.offsets, after.offsets, pair.expansion.edges(after.ids).tolist())
+            # Behind a character that the model drops, the library gives wrong places, for the base too.
+            if len(back) == len(before.ids) and (kept is None or kept.issuperset(text)):
+                edges = pair.expansion.edges(after.ids).tolist()
+                _check_offsets(text, before.offsets, after.offsets, edges, trims=trims)
             _check_stream(pair, text, before.ids, after.ids)
-    _check_random_ids(pair)
-    return f"{STREAMED:,} texts, {RANDOM_ROWS:,} sequences of any ids"
+    return f"{STREAMED:,} texts, {_check_random_ids(pair):,} sequences of any ids"
 
 
-def _check_offsets(text: str, pieces: list[Place], tokens: list[Place], edges: list[int]) -> None:
-    for i, (found, start, stop) in enumerate(zip(tokens, edges, edges[1:], strict=False)):
-        wanted = (pieces[start][0], pieces[stop - 1][1])
-        if found != wanted:
+def _check_offsets(text: str, pieces: list[Place], tokens: list[Place], edges: list[int], *, trims: bool) -> None:
+    """Compare the place of each token with the place of its run.
+
+    Args:
+        text: The text.
+        pieces: Places of the base ids.
+        tokens: Places of the expanded ids.
+        edges: Which of the pieces each token stands for.
+        trims: Whether the tokenizer takes spaces off its places.
+    """
+    for i, (found, first, end) in enumerate(zip(tokens, edges, edges[1:], strict=False)):
+        wanted = min(start for start, _ in pieces[first:end]), max(stop for _, stop in pieces[first:end])
+        if found != wanted and not (trims and _trimmed(found, text) == _trimmed(wanted, text)):
             raise FaultError(f"token {i} of {_short(text)} stands at {found}, its pieces at {wanted}")
+
+
+def _trimmed(place: Place, text: str) -> Place:
+    inside = text[slice(*place)]
+    start = place[0] + len(inside) - len(inside.lstrip())
+    return (start, start + len(inside.strip())) if inside.strip() else (0, 0)
 
 
 def _check_stream(pair: Pair, text: str, base_ids: list[int], new_ids: list[int]) -> None:
@@ -154,17 +173,23 @@ def _stream(tokenizer: BaseTokenizer | ExpandedTokenizer, ids: Sequence[int]) ->
     return "".join(parts)
 
 
-def _check_random_ids(pair: Pair) -> None:
-    """A model may write what no text encodes to: new tokens between bytes, pieces and special tokens."""
+def _check_random_ids(pair: Pair) -> int:
+    """Decode what a model may write though no text encodes to it; returns how many sequences were compared.
+
+    Bytes that make no character are left out: a piece that is a byte may join them, the new token does not.
+    """
     rng = np.random.default_rng(pair.seed)
     known = np.asarray(sorted({*pair.base_tokenizer.vocabulary.values(), *pair.base_tokenizer.added.values()}))
     shape = RANDOM_ROWS, RANDOM_LENGTH
     new = rng.integers(pair.expansion.first_new_id, pair.expansion.end_id, shape)
     rows = np.where(rng.random(shape) < 1 / 3, new, rng.choice(known, shape))
+    compared = 0
     for ids, back in zip(rows.tolist(), pair.expansion.unmerge_batch(list(rows)), strict=True):
         found, wanted = pair.new_tokenizer.decode(ids), pair.base_tokenizer.decode(back.tolist())
-        if found != wanted:
+        if found != wanted and "\ufffd" not in wanted:
             raise FaultError(f"the ids {ids} decode to {_short(found)}, their pieces to {_short(wanted)}")
+        compared += "\ufffd" not in wanted
+    return compared
 
 
 def prompts_as_in_base(pair: Pair) -> str:
