@@ -1,6 +1,7 @@
 """The distillation engine: alignment, the objective, the gate, and what it writes."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vocabext.distill.stage import _rounds
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, pick_device
+from vocabext.progress import Task
 from vocabext.records import NewToken, TokenSnippets, write_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import load_tokenizer
@@ -148,11 +150,12 @@ def test_every_step_shows_each_token_at_work_equally_often() -> None:
 
 
 @pytest.mark.parametrize(("snippets", "epochs", "rounds"), [
-    (22, 1, [(22, 22)]), (22, 2, [(8, 16), (22, 28)]), (22, 4, [(8, 16), (16, 32), (22, 40)]),
-    (1, 1, [(1, 1)]), (1, 4, [(1, 2), (1, 2)]), (4, 4, [(4, 8), (4, 8)]),
+    (22, 1, [(8, 8), (22, 14)]), (22, 2, [(8, 8), (16, 16), (22, 20)]), (1, 1, [(1, 1)]), (2, 1, [(2, 2)]),
+    (22, 4, [(8, 8), (16, 16), (22, 32), (22, 32)]), (4, 4, [(4, 4), (4, 8), (4, 4)]),
 ])  # fmt: skip
 def test_rounds_double_and_end_with_every_snippet(snippets: int, epochs: int, rounds: list[tuple[int, int]]) -> None:
     assert _rounds(snippets, epochs) == rounds
+    assert _rounds(snippets, epochs, 1) == rounds[:1]
 
 
 def collected(tmp_path: Path) -> tuple[Path, list[TokenSnippets]]:
@@ -251,7 +254,8 @@ def test_a_damaged_empty_or_foreign_file_is_refused(
 @pytest.mark.parametrize(("option", "values"), [
     ("device", ("mps", "meta", "cuda:x", "gpu")), ("dtype", ("foo", "int8")),
     ("learning_rate", (0.0, math.inf, math.nan)),
-    ("target_layer", ("", "0", "-1", "first", "1.5", "0.0", "1e3")),
+    ("target_layer", ("", "0", "-1", "first", "1.5", "0.0", "1e3")), ("reach", (-1,)), ("rounds", (0,)),
+    ("leave_out", (-1.0, math.nan)), ("next_token_weight", (-0.1, math.inf)), ("cache_gib", (-1.0, math.inf)),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused_before_anything_is_loaded(option: str, values: tuple[object, ...]) -> None:
     for value in values:
@@ -303,3 +307,52 @@ def test_an_untied_model_needs_no_silence(tmp_path: Path) -> None:
     result = distill(found, model, DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
     assert not model.tied
     assert result.taken_nats is None
+
+
+def test_the_next_token_is_part_of_the_objective_if_asked_for(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    first = load_tokenizer(folder).num_used_ids
+    rows = [distill(found, frozen(2), DistillConfig(epochs=1, next_token_weight=weight), num_used_ids=first).input_ND
+            for weight in (0.0, 0.5)]  # fmt: skip
+    assert not torch.allclose(rows[0], rows[1], atol=1e-3)
+    with pytest.raises(UsageError, match=r"--next-token-weight is 0\.5, but --target-layer is 1"):
+        distill(found, frozen(2), DistillConfig(target_layer="1", next_token_weight=0.5), num_used_ids=first)
+
+
+def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    first = load_tokenizer(folder).num_used_ids
+    expansion = Expansion([r.new_token for r in found], first)
+    model = frozen(2)
+    examples = build_examples(found, expansion, range(len(found)), merge_all=True)
+    errors = []
+    for second in (False, True):
+        rows = distill(found, model, DistillConfig(epochs=2, second_pass=second), num_used_ids=first).input_ND
+        merged = Objective(2, first, ((1, 1),), 0.1, others_ND=rows)
+        contexts = teach(model, examples, 2, keep_past=False)
+        errors.append(float(snippet_errors(model, examples, contexts, rows, merged)[0].mean()))
+    assert errors[1] < errors[0]
+
+
+def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    said: list[str] = []
+    advanced: list[int] = []
+
+    class Watched:
+        def advance(self, amount: int = 1, /) -> None:
+            advanced.append(amount)
+
+        def note(self, text: str, /) -> None:
+            said.append(text)
+
+    def progress(description: str, /, total: int | None = None, unit: str = "") -> AbstractContextManager[Task]:
+        said.append(description)
+        return nullcontext(Watched())
+
+    config = DistillConfig(epochs=1, cache_gib=0.0)
+    distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids, progress=progress)
+    assert "of memory for 1 tokens at a time: model" in said[0]
+    assert said[1] == "distilling"
+    assert said[-1].endswith("% of the start")
+    assert sum(advanced) == len(found)

@@ -89,6 +89,8 @@ class DistillConfig:
     reach: int | None = 8
     # Passes over the snippets at most; a token stops when its held-out snippets stop improving.
     epochs: int = 4
+    # Rounds at most; the first sees 8 snippets of each token once, each further one twice as many. 1 is quick.
+    rounds: int | None = None
     # Peak step size in units of the base embedding's root mean square.
     learning_rate: float = 0.1
     # Snippets of each token per step. Many small steps beat few large ones at the same cost.
@@ -101,7 +103,7 @@ class DistillConfig:
     second_pass: bool = False
     # Leave a token out if its held-out error is this many times the median's, and training did not halve it;
     # 0 keeps all.
-    leave_out: float = 3.0
+    leave_out: float = 5.0
     # Memory for what is kept of a group of tokens, in GiB; None takes an eighth of the device's memory.
     cache_gib: float | None = None
     # Spread the model over devices, such as `0=20GiB,cpu=60GiB`; None puts it on one.
@@ -114,6 +116,7 @@ class DistillConfig:
         """Check the ranges."""
         _require(self.method in METHODS, f"--method is {self.method!r}; it must be one of {', '.join(METHODS)}")
         _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1")
+        _require(self.rounds is None or self.rounds >= 1, f"--rounds is {self.rounds}; it must be at least 1")
         _require(0 < self.learning_rate < math.inf,
                  f"--learning-rate is {self.learning_rate}; it must be a number above 0")
         _require(self.reach is None or self.reach >= 0, f"--reach is {self.reach}; it must be 'all' or at least 0")

@@ -38,6 +38,9 @@ def distill_options(command: Command) -> Command:
         click.option("--epochs", type=int, default=DEFAULTS.epochs, show_default=True,
                      help="Passes over the snippets at most; a token stops when its held-out snippets do not "
                           "improve."),
+        click.option("--rounds", type=int, default=DEFAULTS.rounds, metavar="N",
+                     help="Rounds at most; the first shows 8 snippets of each token, each further one twice as many. "
+                          "1 is quick.  [default: as many as --epochs allows]"),
         click.option("--target-layer", default=DEFAULTS.target_layer, show_default=True, metavar="LAYER",
                      help="Layer whose hidden states are matched: 'last', a number, or a fraction of the depth."),
         click.option("--method", type=click.Choice(METHODS), default=DEFAULTS.method, show_default=True,

@@ -18,7 +18,7 @@ from vocabext.model import FrozenModel
 
 # Places looked at in each step, out of those kept.
 PLACES_PER_STEP = 512
-MAX_PLACES = 8_192
+MAX_PLACES = 2_048  # each costs the whole output head once
 NORMALISER_PLACES = 256
 
 

@@ -36,7 +36,7 @@ MIN_SNIPPETS = 2
 POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
 # Positions that go through the model at once while gradients are computed: a bound for long snippets.
 POSITIONS_AT_ONCE = {"cpu": 4_000, "cuda": 16_000}
-# The first round uses so many snippets of a token, and shows each twice; every further round up to twice as many.
+# The first round shows so many snippets of a token, each once; every further round twice as many.
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
@@ -227,7 +227,7 @@ class _Work:
         if done is not None:
             return done
         parts = [_split(self.records[i]) for i in group]
-        rounds = _rounds(max(len(train.snippets) for train, _ in parts), self.config.epochs)
+        rounds = _rounds(max(len(train.snippets) for train, _ in parts), self.config.epochs, self.config.rounds)
         added = [[_slice(train, low, high) for train, _ in parts] for low, high in _bounds(rounds)]
         train = [self._lay_out(some, group, merge_all=others_ND is not None) if any(r.snippets for r in some) else None
                  for some in added]  # fmt: skip
@@ -287,20 +287,20 @@ class _Work:
         return sample_background(self.model, groups, self.expansion.first_new_id, generator)
 
 
-def _rounds(snippets: int, epochs: int) -> list[tuple[int, int]]:
+def _rounds(snippets: int, epochs: int, most: int | None = None) -> list[tuple[int, int]]:
     """Return for each round how many snippets it uses, and how often it shows one.
 
-    Rounds double. All together show every snippet `epochs` times, or fewer where a token stops early.
+    Rounds double. All together show every snippet `epochs` times, or fewer where a token stops early, or where
+    there may be no more than `most` rounds.
     """
-    left, rounds, first = snippets * epochs, list[tuple[int, int]](), min(snippets, FIRST_SNIPPETS)
-    use, shows = first, 2 * first
+    left, rounds, shows = snippets * epochs, list[tuple[int, int]](), min(snippets, FIRST_SNIPPETS)
     while left:
-        if left - shows < shows:
-            use, shows = snippets, left
-        rounds.append((min(use, snippets), shows))
+        if left < 1.5 * shows:  # what would be left for another round is not worth one
+            shows = left
+        rounds.append((snippets if shows == left else min(shows, snippets), shows))
         left -= shows
-        use, shows = 2 * use, 2 * shows
-    return rounds
+        shows *= 2
+    return rounds[:most]
 
 
 def _bounds(rounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
