@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -55,8 +56,6 @@ DEFAULTS = "defaults"
 SCALE_PARTS = 10
 TIMES = ("seconds", "CPU seconds", "times faster")
 MEMORY = ("peak MiB", "beyond the start")
-# Our engine holds one snippet in this many out, at least one of each token: these are not trained on.
-HELD_OUT_EVERY = 8
 # Tokens of the run in which work is counted; it stands for all.
 COUNTED_TOKENS = 100
 # Positions of one product at the model's own shape, for the peak that its layers could reach.
@@ -171,7 +170,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for budget in arguments.ours:
         try:
             _budget(budget)
-        except (UsageError, ValueError) as error:
+        except (TypeError, UsageError, ValueError) as error:
             parser.error(f"--ours {budget!r} is no list of KEY=VALUE: {error}")
     return arguments
 
@@ -180,12 +179,21 @@ def _budget(text: str) -> tuple[int | None, DistillConfig]:
     """Read `snippets=6,epochs=1`: how many snippets at most, and the options."""
     pairs = dict(part.split("=", 1) for part in text.split(",") if part)
     snippets = pairs.pop("snippets", None)
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(DistillConfig)}
-    unknown = sorted(set(pairs) - set(kinds))
+    defaults = {field.name: field.default for field in fields(DistillConfig)}
+    unknown = sorted(set(pairs) - set(defaults))
     if unknown:
-        raise ValueError(f"there is no option {', '.join(unknown)}; there are snippets, {', '.join(kinds)}")
-    options: dict[str, Any] = {key: kinds[key](value) for key, value in pairs.items()}
+        raise ValueError(f"there is no option {', '.join(unknown)}; there are snippets, {', '.join(defaults)}")
+    options: dict[str, Any] = {key: value if isinstance(defaults[key], str) else _literal(value)
+                               for key, value in pairs.items()}  # fmt: skip
     return (None if snippets is None else int(snippets)), DistillConfig(**options)
+
+
+def _literal(text: str) -> Any:
+    """Read a number, true, false or none; anything else is a string."""
+    try:
+        return literal_eval(text.title() if text.isalpha() else text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------
@@ -322,28 +330,34 @@ def row_sets(runs: Sequence[Run], model: FrozenModel, tokens: Sequence[NewToken]
 
 def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig) -> dict[str, Any]:
     """Count what both did and the least that ours needed, and measure what the machine could do."""
-    counter, result = count_ours(task)
+    assert ours.result is not None
+    counter = count_ours(task, ours.result)
     model = task.load("float32")
     shape, tied = BodyShape.of(model), model.tied
     del model
     batches = schedule(lay_out(task.records, task.expansion, task.prefix_ids, config.merged), config)
     rows = max(shape.rows, task.expansion.end_id)
     body, head = reference_work(shape, batches, rows, tied=tied)
-    trained = sum(len(r.snippets) - math.ceil(len(r.snippets) / HELD_OUT_EVERY) for r in task.records)
-    least = floor_of(shape, task.records, task.expansion, len(task.prefix_ids), layer=result.layer,
-                     epochs=DistillConfig().epochs, train_share=trained / task.num_snippets,
-                     backward_flops=counter.flops["body", "backward"])  # fmt: skip
-    once = floor_of(shape, task.records, task.expansion, len(task.prefix_ids), layer=shape.layers, epochs=1)
+    num_prefix, options = len(task.prefix_ids), DistillConfig()
+    least = floor_of(shape, task.records, task.expansion, num_prefix, layer=ours.result.layer,
+                     shown=[report.shown for report in ours.result.reports], epochs=options.epochs,
+                     reach=options.reach)  # fmt: skip
+    once = floor_of(shape, task.records, task.expansion, num_prefix, layer=shape.layers,
+                    shown=[len(record.snippets) for record in task.records], epochs=1)  # fmt: skip
     other, by_part = sum(counter.flops.values()) - counter.body, sorted(counter.flops.items())
     return {"reference": _work_json(task, shape, reference, body, head, once),
             "ours": _work_json(task, shape, ours, counter.body, other, least),
             "ours_by_part": {f"{part} {way}": count for (part, way), count in by_part}}  # fmt: skip
 
 
-def count_ours(task: Task) -> tuple[WorkCounter, DistillResult]:
+def count_ours(task: Task, timed: DistillResult) -> WorkCounter:
     """Run ours with its defaults once more, uncompiled and off the clock, and count what it does.
 
     A sample of the tokens stands for all: the others keep their ids, but come without snippets.
+
+    Args:
+        task: What was distilled.
+        timed: What came of the run with all tokens.
     """
     every = -(-len(task.records) // COUNTED_TOKENS)
     records = [record if i % every == 0 else _capped(record, 0) for i, record in enumerate(task.records)]
@@ -355,8 +369,13 @@ def count_ours(task: Task) -> tuple[WorkCounter, DistillResult]:
             result = _distill(task, records, model, DistillConfig())
     finally:
         torch.compiler.set_stance("default")
-    counter.scale(task.num_snippets / max(1, sum(len(record.snippets) for record in records)))
-    return counter, result
+    counter.scale(_shown(timed) / max(1, _shown(result)))
+    return counter
+
+
+def _shown(result: DistillResult) -> int:
+    """Return how many snippets the tokens were shown in all."""
+    return sum(report.shown for report in result.reports)
 
 
 def _work_json(task: Task, shape: BodyShape, run: Run, body: int, rest: int, floor: Floor) -> dict[str, Any]:
@@ -366,8 +385,7 @@ def _work_json(task: Task, shape: BodyShape, run: Run, body: int, rest: int, flo
     return {"dtype": run.dtype, "seconds": run.seconds, "body_flops": body, "other_flops": rest,
             "body_flops_per_second": body / run.seconds, "peak_flops_per_second": peak,
             "peak_at_model_shape_flops_per_second": own, "floor_teacher_flops": floor.teacher,
-            "floor_student_flops": floor.student, "floor_epochs": floor.epochs,
-            "floor_seconds": floor.flops / peak}  # fmt: skip
+            "floor_student_flops": floor.student, "floor_seconds": floor.flops / peak}  # fmt: skip
 
 
 # -- scale ------------------------------------------------------------------------------------------------------------
@@ -524,13 +542,16 @@ def _print_comparison(qualities: dict[str, Quality], reference: Run, ours: Run) 
                      f"{q.bits_per_byte:.4f}", f"{q.bits_per_byte_writing:.4f}", *_mebibytes(run)))  # fmt: skip
     write_table(("", *TIMES, "hidden error", "relative", "NLL, nats", "gap recovered", "bits/byte reading",
                  "bits/byte writing", *MEMORY), rows)  # fmt: skip
-    trained = [r for r in ours.result.reports if r.method == "distill"] if ours.result else []
-    write(f"ours kept the mean of the pieces for {len(ours.input_ND) - len(trained)} of {len(ours.input_ND)} tokens\n")
+    assert ours.result is not None
+    kept = sum(report.method != "distill" for report in ours.result.reports)
+    left_out = sum(report.left_out is not None for report in ours.result.reports)
+    write(f"ours, of {len(ours.result.reports)} tokens: {kept} keep the mean of their pieces; {left_out} would be left "
+          f"out of a checkpoint, but count here; {_shown_each(ours)} snippets shown per token\n")
 
 
 def _print_curve(qualities: dict[str, Quality], runs: Sequence[Run]) -> None:
-    write_table(("run", "seconds", "hidden error", "gap recovered"), [
-        (run.name, f"{run.seconds:.1f}", f"{qualities[run.name].hidden_error:.4f}",
+    write_table(("run", "seconds", "snippets shown per token", "hidden error", "gap recovered"), [
+        (run.name, f"{run.seconds:.1f}", _shown_each(run), f"{qualities[run.name].hidden_error:.4f}",
          _share(qualities[run.name].gap_recovered))
         for run in sorted(runs, key=lambda run: (run.result is not None, run.seconds))])  # fmt: skip
     reference = max((run for run in runs if run.result is None), key=lambda run: run.seconds)
@@ -579,6 +600,10 @@ def _mebibytes(run: Run | None) -> tuple[str, str]:
 
 def _times(run: Run, reference: Run) -> tuple[str, str, str]:
     return f"{run.seconds:.1f}", f"{run.cpu_seconds:.1f}", f"{reference.seconds / run.seconds:.1f}"
+
+
+def _shown_each(run: Run) -> str:
+    return f"{_shown(run.result) / len(run.result.reports):.1f}" if run.result else ""
 
 
 def _share(value: float | None) -> str:

@@ -138,17 +138,15 @@ class BodyShape:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least work that a run of ours can be done with.
+    """The least work that a run can be done with.
 
     Attributes:
         teacher: FLOPs of the teacher, once over each snippet.
         student: FLOPs of the student, forward and activation-backward, from each snippet's token on.
-        epochs: How often the student reads a training snippet.
     """
 
     teacher: int
     student: int
-    epochs: float
 
     @property
     def flops(self) -> int:
@@ -158,12 +156,13 @@ class Floor:
 
 def floor_of(
     shape: BodyShape, records: Sequence[TokenSnippets], expansion: Expansion, num_prefix: int, *, layer: int,
-    epochs: float, backward_flops: int | None = None, train_share: float = 1.0,
+    shown: Sequence[int], epochs: int, reach: int | None = None,
 ) -> Floor:  # fmt: skip
-    """Return the least work for reading every snippet `epochs` times.
+    """Return the least work for showing each token so many snippets.
 
     Positions before the token are the teacher's, by causality, and are not read again. The student has its
-    own token merged, the others as pieces. Nothing above the target layer, no head, no padding.
+    own token merged, the others as pieces. Nothing above the target layer, nothing beyond the positions that
+    are compared, no head, no padding. The teacher reads as few snippets as can be shown so often.
 
     Args:
         shape: Of the model.
@@ -171,27 +170,30 @@ def floor_of(
         expansion: The new tokens.
         num_prefix: How many ids stand in front of every snippet.
         layer: How many layers are needed.
-        epochs: How often a training snippet is read.
-        backward_flops: Products with weights that the run did on its way back: where it did fewer than so many
-            epochs need, because tokens stopped early, epochs are counted down to what it did.
-        train_share: Which share of the snippets is trained on, not held out.
+        shown: How often the student reads a snippet of each token, repetitions included.
+        epochs: How often it reads the same snippet at most.
+        reach: How many positions behind the token are compared; None for all.
     """
-    teacher = once = once_linear = 0
-    for index, record in enumerate(records):
+    teacher = student = 0.0
+    for index, (record, times) in enumerate(zip(records, shown, strict=True)):
+        if not times:
+            continue
         own = [expansion.first_new_id + index]
-        students = expansion.unmerge_batch(record.snippets, keep=own) if record.snippets else []
-        for snippet, at, student in zip(record.snippets, record.positions, students, strict=True):
-            full = num_prefix + int(expansion.edges(snippet)[-1])
-            start = num_prefix + int(expansion.edges(snippet[:at], keep=own)[-1])
-            stop = num_prefix + len(student)
-            teacher += shape.linear(full, layer) + shape.attention(_triangle(full), layer)
-            linear = shape.linear(stop - start, layer)
-            # Attention takes two products forward and four back.
-            once += 2 * linear + 3 * shape.attention(_triangle(stop) - _triangle(start), layer)
-            once_linear += linear
-    if backward_flops is not None:
-        epochs = min(epochs, backward_flops / max(1.0, once_linear * train_share))
-    return Floor(teacher, round(once * train_share * epochs), epochs)
+        needed, read, compared, seen = 0, 0, 0, 0
+        for snippet, at, ids in zip(record.snippets, record.positions,
+                                    expansion.unmerge_batch(record.snippets, keep=own), strict=True):  # fmt: skip
+            start = int(expansion.edges(snippet[:at], keep=own)[-1])
+            stop = len(ids) if reach is None else min(len(ids), start + 1 + reach)
+            full = num_prefix + int(expansion.edges(ids[:stop])[-1])
+            needed, read = needed + full, read + _triangle(full)
+            compared += stop - start
+            seen += _triangle(num_prefix + stop) - _triangle(num_prefix + start)
+        size = len(record.snippets)
+        once = min(1.0, times / epochs / size)
+        teacher += once * (shape.linear(needed, layer) + shape.attention(read, layer))
+        # Attention takes two products forward and four back.
+        student += times / size * (2 * shape.linear(compared, layer) + 3 * shape.attention(seen, layer))
+    return Floor(round(teacher), round(student))
 
 
 def _triangle(length: int) -> int:

@@ -150,14 +150,15 @@ def test_the_floor_reads_before_the_token_once() -> None:
     from work import BodyShape, floor_of
 
     shape = BodyShape(layers=3, layer_weights=10, attention_width=2, hidden=4, inner=8, rows=300)
-    records = [TokenSnippets(EXPANSION.tokens[0]), RECORDS[1]]
-    floor = floor_of(shape, records, EXPANSION, 1, layer=2, epochs=4)
+    records = [RECORDS[0], RECORDS[1]]  # the first is shown nothing
+    floor = floor_of(shape, records, EXPANSION, 1, layer=2, shown=[0, 8], epochs=4)
     # The teacher reads <prefix> 6 3 4 5 1 2, the student 291 1 2 behind two positions that it shares.
     assert floor.teacher == 2 * 10 * 2 * 7 + 4 * 2 * 2 * (7 * 8 // 2)
-    once = 2 * (2 * 10 * 2 * 3) + 3 * 4 * 2 * 2 * (3 + 4 + 5)
-    assert floor.student == 4 * once
-    stopped = floor_of(shape, records, EXPANSION, 1, layer=2, epochs=4, backward_flops=2 * 10 * 2 * 3)
-    assert (stopped.epochs, stopped.student) == (1, once)
+    assert floor.student == 8 * (2 * (2 * 10 * 2 * 3) + 3 * 4 * 2 * 2 * (3 + 4 + 5))
+    near = floor_of(shape, records, EXPANSION, 1, layer=2, shown=[0, 2], epochs=4, reach=1)
+    # Only 291 1 is compared, and half a snippet is enough to show it twice if four times are allowed.
+    assert near.teacher == (2 * 10 * 2 * 6 + 4 * 2 * 2 * (6 * 7 // 2)) // 2
+    assert near.student == 2 * (2 * (2 * 10 * 2 * 2) + 3 * 4 * 2 * 2 * (3 + 4))
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -310,10 +311,19 @@ def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch
     records = distill_reference.random_records(6, 4, 512)
     expansion = Expansion([record.new_token for record in records], 512)
     task = distill_reference.Task("tiny", records, expansion, (1,), CPU)
-    everything, _ = distill_reference.count_ours(task)
+    timed = distill_reference.time_ours(task, "").result
+    everything = distill_reference.count_ours(task, timed)
     monkeypatch.setattr(distill_reference, "COUNTED_TOKENS", 3)
-    sample, _ = distill_reference.count_ours(task)
-    assert sample.body == pytest.approx(everything.body, rel=0.2)
+    sample = distill_reference.count_ours(task, timed)
+    assert sample.body == pytest.approx(everything.body, rel=0.3)
+
+
+def test_budgets_are_read_as_options_of_their_kinds() -> None:
+    from distill_reference import _budget
+
+    assert _budget("") == (None, DistillConfig())
+    wanted = DistillConfig(target_layer="0.5", reach=None, second_pass=True, cache_gib=1.5)
+    assert _budget("snippets=6,target_layer=0.5,reach=none,second_pass=true,cache_gib=1.5") == (6, wanted)
 
 
 def test_rows_left_out_are_no_comparison() -> None:
@@ -326,7 +336,7 @@ def test_rows_left_out_are_no_comparison() -> None:
 
 @pytest.mark.parametrize(("budget", "message"), [
     ("speed=3", "there is no option speed; there are snippets, method"), ("epochs", "is no list of KEY=VALUE"),
-    ("epochs=0", "--epochs is 0; it must be at least 1"),
+    ("epochs=many", "is no list of KEY=VALUE"), ("epochs=0", "--epochs is 0; it must be at least 1"),
 ])  # fmt: skip
 def test_a_budget_that_means_nothing_is_refused(
     folder: Path, budget: str, message: str, capsys: pytest.CaptureFixture[str]
