@@ -513,7 +513,7 @@ def test_files_that_would_bring_the_old_tokenizer_back_are_named(tmp_path: Path)
     for name in ("merges.txt", "vocab.json"):
         (tmp_path / "base" / name).write_text("{}")
     base = tiny_base("gpt2")
-    assert save_expanded(expanded("gpt2"), tmp_path / "base", tmp_path / "new") == ["vocab.json", "merges.txt"]
+    assert save_expanded(expanded("gpt2"), tmp_path / "base", tmp_path / "new") == ["merges.txt", "vocab.json"]
     assert base.num_used_ids < AutoTokenizer.from_pretrained(tmp_path / "new").vocab_size
 
 

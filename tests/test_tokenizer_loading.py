@@ -110,7 +110,6 @@ def named(family: str, tokenizer_class: str | None = None, **flags: Any) -> dict
     return {**names, "tokenizer_class": tokenizer_class} if tokenizer_class else names
 
 
-QWEN2 = "for some model types transformers takes its own class, whatever class the folder names"
 UNIGRAM = "Unigram cannot be extended yet"
 CASES = {
     "gpt2 json": Case("gpt2", as_json("gpt2"), named("gpt2", "GPT2Tokenizer")),
@@ -122,11 +121,11 @@ CASES = {
     "qwen3 json": Case("qwen3", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer", add_prefix_space=False)),
     "qwen3 files": Case("qwen3", as_vocabulary("qwen2"), named("qwen2", "Qwen2Tokenizer", errors="replace",
                                                                additional_special_tokens=["<|im_start|>"])),
-    "qwen2 json": Case("qwen2", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer"), loses=QWEN2),
-    "qwen2 files": Case("qwen2", as_vocabulary("qwen2"), named("qwen2", "Qwen2Tokenizer"), loses=QWEN2),
-    "qwen2 json, plain class": Case("qwen2", as_json("qwen2"), named("qwen2", "PreTrainedTokenizerFast"), loses=QWEN2),
+    "qwen2 json": Case("qwen2", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer")),
+    "qwen2 files": Case("qwen2", as_vocabulary("qwen2"), named("qwen2", "Qwen2Tokenizer")),
+    "qwen2 json, plain class": Case("qwen2", as_json("qwen2"), named("qwen2", "PreTrainedTokenizerFast")),
     "qwen3.5 json": Case("qwen3_5_text", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer")),
-    "qwen3.5 moe json": Case("qwen3_5_moe_text", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer"), loses=QWEN2),
+    "qwen3.5 moe json": Case("qwen3_5_moe_text", as_json("qwen2"), named("qwen2", "Qwen2Tokenizer")),
     "olmo2 json": Case("olmo2", as_json("olmo2"), named("olmo2", "GPT2Tokenizer")),
     "gpt-neox json": Case("gpt_neox", as_json("gpt-neox"), named("gpt-neox", "GPTNeoXTokenizerFast")),
     "gpt-neox json, bos": Case("gpt_neox", as_json("gpt-neox"), named("gpt-neox", "GPTNeoXTokenizer",
@@ -250,8 +249,7 @@ SAME = ["special_tokens_map", "model_max_length", "padding_side", "truncation_si
 
 @pytest.mark.parametrize("case", [
     pytest.param(case, id=name, marks=[pytest.mark.xfail(
-        strict=True, reason=case.loses or "special tokens that only the model file names are special no more")]
-        if case.loses == UNIGRAM or name == "gemma model" else []) for name, case in CASES.items()])  # fmt: skip
+        strict=True, reason=case.loses)] if case.loses else []) for name, case in CASES.items()])  # fmt: skip
 def test_everything_else_is_the_same(case: Case, tmp_path: Path) -> None:
     flags = {"model_max_length": 2048, "padding_side": "left", "truncation_side": "left"}
     pair = expanded_pair(tmp_path, Case(case.model_type, case.files, {**case.tokenizer_config, **flags}))
@@ -325,7 +323,6 @@ def legacy(files: Files) -> Case:
                 named("qwen2", "Qwen2Tokenizer", added_tokens_decoder=decoder("qwen2")))
 
 
-@pytest.mark.xfail(strict=True, reason="special_tokens_map.json is carried over and counts again")
 def test_a_map_of_special_tokens_that_did_not_count_does_not_count_now(tmp_path: Path) -> None:
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|im_start|>"}
     pair = expanded_pair(tmp_path, legacy({"special_tokens_map.json": json.dumps(names).encode()}))
@@ -342,7 +339,6 @@ def test_a_map_of_special_tokens_that_counts_counts_on(tmp_path: Path) -> None:
     assert pair.new.special_tokens_map == pair.old.special_tokens_map
 
 
-@pytest.mark.xfail(strict=True, reason="added_tokens.json is carried over and counts again")
 def test_a_list_of_added_tokens_that_did_not_count_does_not_count_now(tmp_path: Path) -> None:
     pair = expanded_pair(tmp_path, legacy({"added_tokens.json": json.dumps({"<|extra|>": 9999}).encode()}))
     assert "<|extra|>" not in pair.old.get_vocab()
@@ -359,7 +355,6 @@ def test_names_of_special_tokens_of_a_models_own(tmp_path: Path) -> None:
     assert len(pair.new.all_special_tokens) >= 5
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a file of another name is loaded, or missed")
 def test_a_tokenizer_file_with_a_version_in_its_name(tmp_path: Path) -> None:
     case = CASES["llama3 json"]
     files = {"tokenizer.4.0.json": FAMILIES["llama3"].build().to_str().encode()}
@@ -368,7 +363,6 @@ def test_a_tokenizer_file_with_a_version_in_its_name(tmp_path: Path) -> None:
     check_same_ids(pair, pair.new)
 
 
-@pytest.mark.xfail(strict=True, reason="its name has the version behind it")
 def test_mistrals_own_model_file_is_named(tmp_path: Path) -> None:
     case = CASES["mistral v3 json"]
     pair = expanded_pair(tmp_path, Case("mistral", with_files(case.files, {"tokenizer.model.v3": b"old"}),
@@ -376,7 +370,6 @@ def test_mistrals_own_model_file_is_named(tmp_path: Path) -> None:
     assert pair.stale == ["tokenizer.model.v3"]
 
 
-@pytest.mark.xfail(strict=True, raises=TokenizerError, reason="transformers prefers tekken.json to tokenizer.json")
 def test_a_mistral_folder_with_both_of_its_tokenizers(tmp_path: Path) -> None:
     pytest.importorskip("mistral_common")
     case = CASES["tekken json"]
@@ -390,7 +383,7 @@ def test_a_mistral_folder_with_both_of_its_tokenizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", [
-    "llama", pytest.param("qwen2", marks=pytest.mark.xfail(strict=True, reason=QWEN2)), "qwen3", "mistral"])
+    "llama", "qwen2", "qwen3", "mistral"])
 def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     edit_json(base / "config.json", model_type=model_type)

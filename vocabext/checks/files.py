@@ -1,13 +1,8 @@
 """Which base the checkpoint was made from, and which files it holds."""
 
-import fnmatch
-
 from vocabext.checks.pair import FaultError, Pair
 from vocabext.manifest import file_sha256
-from vocabext.tokenizer import STALE_FILES
-
-# Besides the usual names, whatever has the form of a SentencePiece, tiktoken or tekken vocabulary.
-STALE_PATTERNS = (*STALE_FILES, "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tekken*.json")
+from vocabext.tokenizer import is_stale
 
 
 def recorded_base(pair: Pair, *, others_failed: bool) -> str:
@@ -54,7 +49,7 @@ def carried_over(pair: Pair) -> str:
         if not (pair.folder / name).is_file():
             raise FaultError(f"{name} is missing")
     for name in record.left_out:
-        if (pair.folder / name).is_file() and not _is_stale(name):  # which another check names
+        if (pair.folder / name).is_file() and not is_stale(name):  # which another check names
             raise FaultError(f"{name} is in the folder, though it was left out: {record.left_out[name]}")
     counts = len(record.carried_over), len(record.rewritten), len(record.left_out)
     return "{} carried over, {} rewritten, {} left out".format(*counts)
@@ -62,12 +57,8 @@ def carried_over(pair: Pair) -> str:
 
 def no_stale_tokenizer(pair: Pair) -> str:
     """Look for files from which another reader would make a tokenizer without the new tokens."""
-    names = sorted(path.name for path in pair.folder.iterdir() if _is_stale(path.name))
+    names = sorted(path.name for path in pair.folder.iterdir() if is_stale(path.name))
     if names:
         raise FaultError(f"from {', '.join(names)} other readers would make a tokenizer without the new tokens; "
                          f"delete {'it' if len(names) == 1 else 'them'}")
     return "tokenizer.json is the only description of the tokenizer"
-
-
-def _is_stale(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in STALE_PATTERNS)

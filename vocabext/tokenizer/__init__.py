@@ -12,8 +12,8 @@ This package is the only importer of `tokenizers`.
 """
 
 from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, extend
-from vocabext.tokenizer.loading import STALE_FILES, check_made_for, load_expanded, load_tokenizer, save_expanded
+from vocabext.tokenizer.loading import check_made_for, is_stale, load_expanded, load_tokenizer, save_expanded
 from vocabext.tokenizer.scheme import SPACE_MARK, Units
 
-__all__ = ["SPACE_MARK", "STALE_FILES", "BaseTokenizer", "ExpandedTokenizer", "Units", "check_made_for", "extend",
-           "load_expanded", "load_tokenizer", "save_expanded"]  # fmt: skip
+__all__ = ["SPACE_MARK", "BaseTokenizer", "ExpandedTokenizer", "Units", "check_made_for", "extend",
+           "is_stale", "load_expanded", "load_tokenizer", "save_expanded"]  # fmt: skip

@@ -205,5 +205,8 @@ def scheme_of(backend: Tokenizer) -> Scheme:
         return ChunkScheme(backend, spec)
     marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
     if marks and all(never_cuts(step) for step in steps):
+        if model.get("ignore_merges"):
+            raise TokenizerError("this BPE tokenizer looks whole texts up before it merges (ignore_merges); parts of "
+                                 f"a text would be found too after an extension; supported are {SUPPORTED}")
         return WholeTextScheme(backend, spec)
     raise TokenizerError(f"this BPE tokenizer splits by {kinds or 'nothing'}; supported are {SUPPORTED}")

@@ -33,7 +33,7 @@ class BpeScheme(Scheme):
                                  "in plain text after an extension; this tokenizer cannot be extended safely")
         return cuts
 
-    @property
+    @cached_property
     def taken_out(self) -> set[str]:
         """Added tokens that are taken out of a text before it is split; others may want to stand alone."""
         return {a["content"] for a in self.spec["added_tokens"] if not a["single_word"]}

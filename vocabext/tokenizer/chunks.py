@@ -6,7 +6,6 @@ takes several steps, or leaves gaps, the tree is a step of its own in front of t
 its left side too, and the later steps leave its matches whole.
 """
 
-import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.inner import edges_of, holds_inner, inner_step, is_inner
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
-from vocabext.tokenizer.scheme import SUPPORTED, Units, split_step, steps_of, with_new_entries
+from vocabext.tokenizer.scheme import SUPPORTED, Units, copy_of, split_step, steps_of, with_new_entries
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -179,7 +178,7 @@ class ChunkScheme(BpeScheme):
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
         assert not self.unreachable, "looking at it raises an error where there is one"
-        spec = copy.deepcopy(self.spec)
+        spec = copy_of(self.spec)
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
         phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.pieces(t.token)) > 1}
         if phrases:
@@ -202,7 +201,7 @@ class ChunkScheme(BpeScheme):
         """Whether looking a part of a chunk up finds only what merges would make of it."""
         if not self.spec["model"].get("ignore_merges"):
             return True  # `unreachable` has looked at every entry that can be a chunk
-        spec = copy.deepcopy(self.spec)
+        spec = copy_of(self.spec)
         spec["model"]["ignore_merges"] = False
         model = Tokenizer.from_str(json.dumps(spec)).model
         return all([piece.id for piece in model.tokenize(token)] == [i]

@@ -1,6 +1,8 @@
 """Tokenizers in folders: what transformers makes of them, and writing one that it leaves as it is."""
 
+import fnmatch
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,31 @@ from vocabext.tokenizer.scheme import SUPPORTED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Files from which other readers would rebuild the tokenizer without the new tokens.
-STALE_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "spiece.model",
-               "sentencepiece.bpe.model", "vocab.txt", "qwen.tiktoken", "tiktoken.model")  # fmt: skip
+# Files from which a reader would make a tokenizer without the new tokens, or special tokens that did not count.
+STALE_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken",
+               "tokenizer.*.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+# Settings that a model class would act upon, or that name files which are not carried over.
+DROPPED_SETTINGS = ("auto_map", "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
+                    "fast_tokenizer_files", "mistral_format")  # fmt: skip
+AS_WRITTEN = "tokenization_as_written"
+AS_WRITTEN_CODE = '''"""Take tokenizer.json as it is.
+
+For some model types transformers rebuilds the tokenizer from code of its own, whatever class
+tokenizer_config.json names, unless `auto_map` names one. It does; this file is only run by those who
+load the folder with trust_remote_code=True.
+"""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class TokenizerAsWritten(PreTrainedTokenizerFast):
+    """The tokenizer of tokenizer.json."""
+'''
+
+
+def is_stale(name: str) -> bool:
+    """Tell whether a reader would make another tokenizer from a file of this name."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in STALE_FILES)
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "BaseTokenizer":
@@ -45,12 +69,15 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
 def _auto_tokenizer(model: str | Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if (Path(model) / "tekken.json").is_file() and (Path(model) / "tokenizer.json").is_file():
+        options["mistral_format"] = False  # only the other one can be extended
     try:
-        hf = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        hf = AutoTokenizer.from_pretrained(str(model), **options)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        known = ("tokenizer.json", *STALE_FILES)
-        if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in known):
+        names = [path.name for path in Path(model).iterdir()] if Path(model).is_dir() else ["tokenizer.json"]
+        if not any(name == "tokenizer.json" or is_stale(name) for name in names):
             reason = "there is no tokenizer.json in it; copy the tokenizer files that belong to the model there"
         raise TokenizerError(f"{model} has no tokenizer that transformers can load: {reason}") from error
     if getattr(hf, "backend_tokenizer", None) is None:
@@ -107,29 +134,55 @@ def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) 
     Raises:
         TokenizerError: If `AutoTokenizer` would load something else than what was written.
     """
-    from transformers import AutoTokenizer
-
     expanded.backend.save(str(folder / "tokenizer.json"))
     path = base_folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    _write_config(_settings(config, expanded.hf), folder)
+    if list(_found_otherwise(expanded.backend, base_folder, folder)):
+        # The type of the model outweighs the class; a class of the folder's own outweighs the type.
+        (folder / f"{AS_WRITTEN}.py").write_text(AS_WRITTEN_CODE, "utf-8")
+        auto_map = {"AutoTokenizer": [None, f"{AS_WRITTEN}.TokenizerAsWritten"]}
+        _write_config({**_settings(config, expanded.hf), "auto_map": auto_map}, folder)
+        for part, wanted, found in _found_otherwise(expanded.backend, base_folder, folder):
+            raise TokenizerError(f"transformers loads another {part} than was written: {found} instead of {wanted}")
+    return sorted(path.name for path in base_folder.iterdir() if is_stale(path.name))
+
+
+def _settings(config: Mapping[str, Any], hf: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return tokenizer_config.json for a tokenizer that is to be taken as its file says."""
+    settings = {name: value for name, value in config.items() if name not in DROPPED_SETTINGS}
     # A model class would rebuild the pre-tokenizer from its own code; this one takes the file as it is.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("auto_map", "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy"):
-        config.pop(name, None)
-    hf = expanded.hf
-    for name, value in hf.special_tokens_map.items():
-        if isinstance(value, str):
-            config[name] = value
-    config["model_input_names"] = list(hf.model_input_names)
-    config["padding_side"] = hf.padding_side
-    config["clean_up_tokenization_spaces"] = bool(hf.clean_up_tokenization_spaces)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.update({name: value for name, value in hf.special_tokens_map.items() if isinstance(value, str)})
+    extra = [str(token) for token in getattr(hf, "extra_special_tokens", None) or []]
+    if extra and not isinstance(settings.get("extra_special_tokens"), dict):
+        settings["extra_special_tokens"] = extra
+    settings["model_input_names"] = list(hf.model_input_names)
+    settings["padding_side"] = hf.padding_side
+    settings["clean_up_tokenization_spaces"] = bool(hf.clean_up_tokenization_spaces)
     if hf.model_max_length < 10**12:
-        config["model_max_length"] = hf.model_max_length
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    loaded = AutoTokenizer.from_pretrained(str(folder))
-    for part, wanted, found in _differences(expanded.backend, loaded.backend_tokenizer):
-        raise TokenizerError(f"transformers loads another {part} than was written: {found} instead of {wanted}")
-    return [name for name in STALE_FILES if (base_folder / name).exists()]
+        settings["model_max_length"] = hf.model_max_length
+    return settings
+
+
+def _write_config(settings: Mapping[str, Any], folder: Path) -> None:
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+
+
+def _found_otherwise(wanted: Tokenizer, base_folder: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield what transformers makes of a folder otherwise than it was written, with the model's config beside it."""
+    from transformers import AutoTokenizer
+
+    config, here = base_folder / "config.json", folder / "config.json"
+    borrowed = config.is_file() and not here.exists()  # its model type counts, too
+    if borrowed:
+        shutil.copyfile(config, here)
+    try:
+        yield from _differences(wanted, AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
+    finally:
+        if borrowed:
+            here.unlink()
 
 
 def _differences(wanted: Tokenizer, found: Tokenizer) -> Iterator[tuple[str, str, str]]:

@@ -73,6 +73,7 @@ LEFT = (
     Guard(r"(?<!\s)", lambda before: not before[-1:].isspace()),
     Guard(r"(?<![^\s\p{L}\p{M}\p{N}])", lambda before: not before or before[-1].isspace() or _in_word(before[-1])),
     Guard(r"(?<![^\p{L}\p{M}\p{N}])", lambda before: not before or _in_word(before[-1])),
+    Guard(r"(?<![^\p{L}\p{N}])", lambda before: not before or before[-1].isalnum()),
     Guard(r"(?<![^\n])", lambda before: not before or before[-1] == "\n"),
 )
 SIGNS = ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`'\"_—“”’…"
@@ -80,10 +81,14 @@ FOLLOWING = (
     "", " ", " x", " X", "  x", " 1", " .", "   ", " \n", "\n", "\n\n", "\r\n", "\nx", "\n x", "\n    x", "\t", "\tx",
     "\n\n  x", "\u3000x", "\u00a0x", "€", "😀", "\u200dx", "\x00", "x", "X", "xX", "Xx", "é", "中", "中x", "ا",
     "1", "12", "1234", "½", "\u0301", "\u0301x", "'s", "’s", "'", " 's", " 中", " €", " \u0301", "ไทย", "ไ",
+    # An apostrophe at the end of a phrase may begin a contraction.
+    *(letters + rest for ending in ("s", "t", "re", "ve", "m", "ll", "d") for letters in (ending, ending.upper())
+      for rest in ("", "x")),
     *(sign + rest for sign in SIGNS for rest in ("", "x", " x", "\n")),
 )  # fmt: skip
 PRECEDING = ("", "x", "X", "1", "12", "x ", "x  ", "1 ", " ", "  ", "\n", "x\n", "\n\n", "\n ", "\t", ". ", ".  ", "é",
-             "中", "中 ", "😀", "😀 ", "\u00a0", "\u3000", "x'", "x's", "ไ", *SIGNS,
+             "中", "中 ", "😀", "😀 ", "\u00a0", "\u3000", "x'", "x's", "ไ",
+             "\u0301", "x\u0301", "\u093f", "ก\u0e34", "\u200d", "\x00", "½", "€", "x\u0301 ", *SIGNS,
              *("x" + sign for sign in SIGNS))  # fmt: skip
 SAMPLES = {
     WORD: (" of the", "a b", " x-ray", " naïve café", " 中 文"),

@@ -70,6 +70,8 @@ class Scheme(ABC):
             raise TokenizerError("the text is empty")
         if held := next((a for a in self.added if a in text), None):
             raise TokenizerError(f"{text!r} contains the added token {held!r}")
+        if "\ufffd" in text:
+            raise TokenizerError(f"{text!r} contains the character that stands for broken text")
         text, given = self.normalize(text), text
         if not text or self.normalize(text) != text:
             raise TokenizerError(f"the normalizer turns {given!r} into {text!r}, and that into something else again")
@@ -181,6 +183,11 @@ def split_step(expression: str) -> dict[str, Any]:
 def is_byte_token(token: str) -> bool:
     """Tell whether an entry looks like one that stands for a byte, such as `<0x0A>`."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def copy_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a specification whose vocabulary may be added to; what is large and stays as it is is shared."""
+    return {**spec, "model": {**spec["model"], "vocab": dict(spec["model"]["vocab"])}}
 
 
 def with_new_entries(spec: dict[str, Any], added: dict[str, int], tokens: Sequence[NewToken], first: int) -> None:
