@@ -3,8 +3,8 @@
     python examples/python_docs.py -o corpus
     python benchmarks/distill_sweep.py corpus [--tokens 60] [--model examples/model]
 
-Prints one line per setting: seconds, held-out error as a share of the mean-of-pieces error, share of the
-gap recovered, nats that all new rows take from base tokens, bits per byte of reading and of writing, and
+Prints one line per setting: seconds, how many snippets a token was shown on average, held-out error as a share
+of the mean-of-pieces error, share of the gap recovered, nats that all new rows take from base tokens, bits per byte of reading and of writing, and
 after how many characters greedy text leaves base's. Settings run one after the other on the same snippets.
 """
 
@@ -25,18 +25,25 @@ from vocabext.rows import mean_rows
 from vocabext.tokenizer import extend, load_tokenizer
 
 SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"epochs": 2, "learning_rate": 0.2},
+    {"rounds": 1},
+    {"rounds": 2},
     {"epochs": 2},
-    {"learning_rate": 0.3},
-    {"batch_snippets": 4},
+    {},
+    {"epochs": 8},
+    {"learning_rate": 0.05},
+    {"learning_rate": 0.2},
+    {"batch_snippets": 2},
+    {"reach": 4},
+    {"reach": 16},
+    {"reach": None},
     {"target_layer": "0.75"},
     {"target_layer": "0.5"},
-    {"target_layer": "0.25"},
+    {"next_token_weight": 0.02},
+    {"second_pass": True},
     {"silence": 0.0},
-    {"silence": 1.0},
+    {"dtype": "bfloat16"},
 ]
-HEADER = ("setting", "seconds", "error", "gap recovered", "nats taken", "reading", "writing", "characters")
+HEADER = ("setting", "seconds", "shown", "error", "gap recovered", "nats taken", "reading", "writing", "characters")
 
 
 def main() -> None:
@@ -47,7 +54,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60, help="new tokens")
     parser.add_argument("--max-bytes", type=int, default=60_000, help="held-out text to read, in bytes")
     arguments = parser.parse_args()
-    base, model = load_tokenizer(arguments.model), load_model(arguments.model)
+    base = load_tokenizer(arguments.model)
+    models = {number: load_model(arguments.model, dtype=number) for number in ("auto", "bfloat16")}
+    model = models["auto"]
     mining, heldout = (list(read_documents([str(arguments.corpus / f"{side}.jsonl")]))
                        for side in ("mining", "heldout"))  # fmt: skip
     tokens = mine(mining, base, MineConfig(budget=arguments.tokens)).tokens
@@ -56,7 +65,8 @@ def main() -> None:
     write("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
     for setting in SETTINGS:
         began = time.monotonic()
-        result = distill(records, model, DistillConfig(**setting), num_used_ids=base.num_used_ids,
+        config = DistillConfig(**setting)
+        result = distill(records, models[config.dtype], config, num_used_ids=base.num_used_ids,
                          prefix_ids=base.prefix_ids)  # fmt: skip
         seconds = time.monotonic() - began
         found: dict[str, Any] = evaluate(
@@ -67,7 +77,8 @@ def main() -> None:
         row = found["rows"][-1]
         name = ", ".join(f"{key} {value}" for key, value in setting.items()) or "defaults"
         taken = "" if result.taken_nats is None else f"{result.taken_nats:.3f}"
-        write(f"| {name} | {seconds:.1f} | {result.relative_error:.2f} | {found['gap_recovered']:.3f} | {taken} | "
+        shown = sum(report.shown for report in result.reports) / len(result.reports)
+        write(f"| {name} | {seconds:.1f} | {shown:.0f} | {result.relative_error:.2f} | {found['gap_recovered']:.3f} | {taken} | "
               f"{row['bits_per_byte']:.4f} | {row['bits_per_byte_writing']:.4f} | "
               f"{row['greedy_common_characters'] or 0:.0f} |")  # fmt: skip
 
