@@ -4,8 +4,9 @@
     python benchmarks/distill_sweep.py corpus [--tokens 60] [--model examples/model]
 
 Prints one line per setting: seconds, how many snippets a token was shown on average, held-out error as a share
-of the mean-of-pieces error, share of the gap recovered, nats that all new rows take from base tokens, bits per byte of reading and of writing, and
-after how many characters greedy text leaves base's. Settings run one after the other on the same snippets.
+of the mean-of-pieces error, share of the gap recovered, nats that all new rows take from base tokens, bits per
+byte of reading and of writing, and after how many characters greedy text leaves base's. Settings run one after
+the other on the same snippets.
 """
 
 import argparse
@@ -78,9 +79,9 @@ def main() -> None:
         name = ", ".join(f"{key} {value}" for key, value in setting.items()) or "defaults"
         taken = "" if result.taken_nats is None else f"{result.taken_nats:.3f}"
         shown = sum(report.shown for report in result.reports) / len(result.reports)
-        write(f"| {name} | {seconds:.1f} | {shown:.0f} | {result.relative_error:.2f} | {found['gap_recovered']:.3f} | {taken} | "
-              f"{row['bits_per_byte']:.4f} | {row['bits_per_byte_writing']:.4f} | "
-              f"{row['greedy_common_characters'] or 0:.0f} |")  # fmt: skip
+        write(f"| {name} | {seconds:.1f} | {shown:.0f} | {result.relative_error:.2f} | "
+              f"{found['gap_recovered']:.3f} | {taken} | {row['bits_per_byte']:.4f} | "
+              f"{row['bits_per_byte_writing']:.4f} | {row['greedy_common_characters'] or 0:.0f} |")
 
 
 def write(line: str) -> None:

@@ -125,6 +125,20 @@ def test_the_shared_past_gives_the_rows_of_the_plain_way(
     assert bool((fits[0].end_error_G < fits[0].start_error_G).all())
 
 
+def test_a_body_in_bfloat16_shares_and_trains_rows_in_float32() -> None:
+    examples, fits = laid_out(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = frozen(llama, dtype)
+        assert sharing_is_exact(model, examples, 3, FIRST)
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        start_GD = model.embedding_VD[[1, 3, 6]].float()
+        fits.append(fit_rows(model, [examples], examples, start_GD, Objective(3, FIRST, ((5, 20),), 0.02), generators))
+    half, full = fits
+    assert half.rows_GD.dtype == torch.float32
+    assert torch.allclose(half.end_error_G, full.end_error_G, atol=0.03)
+    assert bool((half.end_error_G < 0.9 * half.start_error_G).all())
+
+
 @pytest.mark.parametrize("make", [gemma, mistral])
 def test_a_window_shorter_than_a_snippet_takes_the_plain_way(make: Any) -> None:
     examples = laid_out()

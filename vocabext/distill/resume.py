@@ -85,5 +85,5 @@ def model_facts(model: FrozenModel) -> dict[str, Any]:
         if not weight.is_meta:
             some = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)]
             digest.update(some.float().cpu().numpy().tobytes())
-    return {"kind": type(model.model).__name__, "dtype": str(model.dtype), "device": model.device.type,
-            "weights": digest.hexdigest()}  # fmt: skip
+    return {"kind": type(model.model).__name__, "name": getattr(model.model.config, "_name_or_path", None),
+            "dtype": str(model.dtype), "device": model.device.type, "weights": digest.hexdigest()}  # fmt: skip
