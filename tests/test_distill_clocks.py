@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from vocabext.distill.clocks import BETAS, MIN_GAIN, Clocks, decayed
@@ -35,6 +36,8 @@ def test_a_row_that_is_absent_from_a_step_does_not_move() -> None:
 def test_a_round_keeps_what_is_better_and_ends_a_token_that_gains_too_little() -> None:
     clocks = Clocks(torch.zeros(4, 2), torch.ones(4))
     every = torch.arange(4)
+    clocks.end_round(every, torch.ones(4))
+    assert clocks.active.tolist() == [0, 1, 2, 3]  # nobody ends with the first round
     clocks.step(every, torch.ones(4, 2), 0.1)
     clocks.end_round(every, torch.tensor([0.5, 1 - MIN_GAIN / 2, 1.2, math.nan]))
     assert clocks.active.tolist() == [0]
@@ -48,8 +51,9 @@ def test_a_round_keeps_what_is_better_and_ends_a_token_that_gains_too_little() -
 
 def test_rows_that_are_no_numbers_are_never_the_best() -> None:
     clocks = Clocks(torch.zeros(1, 2), torch.ones(1))
-    clocks.step(torch.tensor([0]), torch.full((1, 2), math.nan), 0.1)
-    clocks.end_round(torch.tensor([0]), torch.tensor([0.1]))
+    for _ in range(2):
+        clocks.step(torch.tensor([0]), torch.full((1, 2), math.nan), 0.1)
+        clocks.end_round(torch.tensor([0]), torch.tensor([0.1]))
     assert torch.equal(clocks.best_GD, torch.zeros(1, 2))
     assert clocks.active.tolist() == []
 
@@ -59,3 +63,10 @@ def test_the_step_size_decays_from_the_peak_to_nearly_nothing() -> None:
     assert rates[0] == 0.4
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 0.02
+
+
+def test_a_token_begins_at_the_start_that_fits_better() -> None:
+    clocks = Clocks(torch.zeros(2, 3), torch.tensor([0.5, 0.5]))
+    clocks.begin_elsewhere(torch.ones(2, 3), torch.tensor([0.4, 0.6]))
+    assert clocks.rows_GD[:, 0].tolist() == clocks.best_GD[:, 0].tolist() == [1.0, 0.0]
+    assert clocks.best_error_G.tolist() == pytest.approx([0.4, 0.5])

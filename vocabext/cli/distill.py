@@ -98,7 +98,7 @@ def distill(
             ("rows", f"{len(result.kept):,}"),
             ("left out", f"{len(result.reports) - len(result.kept):,}"),
             ("trained", f"{sum(r.method == 'distill' for r in result.reports):,}"),
-            ("kept at the mean of their pieces", f"{sum(r.method == 'mean' for r in result.reports):,}"),
+            ("kept at their start", f"{sum(r.method != 'distill' for r in result.reports):,}"),
             ("error, relative to the mean of pieces",
              "not measured" if result.relative_error is None else f"{result.relative_error:.1%}"),
             ("taken from base tokens, all rows together",

@@ -7,7 +7,8 @@ that are absent from a batch; here a row moves only in its own steps.
 
 A token works in rounds. Each round raises its step size to the peak and lets it decay to zero, so that
 every round ends with a finished row: stopping early costs nothing. After a round the held-out snippets
-decide. A round that lowered their error by less than `MIN_GAIN` of the best so far is the token's last.
+decide. From the second round on, a round that lowered their error by less than `MIN_GAIN` of the best so far is
+the token's last.
 """
 
 import math
@@ -16,6 +17,8 @@ import torch
 
 BETAS = (0.9, 0.95)
 MIN_GAIN = 0.02
+# The first round is short: from a good start it may gain nothing, and a longer one still will.
+MIN_ROUNDS = 2
 
 
 class Clocks:
@@ -35,11 +38,19 @@ class Clocks:
         self.active_G = torch.ones(len(start_GD), dtype=torch.bool, device=start_GD.device)
         self.steps_G = torch.zeros(len(start_GD), device=start_GD.device)
         self._first_GD, self._second_GD = torch.zeros_like(start_GD), torch.zeros_like(start_GD)
+        self._rounds_G = torch.zeros(len(start_GD), dtype=torch.long, device=start_GD.device)
 
     @property
     def active(self) -> torch.Tensor:
         """The tokens still at work, (A,)."""
         return self.active_G.nonzero().flatten()
+
+    def begin_elsewhere(self, other_GD: torch.Tensor, error_G: torch.Tensor) -> None:
+        """Move the tokens that other start rows fit better to these, before the first step."""
+        better_G = error_G < self.best_error_G
+        self.rows_GD[better_G] = other_GD[better_G]
+        self.best_GD[better_G] = other_GD[better_G]
+        self.best_error_G[better_G] = error_G[better_G]
 
     def step(self, at: torch.Tensor, gradient_AD: torch.Tensor, rate: float) -> None:
         """Take one Adam step (arXiv 1412.6980) with the rows of some tokens, without weight decay."""
@@ -63,7 +74,8 @@ class Clocks:
         better = at[error_A < before_A]
         self.best_GD[better] = self.rows_GD[better]
         self.best_error_G[better] = error_A[error_A < before_A]
-        self.active_G[at] = error_A < before_A * (1 - MIN_GAIN)
+        self._rounds_G[at] += 1
+        self.active_G[at] = (error_A < before_A * (1 - MIN_GAIN)) | (self._rounds_G[at] < MIN_ROUNDS)
         # Whoever goes on goes on from the best row, and the momentum of the last round is not its own.
         self.rows_GD[at] = self.best_GD[at]
         self._first_GD[at] = 0.0

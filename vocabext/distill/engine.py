@@ -144,7 +144,7 @@ def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
 
 def fit_rows(
     model: FrozenModel, train: Sequence[Examples | None], held_out: Examples, start_GD: torch.Tensor,
-    objective: Objective, generators: Sequence[torch.Generator],
+    objective: Objective, generators: Sequence[torch.Generator], other_start_GD: torch.Tensor | None = None,
 ) -> Fit:  # fmt: skip
     """Train the rows of a group.
 
@@ -155,15 +155,19 @@ def fit_rows(
         start_GD: Initial rows, float32.
         objective: What is minimised.
         generators: For each token the source of the order of its snippets.
+        other_start_GD: Other initial rows; a token that they fit better begins there.
 
     Returns:
-        For each token the best of start and rounds.
+        For each token the best of start and rounds. The start error is that of `start_GD`.
     """
     start_GD = start_GD.to(model.device)
     judged, taught = Taught(), Taught()
     judged.add(model, held_out, objective)
     start_error_G = held_out_errors(model, judged, start_GD, objective)
     clocks = Clocks(start_GD, start_error_G)
+    if other_start_GD is not None:
+        clocks.begin_elsewhere(other_start_GD.to(model.device),
+                               held_out_errors(model, judged, other_start_GD.to(model.device), objective))
     shown_G = torch.zeros(len(start_GD), dtype=torch.long)
     for number, (_, shows) in enumerate(objective.rounds):
         active = clocks.active

@@ -25,7 +25,8 @@ class TokenReport:
         start_error: Held-out relative squared error of the mean-of-pieces row; None if not measured.
         end_error: The same for the row that is shipped.
         norm: Its Euclidean norm.
-        method: `distill`, or `mean` where training had nothing to train on or made nothing better.
+        method: `distill`; or, where training had nothing to train on or made nothing better, the start: `mean`,
+            or `piece` where the row of the last piece fits better than the mean of all.
         relative_norm: The norm as a share of the median norm of base rows.
         nearest: The base tokens with the most similar rows (ids), and their cosines.
         shown: How many snippets the token was shown until it stopped, repetitions included.

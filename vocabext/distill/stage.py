@@ -181,6 +181,7 @@ class _Work:
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
         embedding_VD = model.embedding_VD
         self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
+        self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
         self.trainable = [i for i, record in enumerate(records) if len(record.snippets) >= MIN_SNIPPETS]
         # Tokens with about the same number of snippets go together, so that nobody waits for the others.
         self.trainable.sort(key=lambda i: -len(records[i].snippets))
@@ -233,7 +234,9 @@ class _Work:
                  for some in added]  # fmt: skip
         held_out = self._lay_out([held_out for _, held_out in parts], group, merge_all=others_ND is not None)
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
-        fit = fit_rows(self.model, train, held_out, start_GD, self._objective(rounds, others_ND), generators)
+        # The row of the last piece is often nearer than the mean: it stands where the new token stands.
+        last_GD = self.last_piece_ND[group] if others_ND is None else None
+        fit = fit_rows(self.model, train, held_out, start_GD, self._objective(rounds, others_ND), generators, last_GD)
         if self.finished is not None:
             self.finished.save(name, fit)
         return fit
@@ -337,8 +340,10 @@ def _reports(
     for i, record in enumerate(records):
         start, end = errors.get(i, (None, None))
         improved = start is not None and end is not None and end < start
+        copied = torch.equal(rows_ND[i], base_VD[record.new_token.run[-1]].cpu().float())
         norm = float(rows_ND[i].norm())
         reports.append(TokenReport(
-            record.new_token.token, len(record.snippets), start, end, norm, "distill" if improved else "mean",
+            record.new_token.token, len(record.snippets), start, end, norm,
+            ("piece" if copied else "distill") if improved else "mean",
             norm / max(typical, 1e-12), nearest[i], shown.get(i, 0), reasons[i]))  # fmt: skip
     return tuple(reports)
