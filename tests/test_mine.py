@@ -169,11 +169,9 @@ def test_signs_can_be_tokens() -> None:
     assert names(run(tiny_base("llama3"), [" >>>"] * 20, budget=1)) == [" >>>"]
 
 
-def test_bare_spaces_are_named_where_they_cannot_be_a_token() -> None:
-    result = run(tiny_base("metaspace"), ["\n    \n ureteral"] * 20, budget=1)
-    assert names(result) == [" ureteral"]
-    assert result.rejected["    "] == "'    ' is only spaces"
-    assert result.rejected_by_reason() == {"it is only spaces": 3}
+def test_line_breaks_that_are_spelled_in_bytes_can_be_tokens() -> None:
+    texts = ["x.\n\ny", "z!\n\na", "é\n\nß", "1\n\n2"] * 10
+    assert names(run(tiny_base("metaspace"), texts, budget=1, max_units=2)) == ["\n\n"]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +212,11 @@ def test_any_corpus_gives_tokens_that_keep_the_invariant(texts: list[str], kind:
     for text in texts:
         assert new.expansion.unmerge(new.encode(text)).tolist() == base.encode(text)
     assert all(token.count >= 2 for token in result.tokens)
+
+
+def test_a_corpus_whose_frequent_runs_can_be_no_token() -> None:
+    with pytest.raises(UsageError, match="none of the 1 frequent runs of this corpus can be a token that occurs 2"):
+        mine(documents(["      "]), tiny_base("crossing"), MineConfig(budget=None, min_count=2))
 
 
 # ---- budgets -------------------------------------------------------------------------------------

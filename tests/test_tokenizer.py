@@ -215,7 +215,6 @@ def test_an_added_token_that_wants_to_stand_alone_is_refused() -> None:
     ("kind", "text", "reason"),
     [
         ("gpt2", "", "the text is empty"),
-        ("metaspace", "   ", "is only spaces"),
         ("gpt2", " the", "is in the vocabulary already"),
         ("gpt2", "x<s>y", "contains the added token '<s>'"),
         ("metaspace", " the", "is in the vocabulary already"),
@@ -401,10 +400,6 @@ def word_piece() -> Tokenizer:
     return Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
 
 
-def unigram() -> Tokenizer:
-    return Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, byte_fallback=False))
-
-
 def changed(change: Any, start: Any = gpt2) -> Tokenizer:
     spec = json.loads(start().to_str())
     change(spec)
@@ -415,7 +410,6 @@ def changed(change: Any, start: Any = gpt2) -> Tokenizer:
     ("backend", "message"),
     [
         (word_piece, "this is a WordPiece tokenizer; supported are BPE"),
-        (unigram, "this is a Unigram tokenizer; supported are BPE"),
         (lambda: changed(lambda s: s["model"].update(end_of_word_suffix="</w>")), "uses end_of_word_suffix='</w>'"),
         (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "uses dropout=0.1"),
         (lambda: changed(lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "puts a space in front"),

@@ -25,8 +25,6 @@ REFUSED = {
     "gpt-neox": MULTIPLE_SPACES,  # runs of spaces are added tokens
     "phi": MULTIPLE_SPACES,
     "gemma": {text for text in WANTED["indentation"] if "\n" in text},  # so are line breaks
-    **dict.fromkeys(["llama2", "llama2-legacy", "llama2-no-prefix", "mistral-v1", "tinyllama", "phi3", "mistral-v3"],
-                    SPACES),
     # Digits are cut out first, and then the expression begins anew: only what begins in a space is safe.
     "starcoder": {text for text in ALL_WANTED if any(c.isnumeric() for c in text)} | {
         "signs and", "Signs and symptoms", "mg/dL", "self.assertEqual(", "сердечный приступ", "οξεία καρδιακή",
@@ -36,9 +34,7 @@ REFUSED = {
 }  # fmt: skip
 
 UNIGRAM = {"t5", "flan-t5", "xlm-r", "albert"}
-NO_UNIGRAM_YET = pytest.mark.xfail(strict=True, raises=TokenizerError, reason="Unigram cannot be extended yet")
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[NO_UNIGRAM_YET] if name in UNIGRAM else []) for name in FAMILIES])
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @cache
@@ -194,8 +190,6 @@ def test_any_string_that_is_taken_as_a_token(name: str, data: st.DataObject) -> 
     parts = st.one_of(st.sampled_from(candidates), st.sampled_from(FRAGMENTS), st.text(ODD, max_size=3))
     for _ in range(5):
         text = data.draw(st.lists(parts, max_size=8).map("".join))
-        if name == "crossing":  # a known fault as well
-            text = "".join(c for c in text if c == " " or c in base.vocabulary)
         check_ids(base, new, text)
         check_offsets(base, new, text)
         check_streaming(base, new, text)
@@ -239,14 +233,16 @@ def test_all_that_people_want_can_be_a_token(name: str) -> None:
             refused[text] = str(error)
     if name in UNIGRAM or name == "crossing":  # their tiny vocabularies lack most characters
         refused = {text: why for text, why in refused.items() if "not know" not in why and "one token" not in why}
-        assert len(refused) < 10
+    if name in UNIGRAM:  # phrases begin where a word does, and an entry may reach into what has no space in front
+        known = ("does not begin with a space", "can reach into it", "when it is split", "in the vocabulary already")
+        refused = {text: why for text, why in refused.items() if not any(reason in why for reason in known)}
     assert refused.keys() == REFUSED.get(name, set()), refused
 
 
 @every_family
 def test_new_tokens_are_used(name: str) -> None:
     base, new = family_base(name), expanded(name)
-    assert len(new.tokens) >= 30
+    assert len(new.tokens) >= (20 if name in UNIGRAM else 30)
     text = "The cardiac ureteral heartbeats. cardiac"
     assert len(new.encode(text)) < len(base.encode(text)) - 5
     contexts = [before + token.token + after for token in new.tokens
@@ -395,7 +391,6 @@ def test_a_phrase_that_begins_with_an_apostrophe() -> None:
     check_ids(*with_tokens("starcoder", "'s\n"), "ि's\n")
 
 
-@pytest.mark.xfail(strict=True, reason="a character that vanishes may stand inside a hazard")
 def test_a_hazard_with_a_character_that_vanishes() -> None:
     check_ids(*with_tokens("crossing", " se"), "se,\x0b ")
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tiny_tokenizers import LLAMA_3_SPLIT, as_hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vocabext.boundaries import MergeTable
+from vocabext.boundaries import MergeTable, holds_spaceless
 from vocabext.config import MineConfig
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
 from vocabext.records import Document, NewToken
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
-from vocabext.tokenizer.inner import holds_inner, inner_guard, is_inner
+from vocabext.tokenizer.inner import inner_guard, is_inner
 
 CHARACTERS = "患者有心肌病史临床高血压的了不在データの言語"
 WORDS = ["心肌病", "患者", "患者有", "高血压", "病史", "データ", "言語", "的患者", "abc患者", "患者, 心肌病",
@@ -94,7 +94,7 @@ def test_without_its_guards_a_cut_would_be_wrong() -> None:
 
 def test_what_counts_as_such_a_word() -> None:
     assert [is_inner(text) for text in ("心肌病", "データ", "心 肌", "a心", "・", "한국")] == [True] * 2 + [False] * 4
-    assert [holds_inner(text) for text in ("a心", "한국 abc")] == [True, False]
+    assert [holds_spaceless(text) for text in ("a心", "한국 abc")] == [True, False]
 
 
 def bytes_table(*merges: tuple[bytes, bytes]) -> MergeTable:

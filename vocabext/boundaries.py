@@ -18,11 +18,23 @@ the hazards make the cut exact, whatever stands further away.
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 WORD_CHARACTER = r"[\p{L}\p{M}\p{N}]"
+# Letters of scripts that put no space between words: Hiragana and Katakana; Han, with its extensions.
+SPACELESS_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+SPACELESS = "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in SPACELESS_RANGES)
+_SPACELESS = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in SPACELESS_RANGES) + "]")
+# Alternatives that are tried one after the other; more are divided.
+MAX_BRANCHES = 3
+
+
+def holds_spaceless(text: str) -> bool:
+    """Tell whether a text has a letter of a script that puts no space between words."""
+    return bool(_SPACELESS.search(text))
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class MergeTable:
         """
         self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
         self.vocabulary = vocabulary
+        self._hazards: dict[str, Hazards] = {}
         self._by_left: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self._by_right: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for (left, right), rank in self.ranks.items():
@@ -53,6 +66,11 @@ class MergeTable:
 
     def hazards(self, text: str) -> Hazards:
         """Return the texts that, standing next to `text`, could be merged with a part of it."""
+        if text not in self._hazards:
+            self._hazards[text] = self._find(text)
+        return self._hazards[text]
+
+    def _find(self, text: str) -> Hazards:
         first_until: dict[str, float] = {}
         last_until: dict[str, float] = {}
         for symbols, next_rank in self._replay(text):
@@ -99,43 +117,38 @@ def prefix_tree(guards: Mapping[str, str]) -> str:
         node[""] = {}
 
     def render(node: dict, prefix: str) -> str:  # type: ignore[type-arg]
-        branches = []
+        branches = {}
         for character in sorted(c for c in node if c):
             text, child = prefix + character, node[character]
             literal = character
             while len(child) == 1 and "" not in child:  # a chain without a branch is one literal
                 (step,) = child
                 text, literal, child = text + step, literal + step, child[step]
-            branches.append(escape(literal) + render(child, text))
-        if "" in node:  # the string itself comes last, so that a longer one wins
-            branches.append(guards[prefix])
-        return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+            branches[character] = escape(literal) + render(child, text)
+        if "" not in node:
+            return f"(?:{choice(branches)})" if len(branches) > 1 else choice(branches)
+        # The string itself comes last, so that a longer one wins.
+        return f"(?:{choice(branches)}|{guards[prefix]})" if branches else guards[prefix]
 
     return render(root, "")
 
 
-def _ends_in_word(text: str) -> bool:
-    return text[-1].isalnum() or not text[-1].isascii()
+def choice(branches: Mapping[str, str]) -> str:
+    """Return alternatives, of which at most one can match: by the first character.
 
+    An expression tries its alternatives one after the other, and at most places of a text dozens in vain.
+    So many alternatives are divided, and each part first asks whether the next character is one of its own.
 
-def phrase_guard(text: str) -> str:
-    """Return the assertion behind a phrase of chunks: what must (not) follow, by its last character.
-
-    The choice is deliberately narrow (a refused phrase only saves nothing): no letter, mark, number
-    or apostrophe after a word, and only a space or the end after punctuation, since many split
-    expressions join punctuation with what follows.
+    Args:
+        branches: First character to the expression for what begins with it.
     """
-    return r"(?![\p{L}\p{M}\p{N}'’])" if _ends_in_word(text) else r"(?= |\z)"
-
-
-def phrase_probes(text: str) -> list[str]:
-    """Return continuations that `phrase_guard` lets pass, to be tried on the real tokenizer."""
-    spaces = ["", " ", " x", "  x", " 1", " .", "   "]
-    if not _ends_in_word(text):
-        return spaces
-    marks = ["\n", "\r\n", "\t", "\n\n  x", "\u3000x", "\u00a0x", "_", "€", "😀", "\u200dx", "\x00"]
-    signs = ".,;:!?()[]{}<>-/\\*&%$#@=+|~^`\"—“”…"
-    return [*spaces, *marks, *(sign + rest for sign in signs for rest in ("", "x", " x", "\n"))]
+    if len(branches) <= MAX_BRANCHES:
+        return "|".join(branches.values())
+    firsts = list(branches)
+    size = math.ceil(len(firsts) / MAX_BRANCHES)
+    parts = [firsts[at : at + size] for at in range(0, len(firsts), size)]
+    return "|".join(f"(?={character_class(part)})(?:{choice({first: branches[first] for first in part})})"
+                    for part in parts)  # fmt: skip
 
 
 def whole_text_guards(
@@ -162,26 +175,33 @@ def whole_text_guards(
     stays = rf"(?={known}|\z)" if known else ""
     ends = {}
     for key in keys:
-        guard = _refuse_following(key, hazards[key].right) + _refuse_before(key, before[key] - shared[key[0]])
+        guard = _refuse_following(key, hazards[key].right, known) + _refuse_before(key, before[key] - shared[key[0]])
         ends[key] = guard + stays
     starts = {}
     for first, characters in shared.items():
         # A string that begins inside a word would stand for something else there.
-        parts = [character_class(characters), WORD_CHARACTER if first.isalnum() else "", known and f"[^{known}]"]
+        parts = [character_class(characters), WORD_CHARACTER if _in_word(first) else "", known and f"[^{known}]"]
         refused = "|".join(part for part in parts if part)
         starts[first] = f"(?<!{refused})" if refused else ""
     return ends, starts
 
 
-def _refuse_following(key: str, hazards: Iterable[str]) -> str:
-    in_word = key[-1].isalnum()
+def _refuse_following(key: str, hazards: Iterable[str], known: str) -> str:
+    # Characters that the model deletes may stand between those of a hazard.
+    between = f"[^{known}]*+" if known else ""
+    in_word = _in_word(key[-1])
     # WORD_CHARACTER covers the ASCII ones; for others the two Unicode tables might disagree.
     rest = {text for text in hazards if not (in_word and text[0].isascii() and text[0].isalnum())}
     minimal = {text for text in rest if not any(text[:n] in rest for n in range(1, len(text)))}
     singles = character_class(text for text in minimal if len(text) == 1)
-    longer = sorted(escape(text) for text in minimal if len(text) > 1)
+    longer = sorted(between.join(map(escape, text)) for text in minimal if len(text) > 1)
     parts = [part for part in (WORD_CHARACTER if in_word else "", singles, *longer) if part]
     return f"(?!{'|'.join(parts)})" if parts else ""
+
+
+def _in_word(character: str) -> bool:
+    """Tell whether a character belongs to a word that only a space or a sign ends."""
+    return character.isalnum() and not holds_spaceless(character)
 
 
 def _refuse_before(key: str, characters: Iterable[str]) -> str:

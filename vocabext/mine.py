@@ -124,6 +124,9 @@ def mine(
         raise UsageError(f"--budget is {config.budget}, but only {len(kept)} tokens that occur at least "
                          f"{config.min_count} times can be made; lower --budget to {len(kept)}, lower --min-count, "
                          "or give more text")
+    if not kept:
+        raise UsageError(f"none of the {len(candidates)} frequent runs of this corpus can be a token that occurs "
+                         f"{config.min_count} times; give more text, or lower --min-count")
     kept = kept[: config.budget or _knee([token.saved for token in kept])]
     tokens, expanded_tokens = _measure(texts, base, kept, progress)
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
@@ -369,7 +372,7 @@ def _choose(
 
 
 def _text(run: Sequence[int], base: BaseTokenizer) -> str:
-    return base.key_text("".join(base.backend.id_to_token(i) or "" for i in run))
+    return base.key_text(base.scheme.spelling(run).decode(errors="replace"))
 
 
 def _as_token(run: tuple[int, ...], base: BaseTokenizer, config: MineConfig) -> NewToken:

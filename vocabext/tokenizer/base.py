@@ -14,6 +14,7 @@ from vocabext.expansion import Expansion
 from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
 from vocabext.tokenizer.scheme import SPACE_MARK, SUPPORTED, Scheme, Units, steps_of
+from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class BaseTokenizer(_Encoder):
         """
         super().__init__(plain_backend(hf), hf)
         self.scheme = scheme_of(self.backend)
+        self.backend = self.scheme.backend
         self._made: dict[str, NewToken] = {}
 
     @property
@@ -194,6 +196,13 @@ def scheme_of(backend: Tokenizer) -> Scheme:
     """
     spec: dict[str, Any] = json.loads(backend.to_str())
     model = spec["model"]
+    if model["type"] == "Unigram":
+        if any((score * FINEST_SCALE) % 1 for _, score in model["vocab"]):
+            # Readers of tokenizer.json get some scores wrong in the last bit, another one at every reading. Only cuts
+            # with equal totals (a row of one sign) depend on that bit; the extension decides them by rule.
+            spec = exact_scores(spec)
+            backend = Tokenizer.from_str(json.dumps(spec))
+        return UnigramScheme(backend, spec)
     if model["type"] != "BPE":
         raise TokenizerError(f"this is a {model['type']} tokenizer; supported are {SUPPORTED}")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers
 
-from vocabext.boundaries import MergeTable, prefix_tree
+from vocabext.boundaries import MergeTable, holds_spaceless, prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
-from vocabext.tokenizer.inner import edges_of, holds_inner, inner_step, is_inner
+from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import SUPPORTED, Units, copy_of, split_step, steps_of, with_new_entries
 
@@ -265,7 +265,7 @@ def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, 
 def _spaceless_starts(encoding: Encoding, text: str) -> npt.NDArray[np.bool_]:
     """Tell for each token whether it begins at a character of a script without spaces, behind another one."""
     starts = np.zeros(len(encoding.ids), np.bool_)
-    if not holds_inner(text):
+    if not holds_spaceless(text):
         return starts
     inner = np.fromiter((is_inner(character) for character in text), np.bool_, len(text))
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)

@@ -6,20 +6,15 @@ Inside a chunk BPE sees everything at once, as it does with whole texts, and the
 """
 
 import codecs
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from vocabext.boundaries import MergeTable, character_class, escape, prefix_tree
+from vocabext.boundaries import SPACELESS, MergeTable, character_class, escape, holds_spaceless, prefix_tree
 from vocabext.tokenizer.scheme import split_step
 
-# Hiragana and Katakana; Han, with its extensions.
-SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_ONLY = re.compile(f"[{SPACELESS}]+")
-_ANY = re.compile(f"[{SPACELESS}]")
-FIRST = r"(?=[\x{3040}-\x{30FF}\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{3FFFF}])"
+FIRST = f"(?=[{SPACELESS}])"
 # The alphabet of byte-level BPE: printable bytes are themselves, the others are numbered from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(b): b for b in _PRINTABLE}
@@ -28,20 +23,15 @@ _BYTES |= {chr(0x100 + i): b for i, b in enumerate(b for b in range(0x100) if b 
 
 def is_inner(text: str) -> bool:
     """Tell whether a text is a word that may stand inside a run of letters."""
-    return bool(_ONLY.fullmatch(text)) and text.isalpha()
-
-
-def holds_inner(text: str) -> bool:
-    """Tell whether a text has a letter of a script without spaces."""
-    return bool(_ANY.search(text))
+    return text.isalpha() and all(holds_spaceless(character) for character in text)
 
 
 def edges_of(key: str) -> tuple[bool, bool]:
     """Tell whether an entry may begin, and may end, with such a letter; parts of a character may."""
     data = bytes(_BYTES.get(c, 0) for c in key)
     whole = data.decode(errors="ignore")
-    lead = data[:1] >= b"\xe3" if not whole or not data.startswith(whole[0].encode()) else holds_inner(whole[0])
-    tail = data[-1:] >= b"\x80" if not whole or not data.endswith(whole[-1].encode()) else holds_inner(whole[-1])
+    lead = data[:1] >= b"\xe3" if not whole or not data.startswith(whole[0].encode()) else holds_spaceless(whole[0])
+    tail = data[-1:] >= b"\x80" if not whole or not data.endswith(whole[-1].encode()) else holds_spaceless(whole[-1])
     return lead, tail
 
 
@@ -59,7 +49,7 @@ def inner_step(words: Sequence[str], whole: Iterable[str], table: MergeTable) ->
     guards = {word: guard for word in words if (guard := inner_guard(word, table)) is not None}
     if not guards:
         return None
-    kept = [text for text in whole if holds_inner(text)]
+    kept = [text for text in whole if holds_spaceless(text)]
     stays = rf"\A{prefix_tree(dict.fromkeys(kept, ''))}\z|" if kept else ""
     return split_step(stays + FIRST + prefix_tree(guards))
 

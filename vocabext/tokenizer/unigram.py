@@ -38,7 +38,7 @@ from vocabext.tokenizer.whole_text import never_cuts
 UNKNOWN_PENALTY = 10
 # Totals must be exact for chunks of this many characters.
 MAX_CHUNK = 2**20
-# Scores that are not stored with 24 bits are rounded to multiples of 2**-24 by `exact_scores`.
+# `exact_scores` rounds to multiples of 2**-24: nothing where a score above 1/2 is stored with 24 bits.
 FINEST_SCALE = 2**24
 BYTE_LEVEL_SPACE = "\u0120"
 
@@ -252,15 +252,18 @@ class UnigramScheme(Scheme):
 def exact_scores(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the specification of a Unigram tokenizer with its scores as whole numbers.
 
-    Where scores have more bits than SentencePiece stores, totals are rounded, and ties between cuts with the
-    same pieces in another order are decided by the rounding. Afterwards they are decided by the rule.
+    Where scores have more bits than SentencePiece stores, or were misread, totals are rounded, and the rounding
+    decides between cuts with the same pieces in another order (`----` + `--`). Afterwards the rule decides.
 
     Args:
         spec: The content of tokenizer.json; not modified.
     """
     model = spec["model"]
-    scores = [round(score * FINEST_SCALE) for _, score in model["vocab"]]
-    whole = _WholeScores([entry for entry, _ in model["vocab"]], scores, FINEST_SCALE)
+    lowest, scale = min(score for _, score in model["vocab"]), FINEST_SCALE
+    while (UNKNOWN_PENALTY - lowest) * scale * MAX_CHUNK > 2**50:
+        scale //= 2
+    scores = [round(score * scale) for _, score in model["vocab"]]
+    whole = _WholeScores([entry for entry, _ in model["vocab"]], scores, scale)
     return {**spec, "model": {**model, "vocab": whole.vocabulary([], {})}}
 
 
@@ -281,7 +284,8 @@ class _WholeScores:
         self.known_raise = min(singles) - 2 * worst + 8 * UNKNOWN_PENALTY
         if max(-worst, best, self.known_raise + best) * MAX_CHUNK > 2**53:
             raise TokenizerError(f"the scores of this Unigram tokenizer go down to {min(scores) / scale:g} in steps of "
-                                 f"1/{scale}; sums of them are rounded, so it cannot be extended safely")
+                                 f"1/{scale}; sums of them are rounded, and the rounding decides between equal cuts; "
+                                 "make it exact with vocabext.tokenizer.unigram.exact_scores first")
 
     def vocabulary(self, fillers: Sequence[str], keys: Mapping[str, int]) -> list[tuple[str, float]]:
         """Return all entries with their raised scores.

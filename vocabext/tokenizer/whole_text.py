@@ -4,7 +4,6 @@ BPE may merge across any place, so a new string is cut out only where no merge c
 edges; `vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from vocabext.boundaries import MergeTable, prefix_tree, whole_text_guards
-from vocabext.errors import TokenizerError
+from vocabext.boundaries import SPACELESS, MergeTable, choice, holds_spaceless, prefix_tree, whole_text_guards
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
-from vocabext.tokenizer.scheme import SPACE_MARK, is_byte_token, split_step, steps_of, with_new_entries
+from vocabext.tokenizer.scheme import SPACE_MARK, copy_of, is_byte_token, split_step, steps_of, with_new_entries
+
+# A run of letters of a script with spaces, taken whole.
+LETTERS = rf"[\p{{L}}&&[^{SPACELESS}]]++"
 
 
 class WholeTextScheme(BpeScheme):
@@ -54,32 +55,27 @@ class WholeTextScheme(BpeScheme):
         return key.replace(SPACE_MARK, " ")
 
     def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
-        """Refuse what a token cannot consist of."""
-        if not text.strip():
-            raise TokenizerError(f"{text!r} is only spaces")
+        """Accept what is left: the assertions around a string keep its neighbours away."""
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
-        """A unit begins wherever two tokens do not meet inside a word."""
+        """A unit begins wherever two tokens do not meet inside a word, or inside a character."""
         ids = np.asarray(encoding.ids, np.int64)
         starts = np.ones(len(ids), np.bool_)
-        joins_left, joins_right = self._word_edges
-        starts[1:] = ~(joins_right[ids[:-1]] & joins_left[ids[1:]])
+        joins_left, joins_right, inside = self._edges
+        starts[1:] = ~(joins_right[ids[:-1]] & joins_left[ids[1:]]) & ~inside[ids[1:]]
         return starts
 
     @cached_property
-    def _word_edges(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """For each id: does it begin, and does it end, with a letter, mark or number?"""
-        left, right = np.zeros(self.num_used_ids, np.bool_), np.zeros(self.num_used_ids, np.bool_)
+    def _edges(self) -> npt.NDArray[np.bool_]:
+        """For each id, (3, V): begins with a letter or number; ends with one; begins inside a character."""
+        edges = np.zeros((3, self.num_used_ids), np.bool_)
         for token, i in self.vocabulary.items():
-            left[i], right[i] = token[:1].isalnum(), token[-1:].isalnum()
-        left[self.barrier_ids] = right[self.barrier_ids] = False
-        return left, right
-
-    @property
-    def unknown_ids(self) -> list[int]:
-        """The unknown token, and the bytes of characters outside the vocabulary."""
-        fallback = [i for token, i in self.vocabulary.items() if is_byte_token(token)] if self.byte_fallback else []
-        return [*super().unknown_ids, *fallback]
+            if self.byte_fallback and is_byte_token(token):
+                edges[2, i] = 0x80 <= int(token[3:5], 16) < 0xC0
+            else:
+                edges[:2, i] = [c.isalnum() and not holds_spaceless(c) for c in (token[:1], token[-1:])]
+        edges[:2, self.barrier_ids] = False
+        return edges
 
     @property
     def drops_unknown(self) -> bool:
@@ -97,21 +93,45 @@ class WholeTextScheme(BpeScheme):
 
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
-        spec = copy.deepcopy(self.spec)
+        spec = copy_of(self.spec)
+        unreachable = self.unreachable  # also where there are no tokens: looking at it raises an error if need be
+        if not tokens:
+            return spec
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
-        steps = list(steps_of(self.spec["pre_tokenizer"]))
-        steps += [split_step(self._expression(tokens))] if tokens else []
-        steps += [split_step(_protection(self.unreachable))] if self.unreachable else []
+        table = MergeTable(merges_of(self.spec), self.vocabulary)
+        ends, starts = whole_text_guards([t.key for t in tokens], table, drops_unknown=self.drops_unknown)
+        steps = [*steps_of(self.spec["pre_tokenizer"]), split_step(chunk_expression(ends, starts, table))]
+        steps += [split_step(_protection(unreachable))] if unreachable else []
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
         return spec
 
-    def _expression(self, tokens: Sequence[NewToken]) -> str:
-        table = MergeTable(merges_of(self.spec), self.vocabulary)
-        ends, starts = whole_text_guards([t.key for t in tokens], table, drops_unknown=self.drops_unknown)
-        trees = []
-        for first, guard in starts.items():
-            trees.append(guard + prefix_tree({key: end for key, end in ends.items() if key[0] == first}))
-        return "|".join(trees)
+
+def chunk_expression(ends: Mapping[str, str], starts: Mapping[str, str], table: MergeTable) -> str:
+    """Return an expression whose matches cover a text: the new strings, and all that is between two of them.
+
+    Trying thousands of strings at every character would make the tokenizer several times slower. So the text
+    between is swallowed in steps: inside a run of letters no new string begins, those that begin with a space
+    are tried only where one is, and the others only behind the first letters of a word.
+
+    Args:
+        ends: New strings, as the model spells them, to the assertion that must hold at their end.
+        starts: Their first characters to the assertion in front.
+        table: The base merges.
+    """
+    trees = {first: guard + prefix_tree({key: end for key, end in ends.items() if key[0] == first})
+             for first, guard in starts.items()}  # fmt: skip
+    spaced = trees.pop(SPACE_MARK, "")
+    other = choice(dict(sorted(trees.items())))
+    new = "|".join(filter(None, [spaced, other]))
+    unit = rf"(?:{LETTERS}|[^{SPACE_MARK}])"
+    inside = f"(?=[^{SPACE_MARK}])(?!{other})" if other else ""
+    rest = f"(?:{inside}{unit})*+"
+    # Hardly any string without a space stands behind one: a merge would take that space.
+    behind = [key for key in ends if key[0] != SPACE_MARK
+              and not any(left.endswith(SPACE_MARK) for left in table.hazards(key).left)]  # fmt: skip
+    first = "|".join(starts[key[0]] + prefix_tree({key: ends[key]}) for key in behind)
+    word = f"{SPACE_MARK}++{f'(?!{first})' if first else ''}{unit}{rest}|{unit}{rest}|{SPACE_MARK}++"
+    return f"{new}|(?:{word})(?:(?!{new})(?:{word}))*+"
 
 
 def never_cuts(step: dict[str, Any]) -> bool:
