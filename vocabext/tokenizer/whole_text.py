@@ -118,10 +118,9 @@ def chunk_expression(ends: Mapping[str, str], starts: Mapping[str, str], table: 
         starts: Their first characters to the assertion in front.
         table: The base merges.
     """
-    trees = {first: guard + prefix_tree({key: end for key, end in ends.items() if key[0] == first})
-             for first, guard in starts.items()}  # fmt: skip
+    trees = _trees(ends, starts)
     spaced = trees.pop(SPACE_MARK, "")
-    other = choice(dict(sorted(trees.items())))
+    other = choice(trees)
     new = "|".join(filter(None, [spaced, other]))
     unit = rf"(?:{LETTERS}|[^{SPACE_MARK}])"
     inside = f"(?=[^{SPACE_MARK}])(?!{other})" if other else ""
@@ -129,9 +128,17 @@ def chunk_expression(ends: Mapping[str, str], starts: Mapping[str, str], table: 
     # Hardly any string without a space stands behind one: a merge would take that space.
     behind = [key for key in ends if key[0] != SPACE_MARK
               and not any(left.endswith(SPACE_MARK) for left in table.hazards(key).left)]  # fmt: skip
-    first = "|".join(starts[key[0]] + prefix_tree({key: ends[key]}) for key in behind)
+    first = choice(_trees({key: ends[key] for key in behind}, starts))
     word = f"{SPACE_MARK}++{f'(?!{first})' if first else ''}{unit}{rest}|{unit}{rest}|{SPACE_MARK}++"
     return f"{new}|(?:{word})(?:(?!{new})(?:{word}))*+"
+
+
+def _trees(ends: Mapping[str, str], starts: Mapping[str, str]) -> dict[str, str]:
+    """Return an expression per first character for the strings that begin with it."""
+    groups: dict[str, dict[str, str]] = {}
+    for key in sorted(ends):
+        groups.setdefault(key[0], {})[key] = ends[key]
+    return {first: starts[first] + prefix_tree(group) for first, group in groups.items()}
 
 
 def never_cuts(step: dict[str, Any]) -> bool:

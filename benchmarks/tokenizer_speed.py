@@ -1,0 +1,184 @@
+"""Encode the same text with a tokenizer and with its extensions, in turns; print how much slower they are.
+
+    python benchmarks/tokenizer_speed.py [--tokenizers PATH...] [--corpora PATH...] [--tokens 1000 10000] [-o FILE]
+
+A tokenizer is a folder or a .tar.gz of one; the default is all of $VOCABEXT_ASSETS (../shared/assets). Tokens are
+mined once per tokenizer from all corpora, and each corpus is then encoded by every tokenizer in turns, text by
+text and as one batch. Besides the corpora there is generated text of other scripts, `scripts`, words drawn from
+Unicode blocks. A ratio is the median over the turns of seconds of the extension over seconds of the base; above
+1 is slower. Alternatives to the extension, on the first tokenizer, come with the share of documents in which
+they break the invariant.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizer_lengths import ASSETS, _short, _unpacked, write
+from tokenizers import Tokenizer
+
+from vocabext.config import MineConfig
+from vocabext.corpus import read_documents
+from vocabext.errors import TokenizerError
+from vocabext.mine import mine
+from vocabext.records import Document, NewToken, write_json
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
+
+HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
+# First and last letter of scripts that are written with spaces, and of two that are not.
+BLOCKS = ((0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x905, 0x939), (0xAC00, 0xB000),
+          (0x4E00, 0x5200), (0x30A2, 0x30ED))  # fmt: skip
+
+
+def main() -> None:
+    """Measure every tokenizer."""
+    arguments = _parse()
+    corpora = {_short(path): _texts(path, arguments.bytes) for path in arguments.corpora}
+    corpora["scripts"] = other_scripts(arguments.bytes)
+    rows: list[dict[str, Any]] = []
+    write("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    for number, path in enumerate(arguments.tokenizers):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                base = load_tokenizer(_unpacked(path, Path(folder)))
+            except TokenizerError as error:
+                write(f"| {_short(path)} | refused: {error} |")
+                continue
+        tokens = _mined(base, corpora, max(arguments.tokens))
+        for count in arguments.tokens:
+            new = extend(base, tokens[:count])
+            for name, texts in corpora.items():
+                rows.append({"tokenizer": _short(path), "tokens": len(new.tokens), "text": name,
+                             **compare(base, new.backend, texts, arguments.turns),
+                             "new_share": _new_share(new, texts)})  # fmt: skip
+                write(_line(rows[-1]))
+            rows.append({"tokenizer": _short(path), "tokens": len(new.tokens), "text": "loading", **loading(base, new)})
+            write(f"| {_short(path)} | {len(new.tokens):,} | loading | {rows[-1]['base_seconds']:.2f} s "
+                  f"| {rows[-1]['ratio']:.2f} | | | |")
+        if number == 0:
+            rows += alternatives(base, tokens[: min(arguments.tokens)], corpora, arguments.turns)
+    if arguments.output:
+        write_json(arguments.output, {"rows": rows, "turns": arguments.turns, "bytes": arguments.bytes})
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizers", type=Path, nargs="+", help="folders or .tar.gz archives")
+    parser.add_argument("--corpora", type=Path, nargs="+", help="files with text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 10_000], help="how many new tokens")
+    parser.add_argument("--bytes", type=int, default=300_000, help="how much of each corpus")
+    parser.add_argument("--turns", type=int, default=5, help="how often each tokenizer encodes it")
+    parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
+    arguments = parser.parse_args()
+    arguments.tokenizers = arguments.tokenizers or sorted((ASSETS / "tokenizers").glob("*"))
+    arguments.corpora = arguments.corpora or sorted((ASSETS / "corpora").glob("*.jsonl.gz"))
+    if not arguments.tokenizers:
+        parser.error(f"there is nothing to measure in {ASSETS}; give --tokenizers")
+    return arguments
+
+
+def _texts(path: Path, num_bytes: int) -> list[str]:
+    lengths = itertools.accumulate(len(d.text.encode()) for d in read_documents([str(path)]))
+    count = sum(1 for _ in itertools.takewhile(lambda length: length < num_bytes, lengths)) + 1
+    return [document.text for document in itertools.islice(read_documents([str(path)]), count)]
+
+
+def other_scripts(num_bytes: int) -> list[str]:
+    """Generate texts of words from a small vocabulary per script, frequent ones more often."""
+    rng = random.Random(0)
+    texts = []
+    while sum(len(text.encode()) for text in texts) < num_bytes:
+        first, last = BLOCKS[len(texts) % len(BLOCKS)]
+        words = ["".join(chr(rng.randint(first, last)) for _ in range(rng.randint(2, 8))) for _ in range(200)]
+        space = "" if first in (0x4E00, 0x30A2) else " "
+        texts.append(space.join(words[int(200 * rng.random() ** 3)] for _ in range(300)))
+    return texts
+
+
+def _mined(base: BaseTokenizer, corpora: dict[str, list[str]], count: int) -> Sequence[NewToken]:
+    documents = [Document(f"{name} {i}", text) for name, texts in corpora.items() for i, text in enumerate(texts)]
+    return mine(documents, base, MineConfig(budget=count, min_count=2), at_most=True).tokens
+
+
+def compare(base: BaseTokenizer, other: Tokenizer, texts: Sequence[str], turns: int) -> dict[str, float]:
+    """Encode in turns; returns speeds of the base in bytes per second, and median ratios of seconds."""
+    def single(backend: Tokenizer) -> None:
+        for text in texts:
+            backend.encode(text, add_special_tokens=False)
+
+    def batch(backend: Tokenizer) -> None:
+        backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+    found: dict[str, float] = {}
+    num_bytes = sum(len(text.encode()) for text in texts)
+    for name, encode in (("single", single), ("batch", batch)):
+        encode(base.backend), encode(other)  # both have seen the words once
+        pairs = [(_seconds(encode, base.backend), _seconds(encode, other)) for _ in range(turns)]
+        found[f"{name}_bytes_per_second"] = num_bytes / statistics.median(old for old, _ in pairs)
+        found[f"{name}_ratio"] = statistics.median(new / old for old, new in pairs)
+    return found
+
+
+def _seconds(function: Callable[[Tokenizer], None], backend: Tokenizer) -> float:
+    began = time.perf_counter()
+    function(backend)
+    return time.perf_counter() - began
+
+
+def _new_share(new: ExpandedTokenizer, texts: Sequence[str]) -> float:
+    ids = [i for row in new.encode_batch(texts) for i in row]
+    return float(new.expansion.is_new(ids).mean())
+
+
+def loading(base: BaseTokenizer, new: ExpandedTokenizer) -> dict[str, float]:
+    """Time the reading of both specifications, in turns."""
+    old_text, new_text = base.backend.to_str(), new.backend.to_str()
+    pairs = []
+    for _ in range(3):
+        began = time.perf_counter()
+        Tokenizer.from_str(old_text)
+        middle = time.perf_counter()
+        Tokenizer.from_str(new_text)
+        pairs.append((middle - began, time.perf_counter() - middle))
+    return {"base_seconds": statistics.median(old for old, _ in pairs),
+            "ratio": statistics.median(new / old for old, new in pairs)}  # fmt: skip
+
+
+def alternatives(
+    base: BaseTokenizer, tokens: Sequence[NewToken], corpora: dict[str, list[str]], turns: int
+) -> list[dict[str, Any]]:
+    """Measure other ways to add the same tokens, and how often they change other text."""
+    added = Tokenizer.from_str(base.backend.to_str())
+    added.add_tokens([token.token for token in tokens])
+    ways = {"AddedToken": ExpandedTokenizer(added, base.hf, extend(base, tokens).expansion)}
+    rows = []
+    for name, new in ways.items():
+        for text, texts in corpora.items():
+            broken = sum(not _holds(base, new, document) for document in texts) / len(texts)
+            rows.append({"tokenizer": name, "tokens": len(tokens), "text": text,
+                         **compare(base, new.backend, texts, turns), "broken_documents": broken})  # fmt: skip
+            write(_line(rows[-1]) + f" broken in {broken:.0%} of the documents")
+    return rows
+
+
+def _holds(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> bool:
+    try:
+        return bool(new.expansion.unmerge(new.encode(text)).tolist() == base.encode(text))
+    except ValueError:
+        return False
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (f"| {row['tokenizer']} | {row['tokens']:,} | {row['text']} | {row['single_bytes_per_second'] / 1e6:.2f} "
+            f"| {row['single_ratio']:.2f} | {row['batch_bytes_per_second'] / 1e6:.2f} | {row['batch_ratio']:.2f} "
+            f"| {row.get('new_share', float('nan')):.0%} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
