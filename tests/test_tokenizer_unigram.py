@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AlbertTokenizer, AutoTokenizer, T5Tokenizer, XLMRobertaTokenizer
 
-from vocabext.boundaries import prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.records import NewToken
 from vocabext.tokenizer.lattice import Lattice
-from vocabext.tokenizer.search_tree import search_tree
 from vocabext.tokenizer.unigram import AT_MARKS, AT_SPACES, OTHERWISE, WHOLE, UnigramScheme, exact_scores
 
 MARK = "▁"
@@ -471,14 +469,6 @@ def test_spaces_are_the_same_to_the_expression_and_to_the_library() -> None:
 def test_a_text_without_phrases_is_split_as_before(name: str, text: str) -> None:
     pair = pair_of(name)
     assert pair.new.pre_tokenizer.pre_tokenize_str(text) == pair.base.pre_tokenizer.pre_tokenize_str(text)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sets(st.text("abcdef .", min_size=1, max_size=5), min_size=1, max_size=30), st.text("abcdef .", max_size=30))
-def test_the_search_tree_finds_what_the_prefix_tree_finds(strings: set[str], text: str) -> None:
-    plain = pre_tokenizers.Split(Regex(prefix_tree(dict.fromkeys(strings, ""))), "isolated")
-    assert pre_tokenizers.Split(Regex(search_tree(strings)), "isolated").pre_tokenize_str(text) == \
-        plain.pre_tokenize_str(text)  # fmt: skip
 
 
 # ---- mining --------------------------------------------------------------------------------------

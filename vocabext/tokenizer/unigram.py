@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, decoders
 
+from vocabext.boundaries import prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.lattice import Lattice
 from vocabext.tokenizer.scheme import SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
-from vocabext.tokenizer.search_tree import search_tree
 from vocabext.tokenizer.whole_text import never_cuts
 
 # How far below the lowest score the tokenizers library puts unknown characters.
@@ -161,14 +161,13 @@ class UnigramScheme(Scheme):
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
         if self.splitting != WHOLE and not all(piece[0] == SPACE_MARK for piece in pieces):
             raise TokenizerError(f"{text!r} is a phrase that does not begin with a space")
-        if crossing := self._over_marks:
+        shown = self.splitting == WHOLE and not _has_metaspace(self.spec["decoder"])
+        if not shown and (crossing := self._over_marks):
             raise TokenizerError(f"{text!r} is a phrase, and the entry {crossing!r} of this tokenizer crosses spaces")
 
     @cached_property
     def _over_marks(self) -> str | None:
-        """An entry that could match across the words of a phrase, or that shows inner marks when decoded."""
-        if self.splitting == WHOLE and not _has_metaspace(self.spec["decoder"]):
-            return None
+        """An entry with a mark inside: it could match across the words of a phrase."""
         return next((entry for entry in self.vocabulary if SPACE_MARK in entry[1:]), None)
 
     def _cuts(self, run: tuple[int, ...]) -> list[int]:
@@ -217,12 +216,15 @@ class UnigramScheme(Scheme):
         """Return the specification of the tokenizer with the new tokens."""
         fillers = self._fillers()
         keys = {token.key: self._lattice.floor(token.key) for token in tokens}
-        phrases = [token for token in tokens if SPACE_MARK in token.key[1:]]
         spec = {**self.spec, "model": {**self.spec["model"], "vocab": self._totals.vocabulary(fillers, keys)}}
+        phrases = [token for token in tokens if SPACE_MARK in token.key[1:]]
         if phrases:
             spec["decoder"] = _with_inner_marks(self.spec["decoder"])
-        if phrases and self.splitting != WHOLE:
-            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": self._steps_with(phrases)}
+        # On whole texts only the decoder needs a change. But chunks that come again and again are remembered,
+        # which saves half of the time where phrases are frequent.
+        joined = [token for token in phrases if token.key[0] == SPACE_MARK]
+        if joined and not self._over_marks:
+            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": self._steps_with(joined)}
         return spec
 
     def _fillers(self) -> list[str]:
@@ -240,13 +242,13 @@ class UnigramScheme(Scheme):
     def _steps_with(self, phrases: Sequence[NewToken]) -> list[dict[str, Any]]:
         """Return the splitting steps, with phrases kept in one chunk together with what sticks to their ends."""
         steps = list(steps_of(self.spec["pre_tokenizer"]))
-        metaspace = {**steps[-1], "split": False}
+        if self.splitting == AT_SPACES:
+            words = split_step(rf"{_tree(token.token[1:] for token in phrases)}[^\s▁]*+|▁?[^\s▁]++|▁")
+            return [{**words, "behavior": "Removed", "invert": True}, {**steps[-1], "split": False}]
+        found = f"{_tree(token.key for token in phrases)}[^▁]*+"
         if self.splitting == AT_MARKS:
-            tree = search_tree(token.key for token in phrases)
-            return [metaspace, split_step(f"{tree}[^{SPACE_MARK}]*+|{SPACE_MARK}[^{SPACE_MARK}]*+|[^{SPACE_MARK}]++")]
-        tree = search_tree(token.token[1:] for token in phrases)
-        words = split_step(rf"{tree}[^\s{SPACE_MARK}]*+|{SPACE_MARK}?[^\s{SPACE_MARK}]++|{SPACE_MARK}")
-        return [{**words, "behavior": "Removed", "invert": True}, metaspace]
+            return [{**steps[-1], "split": False}, split_step(f"{found}|▁[^▁]*+|[^▁]++")]
+        return [*steps, split_step(found)]
 
 
 def exact_scores(spec: dict[str, Any]) -> dict[str, Any]:
@@ -325,6 +327,10 @@ def _splitting(steps: Sequence[dict[str, Any]]) -> str:
         if [step["type"] for step in before] == ["WhitespaceSplit"] and last["prepend_scheme"] == "always":
             return AT_SPACES
     return OTHERWISE
+
+
+def _tree(strings: Iterable[str]) -> str:
+    return prefix_tree(dict.fromkeys(strings, ""))
 
 
 def _sort(character: str) -> int:
