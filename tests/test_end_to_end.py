@@ -56,7 +56,7 @@ def test_the_expanded_model_is_verified_and_answers_in_vllm(expanded: Path, tmp_
     _, _, header = load_rows(expanded.parent / f"{expanded.name}-work" / "rows.safetensors")
     assert expansion.num_new == NUM_TOKENS - len(header["left_out"]) > NUM_TOKENS / 2
     base = load_tokenizer(MODEL)
-    text = "This function" + "".join(token.token for token in expansion.tokens[:8]) + " returns"
+    text = " then x".join(token.token for token in expansion.tokens[:20])
     with vllm_server(expanded, tmp_path / "server.log", served_name="expanded") as server:
         wait_until_ready([server])
         ids = post(f"{server.url}/tokenize", {"model": "expanded", "prompt": text})["tokens"]
