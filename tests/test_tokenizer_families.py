@@ -403,6 +403,10 @@ def test_a_base_that_looks_up_whole_texts_is_refused() -> None:
         BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
 
 
+def test_rounded_scores_are_said() -> None:
+    assert "its scores are rounded to 2^-24" in family_base("t5").describe()
+
+
 def test_a_replacement_character_is_refused() -> None:
     # A stream of tokens holds text that ends in one back, waiting for the rest of a character.
     with pytest.raises(TokenizerError, match="contains the character that stands for broken text"):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
     """Return a copy of the fast tokenizer inside one of transformers, without padding and truncation."""
     backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
+    backend.model = hf.backend_tokenizer.model  # reading the scores of a Unigram model changes some in the last bit
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -201,7 +202,9 @@ def scheme_of(backend: Tokenizer) -> Scheme:
             # Readers of tokenizer.json get some scores wrong in the last bit, another one at every reading. Only cuts
             # with equal totals (a row of one sign) depend on that bit; the extension decides them by rule.
             spec = exact_scores(spec)
-            backend = Tokenizer.from_str(json.dumps(spec))
+            scheme = UnigramScheme(Tokenizer.from_str(json.dumps(spec)), spec)
+            scheme.description += " (its scores are rounded to 2^-24: rows of one sign may be cut otherwise)"
+            return scheme
         return UnigramScheme(backend, spec)
     if model["type"] != "BPE":
         raise TokenizerError(f"this is a {model['type']} tokenizer; supported are {SUPPORTED}")
