@@ -182,7 +182,12 @@ def test_a_row_that_training_makes_worse_stays_at_the_better_start(tmp_path: Pat
     folder, found = collected(tmp_path)
     model = frozen(layers=1)
     base = load_tokenizer(folder)
-    result = distill(found, model, DistillConfig(epochs=1, learning_rate=1e6), num_used_ids=base.num_used_ids)
+    # A tied model that is kept silent begins at the mean only.
+    config = DistillConfig(epochs=1, learning_rate=1e6)
+    silent = distill(found, model, config, num_used_ids=base.num_used_ids)
+    assert {report.method for report in silent.reports} == {"mean"}
+    config = DistillConfig(epochs=1, learning_rate=1e6, silence=0.0)
+    result = distill(found, model, config, num_used_ids=base.num_used_ids)
     assert {report.method for report in result.reports} == {"mean", "piece"}
     means = mean_rows(model.embedding_VD, [r.new_token for r in found])
     for report, row, mean, record in zip(result.reports, result.input_ND, means, found, strict=True):
