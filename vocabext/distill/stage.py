@@ -236,7 +236,8 @@ class _Work:
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
-        last_GD = self.last_piece_ND[group] if others_ND is None and self.background is None else None
+        loud = self.model.tied and self.config.silence > 0
+        last_GD = self.last_piece_ND[group] if others_ND is None and not loud else None
         fit = fit_rows(self.model, train, held_out, start_GD, self._objective(rounds, others_ND), generators, last_GD)
         if self.finished is not None:
             self.finished.save(name, fit)
