@@ -473,6 +473,16 @@ def test_places_without_spaces_are_compared_without_spaces(gpt2: tuple[Path, Pat
     assert behaviour.streaming_and_offsets(opened(*gpt2))
 
 
+def test_a_mark_stands_for_a_space_that_its_place_may_hold_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = opened(*expanded_pair(tmp_path, kind="t5", texts=[PHRASE, WORD, " theatre"], num_rows=1200))
+    assert behaviour.streaming_and_offsets(pair)
+    monkeypatch.setattr(behaviour, "_same_but_spaces", lambda *places: False)
+    with pytest.raises(FaultError, match=r"^token \d+ of '.*' stands at \(\d+, \d+\), its pieces at \(\d+, \d+\)$"):
+        behaviour.streaming_and_offsets(pair)
+
+
 def test_places_behind_a_character_that_vanishes_are_the_base_s_own_fault(tmp_path: Path) -> None:
     base, folder = expanded_pair(tmp_path, kind="crossing", texts=[WORD, " muscle"])
     pair = opened(base, folder)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_checkpoints import tiny_folder
-from tiny_tokenizers import KINDS, as_hf
+from tiny_tokenizers import KINDS, as_hf, family_base
 
 from vocabext.checkpoint import Rows, save_rows
 from vocabext.manifest import file_sha256
@@ -31,10 +31,10 @@ def new_tokens(folder: Path, texts: Sequence[str] = TOKENS) -> list[NewToken]:
 def expanded_pair(
     tmp_path: Path, *, texts: Sequence[str] = TOKENS, kind: str | None = None, **options: object
 ) -> tuple[Path, Path]:
-    """Make a base folder and an expanded one with mean-of-pieces rows; `kind` chooses another tiny tokenizer."""
+    """Make a base folder and an expanded one with mean-of-pieces rows; `kind` (or family) chooses another tokenizer."""
     base = tiny_folder(tmp_path / "base", **options)  # type: ignore[arg-type]
     if kind is not None:
-        as_hf(KINDS[kind]()).save_pretrained(base)
+        (as_hf(KINDS[kind]()) if kind in KINDS else family_base(kind).hf).save_pretrained(base)
     return base, patched(base, tmp_path, texts)
 
 
