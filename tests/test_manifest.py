@@ -13,6 +13,10 @@ from vocabext.manifest import (
     BaseRecord,
     FileRecord,
     Manifest,
+    Original,
+    Originals,
+    OverwrittenRows,
+    TensorRecord,
     file_sha256,
     has_manifest,
     library_versions,
@@ -29,7 +33,13 @@ def manifest() -> Manifest:
     return Manifest(
         base=BaseRecord("org/base", 300, 290, "c0", None, {"model.embed_tokens.weight": "e0"}),
         tokens=token_records(TOKENS, 290, [{"loss": 0.5}, {"loss": 0.25}]), method="mean", options={"seed": 0},
-        head_rows="tied", files=FileRecord(("README.md",), ("config.json",), {"a.bin": "pickled"}))
+        head_rows="tied", files=FileRecord(("README.md",), ("config.json",), {"a.bin": "pickled"}), untied=True,
+        tensors={"model.embed_tokens.weight": TensorRecord("embedding", "given", 300, 320, "model.safetensors")},
+        originals=Originals(
+            carried_over={"README.md": Original(5, "d0", "README.md")},
+            files={"config.json": Original(7, "d1", "vocabext_base/config.json.base")},
+            shards={"model.safetensors": Original(900, "d2", "vocabext_base/model.safetensors.header.base")},
+            rows={"model.embed_tokens.weight": OverwrittenRows(290, 2, 0, 64, "d3")}, lost={"a.bin": "pickled"}))
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -44,6 +54,7 @@ def test_a_manifest_survives_the_file(tmp_path: Path) -> None:
     found = read_manifest(tmp_path)
     assert has_manifest(tmp_path)
     assert (found.base, found.tokens, found.files) == (manifest().base, manifest().tokens, manifest().files)
+    assert (found.untied, found.tensors, found.originals) == (True, manifest().tensors, manifest().originals)
     assert found.vocabext_version == __version__
     assert found.created.endswith("+00:00")
     assert found.libraries == library_versions()
@@ -66,8 +77,27 @@ def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
         read_manifest(tmp_path / "missing")
 
 
+def test_a_manifest_of_version_1_is_read(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest())
+    edit(tmp_path, lambda document: [document.pop(key) for key in ("untied", "tensors", "originals")])
+    edit(tmp_path, lambda document: document.update(version=1))
+    found = read_manifest(tmp_path)
+    assert (found.untied, found.tensors, found.originals) == (False, {}, None)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "..\\b", ""])
+@pytest.mark.parametrize("part", ["carried_over", "files", "shards"])
+def test_originals_that_lie_elsewhere_are_refused(tmp_path: Path, path: str, part: str) -> None:
+    original = {"num_bytes": 1, "sha256": None, "stored": "x"}
+    for entry in ({path: original}, {"x": {**original, "stored": path}}):
+        write_manifest(tmp_path, manifest())
+        edit(tmp_path, lambda document, entry=entry: document["originals"][part].update(entry))
+        with pytest.raises(CheckpointError, match="leads out of the folder"):
+            read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(("change", "error"), [
-    (lambda document: document.update(version=99), "format version 99, this vocabext reads 1"),
+    (lambda document: document.update(version=99), "format version 99, this vocabext reads 2"),
     (lambda document: document.pop("base"), "is damaged"),
     (lambda document: document.update(tokens=[3]), "is damaged"),
     (lambda document: document.update(tokens=3), "is damaged"),

@@ -2,6 +2,22 @@
 
 The file lies in the new folder. With it, and with the base at hand, every claim about the folder can be
 checked again: the runs of the tokens, the rows that were kept, the files that were carried over.
+
+What it takes to get the base back, byte for byte and without the base, lies in the new folder as well.
+`Manifest.originals` says where, for every file that the base had (paths are relative, with `/`):
+
+    carried over     the file itself, under its own name: linked or copied, never changed
+    small file       vocabext_base/NAME.base, its bytes: config, index, tokenizer, whatever was changed or left out
+    rewritten shard  vocabext_base/NAME.header.base holds its first bytes, the eight of the length and the header.
+                     The tensors follow in the order of their offsets in that header, without gaps. Each has the
+                     bytes of the tensor of the same name in the new folder; a tensor with a row per token id has
+                     the first rows of it, as many as the old header says, with the rows in `OverwrittenRows` put
+                     back where they were
+    lost             not kept: other copies of the weights (pickles, GGUF, ONNX), caches, links to folders
+
+The suffix keeps any reader from taking an old file for a file of the model. A digest is that of the whole
+original file; it is None only for a carried-over shard, which is linked or copied without being looked into.
+An expanded base keeps its own vocabext.json and vocabext_base/ in this way too, one level further down.
 """
 
 import hashlib
@@ -10,7 +26,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vocabext import __version__
@@ -19,7 +35,11 @@ from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken, write_json
 
 MANIFEST_NAME = "vocabext.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 has neither `tensors` nor `originals`
+ORIGINALS_FOLDER = "vocabext_base"
+ORIGINAL_SUFFIX = ".base"
+ROWS_ORIGINAL = f"{ORIGINALS_FOLDER}/rows.bin{ORIGINAL_SUFFIX}"
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -86,6 +106,78 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class TensorRecord:
+    """A stored tensor whose first axis counts token ids.
+
+    Attributes:
+        role: `embedding`, `head`, `head bias`, or `per-layer embedding` and the like.
+        rows: Where its new rows come from, in words.
+        num_rows_before: Rows in the base; 0 for a head that was separated from its embedding (`--untie`).
+        num_rows: Rows in the new folder. Those behind the last new token are as in the base, or surplus.
+        file: Its shard, the same in base and new folder.
+    """
+
+    role: str
+    rows: str
+    num_rows_before: int
+    num_rows: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Original:
+    """One file of the base, and where its bytes are.
+
+    Attributes:
+        num_bytes: Its size in the base.
+        sha256: Digest of the whole file in the base; None if it was carried over without being read.
+        stored: Where its bytes (for a rewritten shard: its first bytes) lie in the new folder.
+    """
+
+    num_bytes: int
+    sha256: str | None
+    stored: str
+
+
+@dataclass(frozen=True)
+class OverwrittenRows:
+    """Rows of a base tensor that new tokens took; their old bytes are in the file `ROWS_ORIGINAL`.
+
+    Attributes:
+        first_row: The first of them.
+        num_rows: How many.
+        offset: Where their bytes begin in `ROWS_ORIGINAL`.
+        num_bytes: How many bytes they have there.
+        sha256: Digest of these bytes.
+    """
+
+    first_row: int
+    num_rows: int
+    offset: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Originals:
+    """All that is needed to restore the base's folder; see the module's text.
+
+    Attributes:
+        carried_over: Files that are in the new folder under their own name.
+        files: Files kept below `vocabext_base/`.
+        shards: Rewritten shards; `stored` holds the first bytes, the rest comes from the new shards.
+        rows: By stored tensor name, what new rows have overwritten in it.
+        lost: Files and folders (with a `/` behind the name) that are not kept, with the reason.
+    """
+
+    carried_over: dict[str, Original] = field(default_factory=dict)
+    files: dict[str, Original] = field(default_factory=dict)
+    shards: dict[str, Original] = field(default_factory=dict)
+    rows: dict[str, OverwrittenRows] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything vocabext.json says.
 
@@ -96,6 +188,9 @@ class Manifest:
         options: The options of the stage that made the rows.
         head_rows: Where the rows of the output head come from.
         files: What became of the base's files.
+        untied: Whether the base was tied and the head is a tensor of its own here.
+        tensors: Every tensor with a row per token id, by stored name; empty in version 1.
+        originals: What restores the base; None in version 1.
         created: When, in UTC, ISO 8601.
         vocabext_version: The version that wrote it.
         libraries: Versions of the libraries it used.
@@ -107,6 +202,9 @@ class Manifest:
     options: dict[str, Any]
     head_rows: str
     files: FileRecord
+    untied: bool = False
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    originals: Originals | None = None
     created: str = ""
     vocabext_version: str = __version__
     libraries: dict[str, str] = field(default_factory=dict)
@@ -164,7 +262,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}; it is no expanded checkpoint that vocabext patch made")
     document = read_json(path)
-    if document.get("version") != MANIFEST_VERSION:
+    if document.get("version") not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{path} has format version {document.get('version')}, this vocabext reads {MANIFEST_VERSION}; patch again"
         )
@@ -188,9 +286,38 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
                                  int(row["token_id"]), dict(row.get("distill") or {})) for row in document["tokens"]),
         method=str(document["method"]), options=dict(document["options"]), head_rows=str(document["head_rows"]),
         files=FileRecord(tuple(files["carried_over"]), tuple(files["rewritten"]), dict(files["left_out"])),
+        untied=bool(document.get("untied")), tensors=_tensors_from(document.get("tensors") or {}),
+        originals=_originals_from(document["originals"]) if document.get("originals") else None,
         created=str(document["created"]), vocabext_version=str(document["vocabext_version"]),
         libraries=dict(document["libraries"]),
     )
+
+
+def _tensors_from(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
+    return {name: TensorRecord(str(t["role"]), str(t["rows"]), int(t["num_rows_before"]), int(t["num_rows"]),
+                               str(t["file"])) for name, t in tensors.items()}
+
+
+def _originals_from(document: Mapping[str, Any]) -> Originals:
+    def files(part: str) -> dict[str, Original]:
+        return {inside(name): Original(int(o["num_bytes"]), o["sha256"], inside(o["stored"]))
+                for name, o in document[part].items()}
+
+    rows = {name: OverwrittenRows(int(r["first_row"]), int(r["num_rows"]), int(r["offset"]), int(r["num_bytes"]),
+                                  str(r["sha256"])) for name, r in document["rows"].items()}
+    return Originals(files("carried_over"), files("files"), files("shards"), rows, dict(document["lost"]))
+
+
+def inside(name: str) -> str:
+    """Return a path that a manifest names, if it stays in the folder; a manifest may come from anywhere.
+
+    Raises:
+        ValueError: If it is absolute, leads upwards, or is empty.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise ValueError(f"the path {name!r} leads out of the folder")
+    return name
 
 
 def library_versions() -> dict[str, str]:
