@@ -14,19 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import asset_model, edit_header, edit_json, tiny_folder, tiny_model
 
 from vocabext import checkpoint as module
+from vocabext.architecture import with_sizes
 from vocabext.checkpoint import (
     Rows,
     load_rows,
     open_checkpoint,
-    place_rows,
-    read_shard,
     resolve_model,
     save_rows,
-    with_vocab_size,
-    write_shard,
 )
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken
+from vocabext.shards import read_shard
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
@@ -122,15 +120,6 @@ def test_a_weight_that_has_as_many_rows_by_accident_is_accepted(tmp_path: Path) 
     assert open_checkpoint(tmp_path / "m").vocab_size == 96
 
 
-def test_a_head_bias_is_refused_by_name(tmp_path: Path) -> None:
-    from transformers import PhiConfig, PhiForCausalLM
-
-    PhiForCausalLM(PhiConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                             num_attention_heads=2)).save_pretrained(tmp_path / "m")
-    with pytest.raises(CheckpointError, match=r"bias \(lm_head.bias\)"):
-        open_checkpoint(tmp_path / "m")
-
-
 def test_a_quantised_embedding_is_refused(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=r"stored as I8; rows can be added to F32, F16, BF16 only"):
@@ -173,7 +162,7 @@ def test_a_model_nested_in_a_multimodal_wrapper_is_found(tmp_path: Path) -> None
     assert checkpoint.tied
     assert checkpoint.vocab_size == 300
     assert len(checkpoint.vocab_tensors) == 1
-    changed = with_vocab_size(checkpoint.config, 310)
+    changed = with_sizes(checkpoint.config, {"vocab_size": 310})
     assert changed["text_config"]["vocab_size"] == 310
     changed["text_config"]["vocab_size"] = 300
     assert changed == checkpoint.config
@@ -353,55 +342,7 @@ def test_a_hub_download_takes_no_pickles(monkeypatch: pytest.MonkeyPatch, folder
     assert not any("bin" in pattern or "pt" in pattern for pattern in seen["allow_patterns"])
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------
-
-def test_rows_go_to_free_rows_first_and_nothing_else_moves() -> None:
-    embed_VD = torch.arange(40, dtype=torch.bfloat16).reshape(10, 4)
-    before = embed_VD.clone()
-    placed = place_rows(embed_VD, torch.full((2, 4), 0.5), num_used_rows=7)
-    assert placed.shape == (10, 4)
-    assert placed.dtype == torch.bfloat16
-    assert torch.equal(placed[7:9], torch.full((2, 4), 0.5, dtype=torch.bfloat16))
-    assert torch.equal(placed[:7], before[:7])
-    assert torch.equal(placed[9:], before[9:])
-    assert torch.equal(embed_VD, before)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 12), st.data())
-def test_the_matrix_holds_exactly_the_rows_it_needs(num_rows: int, data: st.DataObject) -> None:
-    used, new = data.draw(st.integers(0, num_rows)), data.draw(st.integers(0, 12))
-    embed_VD, new_ND = torch.rand(num_rows, 3), torch.rand(new, 3)
-    placed = place_rows(embed_VD, new_ND, num_used_rows=used)
-    assert len(placed) == max(num_rows, used + new)
-    assert torch.equal(placed[used:used + new], new_ND)
-    assert torch.equal(placed[:used], embed_VD[:used])
-    assert torch.equal(placed[used + new:], embed_VD[used + new:])
-
-
-def test_rows_that_do_not_fit_are_refused() -> None:
-    embed_VD = torch.zeros(6, 4, dtype=torch.float16)
-    with pytest.raises(CheckpointError, match=r"99 ids but the embedding matrix has only 6 rows"):
-        place_rows(embed_VD, torch.zeros(1, 4), num_used_rows=99)
-    with pytest.raises(CheckpointError, match=r"a row of the model is 4 wide"):
-        place_rows(embed_VD, torch.zeros(1, 5), num_used_rows=6)
-    with pytest.raises(CheckpointError, match=r"1 new rows are not finite in torch.float16, the first is row 1"):
-        place_rows(embed_VD, torch.tensor([[0.0] * 4, [1e6] * 4]), num_used_rows=6)
-
-
-def test_a_rewritten_shard_differs_in_the_replaced_tensor_only(folder: Path, tmp_path: Path) -> None:
-    shard = open_checkpoint(folder).shards[WEIGHTS]
-    old = load_file(folder / WEIGHTS)
-    write_shard(folder, shard, tmp_path / "same", {})
-    assert load_file(tmp_path / "same").keys() == old.keys()
-    grown = torch.cat([old[EMBEDDING], torch.ones(3, 64)])
-    written = write_shard(folder, shard, tmp_path / "new", {EMBEDDING: grown})
-    new = load_file(tmp_path / "new")
-    assert written == sum(tensor.nbytes for tensor in new.values())
-    assert torch.equal(new.pop(EMBEDDING), grown)
-    assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
-    assert read_shard(tmp_path, "new").metadata == shard.metadata == {"format": "pt"}
-
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 TOKENS = (NewToken(" heart", "Ġheart", (5, 6), 3, 3), NewToken(" é\n", "ĠÃ©Ċ", (5, 7, 8)))
 

@@ -15,12 +15,14 @@ from tiny_checkpoints import asset_model, edit_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vocabext import patch as module
-from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, read_shard, save_rows
+from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
 from vocabext.cli.patch import patch as command
 from vocabext.errors import CheckpointError, OutputExistsError, TokenizerError, UsageError
 from vocabext.manifest import file_sha256, read_manifest
 from vocabext.patch import patch
+from vocabext.patch_plan import grown_rows
 from vocabext.records import NewToken
+from vocabext.shards import read_shard
 from vocabext.tokenizer import load_tokenizer
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
@@ -91,14 +93,15 @@ def check_expanded(base: Path, new: Path, text: str) -> None:
     before, after = open_checkpoint(base), open_checkpoint(new)
     manifest = read_manifest(new)
     used, count = manifest.base.num_used_ids, len(manifest.tokens)
-    assert after.vocab_size == max(before.vocab_size, used + count)
+    assert after.vocab_size == grown_rows(before.vocab_size, used + count)
     assert json.loads((new / "config.json").read_text())["vocab_size"] == after.vocab_size
     old, now = stored(base), stored(new)
     assert old.keys() == now.keys()
     for name, tensor in old.items():
         if name in before.vocab_tensors:
             assert torch.equal(now[name][:used], tensor[:used])
-            assert torch.equal(now[name][used + count:], tensor[used + count:])
+            assert torch.equal(now[name][used + count:len(tensor)], tensor[used + count:])
+            assert not now[name][max(len(tensor), used + count):].any()
         else:
             assert torch.equal(now[name], tensor)
         assert now[name].dtype == tensor.dtype
@@ -144,11 +147,11 @@ def test_every_other_file_is_carried_over(tmp_path: Path) -> None:
     assert all(after[name] == before[name] for name in result.files.carried_over)
     shards = [name for name in result.files.rewritten if name.endswith(".safetensors")]
     assert shards == [open_checkpoint(case.base).vocab_info.file]
-    assert set(after) == set(before) | {"vocabext.json"}
+    assert {name for name in after if not name.startswith("vocabext_base/")} == set(before) | {"vocabext.json"}
     assert set(result.files.carried_over) | set(result.files.rewritten) == set(before)
     assert read_manifest(case.output).files == result.files
     old_config, config = (json.loads((folder / "config.json").read_text()) for folder in (case.base, case.output))
-    assert config == {**old_config, "vocab_size": 293}
+    assert config == {**old_config, "vocab_size": 294}
     assert AutoTokenizer.from_pretrained(case.output).chat_template == (case.base / "chat_template.jinja").read_text()
 
 
@@ -157,7 +160,7 @@ def test_the_index_and_the_metadata_are_kept_up(tmp_path: Path) -> None:
     case.patch()
     old, new = (json.loads((folder / INDEX_NAME).read_text()) for folder in (case.base, case.output))
     assert new["weight_map"] == old["weight_map"]
-    grown = 2 * 3 * 64  # embedding and head, three rows
+    grown = 2 * 4 * 64  # embedding and head, three rows and a surplus one
     assert new["metadata"]["total_size"] == old["metadata"]["total_size"] + 4 * grown
     assert new["metadata"]["total_parameters"] == old["metadata"]["total_parameters"] + grown
     model = AutoModelForCausalLM.from_pretrained(case.output)
@@ -176,9 +179,9 @@ def test_what_would_mislead_a_reader_is_left_out(case: Case) -> None:
     result = case.patch()
     assert set(result.files.left_out) == {
         "pytorch_model.bin", "merges.txt", "stray.safetensors", "model.gguf", "sub/optimizer.pt", ".git/", ".cache/",
-        "nowhere", "link/", "vocabext.json"}
+        "nowhere", "link/"}
     assert all(result.files.left_out.values())
-    assert not any((case.output / name).exists() for name in result.files.left_out if name != "vocabext.json")
+    assert not any((case.output / name).exists() for name in result.files.left_out)
     assert (case.output / "sub" / "adapter.safetensors").exists()
     assert (case.output / ".gitattributes").exists()
     assert read_manifest(case.output).base.expanded
@@ -197,12 +200,6 @@ def test_an_untied_head_takes_the_mean_of_its_pieces_unless_rows_are_given(tmp_p
     _, rows, _ = load_rows(case.rows)
     assert rows.output_ND is not None
     assert torch.equal(stored(case.output)[HEAD][290:293], rows.output_ND)
-
-
-def test_output_rows_for_a_tied_head_are_refused(case: Case) -> None:
-    make_rows(case.base, case.rows, output=True)
-    with pytest.raises(CheckpointError, match=r"output rows of their own, but the head of .* is tied"):
-        case.patch()
 
 
 def test_a_tied_model_that_stores_its_head_only_stays_so(case: Case) -> None:

@@ -1,57 +1,56 @@
 """Write a new model folder: the base, with the new tokens in its tokenizer and their rows in its tensors.
 
-Only the shards that hold vocabulary tensors are written anew; everything else is copied byte for byte. The
-folder is built beside its destination and renamed last, so it is there whole or not at all.
+No weights are loaded. Only the shards that hold vocabulary tensors are written anew, in one pass over their
+bytes; the other shards are linked or copied, everything else is copied. What it takes to get the base back
+lies in `vocabext_base/` (see `vocabext.manifest`). The folder is built beside its destination and renamed
+last, so it is there whole or not at all.
 """
 
-import fnmatch
+import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vocabext.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
-    PICKLE_PATTERNS,
     Checkpoint,
-    Rows,
-    load_rows,
+    RowsFile,
     open_checkpoint,
-    place_rows,
-    read_json,
+    open_rows,
     resolve_model,
-    with_vocab_size,
-    write_shard,
 )
-from vocabext.errors import CheckpointError, OutputExistsError, UsageError
+from vocabext.errors import CheckpointError, UsageError
+from vocabext.folders import Syncer, new_folder
+from vocabext.links import AUTO, COPY, LINKS, copy_file, link_file
 from vocabext.manifest import (
-    MANIFEST_NAME,
+    ORIGINAL_SUFFIX,
+    ORIGINALS_FOLDER,
+    ROWS_ORIGINAL,
     BaseRecord,
     FileRecord,
     Manifest,
+    Original,
+    Originals,
+    OverwrittenRows,
     file_sha256,
     has_manifest,
     token_records,
     write_manifest,
 )
-from vocabext.progress import Progress, no_progress
-from vocabext.records import NewToken, check_output
+from vocabext.patch_plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
+from vocabext.progress import Progress, Task, no_progress
+from vocabext.records import check_output
+from vocabext.shards import CHUNK_BYTES, write_shard
 
 if TYPE_CHECKING:
-    import torch
-
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
 
-SKIPPED_FOLDERS = (".git", ".cache")
-OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MARGIN_BYTES = 1_000_000  # config, index, manifest
+MARGIN_BYTES = 1_000_000  # index, manifest, headers
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,14 @@ class PatchResult:
         num_new: New tokens (N).
         first_new_id: Id of the first new token (U of the base).
         num_rows_before: Rows the base stores (V).
-        num_rows: Rows the new checkpoint stores, max(V, U + N).
+        num_rows: Rows the new checkpoint stores.
         head_rows: Where the rows of the output head come from.
+        untied_bytes: What a head of its own costs a model that was tied; 0 if it is tied as before.
         files: What became of the base's files.
-        bytes_written: Size of the new folder.
+        num_linked: Weight files that share their bytes with the base's.
+        links: How they share them: `reflink` or `hard link`; None if none do.
+        bytes_written: Size of everything that was written.
+        folder_bytes: Size of the new folder, linked files included.
         seconds: Time it took.
     """
 
@@ -76,13 +79,18 @@ class PatchResult:
     num_rows_before: int
     num_rows: int
     head_rows: str
+    untied_bytes: int
     files: FileRecord
+    num_linked: int
+    links: str | None
     bytes_written: int
+    folder_bytes: int
     seconds: float
 
 
-def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, trust_remote_code: bool = False,
-          progress: Progress = no_progress) -> PatchResult:
+def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
+          untie: bool = False, trust_remote_code: bool = False, progress: Progress = no_progress,
+          say: Callable[[str], None] = lambda _: None) -> PatchResult:
     """Write a new model folder with the new tokens and their rows.
 
     Args:
@@ -90,43 +98,62 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         model: The base: a folder or hub id. It is only read.
         output_folder: The folder to make.
         force: Whether a model folder that is there already is replaced, once the new one is complete.
+        link: How shards that stay as they are come into the new folder: `auto`, `hard` or `copy`.
+        untie: Whether a tied model gets an output head of its own; it does in any case where the rows file has
+            output rows that differ from the input rows.
         trust_remote_code: Whether code that comes with the model may run.
-        progress: Told about the bytes written.
+        progress: Told about the bytes read.
+        say: Told what a user should know, a line at a time.
 
     Returns:
         What was made.
 
     Raises:
-        UsageError: If a path is wrong, or the output is there already and `force` is false.
+        UsageError: If a path or option is wrong, or the output is there already and `force` is false.
         CheckpointError: If the base is damaged, the rows were made for another model, or the disk is too full.
         TokenizerError: If the tokens cannot be added to the base's tokenizer.
     """
     from vocabext.tokenizer import extend, load_tokenizer
 
     started = time.perf_counter()
+    if link not in LINKS:
+        raise UsageError(f"--link is {link!r}; it must be one of {', '.join(LINKS)}")
     output = output_folder.resolve()
     if Path(model).resolve() != output:  # which gets a clearer refusal below
         check_output(output, force=force, folder=True)
-    tokens, rows, header = load_rows(rows_path)
+    file = open_rows(rows_path)
     base_folder = resolve_model(model)
     check_places(output, base_folder, rows_path)
     checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(str(base_folder), trust_remote_code=trust_remote_code)
-    _check_rows(tokens, header, checkpoint, base.num_used_ids)
-    expanded = extend(base, tokens)
-    replaced, head_rows = _new_tensors(checkpoint, tokens, rows, base.num_used_ids)
-    plan = _Plan(checkpoint, replaced)
-    _check_space(output.parent, plan.num_bytes + len(expanded.backend.to_str().encode()) + MARGIN_BYTES)
-    with _new_folder(output, force=force) as folder:
-        files = _write(plan, expanded, folder, progress)
+    _check_rows(file, checkpoint, base.num_used_ids)
+    expanded = extend(base, file.tokens)
+    tensors = plan_tensors(checkpoint, file, base.num_used_ids, untie=untie)
+    files = plan_files(checkpoint, tensors, _stale_files(base_folder))
+    if tensors.untied:
+        say(f"the head gets a matrix of its own, so that input and output rows can differ: "
+            f"{tensors.untied_bytes / 1e6:,.1f} MB more")
+    with new_folder(output, force=force) as folder:
+        writer = _Writer(checkpoint, expanded, tensors, files, folder, link)
+        writer.link_weights()
+        _check_space(output.parent, writer.num_bytes() + MARGIN_BYTES)
+        writer.write(progress)
+        record = writer.record()
         write_manifest(folder, Manifest(
-            base=_base_record(model, checkpoint, base), tokens=token_records(
-                tokens, base.num_used_ids, header.get("per_token") or ()),
-            method=str(header.get("method", "unknown")), options=dict(header.get("options") or {}),
-            head_rows=head_rows, files=files))
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return PatchResult(output_folder, len(tokens), base.num_used_ids, checkpoint.vocab_size, plan.num_rows, head_rows,
-                       files, num_bytes, time.perf_counter() - started)
+            base=_base_record(model, checkpoint, base, writer.tensors_sha256),
+            tokens=token_records(file.tokens, base.num_used_ids, file.header.get("per_token") or ()),
+            method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
+            head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=tensors.records,
+            originals=writer.originals))
+        writer.write_config()
+        _check_new(folder, checkpoint, tensors, trust_remote_code=trust_remote_code)
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    num_rows = tensors.records[checkpoint.vocab_tensors[0]].num_rows
+    linked = sum(sizes[folder / name] for name in writer.linked)
+    return PatchResult(
+        output_folder, len(file.tokens), base.num_used_ids, checkpoint.vocab_size, num_rows, tensors.head_rows,
+        tensors.untied_bytes, record, len(writer.linked), next(iter(writer.linked.values()), None),
+        sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started)
 
 
 # -- before the first byte ----------------------------------------------------------------------------------------
@@ -159,11 +186,11 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
         raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
 
 
-def _check_rows(tokens: Sequence[NewToken], header: Mapping[str, Any], checkpoint: Checkpoint, num_used: int) -> None:
+def _check_rows(file: RowsFile, checkpoint: Checkpoint, num_used: int) -> None:
     """Refuse rows whose header says that they were made for another model."""
-    if not tokens:
+    if not file.tokens:
         raise CheckpointError("the rows file holds no tokens; there is nothing to add")
-    recorded = header.get("base")
+    recorded = file.header.get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
     found = {"num_used_ids": num_used, "hidden_size": checkpoint.hidden_size,
              "tokenizer_sha256": file_sha256(checkpoint.folder / "tokenizer.json")}
@@ -175,6 +202,13 @@ def _check_rows(tokens: Sequence[NewToken], header: Mapping[str, Any], checkpoin
             )
 
 
+def _stale_files(folder: Path) -> dict[str, str]:
+    from vocabext.tokenizer import is_stale
+
+    return {path.name: "would rebuild the tokenizer without the new tokens"
+            for path in folder.iterdir() if is_stale(path.name)}
+
+
 def _check_space(parent: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -184,176 +218,154 @@ def _check_space(parent: Path, needed: int) -> None:
         )
 
 
-def _new_tensors(checkpoint: Checkpoint, tokens: Sequence[NewToken], rows: Rows,
-                 num_used: int) -> tuple[dict[str, "torch.Tensor"], str]:
-    """Return the vocabulary tensors with the new rows in place, by stored name, and where the head's come from."""
-    import torch
-
-    from vocabext.rows import mean_rows
-
-    if checkpoint.tied:
-        if rows.output_ND is not None and not torch.equal(rows.input_ND, rows.output_ND):
-            raise CheckpointError(
-                f"the rows file has output rows of their own, but the head of {checkpoint.folder} is tied to its "
-                "embedding; distill again for this model"
-            )
-        placed = place_rows(checkpoint.read(checkpoint.vocab_tensors[0]), rows.input_ND, num_used_rows=num_used)
-        return dict.fromkeys(checkpoint.vocab_tensors, placed), "the embedding's, to which the head is tied"
-    assert checkpoint.embedding_name is not None  # open_checkpoint refuses an untied model without it
-    embed_VD = checkpoint.read(checkpoint.embedding_name)
-    replaced = {checkpoint.embedding_name: place_rows(embed_VD, rows.input_ND, num_used_rows=num_used)}
-    if checkpoint.head_name is None:
-        return replaced, "none: the model has no output head"
-    head_VD, output_ND, origin = checkpoint.read(checkpoint.head_name), rows.output_ND, "from the rows file"
-    if output_ND is None:
-        # Likely where its pieces were likely: the head was not distilled, and zero rows are not a ban.
-        output_ND = mean_rows(head_VD, tokens)
-        origin = "mean of the head rows of the token's run"
-    return {**replaced, checkpoint.head_name: place_rows(head_VD, output_ND, num_used_rows=num_used)}, origin
-
-
-class _Plan:
-    """Which files of the base are copied, written anew, or left out."""
-
-    def __init__(self, checkpoint: Checkpoint, replaced: Mapping[str, "torch.Tensor"]) -> None:
-        self.checkpoint = checkpoint
-        self.replaced = replaced
-        self.num_rows = len(replaced[checkpoint.vocab_tensors[0]])
-        self.shards = sorted({checkpoint.tensors[name].file for name in replaced})
-        self.growth_bytes = sum(tensor.nbytes - checkpoint.tensors[name].num_bytes for name, tensor in replaced.items())
-        self.left_out: dict[str, str] = {}
-        self.carried: list[str] = []
-        written = {*self.shards, CONFIG_NAME, *TOKENIZER_FILES}
-        if checkpoint.sharded and self.growth_bytes:
-            written.add(INDEX_NAME)
-        for name in _files(checkpoint.folder, self.left_out):
-            reason = _why_left_out(name, checkpoint)
-            if reason is not None:
-                self.left_out[name] = reason
-            elif name not in written:
-                self.carried.append(name)
-        sizes = ((checkpoint.folder / name).stat().st_size for name in (*self.carried, *self.shards))
-        self.num_bytes = sum(sizes) + self.growth_bytes
-
-
-def _files(folder: Path, left_out: dict[str, str]) -> Iterator[str]:
-    """Yield the names of all files below a folder; what is no file of the model goes to `left_out`."""
-    for root, folders, names in os.walk(folder):
-        inside = Path(root).relative_to(folder)
-        for name in sorted(folders):
-            if name in SKIPPED_FOLDERS:
-                left_out[f"{(inside / name).as_posix()}/"] = "version control or a cache, no part of the model"
-            elif (Path(root) / name).is_symlink():
-                left_out[f"{(inside / name).as_posix()}/"] = "a link to another folder"
-        folders[:] = sorted(name for name in folders
-                            if name not in SKIPPED_FOLDERS and not (Path(root) / name).is_symlink())
-        for name in sorted(names):
-            if (Path(root) / name).is_file():
-                yield (inside / name).as_posix()
-            else:
-                left_out[(inside / name).as_posix()] = "no regular file, or a link to nowhere"
-
-
-def _why_left_out(name: str, checkpoint: Checkpoint) -> str | None:
-    base_name = name.rsplit("/", 1)[-1]
-    if any(fnmatch.fnmatch(base_name, pattern) for pattern in PICKLE_PATTERNS):
-        return "a pickle: it may hold the old vocabulary, and code"
-    if fnmatch.fnmatch(name, "pytorch_model*.index.json"):
-        return "the index of pickled weights"
-    if any(fnmatch.fnmatch(base_name, pattern) for pattern in OTHER_WEIGHTS):
-        return "weights in another form, with the old vocabulary"
-    if "/" not in name and name.endswith(".safetensors") and name not in checkpoint.shards:
-        return "weights that the model does not use; they may hold the old vocabulary"
-    if name == MANIFEST_NAME:
-        return "describes how the base was expanded"
-    return None
-
-
 # -- writing ------------------------------------------------------------------------------------------------------
 
-def _write(plan: _Plan, expanded: "ExpandedTokenizer", folder: Path, progress: Progress) -> FileRecord:
-    from vocabext.tokenizer import save_expanded
+@dataclass
+class _Writer:
+    """Fills the new folder.
 
-    checkpoint = plan.checkpoint
-    stale = save_expanded(expanded, checkpoint.folder, folder)
-    left_out = {**plan.left_out, **dict.fromkeys(stale, "would rebuild the tokenizer without the new tokens")}
-    carried = [name for name in plan.carried if name not in left_out and not (folder / name).exists()]
-    rewritten = {path.name for path in folder.iterdir()} | {CONFIG_NAME, *plan.shards}
-    sizes = {name: (checkpoint.folder / name).stat().st_size for name in (*carried, *plan.shards)}
-    with progress("writing the checkpoint", sum(sizes.values()), "bytes") as task:
-        for name in carried:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-            task.advance(sizes[name])
-        for name in plan.shards:
-            write_shard(checkpoint.folder, checkpoint.shards[name], folder / name, plan.replaced)
-            task.advance(sizes[name])
-    if checkpoint.sharded and plan.growth_bytes:
-        _write_json(folder / INDEX_NAME, _grown_index(plan))
-        rewritten.add(INDEX_NAME)
-    config = with_vocab_size(checkpoint.config, plan.num_rows)
-    if config == checkpoint.config:  # the free rows were enough
-        shutil.copyfile(checkpoint.folder / CONFIG_NAME, folder / CONFIG_NAME)
-        rewritten.remove(CONFIG_NAME)
-        carried.append(CONFIG_NAME)
-    else:
-        _write_json(folder / CONFIG_NAME, config)
-    return FileRecord(tuple(carried), tuple(sorted(rewritten)), left_out)
+    Attributes:
+        checkpoint: The base.
+        expanded: The new tokenizer.
+        tensors: What becomes of the tensors.
+        files: What becomes of the files.
+        folder: Where it all goes.
+        link: How weights come over.
+        linked: Weight files that were linked, and how.
+        tensors_sha256: Digests of the base's vocabulary tensors, once its shards are read.
+        originals: What restores the base.
+    """
+
+    checkpoint: Checkpoint
+    expanded: "ExpandedTokenizer"
+    tensors: TensorPlan
+    files: FilePlan
+    folder: Path
+    link: str = COPY
+    linked: dict[str, str] = field(default_factory=dict)
+    tensors_sha256: dict[str, str] = field(default_factory=dict)
+    originals: Originals = field(default_factory=Originals)
+
+    def link_weights(self) -> None:
+        """Link what can be linked; that takes no space, so it comes before the question for it."""
+        for name in self.files.weights:
+            how = link_file(self.checkpoint.folder / name, self.folder / name, self.link)
+            if how is not None:
+                self.linked[name] = how
+
+    def num_bytes(self) -> int:
+        """Return how many bytes are still to be written, a little more than less."""
+        infos, base = self.checkpoint.tensors, self.checkpoint.folder
+        copied = [name for name in (*self.files.weights, *self.files.others) if name not in self.linked]
+        total = sum((base / name).stat().st_size for name in (*copied, *self.files.kept, *self.files.shards))
+        for name, growth in self.tensors.growths.items():
+            overwritten = max(0, min(growth.end_row, infos[name].shape[0]) - growth.first_row)
+            total += growth.num_bytes(infos[name]) - infos[name].num_bytes + overwritten * infos[name].row_bytes
+        total += sum(added.growth.num_bytes(infos[added.source]) for added in self.tensors.added.values())
+        return total + len(self.expanded.backend.to_str().encode()) + 2 * sum(
+            self.checkpoint.shards[name].data_start for name in self.files.shards)
+
+    def write(self, progress: Progress) -> None:
+        """Write everything but config.json and vocabext.json."""
+        from vocabext.tokenizer import save_expanded
+
+        base = self.checkpoint.folder
+        save_expanded(self.expanded, base, self.folder)
+        for name in [name for name in self.files.others if (self.folder / name).exists()]:
+            self.files.others.remove(name)  # the tokenizer has a file of this name as well
+            self.files.kept.append(name)
+        self.originals.lost.update(self.files.lost)
+        work = [name for name in (*self.files.weights, *self.files.others) if name not in self.linked]
+        total = sum((base / name).stat().st_size for name in (*work, *self.files.shards))
+        with progress("writing the checkpoint", total, "bytes") as task, Syncer() as syncer:
+            self._keep_files()
+            for name in self.files.others:
+                self.originals.carried_over[name] = _copy_small(base / name, self.folder / name, name, task)
+            for name in self.files.shards:
+                syncer.add(self._rewrite(name, task))
+            for name in self.files.weights:
+                if name not in self.linked:
+                    copy_file(base / name, self.folder / name, task.advance)
+                    syncer.add(self.folder / name)
+                self.originals.carried_over[name] = Original((self.folder / name).stat().st_size, None, name)
+        index = new_index(self.checkpoint, self.tensors) if self.checkpoint.sharded else None
+        if index is not None:
+            _write_json(self.folder / INDEX_NAME, index)
+
+    def write_config(self) -> None:
+        """Write config.json, without which the folder is no model: last of all."""
+        if CONFIG_NAME in self.files.kept:
+            _write_json(self.folder / CONFIG_NAME, new_config(self.checkpoint, self.tensors))
+
+    def record(self) -> FileRecord:
+        """Return what became of the base's files."""
+        carried = tuple(sorted(self.originals.carried_over))
+        there = {path.name for path in self.folder.iterdir() if path.is_file()} - {*carried}
+        rewritten = there | {CONFIG_NAME} if CONFIG_NAME in self.files.kept else there  # it comes last
+        return FileRecord(carried, tuple(sorted(rewritten)), self.files.left_out)
+
+    def _keep_files(self) -> None:
+        for name in self.files.kept:
+            stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
+            self.originals.files[name] = _copy_small(
+                self.checkpoint.folder / name, self.folder / stored, stored, None)
+
+    def _rewrite(self, name: str, task: Task) -> Path:
+        added = {new: copied for new, copied in self.tensors.added.items() if self.tensors.records[new].file == name}
+        kept_path = self.folder / ROWS_ORIGINAL
+        kept_path.parent.mkdir(exist_ok=True)
+        with open(kept_path, "ab") as kept:
+            old = write_shard(self.checkpoint.folder, self.checkpoint.shards[name], self.folder / name,
+                              self.tensors.growths, added, kept, task.advance)
+        if not kept_path.stat().st_size:
+            kept_path.unlink()
+        task.advance(self.checkpoint.shards[name].data_start)
+        self.tensors_sha256.update(old.tensors_sha256)
+        stored = f"{ORIGINALS_FOLDER}/{name}.header{ORIGINAL_SUFFIX}"
+        (self.folder / stored).write_bytes(old.header)
+        self.originals.shards[name] = Original(old.num_bytes, old.sha256, stored)
+        for tensor, (offset, size, sha256) in old.overwritten.items():
+            if size:
+                row_bytes = self.checkpoint.tensors[tensor].row_bytes
+                self.originals.rows[tensor] = OverwrittenRows(
+                    self.tensors.growths[tensor].first_row, size // row_bytes, offset, size, sha256)
+        return self.folder / name
 
 
-def _grown_index(plan: _Plan) -> dict[str, Any]:
-    """Return the base's index with the totals that have grown."""
-    index = read_json(plan.checkpoint.folder / INDEX_NAME)
-    metadata = dict(index.get("metadata") or {})
-    if isinstance(metadata.get("total_size"), int | float):
-        metadata["total_size"] = int(metadata["total_size"]) + plan.growth_bytes
-    if isinstance(metadata.get("total_parameters"), int):
-        tensors = list(plan.replaced)[:1] if plan.checkpoint.tied else list(plan.replaced)
-        new_rows = plan.num_rows - plan.checkpoint.vocab_size
-        metadata["total_parameters"] += len(tensors) * new_rows * plan.checkpoint.hidden_size
-    return {**index, "metadata": metadata} if metadata else index
+def _copy_small(source: Path, target: Path, stored: str, task: Task | None) -> Original:
+    """Copy a file and take its digest on the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb") as old, open(target, "xb") as new:
+        while chunk := old.read(CHUNK_BYTES):
+            digest.update(chunk)
+            new.write(chunk)
+            size += len(chunk)
+            if task is not None:
+                task.advance(len(chunk))
+    return Original(size, digest.hexdigest(), stored)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer") -> BaseRecord:
+def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer",
+                 tensors_sha256: Mapping[str, str]) -> BaseRecord:
     config_sha256 = file_sha256(checkpoint.folder / CONFIG_NAME)
     assert config_sha256 is not None  # open_checkpoint has read it
     return BaseRecord(
         model=model, num_rows=checkpoint.vocab_size, num_used_ids=base.num_used_ids, config_sha256=config_sha256,
         tokenizer_sha256=file_sha256(checkpoint.folder / "tokenizer.json"),
-        tensors_sha256={name: checkpoint.digest(name) for name in checkpoint.vocab_tensors},
-        expanded=has_manifest(checkpoint.folder))
+        tensors_sha256=dict(tensors_sha256), expanded=has_manifest(checkpoint.folder))
 
 
-@contextmanager
-def _new_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a temporary sibling of `output`; rename it onto `output` if the block succeeds."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        _put(temporary, output, force=force)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put(temporary: Path, output: Path, *, force: bool) -> None:
-    """Rename the finished folder; a folder that it replaces is moved aside first, and deleted last."""
-    if not output.exists():
-        temporary.rename(output)
-        return
-    if not force:
-        raise OutputExistsError(output)  # it was not there when we began
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        output.rename(old)
-        temporary.rename(output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old)
+def _check_new(folder: Path, checkpoint: Checkpoint, tensors: TensorPlan, *, trust_remote_code: bool) -> None:
+    """Open the new folder as any reader would: its headers, index and config must agree with its model class."""
+    new = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    if new.tied != (checkpoint.tied and not tensors.untied):
+        raise CheckpointError(
+            f"{new.names.architecture} ties its head to the embedding whatever config.json says; distill again "
+            "without output rows"
+        )
+    assert new.row_tensors.keys() == tensors.records.keys(), f"{new.row_tensors} for {tensors.records}"

@@ -1,10 +1,21 @@
-"""The start of every new row."""
+"""Where new rows come from: a rows file, or the mean of their pieces. Read a few at a time.
 
-from collections.abc import Sequence
+Shapes: N new rows, n of them at a time, V rows as stored, D width (a bias has none).
+"""
+
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 
+from vocabext.checkpoint import Checkpoint, RowsFile
+from vocabext.errors import CheckpointError
 from vocabext.records import NewToken
+from vocabext.shards import CHUNK_BYTES, TensorInfo, byte_range
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Gives new rows [i, j) in float32.
+RowSource = Callable[[int, int], torch.Tensor]
 
 
 def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
@@ -15,3 +26,98 @@ def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tens
         tokens: The new tokens.
     """
     return torch.stack([matrix_VD[list(t.run)].float().mean(0) for t in tokens])
+
+
+def rows_from_file(file: RowsFile, name: str) -> RowSource:
+    """Return the rows of a rows file.
+
+    Args:
+        file: The file.
+        name: `input` or `output`.
+    """
+    info = file.tensors[name]
+
+    def read(first: int, last: int) -> torch.Tensor:
+        with open(file.path, "rb") as stream:
+            start = file.data_start + info.start + first * info.row_bytes
+            raw = bytearray(b"".join(byte_range(stream, start, (last - first) * info.row_bytes)))
+        return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(last - first, *info.shape[1:]).float()
+
+    return read
+
+
+def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]) -> RowSource:
+    """Return the mean of the rows of each token's run, in any stored tensor with a row per token id.
+
+    Args:
+        checkpoint: The base.
+        name: Stored name of the tensor.
+        tokens: The new tokens.
+    """
+    info = checkpoint.tensors[name]
+    start = checkpoint.shards[info.file].data_start + info.start
+
+    def read(first: int, last: int) -> torch.Tensor:
+        some = tokens[first:last]
+        pieces = sorted({piece for token in some for piece in token.run})
+        with open(checkpoint.folder / info.file, "rb") as file:
+            raw = bytearray(b"".join(_row(file.fileno(), info, start, piece) for piece in pieces))
+        rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(len(pieces), *info.shape[1:])
+        at = {piece: i for i, piece in enumerate(pieces)}
+        return torch.stack([rows[[at[piece] for piece in token.run]].float().mean(0) for token in some])
+
+    return read
+
+
+def _row(descriptor: int, info: TensorInfo, start: int, row: int) -> bytes:
+    if row >= info.shape[0]:
+        raise CheckpointError(f"a new token has the piece {row}, but {info.file} has {info.shape[0]} rows for it")
+    return os.pread(descriptor, info.row_bytes, start + row * info.row_bytes)
+
+
+def as_bytes(source: RowSource, dtype: str) -> Callable[[int, int], bytes]:
+    """Return rows as the bytes of a stored dtype."""
+
+    def read(first: int, last: int) -> bytes:
+        return source(first, last).to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+
+    return read
+
+
+def check_rows(source: RowSource, num_new: int, info: TensorInfo) -> None:
+    """Refuse rows that do not fit a tensor, before anything is written.
+
+    Args:
+        source: The rows.
+        num_new: How many.
+        info: The tensor that they go into.
+
+    Raises:
+        CheckpointError: If the widths differ, or a row is not finite in the dtype of the tensor.
+    """
+    dtype = DTYPES[info.dtype]
+    step = max(1, CHUNK_BYTES // (4 * info.row_bytes))
+    bad: list[int] = []
+    for first in range(0, num_new, step):
+        rows = source(first, min(first + step, num_new))
+        if tuple(rows.shape[1:]) != info.shape[1:]:
+            raise CheckpointError(
+                f"the new rows are {list(rows.shape[1:])} wide, but a row of the model is {list(info.shape[1:])} wide; "
+                "they were made for another model"
+            )
+        finite = torch.isfinite(rows.to(dtype)).flatten(1).all(1) if rows.dim() > 1 else torch.isfinite(rows.to(dtype))
+        bad += [first + row for row in (~finite).nonzero().flatten().tolist()]
+    if bad:
+        raise CheckpointError(f"{len(bad)} new rows are not finite in {dtype}, the first is row {bad[0]}")
+
+
+def same_rows(one: RowSource, other: RowSource, num_new: int, row_bytes: int) -> bool:
+    """Tell whether two sources give the same rows."""
+    step = max(1, CHUNK_BYTES // (4 * row_bytes))
+    return all(torch.equal(one(first, min(first + step, num_new)), other(first, min(first + step, num_new)))
+               for first in range(0, num_new, step))
+
+
+def constant_row(info: TensorInfo, value: float) -> bytes:
+    """Return the bytes of one row of a tensor that holds one value everywhere."""
+    return torch.full(info.shape[1:], value, dtype=DTYPES[info.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,373 @@
+"""Safetensors files as what they are: a header and byte ranges.
+
+A file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), and
+the bytes. Headers alone tell everything that `inspect` and `patch` must decide. A shard is rewritten in one
+pass over its bytes, chunk by chunk: nothing here holds more than two chunks, however large a matrix is.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from vocabext.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+CHUNK_BYTES = 16 * 1024 * 1024
+# Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one stored tensor lies.
+
+    Attributes:
+        file: Name of the shard, relative to the model folder.
+        dtype: The type as safetensors spells it, such as `BF16`.
+        shape: The shape.
+        start: First byte, counted from the end of the shard's header.
+        end: The byte after the last one.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.end - self.start
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row; a tensor without rows has none."""
+        return self.num_bytes // self.shape[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of one safetensors file.
+
+    Attributes:
+        file: Name of the file, relative to the model folder.
+        data_start: Offset of the first tensor byte in the file.
+        metadata: The header's `__metadata__`, None if it has none.
+        tensors: Every tensor in the file, in the order of its bytes.
+    """
+
+    file: str
+    data_start: int
+    metadata: dict[str, str] | None
+    tensors: dict[str, TensorInfo]
+
+
+# -- reading a header ---------------------------------------------------------------------------------------------
+
+def read_shard(folder: Path, file: str) -> Shard:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        folder: The model folder.
+        file: Name of the file in it.
+
+    Raises:
+        CheckpointError: If the file is truncated, or its header is no safetensors header.
+    """
+    path = folder / file
+    size = path.stat().st_size
+    if size < 8:
+        raise CheckpointError(f"{path} has {size} bytes, fewer than a safetensors file can have; download it again")
+    with open(path, "rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} announces a header of {length} bytes, but the file has {size} bytes; "
+                "it is truncated or no safetensors file"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
+        metadata = header.pop("__metadata__", None)
+        tensors = {name: _tensor_info(file, entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from None
+    data_bytes = size - 8 - length
+    for name, info in tensors.items():
+        _check_tensor(path, name, info, data_bytes)
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    _check_ranges(path, ordered, data_bytes)
+    return Shard(file, 8 + length, metadata, ordered)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice; readers differ in which one they take")
+    return found
+
+
+def _tensor_info(file: str, entry: Mapping[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(value) is int and value >= 0 for value in (start, end, *shape)):
+        raise ValueError("sizes are counts")
+    return TensorInfo(file, str(entry["dtype"]), shape, start, end)
+
+
+def _check_tensor(path: Path, name: str, info: TensorInfo, data_bytes: int) -> None:
+    if info.start > info.end or info.end > data_bytes:
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {info.end} of the data, the file has {data_bytes}; "
+            "download it again"
+        )
+    expected = DTYPE_BYTES.get(info.dtype)
+    for size in info.shape:
+        expected = expected * size if expected is not None else None
+    if expected is not None and expected != info.num_bytes:
+        raise CheckpointError(
+            f"{path}: {name} has {info.num_bytes} bytes, but shape {list(info.shape)} of {info.dtype} needs {expected}"
+        )
+
+
+def _check_ranges(path: Path, ordered: Mapping[str, TensorInfo], data_bytes: int) -> None:
+    position = 0
+    for name, info in ordered.items():
+        if info.start != position:
+            raise CheckpointError(f"{path}: {name} starts at byte {info.start}, the tensor before ends at {position}")
+        position = info.end
+    if position != data_bytes:
+        raise CheckpointError(f"{path} has {data_bytes} bytes of data, but its tensors end at byte {position}")
+
+
+def byte_range(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+    """Yield `count` bytes of a file from `start` on, in chunks.
+
+    Raises:
+        CheckpointError: If the file ends before.
+    """
+    file.seek(start)
+    while count:
+        chunk = file.read(min(CHUNK_BYTES, count))
+        if not chunk:
+            raise CheckpointError(f"{file.name} became shorter while it was read")
+        count -= len(chunk)
+        yield chunk
+
+
+# -- rewriting a shard --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Growth:
+    """How the rows of one tensor change.
+
+    Attributes:
+        first_row: Where the new rows go; all rows before stay as they are.
+        num_new: How many there are.
+        num_rows: Rows of the tensor afterwards; those behind the new ones stay as they are, or are surplus.
+        rows: Gives the bytes of new rows `[i, j)`, counted from the first new one.
+        surplus: The bytes of one row that neither the base nor a token has; zeros if None.
+    """
+
+    first_row: int
+    num_new: int
+    num_rows: int
+    rows: Callable[[int, int], bytes]
+    surplus: bytes | None = None
+
+    @property
+    def end_row(self) -> int:
+        """The row after the last new one."""
+        return self.first_row + self.num_new
+
+    def shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """Return the shape of the tensor afterwards."""
+        return (self.num_rows, *info.shape[1:])
+
+    def num_bytes(self, info: TensorInfo) -> int:
+        """Return the size of the tensor afterwards."""
+        return self.num_rows * info.row_bytes
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor that a shard gets in addition: a copy of another one in it, with rows of its own.
+
+    Attributes:
+        source: Stored name of the tensor that is copied.
+        growth: How the copy changes.
+    """
+
+    source: str
+    growth: Growth
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was seen of the old shard while the new one was written.
+
+    Attributes:
+        header: Its first bytes: length and header.
+        num_bytes: Its size.
+        sha256: Digest of the whole file.
+        tensors_sha256: Digests of the old bytes of every tensor that has changed.
+        overwritten: For each of them, offset and size of its overwritten rows in the file `kept`, and their digest.
+    """
+
+    header: bytes
+    num_bytes: int
+    sha256: str
+    tensors_sha256: dict[str, str]
+    overwritten: dict[str, tuple[int, int, str]]
+
+
+def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mapping[str, Growth],
+                added: Mapping[str, Copied], kept: BinaryIO, advance: Callable[[int], object]) -> Rewritten:
+    """Write a copy of a shard with more rows in some tensors; every other byte is as it was.
+
+    Args:
+        source_folder: Folder of the shard.
+        shard: Its header.
+        target: The file to write. It is not synced.
+        growths: By stored name, what becomes of the tensors that change; names of other shards are ignored.
+        added: By stored name, tensors that this shard gets in addition.
+        kept: Where rows that new ones overwrite are appended.
+        advance: Told how many bytes of the old file have been read.
+
+    Returns:
+        What restores the old shard.
+    """
+    raw = new_header(shard, growths, added)
+    with open(source_folder / shard.file, "rb") as source, open(target, "xb") as out, _Digests() as digests:
+        header = b"".join(byte_range(source, 0, shard.data_start))
+        digests.file.update(header)
+        out.write(raw)
+        copy = _ShardCopy(source, shard, out, kept, digests, advance)
+        changed: dict[str, tuple[str, tuple[int, int, str]]] = {}
+        for name, info in shard.tensors.items():
+            if name in growths:
+                changed[name] = copy.grow(info, growths[name])
+            else:
+                copy.plain(info)
+        for tensor in added.values():
+            copy.duplicate(shard.tensors[tensor.source], tensor.growth)
+        size = os.fstat(source.fileno()).st_size
+    return Rewritten(header, size, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
+                     {name: found[1] for name, found in changed.items()})
+
+
+def new_header(shard: Shard, growths: Mapping[str, Growth], added: Mapping[str, Copied]) -> bytes:
+    """Return the first bytes of a shard as it will be: length and header."""
+    header: dict[str, Any] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
+    position = 0
+    entries = [(name, info, growths.get(name)) for name, info in shard.tensors.items()]
+    entries += [(name, shard.tensors[tensor.source], tensor.growth) for name, tensor in added.items()]
+    for name, info, growth in entries:
+        shape, size = (info.shape, info.num_bytes) if growth is None else (growth.shape(info), growth.num_bytes(info))
+        header[name] = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the format asks for tensor data at a multiple of 8
+    return struct.pack("<Q", len(raw)) + raw
+
+
+class _Digests:
+    """Digests of what passes by, computed in a second thread while the first one writes."""
+
+    def __init__(self) -> None:
+        self.file = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "_Digests":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._pool.shutdown()
+
+    def update(self, chunk: bytes, *more: Any) -> None:
+        """Add a chunk to the digest of the file and to others; waits until the chunk before is done."""
+        self.wait()
+        self._pending = self._pool.submit(self._update, chunk, *more)
+
+    def _update(self, chunk: bytes, *more: Any) -> None:
+        for digest in (self.file, *more):
+            digest.update(chunk)
+
+    def wait(self) -> None:
+        """Wait until all chunks are counted."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+class _ShardCopy:
+    """The pass over the bytes of one shard."""
+
+    def __init__(self, source: BinaryIO, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
+                 advance: Callable[[int], object]) -> None:
+        self._source, self._shard, self._out, self._kept = source, shard, out, kept
+        self._digests, self._advance = digests, advance
+
+    def plain(self, info: TensorInfo) -> None:
+        """Copy a tensor as it is."""
+        self._read(info, 0, info.num_bytes, self._out)
+        self._digests.wait()
+
+    def grow(self, info: TensorInfo, growth: Growth) -> tuple[str, tuple[int, int, str]]:
+        """Copy a tensor with its new rows; returns its old digest, and where the overwritten rows are."""
+        whole, overwritten = hashlib.sha256(), hashlib.sha256()
+        first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
+        offset = self._kept.tell()
+        self._read(info, 0, first, self._out, whole)
+        self._write_gap(info, growth)
+        self._write_rows(info, growth)
+        self._read(info, first, last, self._kept, whole, overwritten)
+        self._read(info, last, info.num_bytes, self._out, whole)
+        self._write_surplus(info, growth)
+        self._digests.wait()
+        return whole.hexdigest(), (offset, last - first, overwritten.hexdigest())
+
+    def duplicate(self, info: TensorInfo, growth: Growth) -> None:
+        """Write a copy of a tensor that has been read before, with rows of its own."""
+        first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
+        start = self._shard.data_start + info.start
+        self._out.writelines(byte_range(self._source, start, first))
+        self._write_gap(info, growth)
+        self._write_rows(info, growth)
+        self._out.writelines(byte_range(self._source, start + last, info.num_bytes - last))
+        self._write_surplus(info, growth)
+
+    def _read(self, info: TensorInfo, first: int, last: int, out: BinaryIO, *digests: Any) -> None:
+        for chunk in byte_range(self._source, self._shard.data_start + info.start + first, last - first):
+            self._digests.update(chunk, *digests)
+            out.write(chunk)
+            self._advance(len(chunk))
+
+    def _write_gap(self, info: TensorInfo, growth: Growth) -> None:
+        """Write empty rows for ids of the base that a further table has none for."""
+        for _ in range(growth.first_row - info.shape[0]):
+            self._out.write(bytes(info.row_bytes))
+
+    def _write_rows(self, info: TensorInfo, growth: Growth) -> None:
+        step = max(1, CHUNK_BYTES // (4 * info.row_bytes))  # they are made in float32, in a few copies
+        for first in range(0, growth.num_new, step):
+            last = min(first + step, growth.num_new)
+            rows = growth.rows(first, last)
+            assert len(rows) == (last - first) * info.row_bytes, f"{len(rows)} bytes for rows {first} to {last}"
+            self._out.write(rows)
+
+    def _write_surplus(self, info: TensorInfo, growth: Growth) -> None:
+        surplus = growth.surplus or bytes(info.row_bytes)
+        for _ in range(growth.num_rows - max(info.shape[0], growth.end_row)):
+            self._out.write(surplus)
