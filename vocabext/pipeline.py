@@ -87,7 +87,7 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
         OutputExistsError: If the output folder exists and was not made by this very run.
         BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
     """
-    work = _Work(config, progress)
+    work = _Work(config, progress, say)
     stages = work.stages()
     work.check_output(stages)
     if not all(work.is_done(stage) for stage in stages):
@@ -114,8 +114,8 @@ def _walk(work: "_Work", stages: list[_Stage], say: Callable[[str], None]) -> It
 class _Work:
     """The working folder, and the stages with their keys."""
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: RunConfig, progress: Progress, say: Callable[[str], None]) -> None:
+        self.config, self.progress, self.say = config, progress, say
         self.output = config.output
         if not self.output.name:
             raise UsageError(f"the output {self.output} is a folder that is there already; name a new one")
@@ -228,7 +228,7 @@ class _Work:
         from vocabext.patch import patch
 
         patch(rows, self.config.model, self.output, force=self.config.force,
-              trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
+              trust_remote_code=self.config.trust_remote_code, progress=self.progress, say=self.say)  # fmt: skip
 
     def _verify(self) -> None:
         from vocabext.verify import VERIFY_NAME, verify
