@@ -1,0 +1,139 @@
+"""Tests of giving a tied model an output head of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_patch import EMBEDDING, HEAD, WEIGHTS, Case, logits, make_case, make_rows, rewrite, stored
+from tiny_checkpoints import edit_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vocabext import patch_plan
+from vocabext.checkpoint import INDEX_NAME, load_rows, open_checkpoint
+from vocabext.errors import CheckpointError
+from vocabext.manifest import read_manifest
+from vocabext.rows import mean_rows
+
+
+def check_untied(case: Case, output_ND: torch.Tensor) -> None:
+    """Check that input and output rows differ and that base logits are the base's."""
+    _, rows, _ = load_rows(case.rows)
+    new, config = stored(case.output), json.loads((case.output / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert torch.equal(new[EMBEDDING][290:293], rows.input_ND)
+    assert torch.equal(new[HEAD][290:293], output_ND)
+    assert torch.equal(new[HEAD][:290], new[EMBEDDING][:290])
+    assert torch.equal(new[HEAD][293:], new[EMBEDDING][293:])
+    model = AutoModelForCausalLM.from_pretrained(case.output)
+    assert torch.equal(model.get_output_embeddings().weight[290:293], output_ND)
+    assert torch.equal(model.get_input_embeddings().weight[290:293], rows.input_ND)
+    ids = AutoTokenizer.from_pretrained(case.base).encode("the muscle")
+    assert torch.equal(logits(case.output, ids)[:, :290], logits(case.base, ids)[:, :290])
+    manifest = read_manifest(case.output)
+    assert manifest.untied
+    assert manifest.tensors.keys() == {EMBEDDING, HEAD}
+
+
+def given_rows(case: Case) -> torch.Tensor:
+    make_rows(case.base, case.rows, output=True)
+    output_ND = load_rows(case.rows)[1].output_ND
+    assert output_ND is not None
+    return output_ND
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("num_rows", [300, 290])
+def test_output_rows_of_their_own_untie_the_model(tmp_path: Path, sharded: bool, num_rows: int) -> None:
+    case = make_case(tmp_path, sharded=sharded, num_rows=num_rows)
+    output_ND = given_rows(case)
+    said: list[str] = []
+    result = case.patch(say=said.append)
+    check_untied(case, output_ND)
+    assert result.head_rows == "from the rows file"
+    assert result.untied_bytes == result.num_rows * 64 * 4
+    assert len(said) == 1
+    assert f"{result.untied_bytes / 1e6:,.1f} MB more" in said[0]
+    if sharded:
+        index = json.loads((case.output / INDEX_NAME).read_text())
+        assert index["weight_map"][HEAD] == index["weight_map"][EMBEDDING]
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored(case.output).values())
+        assert index["metadata"]["total_parameters"] == AutoModelForCausalLM.from_pretrained(
+            case.output).num_parameters()
+
+
+def test_untying_alone_takes_the_mean_of_the_pieces(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    result = case.patch(untie=True)
+    tokens, _, _ = load_rows(case.rows)
+    check_untied(case, mean_rows(stored(case.base)[EMBEDDING], tokens))
+    assert "mean of the head rows" in result.head_rows
+
+
+def test_output_rows_that_are_the_input_rows_leave_the_model_tied(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    tensors = load_file(case.rows)
+    with open(case.rows, "rb") as file:
+        header = json.loads(file.read()[8:][:int.from_bytes(case.rows.read_bytes()[:8], "little")])
+    save_file({"input": tensors["input"], "output": tensors["input"].clone()}, case.rows, header["__metadata__"])
+    said: list[str] = []
+    result = case.patch(say=said.append)
+    assert (result.untied_bytes, said) == (0, [])
+    assert HEAD not in stored(case.output)
+    assert not read_manifest(case.output).untied
+    assert open_checkpoint(case.output).tied
+
+
+@pytest.mark.parametrize("kept", [EMBEDDING, HEAD, "both"])
+def test_every_way_to_store_a_tied_matrix_is_untied(tmp_path: Path, kept: str) -> None:
+    case = make_case(tmp_path)
+    if kept == HEAD:
+        rewrite(case.base, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    if kept == "both":
+        rewrite(case.base, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    output_ND = given_rows(case)
+    result = case.patch()
+    check_untied(case, output_ND)
+    assert bool(result.untied_bytes) == (kept != "both")
+
+
+def test_an_untied_model_is_not_untied_again(tmp_path: Path) -> None:
+    case = make_case(tmp_path, tied=False)
+    config = json.loads((case.base / "config.json").read_text())
+    assert case.patch(untie=True).untied_bytes == 0
+    assert json.loads((case.output / "config.json").read_text()) == config
+    assert not read_manifest(case.output).untied
+
+
+def test_a_class_that_vllm_ties_is_untied_by_force_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(tmp_path)
+    output_ND = given_rows(case)
+    monkeypatch.setattr(patch_plan, "TIED_IN_VLLM", ("LlamaForCausalLM",))
+    with pytest.raises(CheckpointError, match="vLLM ties the head of LlamaForCausalLM to its embedding"):
+        case.patch()
+    case.patch(untie=True)
+    check_untied(case, output_ND)
+
+
+@pytest.mark.parametrize(("quantised", "expected"), [
+    ({"quant_method": "compressed-tensors", "ignore": ["model.layers.0.mlp"]}, ["model.layers.0.mlp", "lm_head"]),
+    ({"quant_method": "compressed-tensors", "ignore": ["lm_head"]}, ["lm_head"]),
+    ({"quant_method": "fp8"}, ["lm_head"])])
+def test_a_separate_head_of_a_quantised_model_is_kept_out_of_it(tmp_path: Path, quantised: Any, expected: Any) -> None:
+    case = make_case(tmp_path)
+    edit_json(case.base / "config.json", quantization_config=quantised)
+    case.patch(untie=True)
+    found = json.loads((case.output / "config.json").read_text())["quantization_config"]
+    assert found.get("ignore", found.get("modules_to_not_convert")) == expected
+
+
+def test_a_quantisation_that_would_take_the_head_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    edit_json(case.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes, and a head of its own would be taken"):
+        case.patch(untie=True)
+    assert not case.output.exists()
+    case.patch()
+    assert WEIGHTS in {path.name for path in case.output.iterdir()}
