@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, as_hf, family_base
@@ -29,21 +30,22 @@ def new_tokens(folder: Path, texts: Sequence[str] = TOKENS) -> list[NewToken]:
 
 
 def expanded_pair(
-    tmp_path: Path, *, texts: Sequence[str] = TOKENS, kind: str | None = None, **options: object
-) -> tuple[Path, Path]:
+    tmp_path: Path, *, texts: Sequence[str] = TOKENS, kind: str | None = None, link: str = "auto", untie: bool = False,
+    **options: object,
+) -> tuple[Path, Path]:  # fmt: skip
     """Make a base folder and an expanded one with mean-of-pieces rows; `kind` (or family) chooses another tokenizer."""
     base = tiny_folder(tmp_path / "base", **options)  # type: ignore[arg-type]
     if kind is not None:
         (as_hf(KINDS[kind]()) if kind in KINDS else family_base(kind).hf).save_pretrained(base)
-    return base, patched(base, tmp_path, texts)
+    return base, patched(base, tmp_path, texts, link=link, untie=untie)
 
 
-def patched(base: Path, folder: Path, texts: Sequence[str]) -> Path:
+def patched(base: Path, folder: Path, texts: Sequence[str] = TOKENS, **options: Any) -> Path:
     """Expand a base folder by tokens with mean-of-pieces rows; returns the new folder."""
     tokens = new_tokens(base, texts)
     model = load_model(base, device="cpu", dtype="float32")
     header = {"base": {"model": str(base), "num_used_ids": load_tokenizer(base).num_used_ids, "hidden_size": 64,
                        "tokenizer_sha256": file_sha256(base / "tokenizer.json")}, "method": "mean", "options": {}}
     save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(model.embedding_VD, tokens)), header)
-    patch(folder / "rows.safetensors", str(base), folder / "expanded")
+    patch(folder / "rows.safetensors", str(base), folder / "expanded", **options)
     return folder / "expanded"

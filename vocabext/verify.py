@@ -6,63 +6,26 @@ that is wrong. The checks themselves are in `vocabext.checks`.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from vocabext.checkpoint import read_json
-from vocabext.checks import behaviour, files, pipeline, weights
+from vocabext.checks import behaviour, config, engine, files, logits, pipeline, tensors
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.manifest import read_manifest
-from vocabext.progress import Progress, no_progress
+from vocabext.progress import Progress, Task, no_progress
 from vocabext.records import Document
+from vocabext.verdicts import FAIL, PASS, SKIPPED, Check, Verification
+from vocabext.verdicts import VERIFY_NAME as VERIFY_NAME  # where the verdicts go is asked of this module
 
-VERIFY_NAME = "verify.json"
-PASS, FAIL, SKIPPED = "pass", "fail", "not checked"
 NUM_ADVERSARIAL = 20_000
 # A row this many times longer than the longest base row would win every softmax it is in.
 MAX_NORM_RATIO = 3.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verdict.
-
-    Attributes:
-        name: What was checked.
-        verdict: `pass`, `fail` or `not checked`.
-        detail: What was found, or why it was not checked.
-    """
-
-    name: str
-    verdict: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """All verdicts on one checkpoint."""
-
-    model: str
-    against: str
-    checks: tuple[Check, ...]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed."""
-        return all(check.verdict != FAIL for check in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of verify.json."""
-        return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
-                "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks]}
+NOTED_BYTES = 1_000_000_000
 
 
 def verify(
     folder: Path, against: str, documents: Iterable[Document] | None = None, *, trust_remote_code: bool = False,
-    seed: int = 0, load_weights: bool = True, progress: Progress = no_progress,
+    seed: int = 0, load_weights: bool = True, use_vllm: bool = False, progress: Progress = no_progress,
 ) -> Verification:  # fmt: skip
     """Run every check on an expanded checkpoint.
 
@@ -73,6 +36,7 @@ def verify(
         trust_remote_code: Passed to transformers for the base.
         seed: Seed of the generated text.
         load_weights: Whether to load both models and compare their logits.
+        use_vllm: Whether to load both in vLLM and compare what they write.
         progress: Where to report.
 
     Raises:
@@ -85,10 +49,11 @@ def verify(
     pair = Pair(folder, against, read_manifest(folder), trust_remote_code, seed)
     _ = pair.base, pair.base_tokenizer  # a base that cannot be read is no fault of the checkpoint
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("untouched tensors equal", lambda: weights.untouched_tensors(pair)),
-        ("old rows bit-identical", lambda: weights.old_rows(pair)),
-        ("new rows plausible", lambda: weights.new_rows(pair, MAX_NORM_RATIO)),
-        ("config agrees", lambda: weights.config(pair)),
+        ("shards complete", lambda: config.shards_complete(pair)),
+        ("config agrees", lambda: config.config_agrees(pair)),
+        ("untouched tensors equal", lambda: tensors.untouched_tensors(pair)),
+        ("old rows bit-identical", lambda: tensors.old_rows(pair)),
+        ("new rows plausible", lambda: tensors.new_rows(pair, MAX_NORM_RATIO)),
         ("files carried over", lambda: files.carried_over(pair)),
         ("no stale tokenizer files", lambda: files.no_stale_tokenizer(pair)),
         ("tokenizer is the base's, extended", lambda: pipeline.same_as_extension(pair)),
@@ -99,18 +64,34 @@ def verify(
         ("streaming and offsets", lambda: behaviour.streaming_and_offsets(pair)),
         # Behind the other texts: what they saw in context need not be searched for.
         ("new tokens reachable and readable", lambda: behaviour.new_tokens(pair)),
-        ("loads in transformers, same logits", lambda: weights.same_logits(pair, load_weights)),
+        ("loads in transformers, same logits", lambda: logits.same_logits(pair, load_weights)),
+        ("loads in vLLM, same greedy output", lambda: engine.same_greedy(pair, use_vllm)),
     ]
     verdicts: list[Check] = []
     with progress("verifying", len(checks) + 1, "checks") as task:
         for name, check in checks:
             task.note(name)
+            pair.advance = _counted(name, task)
             verdicts.append(_verdict(name, check))
             task.advance()
         failed = any(check.verdict == FAIL for check in verdicts)
         verdicts.insert(0, _verdict("made from this base", lambda: files.recorded_base(pair, others_failed=failed)))
         task.advance()
-    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began)
+    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, pair.carried_sha256)
+
+
+def _counted(name: str, task: Task) -> Callable[[int], None]:
+    """Return what counts the bytes that a check has compared, and says so now and then."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if done // NOTED_BYTES > before // NOTED_BYTES:
+            task.note(f"{name}, {done / 1e9:,.1f} GB compared")
+            task.advance(0)  # on a log: a line, if the last one is old enough
+
+    return advance
 
 
 def _verdict(name: str, check: Callable[[], str]) -> Check:
@@ -120,9 +101,3 @@ def _verdict(name: str, check: Callable[[], str]) -> Check:
         return Check(name, SKIPPED, str(reason))
     except (FaultError, CheckpointError, TokenizerError) as fault:
         return Check(name, FAIL, str(fault))
-
-
-def read_verification(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's verify.json, None if there is none."""
-    path = folder / VERIFY_NAME
-    return read_json(path) if path.is_file() else None

@@ -6,7 +6,11 @@ stage believed.
 
     pair.py         the two checkpoints, opened when a check first asks for them
     files.py        which base it is, which files there are
-    weights.py      tensors, rows, config, logits
+    config.py       shards, config.json, rows and ids
+    tensors.py      the bytes of tensors and rows
+    logits.py       what both compute for plain text, in transformers
+    engine.py       what both write, in vLLM; greedy.py is the process that asks it
+    plain.py        the plain text
     pipeline.py     the tokenizer, part by part, against the extension made anew from the base
     behaviour.py    what the tokenizer does to text
     adversarial.py  the text that hurts most

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.checks.weights import PLAIN_TEXTS
+from vocabext.checks.plain import PLAIN_TEXTS
 from vocabext.expansion import Ids
 from vocabext.records import Document
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer

@@ -1,8 +1,15 @@
 """Which base the checkpoint was made from, and which files it holds."""
 
+import fnmatch
+
+from vocabext.checkpoint import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS
 from vocabext.checks.pair import FaultError, Pair
-from vocabext.manifest import file_sha256
+from vocabext.extent import Extent, first_difference, same_inode
+from vocabext.manifest import MANIFEST_NAME, file_sha256
 from vocabext.tokenizer import is_stale
+
+OUR_FILES = (MANIFEST_NAME, "verify.json", "eval.json", "bench.json", "report.html")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "*.gguf", *PICKLE_PATTERNS)
 
 
 def recorded_base(pair: Pair, *, others_failed: bool) -> str:
@@ -37,22 +44,46 @@ def recorded_base(pair: Pair, *, others_failed: bool) -> str:
 
 
 def carried_over(pair: Pair) -> str:
-    """Compare the files that were copied, and look for those that were written or left out."""
+    """Compare the files that were copied, and look for those that were written or left out, or are too many.
+
+    Weights, their index, config.json and chat templates are left to the checks that look into them.
+    """
     record = pair.manifest.files
     for name in record.carried_over:
         source, target = pair.base_folder / name, pair.folder / name
+        if name in pair.base.shards or name in (CONFIG_NAME, INDEX_NAME) or _is_template(name):
+            continue
         if not target.is_file():
             raise FaultError(f"{name} was carried over and is missing now")
-        if source.is_file() and source.read_bytes() != target.read_bytes():
+        if source.is_file() and not same_inode(source, target) \
+                and first_difference(Extent.whole(source), Extent.whole(target)) is not None:
             raise FaultError(f"{name} differs from the base")
     for name in record.rewritten:
-        if not (pair.folder / name).is_file():
+        if not (pair.folder / name).is_file() and name not in pair.base.shards:
             raise FaultError(f"{name} is missing")
     for name in record.left_out:
         if (pair.folder / name).is_file() and not is_stale(name):  # which another check names
             raise FaultError(f"{name} is in the folder, though it was left out: {record.left_out[name]}")
+    others = _others(pair)
+    for name in others:
+        if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS):
+            raise FaultError(f"{name} is no file of this checkpoint, and other readers may load weights from it; "
+                             "delete it")
     counts = len(record.carried_over), len(record.rewritten), len(record.left_out)
-    return "{} carried over, {} rewritten, {} left out".format(*counts)
+    also = f"; there are also {', '.join(others[:3])}{', …' * (len(others) > 3)}" if others else ""
+    return "{} carried over, {} rewritten, {} left out{}".format(*counts, also)
+
+
+def _is_template(name: str) -> bool:
+    return name == "chat_template.jinja" or name.startswith("additional_chat_templates/")
+
+
+def _others(pair: Pair) -> list[str]:
+    """Return the files beside the model's own that nobody knows about."""
+    record = pair.manifest.files
+    known = {*record.carried_over, *record.rewritten, *record.left_out, *pair.base.shards, *OUR_FILES}
+    return sorted(path.name for path in pair.folder.iterdir()
+                  if path.is_file() and path.name not in known and not is_stale(path.name))  # fmt: skip
 
 
 def no_stale_tokenizer(pair: Pair) -> str:

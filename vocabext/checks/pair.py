@@ -1,15 +1,19 @@
 """The base and the expanded checkpoint that `verify` compares."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from vocabext.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from vocabext.checkpoint import Checkpoint, _read_shards, open_checkpoint, resolve_model
 from vocabext.checks.adversarial import Adversary
-from vocabext.errors import TokenizerError
+from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.manifest import Manifest
+from vocabext.shards import Shard
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
+from vocabext.verdicts import verified_sha256
 
 
 class FaultError(Exception):
@@ -18,6 +22,10 @@ class FaultError(Exception):
 
 class NotCheckedError(Exception):
     """A check could not be made; the message says why."""
+
+
+def _ignore(count: int, /) -> None:
+    pass
 
 
 @dataclass
@@ -31,6 +39,8 @@ class Pair:
         trust_remote_code: Passed to transformers for the base.
         seed: Seed of everything that is drawn.
         seen: Ids that the new tokenizer produced in any text so far.
+        advance: Told how many bytes were compared.
+        carried_sha256: Digests of the shards that were found equal to the base's.
     """
 
     folder: Path
@@ -39,7 +49,18 @@ class Pair:
     trust_remote_code: bool = False
     seed: int = 0
     seen: set[int] = field(default_factory=set)
-    _unloadable: bool = False
+    advance: Callable[[int], object] = _ignore
+    carried_sha256: dict[str, str] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+
+    @cached_property
+    def recorded_shards(self) -> dict[str, str | None]:
+        """The shards that were carried over, with their digests where `patch` or an earlier `verify` computed them."""
+        originals = self.manifest.originals
+        kept = {} if originals is None else originals.carried_over
+        shards = {name: original.sha256 for name, original in kept.items() if name.endswith(".safetensors")}
+        earlier = verified_sha256(self.folder)
+        return {name: digest or earlier.get(name) for name, digest in shards.items()}
 
     @cached_property
     def base_folder(self) -> Path:
@@ -51,10 +72,26 @@ class Pair:
         """The base's tensors and config."""
         return open_checkpoint(self.base_folder, trust_remote_code=self.trust_remote_code)
 
-    @cached_property
+    @property
+    def shards(self) -> dict[str, Shard]:
+        """The headers of the expanded checkpoint's shards.
+
+        Raises:
+            CheckpointError: If a shard is damaged, and this is the first check to ask.
+            NotCheckedError: If another check has said so.
+        """
+        return self._or_said("shards", lambda: self._headers)
+
+    @property
     def new(self) -> Checkpoint:
-        """The expanded checkpoint's tensors and config."""
-        return open_checkpoint(self.folder, trust_remote_code=self.trust_remote_code)
+        """The expanded checkpoint's tensors and config.
+
+        Raises:
+            CheckpointError: If its parts contradict each other, and this is the first check to ask.
+            NotCheckedError: If another check has said so.
+        """
+        _ = self.shards
+        return self._or_said("tensors", lambda: self._opened)
 
     @cached_property
     def base_tokenizer(self) -> BaseTokenizer:
@@ -79,13 +116,25 @@ class Pair:
             TokenizerError: If it cannot be loaded, and this is the first check to ask for it.
             NotCheckedError: If it cannot be loaded, and another check has said so.
         """
-        if self._unloadable:
-            raise NotCheckedError("the tokenizer cannot be loaded")
+        return self._or_said("tokenizer", lambda: self._loaded)
+
+    def _or_said(self, what: str, get: Callable[[], Any]) -> Any:
+        """Return something; where it cannot be had, the first check to ask says why, and the others are not made."""
+        if what in self._said:
+            raise NotCheckedError(f"the {what} cannot be loaded")
         try:
-            return self._loaded
-        except TokenizerError:
-            self._unloadable = True
+            return get()
+        except (CheckpointError, TokenizerError):
+            self._said.add(what)
             raise
+
+    @cached_property
+    def _headers(self) -> dict[str, Shard]:
+        return _read_shards(self.folder)
+
+    @cached_property
+    def _opened(self) -> Checkpoint:
+        return open_checkpoint(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def _loaded(self) -> ExpandedTokenizer:

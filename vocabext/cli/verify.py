@@ -13,12 +13,13 @@ from vocabext.cli import options, show
 @options.optional_corpus_option
 @options.text_field_option
 @click.option("--skip-weights", is_flag=True, help="Do not load the two models to compare their logits.")
+@click.option("--vllm", "use_vllm", is_flag=True, help="Load both models in vLLM, too, and compare what they write.")
 @options.seed_option
 @options.trust_remote_code_option
 @options.json_option
 def verify(
-    folder: Path, against: str, corpus: tuple[str, ...], text_field: str, skip_weights: bool, seed: int,
-    trust_remote_code: bool, as_json: bool,
+    folder: Path, against: str, corpus: tuple[str, ...], text_field: str, skip_weights: bool,
+    use_vllm: bool, seed: int, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Check NEWDIR against its base, and write the verdicts to NEWDIR/verify.json.
 
@@ -28,12 +29,12 @@ def verify(
     from vocabext.corpus import read_documents
     from vocabext.errors import BadCheckpointError
     from vocabext.records import write_json
-    from vocabext.verify import FAIL, VERIFY_NAME
+    from vocabext.verdicts import FAIL, VERIFY_NAME
     from vocabext.verify import verify as run_verify
 
     documents = read_documents(corpus, text_field=text_field) if corpus else None
     result = run_verify(folder, against, documents, trust_remote_code=trust_remote_code, seed=seed,
-                        load_weights=not skip_weights, progress=show.progress)
+                        load_weights=not skip_weights, use_vllm=use_vllm, progress=show.progress)
     write_json(folder / VERIFY_NAME, result.to_json())
 
     def render() -> None:
