@@ -41,6 +41,8 @@ VERBS: Mapping[str, Verb] = {
     "distill": Verb("vocabext.cli.distill:distill", "Train the rows of the new tokens; the model stays as it is."),
     "patch": Verb("vocabext.cli.patch:patch", "Write a new model folder with the new tokens and rows."),
     "verify": Verb("vocabext.cli.verify:verify", "Prove that an expanded model still means what its base meant."),
+    "diff": Verb("vocabext.cli.diff:diff", "Show what an expansion has changed: files, tensors, rows, tokens."),
+    "revert": Verb("vocabext.cli.revert:revert", "Make the base again from an expanded model, byte for byte."),
     "eval": Verb("vocabext.cli.eval:evaluate", "Measure base, mean-of-pieces and distilled on held-out text."),
     "run": Verb("vocabext.cli.run:run", "Walk from a corpus to a verified model, skipping what is up to date."),
     "serve": Verb("vocabext.cli.serve:serve", "Serve base and expanded with vLLM, measure both, write a report."),

@@ -1,0 +1,239 @@
+"""Make the base again from an expanded checkpoint, byte for byte and without the base.
+
+What `patch` changed is kept in the expanded folder (`vocabext.manifest` says how). Nothing is trusted: whatever has a
+recorded digest must have it again, or nothing is written under the output's name.
+"""
+
+import hashlib
+import json
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vocabext.checkpoint import CONFIG_NAME, _read_shards
+from vocabext.errors import CheckpointError, UsageError
+from vocabext.extent import Extent
+from vocabext.folders import new_folder
+from vocabext.links import AUTO, link_file
+from vocabext.manifest import (
+    MANIFEST_NAME,
+    ROWS_ORIGINAL,
+    Manifest,
+    Original,
+    Originals,
+    OverwrittenRows,
+    has_manifest,
+    read_manifest,
+)
+from vocabext.progress import Progress, no_progress
+from vocabext.records import check_output
+from vocabext.shards import MAX_HEADER_BYTES, Shard, TensorInfo
+from vocabext.verdicts import verified_sha256
+
+WEIGHTS_SUFFIX = ".safetensors"
+MARGIN_BYTES = 1_000_000
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class RevertResult:
+    """What `revert` made.
+
+    Attributes:
+        folder: The restored folder.
+        base: What it restores, as it was named when it was expanded.
+        num_files: Files restored.
+        num_bytes: Their size.
+        lost: What the base had and the expanded folder did not keep, with the reason.
+        unproven: Files of which no digest was recorded, taken as they are.
+        seconds: Time it took.
+    """
+
+    folder: Path
+    base: str
+    num_files: int
+    num_bytes: int
+    lost: dict[str, str]
+    unproven: tuple[str, ...]
+    seconds: float
+
+
+def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
+           progress: Progress = no_progress) -> RevertResult:
+    """Write the base that a checkpoint was expanded from.
+
+    Args:
+        folder: The expanded checkpoint. It is only read.
+        output: The folder to make.
+        link: How untouched shards come over: `auto`, `hard` or `copy` (see `vocabext.links`).
+        force: Whether a model folder that is there already is replaced, once the new one is complete.
+        progress: Told about the bytes written.
+
+    Raises:
+        UsageError: If a path is wrong, or the output is there already and `force` is false.
+        CheckpointError: If something in `folder` has changed since it was made, was not kept, or the disk is too full.
+    """
+    began = time.perf_counter()
+    manifest = read_manifest(folder)
+    _check_places(folder.resolve(), output.resolve(), force=force)
+    originals = _originals(manifest, folder)
+    sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
+             for name, original in part.items()}  # fmt: skip
+    _check_space(output.resolve().parent, sum(sizes.values()) + MARGIN_BYTES)
+    with new_folder(output.resolve(), force=force) as target, progress(
+            "restoring", sum(sizes.values()), "bytes") as task:
+        restoration = _Restoration(folder, target, originals, link, task.advance)
+        restoration.run()
+    return RevertResult(output, manifest.base.model, len(sizes), sum(sizes.values()), dict(originals.lost),
+                        tuple(restoration.unproven), time.perf_counter() - began)
+
+
+# -- before the first byte ----------------------------------------------------------------------------------------
+
+def _check_places(folder: Path, output: Path, *, force: bool) -> None:
+    if output == folder:
+        raise UsageError(f"the output {output} is the expanded checkpoint itself; choose another output")
+    if folder in output.parents or output in folder.parents:
+        raise UsageError(f"the output {output} and the expanded checkpoint {folder} lie inside each other; "
+                         "choose another output")
+    check_output(output, force=force, folder=True)
+    if output.is_file():
+        raise UsageError(f"the output {output} is a file; choose another output")
+    if output.exists() and any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
+        raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
+
+
+def _originals(manifest: Manifest, folder: Path) -> Originals:
+    """Return what was kept of the base, once everything that it names was found."""
+    originals = manifest.originals
+    if originals is None:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} does not say how to restore the base, because vocabext "
+                              f"{manifest.vocabext_version} kept nothing of it; the base is {manifest.base.model}")
+    for part in (originals.carried_over, originals.files, originals.shards):
+        for name, original in part.items():
+            if not (folder / original.stored).is_file():
+                raise CheckpointError(f"{folder} lacks {original.stored}, from which {name} is restored; "
+                                      f"the base is {manifest.base.model}")
+    if any(rows.num_bytes for rows in originals.rows.values()) and not (folder / ROWS_ORIGINAL).is_file():
+        raise CheckpointError(f"{folder} lacks {ROWS_ORIGINAL}, the rows that new ones have overwritten; "
+                              f"the base is {manifest.base.model}")
+    return originals
+
+
+def _check_space(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(f"the restored base needs {needed:,} bytes, but {parent} has {free:,} bytes free; "
+                              "free some, or choose an output elsewhere")
+
+
+# -- restoring ----------------------------------------------------------------------------------------------------
+
+class _Restoration:
+    """Writes every file of the base into a folder, and checks each."""
+
+    def __init__(self, folder: Path, target: Path, originals: Originals, link: str, advance: Advance) -> None:
+        self._folder, self._target, self._originals = folder, target, originals
+        self._link, self._advance = link, advance
+        self._verified = verified_sha256(folder)
+        self.unproven: list[str] = []
+
+    def run(self) -> None:
+        """Write all files."""
+        originals = self._originals
+        for name, original in sorted({**originals.carried_over, **originals.files}.items()):
+            source, target = self._folder / original.stored, self._target / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Weights alone are linked: they are replaced and not edited.
+            linked = name.endswith(WEIGHTS_SUFFIX) and link_file(source, target, self._link) is not None
+            self._write(name, original, Extent.whole(source).chunks(), linked=linked)
+        if not originals.shards:
+            return
+        shards = _read_shards(self._folder)
+        for name, original in sorted(originals.shards.items()):
+            self._write(name, original, self._shard(name, original, shards))
+
+    def _write(self, name: str, original: Original, chunks: Iterator[bytes], *, linked: bool = False) -> None:
+        """Write one file, or only read it where it is linked already; refuse it if it is not what the base had."""
+        path = self._target / name
+        digest, count = hashlib.sha256(), 0
+        with open(path, "rb" if linked else "xb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                count += len(chunk)
+                if not linked:
+                    file.write(chunk)
+                self._advance(len(chunk))
+        wanted = original.sha256 or self._verified.get(name)
+        if count != original.num_bytes:
+            raise CheckpointError(f"{original.stored} has changed since it was made: {name} of the base had "
+                                  f"{original.num_bytes:,} bytes, restored it has {count:,}")
+        if wanted is None:
+            self.unproven.append(name)
+        elif digest.hexdigest() != wanted:
+            source = original.stored if name in self._originals.carried_over or name in self._originals.files \
+                else "a tensor in the new shards"
+            raise CheckpointError(f"{source} has changed since it was made: restored, {name} has the digest "
+                                  f"{digest.hexdigest()[:12]}, the base's was {wanted[:12]}")
+
+    def _shard(self, name: str, original: Original, shards: Mapping[str, Shard]) -> Iterator[bytes]:
+        """Yield the bytes of an old shard: its header as it was kept, and its tensors from the new shards."""
+        extent = Extent.whole(self._folder / original.stored)
+        if extent.count > 8 + MAX_HEADER_BYTES:
+            raise CheckpointError(f"{original.stored} is no header of a shard: it has {extent.count:,} bytes")
+        raw = b"".join(extent.chunks())
+        yield raw
+        found = {tensor: (shard, info) for shard in shards.values() for tensor, info in shard.tensors.items()}
+        for tensor, num_bytes in _tensor_sizes(raw, original.stored):
+            if tensor not in found or found[tensor][1].num_bytes < num_bytes:
+                raise CheckpointError(f"the checkpoint has changed since it was made: {tensor} of {name} is missing or "
+                                      f"shorter than {num_bytes:,} bytes")
+            yield from self._tensor(tensor, *found[tensor], num_bytes)
+
+    def _tensor(self, name: str, shard: Shard, info: TensorInfo, num_bytes: int) -> Iterator[bytes]:
+        """Yield the old bytes of a tensor: its first rows, with what new rows have overwritten put back."""
+        whole = Extent(self._folder / info.file, shard.data_start + info.start, num_bytes)
+        rows = self._originals.rows.get(name)
+        if rows is None or not rows.num_bytes:
+            yield from whole.chunks()
+            return
+        first = rows.first_row * (rows.num_bytes // rows.num_rows)
+        end = first + rows.num_bytes
+        if end > num_bytes:
+            raise CheckpointError(f"{MANIFEST_NAME} is damaged: the overwritten rows of {name} end at byte {end:,} of "
+                                  f"{num_bytes:,}")
+        yield from Extent(whole.path, whole.start, first).chunks()
+        yield from self._overwritten(name, rows)
+        yield from Extent(whole.path, whole.start + end, num_bytes - end).chunks()
+
+    def _overwritten(self, name: str, rows: OverwrittenRows) -> Iterator[bytes]:
+        extent = Extent(self._folder / ROWS_ORIGINAL, rows.offset, rows.num_bytes)
+        if extent.sha256() != rows.sha256:
+            raise CheckpointError(f"{ROWS_ORIGINAL} has changed since it was made: the overwritten rows of "
+                                  f"{name} have another digest")
+        yield from extent.chunks()
+
+
+def _tensor_sizes(raw: bytes, stored: str) -> list[tuple[str, int]]:
+    """Return name and size of every tensor that a header describes, in the order of their bytes."""
+    try:
+        length = struct.unpack("<Q", raw[:8])[0]
+        entries: dict[str, Any] = json.loads(raw[8:])
+        if length != len(raw) - 8:
+            raise ValueError(length)
+        offsets = [(int(entry["data_offsets"][0]), int(entry["data_offsets"][1]), name)
+                   for name, entry in entries.items() if name != "__metadata__"]  # fmt: skip
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
+        raise CheckpointError(f"{stored} has changed since it was made: it is no header of a shard") from None
+    sizes, position = [], 0
+    for start, end, name in sorted(offsets):
+        if start != position or end < start:
+            raise CheckpointError(f"{stored} has changed since it was made: its tensors leave gaps")
+        sizes.append((name, end - start))
+        position = end
+    return sizes
