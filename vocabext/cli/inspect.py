@@ -1,8 +1,13 @@
 """`vocabext inspect`: what a model is, as far as its vocabulary is concerned."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from vocabext.cli import options, show
+
+if TYPE_CHECKING:
+    from vocabext.inspect_model import Inspection
 
 
 @click.command()
@@ -19,26 +24,48 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
     found = inspect_model(model, trust_remote_code=trust_remote_code)
 
     def render() -> None:
-        used = "unknown" if found.num_used_ids is None else f"{found.num_used_ids:,}"
-        free = "unknown" if found.num_free_rows is None else f"{found.num_free_rows:,}"
         show.table([
-            ("architecture", found.architecture),
+            ("architecture", _architecture(found)),
             ("parameters", f"{found.num_parameters:,}"),
             ("weights", f"{found.weight_bytes:,} bytes in {_count(found.num_shards, 'file')}"),
+            ("quantised", f"{found.quantisation}; not embedding and head" if found.quantisation else "no"),
             ("embedding type", found.dtype),
             ("hidden size", f"{found.hidden_size:,}"),
-            ("head", "tied to the embedding" if found.tied else "its own (untied)"),
-            ("vocabulary tensors", ", ".join(found.vocab_tensors)),
+            ("head", _head(found)),
+            *((row.role, f"{row.name}: {row.num_rows:,} rows of {row.row_bytes:,} bytes ({row.dtype})")
+              for row in found.row_tensors),
             ("rows", f"{found.num_rows:,}"),
-            ("ids in use", used),
-            ("free rows", free),
+            ("ids in use", "unknown" if found.num_used_ids is None else f"{found.num_used_ids:,}"),
+            ("free rows", "unknown" if found.num_free_rows is None else f"{found.num_free_rows:,}"),
+            ("grows by", f"multiples of {found.row_step} rows" if found.row_step > 1 else "any number of rows"),
+            *([("reserved ids", f"from {found.first_reserved_id:,} on, for images or sounds")]
+              if found.first_reserved_id is not None else []),
             ("a new row", f"{found.bytes_per_new_row:,} bytes"),
-            ("tokenizer", found.tokenizer_kind or "cannot be extended"),
+            ("tokenizer", _tokenizer(found)),
             ("extension", found.extension),
             ("expanded already", expanded_note(found)),
         ], ("", str(found.folder)))
 
     show.emit(found, as_json, render)
+    if found.tokenizer_warning:
+        show.note(f"warning: {found.tokenizer_warning}")
+
+
+def _architecture(found: "Inspection") -> str:
+    inner = f" around a language model of type {found.text_model_type}" if found.text_model_type else ""
+    return f"{found.architecture} (type {found.model_type}{inner})"
+
+
+def _head(found: "Inspection") -> str:
+    if not found.has_head:
+        return "none"
+    return "tied to the embedding" if found.tied else "its own (untied)"
+
+
+def _tokenizer(found: "Inspection") -> str:
+    if found.tokenizer_kind is None:
+        return "cannot be extended"
+    return f"{found.tokenizer_kind} ({found.tokenizer_class})"
 
 
 def _count(number: int, noun: str) -> str:
