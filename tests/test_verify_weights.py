@@ -326,3 +326,30 @@ def test_weights_that_transformers_refuses(
     result = verify(folder, str(base))
     assert failed(result) == [LOGITS]
     assert detail(result, LOGITS) == f"transformers cannot load {folder}: it says why"
+
+
+@pytest.mark.parametrize("broken", ["base", "expanded"])
+def test_a_base_that_cannot_be_run_is_no_fault_but_a_folder_that_cannot_is(
+    sound: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    base, folder = sound["tied"]
+    real, load = logits._logits, logits._load
+    loaded_as: dict[int, str] = {}
+
+    def remember(pair: object, *, new: bool) -> object:
+        model = load(pair, new=new)  # type: ignore[arg-type]
+        loaded_as[id(model)] = "expanded" if new else "base"
+        return model
+
+    def compute(loaded: object, pair: object, rows: object) -> list[torch.Tensor]:
+        if loaded_as[id(loaded)] == broken:
+            raise TypeError("where() received an invalid combination\nof arguments")
+        return real(loaded, pair, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(logits, "_load", remember)
+    monkeypatch.setattr(logits, "_logits", compute)
+    result = verify(folder, str(base))
+    assert failed(result) == ([LOGITS] if broken == "expanded" else [])
+    said = {"base": "the base itself cannot be run on text alone",
+            "expanded": "the base can be run on text, this folder cannot"}[broken]
+    assert detail(result, LOGITS) == f"{said}: where() received an invalid combination"
