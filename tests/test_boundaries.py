@@ -10,7 +10,7 @@ from vocabext.boundaries import (
     character_class,
     escape,
     prefix_tree,
-    whole_text_guards,
+    whole_text_expression,
 )
 
 
@@ -117,9 +117,7 @@ def test_where_the_guard_of_the_longest_fails_a_shorter_one_is_tried() -> None:
 
 
 def guarded(bpe: Bpe, keys: list[str], **options: bool) -> str:
-    ends, starts = whole_text_guards(keys, bpe.table, **options)
-    return "|".join(guard + prefix_tree({key: end for key, end in ends.items() if key[0] == first})
-                    for first, guard in starts.items())  # fmt: skip
+    return whole_text_expression(keys, bpe.table, **options)
 
 
 @settings(max_examples=200, deadline=None)

@@ -375,7 +375,9 @@ def test_every_style_on_texts_that_hurt(name: str, text: str) -> None:
         assert streamed(pair.new, new.ids, skip) == streamed(pair.base, old.ids, skip)
     starts = np.cumsum([0, *pair.expansion.run_lengths(new.ids)])
     runs = [old.offsets[first:last] for first, last in itertools.pairwise(starts.tolist())]
-    for (start, end), run in zip(new.offsets, runs, strict=True):
+    for token, (start, end), run in zip(new.tokens, new.offsets, runs, strict=True):
+        if token == MARK:  # put in front of a word: the base says it is the first letter, the expanded one the space
+            continue
         whole = text[run[0][0] : run[-1][1]].strip()
         # Unknown characters in a row have one span in the base, however many bytes they are.
         assert text[start:end].strip() in whole if name == "whole, bytes" else text[start:end].strip() == whole

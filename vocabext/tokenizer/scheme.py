@@ -180,6 +180,11 @@ def split_step(expression: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
 
 
+def in_sequence(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one pre-tokenizer for several steps; a single one as it is, since readers compile a sequence twice."""
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
+
+
 def is_byte_token(token: str) -> bool:
     """Tell whether an entry looks like one that stands for a byte, such as `<0x0A>`."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

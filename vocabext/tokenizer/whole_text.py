@@ -4,7 +4,7 @@ BPE may merge across any place, so a new string is cut out only where no merge c
 edges; `vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +12,18 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from vocabext.boundaries import SPACELESS, MergeTable, choice, holds_spaceless, prefix_tree, whole_text_guards
+from vocabext.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
-from vocabext.tokenizer.scheme import SPACE_MARK, copy_of, is_byte_token, split_step, steps_of, with_new_entries
-
-# A run of letters of a script with spaces, taken whole.
-LETTERS = rf"[\p{{L}}&&[^{SPACELESS}]]++"
+from vocabext.tokenizer.scheme import (
+    SPACE_MARK,
+    copy_of,
+    in_sequence,
+    is_byte_token,
+    split_step,
+    steps_of,
+    with_new_entries,
+)
 
 
 class WholeTextScheme(BpeScheme):
@@ -73,7 +78,7 @@ class WholeTextScheme(BpeScheme):
             if self.byte_fallback and is_byte_token(token):
                 edges[2, i] = 0x80 <= int(token[3:5], 16) < 0xC0
             else:
-                edges[:2, i] = [c.isalnum() and not holds_spaceless(c) for c in (token[:1], token[-1:])]
+                edges[:2, i] = [bool(c) and in_word(c) for c in (token[:1], token[-1:])]
         edges[:2, self.barrier_ids] = False
         return edges
 
@@ -94,51 +99,44 @@ class WholeTextScheme(BpeScheme):
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
         spec = copy_of(self.spec)
-        unreachable = self.unreachable  # also where there are no tokens: looking at it raises an error if need be
         if not tokens:
+            assert self.unreachable is not None, "looking at it raises an error where there is one"
             return spec
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
         table = MergeTable(merges_of(self.spec), self.vocabulary)
-        ends, starts = whole_text_guards([t.key for t in tokens], table, drops_unknown=self.drops_unknown)
-        steps = [*steps_of(self.spec["pre_tokenizer"]), split_step(chunk_expression(ends, starts, table))]
-        steps += [split_step(_protection(unreachable))] if unreachable else []
-        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        steps = list(steps_of(self.spec["pre_tokenizer"]))
+        steps += [split_step(expression) for expression in self._expressions([t.key for t in tokens], table)]
+        spec["pre_tokenizer"] = in_sequence(steps)
         return spec
 
+    def _expressions(self, keys: Sequence[str], table: MergeTable) -> Iterator[str]:
+        """Yield one expression per splitting step; hardly ever more than one, as each looks at all chunks again."""
+        if not self._marks_start:
+            yield whole_text_expression(keys, table, drops_unknown=self.drops_unknown, at_start=True)
+        inside, alone = {}, {}
+        for entry, cut in self.unreachable.items():
+            if safe := safe_cut(entry, self.unreachable, table):
+                inside[entry] = safe
+            else:
+                alone[entry] = cut
+        first = rf"\G{_heads(inside, '')}|" if inside else ""
+        yield first + whole_text_expression(keys, table, drops_unknown=self.drops_unknown)
+        if alone:
+            yield r"\A" + _heads(alone, r"\z")
 
-def chunk_expression(ends: Mapping[str, str], starts: Mapping[str, str], table: MergeTable) -> str:
-    """Return an expression whose matches cover a text: the new strings, and all that is between two of them.
-
-    Trying thousands of strings at every character would make the tokenizer several times slower. So the text
-    between is swallowed in steps: inside a run of letters no new string begins, those that begin with a space
-    are tried only where one is, and the others only behind the first letters of a word.
-
-    Args:
-        ends: New strings, as the model spells them, to the assertion that must hold at their end.
-        starts: Their first characters to the assertion in front.
-        table: The base merges.
-    """
-    trees = _trees(ends, starts)
-    spaced = trees.pop(SPACE_MARK, "")
-    other = choice(trees)
-    new = "|".join(filter(None, [spaced, other]))
-    unit = rf"(?:{LETTERS}|[^{SPACE_MARK}])"
-    inside = f"(?=[^{SPACE_MARK}])(?!{other})" if other else ""
-    rest = f"(?:{inside}{unit})*+"
-    # Hardly any string without a space stands behind one: a merge would take that space.
-    behind = [key for key in ends if key[0] != SPACE_MARK
-              and not any(left.endswith(SPACE_MARK) for left in table.hazards(key).left)]  # fmt: skip
-    first = choice(_trees({key: ends[key] for key in behind}, starts))
-    word = f"{SPACE_MARK}++{f'(?!{first})' if first else ''}{unit}{rest}|{unit}{rest}|{SPACE_MARK}++"
-    return f"{new}|(?:{word})(?:(?!{new})(?:{word}))*+"
+    @property
+    def _marks_start(self) -> bool:
+        """Whether every text begins with a mark."""
+        text = "x" if self.backend.normalizer is None else str(self.backend.normalizer.normalize_str("x"))
+        if self.backend.pre_tokenizer is not None:
+            text = self.backend.pre_tokenizer.pre_tokenize_str(text)[0][0]
+        return text.startswith(SPACE_MARK)
 
 
-def _trees(ends: Mapping[str, str], starts: Mapping[str, str]) -> dict[str, str]:
-    """Return an expression per first character for the strings that begin with it."""
-    groups: dict[str, dict[str, str]] = {}
-    for key in sorted(ends):
-        groups.setdefault(key[0], {})[key] = ends[key]
-    return {first: starts[first] + prefix_tree(group) for first, group in groups.items()}
+def safe_cut(entry: str, entries: Container[str], table: MergeTable) -> int:
+    """Return a place in an entry where a chunk that begins with it can be cut, whatever follows; 0 for none."""
+    return next((cut for cut in range(1, len(entry)) if entry[:cut] not in entries
+                 and not any(text[0] == entry[cut] for text in table.hazards(entry[:cut]).right)), 0)  # fmt: skip
 
 
 def never_cuts(step: dict[str, Any]) -> bool:
@@ -148,10 +146,9 @@ def never_cuts(step: dict[str, Any]) -> bool:
     return step["type"] == "Split" and step["pattern"] == {"String": " "}
 
 
-def _protection(cuts: Mapping[str, int]) -> str:
-    """Return an expression that cuts a chunk in two if, and only if, it spells an unreachable entry."""
-    guards: dict[str, set[str]] = {}
-    for token, cut in cuts.items():
-        guards.setdefault(token[:cut], set()).add(token[cut:])
-    heads = {first: rf"(?={prefix_tree(dict.fromkeys(rests, ''))}\z)" for first, rests in guards.items()}
-    return r"\A" + prefix_tree(heads)
+def _heads(cuts: Mapping[str, int], end: str) -> str:
+    """Return an expression for the heads of entries, where the rest of the entry, and then `end`, follows."""
+    rests: dict[str, list[str]] = {}
+    for entry, cut in cuts.items():
+        rests.setdefault(entry[:cut], []).append(entry[cut:])
+    return prefix_tree({head: f"(?={prefix_tree(dict.fromkeys(group, end))})" for head, group in rests.items()})
