@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, TEXT, as_hf, llama3, tiny_base
@@ -202,6 +202,7 @@ def test_the_same_corpus_gives_the_same_tokens() -> None:
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.lists(st.sampled_from([*WORDS, "<s>", "\n", "🙂", "", "1", "'s"]), max_size=20).map(" ".join),
                       min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))  # fmt: skip
+@example(texts=["1 the 1 the  signs  cardiac signs   cardiac"], kind="crossing")  # fewer tokens, fewer of ` signs `
 def test_any_corpus_gives_tokens_that_keep_the_invariant(texts: list[str], kind: str) -> None:
     base = tiny_base(kind)
     try:

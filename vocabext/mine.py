@@ -120,15 +120,15 @@ def mine(
                          "give more text, or lower --min-count")
     target = min(config.budget or MAX_AUTO_BUDGET, len(candidates))
     kept, rejected = _choose_and_check(texts, corpus, candidates, base, config, target, progress)
-    if config.budget is not None and len(kept) < config.budget and not (at_most and kept):
-        raise UsageError(f"--budget is {config.budget}, but only {len(kept)} tokens that occur at least "
-                         f"{config.min_count} times can be made; lower --budget to {len(kept)}, lower --min-count, "
+    tokens, expanded_tokens, rare = _settle(texts, base, kept, config, progress)
+    if config.budget is not None and len(tokens) < config.budget and not (at_most and tokens):
+        raise UsageError(f"--budget is {config.budget}, but only {len(tokens)} tokens that occur at least "
+                         f"{config.min_count} times can be made; lower --budget to {len(tokens)}, lower --min-count, "
                          "or give more text")
-    if not kept:
+    if not tokens:
         raise UsageError(f"none of the {len(candidates)} frequent runs of this corpus can be a token that occurs "
                          f"{config.min_count} times; give more text, or lower --min-count")
-    kept = kept[: config.budget or _knee([token.saved for token in kept])]
-    tokens, expanded_tokens = _measure(texts, base, kept, progress)
+    rejected |= rare
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
     return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), len(candidates), rejected)
 
@@ -329,10 +329,33 @@ def _choose_and_check(
         counted, _ = _measure(texts, base, chosen, progress)
         kept = [token for token in counted if token.count >= config.min_count]
         if len(kept) >= budget or len(chosen) < budget + extra:
-            why = f"the expanded tokenizer produces it fewer than {config.min_count} times"
-            rare = {t.token: why for t in counted if t.count < config.min_count}
-            return kept, {**rejected, **rare}
+            return kept, {**rejected, **_rare(counted, config)}
         extra = 2 * extra + 2 * (budget - len(kept))
+
+
+def _settle(
+    texts: Sequence[str], base: BaseTokenizer, kept: Sequence[NewToken], config: MineConfig, progress: Progress
+) -> tuple[list[NewToken], int, dict[str, str]]:
+    """Cut the tokens to the budget, and go on dropping rare ones: without some tokens, others may be produced less.
+
+    Returns:
+        The tokens with their counts; how many tokens the corpus has with them; those dropped, with the reason.
+    """
+    rejected: dict[str, str] = {}
+    limit = config.budget or _knee([token.saved for token in kept])
+    while kept:
+        tokens, total = _measure(texts, base, kept[:limit], progress)
+        rare = _rare(tokens, config)
+        if not rare:
+            return tokens, total, rejected
+        rejected |= rare
+        kept = [token for token in kept if token.token not in rare]
+    return [], 0, rejected
+
+
+def _rare(counted: Sequence[NewToken], config: MineConfig) -> dict[str, str]:
+    why = f"the expanded tokenizer produces it fewer than {config.min_count} times"
+    return {token.token: why for token in counted if token.count < config.min_count}
 
 
 def _choose(
