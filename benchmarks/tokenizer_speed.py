@@ -175,9 +175,10 @@ def _holds(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> bool:
 
 
 def _line(row: dict[str, Any]) -> str:
+    share = f"{row['new_share']:.0%}" if "new_share" in row else ""
     return (f"| {row['tokenizer']} | {row['tokens']:,} | {row['text']} | {row['single_bytes_per_second'] / 1e6:.2f} "
             f"| {row['single_ratio']:.2f} | {row['batch_bytes_per_second'] / 1e6:.2f} | {row['batch_ratio']:.2f} "
-            f"| {row.get('new_share', float('nan')):.0%} |")  # fmt: skip
+            f"| {share} |")  # fmt: skip
 
 
 if __name__ == "__main__":
