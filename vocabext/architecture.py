@@ -35,6 +35,7 @@ class EmbeddingNames:
         tied: Whether head and embedding are one parameter.
         num_parameters: Parameters of the whole model, a tied head counted once.
         shapes: Shapes of the parameters above and of `tables`, by name.
+        saved: The names under which the class saves them, where these differ (`embed_out` for `lm_head`).
         tables: Further tables with a row per token id: name -> the config key that counts their rows.
         fixed: Parameters that have as many rows as the vocabulary by accident; they do not grow with it.
         odd: Parameters that grow with the vocabulary along another axis than the first, or by another number.
@@ -48,6 +49,7 @@ class EmbeddingNames:
     tied: bool
     num_parameters: int
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     odd: frozenset[str] = frozenset()
@@ -82,13 +84,13 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
     shapes = _shapes(model)
     tables, fixed, odd = _growing(folder, config, shapes, {name for name in found if name is not None},
                                   trust_remote_code=trust_remote_code)
-    known = {*found, *tables}
+    known = [name for name in (*found, *tables) if name is not None]
     return EmbeddingNames(
         architecture=type(model).__name__,
         embedding=str(found[0]), head=found[1], head_bias=found[2],
         tied=head is not None and head.weight is embedding.weight,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        shapes={name: shape for name, shape in shapes.items() if name in known},
+        shapes={name: shape for name, shape in shapes.items() if name in known}, saved=_saved_names(model, known),
         tables=tables, fixed=frozenset(fixed), odd=frozenset(odd), first_reserved_id=_first_reserved_id(config),
     )
 
@@ -122,6 +124,20 @@ def _growing(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], k
                 odd.add(name)
     grown = {*tables, *odd}
     return tables, {name for name in fixed if name not in grown}, odd - set(tables)
+
+
+def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
+    """Ask transformers under which names it saves parameters: it renames some on the way from and to the disk."""
+    import torch
+
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        with _Quiet():
+            saved = {name: next(iter(revert_weight_conversion(model, {name: torch.empty(1)}))) for name in names}
+    except Exception:  # not every version has it, and not every class; names are then compared by their ends
+        return {}
+    return {name: other for name, other in saved.items() if other != name}
 
 
 def vocabulary_sizes(config: Any) -> dict[str, int]:

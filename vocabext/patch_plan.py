@@ -113,8 +113,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
         missing = HEAD if checkpoint.head_name is None else EMBEDDING
         source = given.get("output" if missing == HEAD else "input")
         rows = source if source is not None else mean_of_pieces(checkpoint, first, file.tokens)
-        added = checkpoint.names.head if missing == HEAD else checkpoint.names.embedding
-        assert added is not None  # a tied model has both
+        added = _new_name(checkpoint, missing)
         draft.add(added, missing, first, rows, "from the rows file" if source is not None else MEAN)
         head_rows = draft.records[added].rows if missing == HEAD else head_rows
     if checkpoint.tied and not untied:
@@ -123,6 +122,14 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
         head_rows = "mean of the head rows of the token's run"
     cost = draft.growths[first].num_bytes(checkpoint.tensors[first]) if draft.added else 0
     return TensorPlan(draft.growths, draft.added, draft.records, draft.sizes, head_rows, untied, cost)
+
+
+def _new_name(checkpoint: Checkpoint, role: str) -> str:
+    """Return the name for a tensor that was not stored: spelled by the class, in the way the other one is."""
+    names, other = checkpoint.names, checkpoint.vocab_tensors[0]
+    name = names.head if role == HEAD else names.embedding
+    assert name is not None  # a tied model has both
+    return name if other == checkpoint.row_tensors[other].parameter else names.saved.get(name, name)
 
 
 class _Draft:

@@ -61,8 +61,9 @@ def find_row_tensors(folder: Path, config: Mapping[str, Any], names: EmbeddingNa
                for name, key in names.tables.items()]
     found: dict[str, RowTensor] = {}
     for tensor in wanted:
-        _refuse_quantised(tensor.parameter, tensors)
-        name = stored_name(tensor.parameter, tensors)
+        _refuse_quantised(names.saved.get(tensor.parameter, tensor.parameter), tensors)
+        name = stored_name(names.saved.get(tensor.parameter, tensor.parameter), tensors)
+        name = stored_name(tensor.parameter, tensors) if name is None else name
         if name is not None:
             found[name] = tensor
     _check_complete(folder, names, {tensor.role for tensor in found.values()})

@@ -1,0 +1,122 @@
+"""Tests of patching every family: names from the class, all tables extended, base text computed as before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_patch import make_rows
+from tiny_families import FAMILIES, tiny_family
+
+from vocabext.architecture import embedding_names
+from vocabext.checkpoint import load_rows, open_checkpoint
+from vocabext.errors import CheckpointError
+from vocabext.manifest import read_manifest
+from vocabext.patch import patch
+from vocabext.rows import mean_rows
+from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
+
+TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
+PROMPT = [0, 40, 77, 120, 260, 285, 9]
+UNTIED_ONLY = {"llama", "mistral", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-neox", "olmo2", "phi", "phi3", "llava"}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    architecture = open_checkpoint(folder).names.architecture
+    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    found: torch.Tensor = model.eval()(torch.tensor([ids])).logits[0]
+    return found
+
+
+def expand(tmp_path: Path, family: str, **options: Any) -> tuple[Path, Path]:
+    base = tiny_family(tmp_path / "base", family)
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS)
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new", **options)
+    return base, tmp_path / "new"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_extended_and_reads_base_text_as_before(tmp_path: Path, family: str) -> None:
+    base, new = expand(tmp_path, family)
+    old, now, manifest = stored(base), stored(new), read_manifest(new)
+    tokens, rows, _ = load_rows(tmp_path / "rows.safetensors")
+    first, end = manifest.first_new_id, manifest.first_new_id + len(tokens)  # some classes add special tokens
+    assert old.keys() == now.keys()
+    for name in old.keys() - manifest.tensors.keys():
+        assert torch.equal(old[name], now[name]), name
+    for name, record in manifest.tensors.items():
+        before, used = len(old[name]), min(first, len(old[name]))
+        assert (record.num_rows_before, record.num_rows) == (before, len(now[name]))
+        assert torch.equal(now[name][:used], old[name][:used])
+        expected = rows.input_ND if record.role == EMBEDDING or (
+            record.role == HEAD and family not in UNTIED_ONLY) else mean_rows(old[name], tokens)
+        assert torch.equal(now[name][first:end], expected.to(old[name].dtype)), name
+        surplus = now[name][max(before, end):]
+        assert bool((surplus == (-10_000 if record.role == HEAD_BIAS else 0)).all())
+    assert torch.equal(logits(new, PROMPT)[:, :first], logits(base, PROMPT)[:, :first])
+    assert torch.isfinite(logits(new, [*PROMPT, first, end - 1])).all()
+    assert embedding_names(new).shapes == {name: (len(now[stored_as]), *shape[1:]) for (name, shape), stored_as in
+                                           zip(embedding_names(new).shapes.items(), names(new), strict=True)}
+
+
+def names(folder: Path) -> list[str]:
+    """The stored name of each vocabulary parameter, in the order of the class; a tied head is the embedding."""
+    checkpoint = open_checkpoint(folder)
+    found = {tensor.parameter: name for name, tensor in checkpoint.row_tensors.items()}
+    return [found.get(parameter, checkpoint.vocab_tensors[0]) for parameter in checkpoint.names.shapes]
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma3n-shorter-table", "gemma4", "gemma4-wrapped"])
+def test_per_layer_embeddings_are_extended(tmp_path: Path, family: str) -> None:
+    _, new = expand(tmp_path, family)
+    (record,) = [record for record in read_manifest(new).tensors.values() if record.role == PER_LAYER]
+    assert record.num_rows >= 298
+    assert "mean" in record.rows
+
+
+def test_a_head_bias_is_extended_and_keeps_surplus_rows_silent(tmp_path: Path) -> None:
+    base = tiny_family(tmp_path / "base", "phi", num_rows=292)
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    new = stored(tmp_path / "new")
+    assert new["lm_head.bias"].shape == (296,)
+    assert bool((new["lm_head.bias"][293:] == -10_000).all())
+    assert float(logits(tmp_path / "new", PROMPT).softmax(-1)[:, 293:].max()) == 0
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTIED_ONLY))
+def test_a_tied_family_is_untied(tmp_path: Path, family: str) -> None:
+    base, new = expand(tmp_path, family, untie=True)
+    checkpoint = open_checkpoint(new)
+    assert not checkpoint.tied
+    assert len(checkpoint.vocab_tensors) == 2
+    assert torch.equal(logits(new, PROMPT)[:, :290], logits(base, PROMPT)[:, :290])
+    assert read_manifest(new).untied
+
+
+def test_a_wrapper_whose_ids_mean_sounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vocabext import architecture
+
+    base = tiny_family(tmp_path / "base", "gemma3n")
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
+    monkeypatch.setattr(architecture, "_first_reserved_id", lambda _: 292)
+    with pytest.raises(CheckpointError, match=r"takes ids from 292 on for images or sounds, .* the ids 290 to 292"):
+        patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    monkeypatch.setattr(architecture, "_first_reserved_id", lambda _: 293)
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+
+
+def test_reserved_ids_are_read_from_the_config() -> None:
+    from vocabext.architecture import _first_reserved_id
+
+    assert _first_reserved_id(transformers.Gemma3nConfig()) == 262_144
+    assert _first_reserved_id(transformers.LlamaConfig()) is None

@@ -1,0 +1,97 @@
+"""Tiny random models of every family that checkpoints are patched for, built from transformers' configs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_checkpoints import tiny_tokenizer
+from transformers import PreTrainedModel
+
+NUM_ROWS = 296  # free rows behind the 290 ids of the tokenizer, and room for a matrix to grow
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0,
+         "eos_token_id": 1, "pad_token_id": None}
+EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}
+
+
+def _text(name: str, **config: Any) -> Callable[[int], PreTrainedModel]:
+    def build(num_rows: int) -> PreTrainedModel:
+        settings = getattr(transformers, f"{name}Config")(vocab_size=num_rows, **{**SHAPE, **config})
+        return getattr(transformers, f"{name}ForCausalLM")(settings)
+
+    return build
+
+
+def _gpt2(num_rows: int) -> PreTrainedModel:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=num_rows, n_embd=64, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=1))
+
+
+def _wrapped(name: str, text: dict[str, Any], **config: Any) -> Callable[[int], PreTrainedModel]:
+    def build(num_rows: int) -> PreTrainedModel:
+        settings = getattr(transformers, f"{name}Config")(text_config={**SHAPE, **text, "vocab_size": num_rows},
+                                                          **config)
+        return getattr(transformers, f"{name}ForConditionalGeneration")(settings)
+
+    return build
+
+
+def _per_layer(build: Callable[..., Any], extra: int = 0) -> Callable[[int], PreTrainedModel]:
+    """A model with per-layer embeddings; `extra` rows more or fewer than the vocabulary has."""
+    return lambda num_rows: build(vocab_size_per_layer_input=num_rows + extra)(num_rows)
+
+
+GEMMA3N = {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8, "altup_num_inputs": 2,
+           "intermediate_size": [96, 96], "layer_types": ["sliding_attention", "full_attention"],
+           "activation_sparsity_pattern": [0.0, 0.0], "sliding_window": 32}
+GEMMA4 = {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "global_head_dim": 32,
+          "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+
+FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
+    "llama": _text("Llama", tie_word_embeddings=False),
+    "llama-tied": _text("Llama", tie_word_embeddings=True),
+    "mistral": _text("Mistral", sliding_window=64),
+    "mixtral": _text("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2": _text("Qwen2", tie_word_embeddings=True),
+    "qwen2-moe": _text("Qwen2Moe", shared_expert_intermediate_size=48, **EXPERTS),
+    "qwen3": _text("Qwen3", tie_word_embeddings=True),
+    "qwen3-moe": _text("Qwen3Moe", **EXPERTS),
+    "gemma2": _text("Gemma2", sliding_window=64, query_pre_attn_scalar=32),
+    "gemma3": lambda num_rows: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
+        vocab_size=num_rows, **{**SHAPE, "sliding_window": 64})),
+    "gemma3-wrapped": _wrapped("Gemma3", {"sliding_window": 64}, vision_config=VISION, mm_tokens_per_image=4),
+    "gemma3n": _per_layer(lambda **sizes: lambda num_rows: transformers.Gemma3nForCausalLM(
+        transformers.Gemma3nTextConfig(vocab_size=num_rows, **{**SHAPE, **GEMMA3N, **sizes}))),
+    "gemma3n-shorter-table": _per_layer(lambda **sizes: lambda num_rows: transformers.Gemma3nForCausalLM(
+        transformers.Gemma3nTextConfig(vocab_size=num_rows, **{**SHAPE, **GEMMA3N, **sizes})), extra=-3),
+    "gemma4": _per_layer(lambda **sizes: lambda num_rows: transformers.Gemma4ForCausalLM(
+        transformers.Gemma4TextConfig(vocab_size=num_rows, **{**SHAPE, **GEMMA4, **sizes}))),
+    "gpt2": _gpt2,
+    "gpt-neox": _text("GPTNeoX", tie_word_embeddings=False),
+    "olmo2": _text("Olmo2"),
+    "phi": _text("Phi"),  # its head has a bias
+    "phi3": _text("Phi3"),
+    "falcon": lambda num_rows: transformers.FalconForCausalLM(transformers.FalconConfig(
+        vocab_size=num_rows, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0,
+        eos_token_id=1)),
+    "gemma4-wrapped": _wrapped("Gemma4", {**GEMMA4, "vocab_size_per_layer_input": NUM_ROWS, "pad_token_id": 0},
+                               vision_config=None, audio_config=None),
+    "llava": _wrapped("Llava", {"model_type": "llama"}, vision_config={**VISION, "model_type": "clip_vision_model"},
+                      image_token_index=3),
+}
+
+
+def tiny_family(folder: Path, family: str, *, num_rows: int = NUM_ROWS) -> Path:
+    """Save a tiny model of a family with the tiny tokenizer (290 ids)."""
+    torch.manual_seed(0)
+    model = FAMILIES[family](num_rows).eval()
+    with torch.no_grad():  # zero biases and equal norms would hide a mistake
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
