@@ -316,6 +316,7 @@ STEPS = {
     "digits": (pre_tokenizers.Digits(True), pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated")),
     "gaps": (pre_tokenizers.Split(Regex(r"\s+"), "isolated"),),  # words are what lies between two matches
     "one": (pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated"),),
+    "repeated": (pre_tokenizers.Split(Regex(rf"([^\s\p{{L}}])\1+|{LLAMA_3_SPLIT}"), "isolated"),),  # refers back
 }
 
 

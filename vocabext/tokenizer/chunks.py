@@ -238,18 +238,33 @@ def _has_no_gaps(step: dict[str, Any]) -> bool:
 
 def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """Put the phrases in front of the one expression that splits the text."""
-    tree = prefix_tree({text: right for text, (_, right) in phrases.items()})
-    return [new for step in steps for new in _with_alternative(step, tree)]
+    guards = {text: right for text, (_, right) in phrases.items()}
+    # Groups with names leave those without, and backward references to them, without a number.
+    plain = any(step["type"] == "Split" and re.search(r"\\[1-9k]", step["pattern"]["Regex"]) for step in steps)
+    calls, definitions = (guards, "") if plain else _called(guards)
+    return [new for step in steps for new in _with_alternative(step, definitions + prefix_tree(calls))]
+
+
+def _called(guards: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Write each guard once: thousands of copies of its character classes take most of the time of reading a folder.
+
+    Returns:
+        For each text a call of its guard; the definitions, which match nothing and stand in front.
+    """
+    names = {guard: f"after{i}" for i, guard in enumerate(dict.fromkeys(filter(None, guards.values())))}
+    calls = {text: rf"\g<{names[guard]}>" if guard else "" for text, guard in guards.items()}
+    return calls, "".join(f"(?<{name}>{guard}){{0}}" for guard, name in names.items())
 
 
 def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """Put a step that finds the phrases in front, and let every later step leave a chunk that is one of them."""
     groups: dict[str, dict[str, str]] = {}
-    for text, (left, right) in phrases.items():
-        groups.setdefault(left, {})[text] = right
+    calls, definitions = _called({text: right for text, (_, right) in phrases.items()})
+    for text, (left, _) in phrases.items():
+        groups.setdefault(left, {})[text] = calls[text]
     found = "|".join(left + prefix_tree(group) for left, group in groups.items())
     whole = rf"\A{prefix_tree(dict.fromkeys(phrases, ''))}\z"
-    return [split_step(found), *(new for step in steps for new in _with_alternative(step, whole))]
+    return [split_step(f"{definitions}(?:{found})"), *(new for step in steps for new in _with_alternative(step, whole))]
 
 
 def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:
