@@ -25,7 +25,16 @@ def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tens
         matrix_VD: Embedding or head of the base model.
         tokens: The new tokens.
     """
-    return torch.stack([matrix_VD[list(t.run)].float().mean(0) for t in tokens])
+    return _means(matrix_VD, [t.run for t in tokens])
+
+
+def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the mean of the rows of each run; runs of one length in one call, which costs more than the sums."""
+    found = torch.empty(len(runs), *matrix_VD.shape[1:], device=matrix_VD.device)
+    for length in {len(run) for run in runs}:
+        chosen = [i for i, run in enumerate(runs) if len(run) == length]
+        found[chosen] = matrix_VD[torch.tensor([runs[i] for i in chosen])].float().mean(1)
+    return found
 
 
 def rows_from_file(file: RowsFile, name: str) -> RowSource:
@@ -64,7 +73,7 @@ def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]
             raw = bytearray(b"".join(_row(file.fileno(), info, start, piece) for piece in pieces))
         rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(len(pieces), *info.shape[1:])
         at = {piece: i for i, piece in enumerate(pieces)}
-        return torch.stack([rows[[at[piece] for piece in token.run]].float().mean(0) for token in some])
+        return _means(rows, [[at[piece] for piece in token.run] for token in some])
 
     return read
 
