@@ -206,12 +206,13 @@ def test_the_memory_of_a_block_is_its_own() -> None:
     from machine import MIB, PeakMemory
 
     with PeakMemory(CPU) as large:
-        ones = np.ones(64 * MIB // 8)
+        ones = np.ones(256 * MIB // 8)
         del ones
     with PeakMemory(CPU) as small:
         pass
-    assert 60 * MIB < large.rise_bytes < 100 * MIB
-    assert small.rise_bytes < 10 * MIB
+    # Freed memory that the process still holds may be taken first: the rise is then smaller than the array.
+    assert 192 * MIB < large.rise_bytes < 320 * MIB
+    assert small.rise_bytes < 32 * MIB
 
 
 def test_a_stopped_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:

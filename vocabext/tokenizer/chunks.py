@@ -6,6 +6,7 @@ takes several steps, or leaves gaps, the tree is a step of its own in front of t
 its left side too, and the later steps leave its matches whole.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -241,17 +242,27 @@ def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[
     guards = {text: right for text, (_, right) in phrases.items()}
     # Groups with names leave those without, and backward references to them, without a number.
     plain = any(step["type"] == "Split" and re.search(r"\\[1-9k]", step["pattern"]["Regex"]) for step in steps)
-    calls, definitions = (guards, "") if plain else _called(guards)
+    calls, definitions = (guards, "") if plain else _called(guards, _written(steps))
     return [new for step in steps for new in _with_alternative(step, definitions + prefix_tree(calls))]
 
 
-def _called(guards: Mapping[str, str]) -> tuple[dict[str, str], str]:
+def _written(steps: list[dict[str, Any]]) -> str:
+    """Return the expressions of all steps, in which names may be taken: a tokenizer can be extended again."""
+    return " ".join(step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split")
+
+
+def _called(guards: Mapping[str, str], written: str) -> tuple[dict[str, str], str]:
     """Write each guard once: thousands of copies of its character classes take most of the time of reading a folder.
+
+    Args:
+        guards: For each text its guard.
+        written: What the expressions hold already; their names are not used again.
 
     Returns:
         For each text a call of its guard; the definitions, which match nothing and stand in front.
     """
-    names = {guard: f"after{i}" for i, guard in enumerate(dict.fromkeys(filter(None, guards.values())))}
+    free = (name for i in itertools.count() if f"<{(name := f'after{i}')}>" not in written)
+    names = dict(zip(dict.fromkeys(filter(None, guards.values())), free, strict=False))
     calls = {text: rf"\g<{names[guard]}>" if guard else "" for text, guard in guards.items()}
     return calls, "".join(f"(?<{name}>{guard}){{0}}" for guard, name in names.items())
 
@@ -259,7 +270,7 @@ def _called(guards: Mapping[str, str]) -> tuple[dict[str, str], str]:
 def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """Put a step that finds the phrases in front, and let every later step leave a chunk that is one of them."""
     groups: dict[str, dict[str, str]] = {}
-    calls, definitions = _called({text: right for text, (_, right) in phrases.items()})
+    calls, definitions = _called({text: right for text, (_, right) in phrases.items()}, _written(steps))
     for text, (left, _) in phrases.items():
         groups.setdefault(left, {})[text] = calls[text]
     found = "|".join(left + prefix_tree(group) for left, group in groups.items())
