@@ -1,27 +1,31 @@
-"""Patch and verify a large synthetic checkpoint; print times against `cp -r`, peak memory, bytes written.
+"""Patch, verify and revert a large synthetic checkpoint; compare with `cp -r` and with transformers.
 
     python benchmarks/patch_speed.py [--gigabytes 10] [--folder DIR] [--ways WAY...] [--turns 3] [-o FILE]
+    python benchmarks/patch_speed.py --docs docs/benchmarks.md      writes what benchmarks/patch_speed*.json say
 
-    cp            cp -r of the base, then sync of the file system: time until cp returns, and until the disk has it
+    start         import of torch and transformers, which every command below but cp and read begins with
+    cp            cp -r of the base
     copy          vocabext patch --link copy
     link          vocabext patch --link auto
-    transformers  from_pretrained, add_tokens, resize_token_embeddings, save_pretrained, then sync
+    transformers  from_pretrained, add_tokens, resize_token_embeddings, save_pretrained
     read          cat of all files of the folder that `copy` made: reading it once
-    verify        vocabext verify of that folder, without loading the weights
+    verify        vocabext verify of that folder, without loading the weights: reads base and folder
     verify-link   the same for the folder that `link` made
+    revert        vocabext revert --link copy of the folder that `copy` made
 
 Each way is a process of its own, start of Python included (its modules are compiled once before). Before each,
-what is dirty goes to disk and the files that it reads leave the cache. The ways take turns. Of the peak memory,
-`anonymous` is what a process cannot give back (sampled), `resident` counts mapped files as well. New rows are not
-computed by transformers (mean_resizing=False), which would take it longer. With --folder, the base stays there for
-another call, and the results of calls with the same -o come together in one file.
+what is dirty goes to disk and the files that it reads leave the cache; after each, the file system is synced, and
+timed: cp leaves that to whoever comes next, patch and revert do it themselves. The ways take turns. Of the peak
+memory, `anonymous` is what a process cannot give back (sampled), `resident` counts mapped files as well. New rows
+are not computed by transformers (mean_resizing=False), which would take it longer. With --folder, the base stays
+there for another call.
 """
 
 import argparse
 import json
 import os
+import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,15 +33,18 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from machine import describe
+from patch_tables import WAYS, table, write_section
 from synthetic_checkpoint import write_checkpoint, write_rows
 
-from vocabext.records import read_json_or, write_json
+from vocabext.checkpoint import open_checkpoint
+from vocabext.records import write_json
 
-GB, MIB = 10**9, 2**20
+GB = 10**9
 LOOK_SECONDS = 0.02
 VOCABEXT = (sys.executable, "-m", "vocabext")
 IMPORTS = "import transformers.models.llama.modeling_llama, transformers.generation, vocabext.patch, vocabext.verify"
@@ -54,12 +61,16 @@ model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 model.save_pretrained(output, max_shard_size=int(shard))
 tokenizer.save_pretrained(output)
 """
-WAYS = ("cp", "copy", "link", "transformers", "read", "verify", "verify-link")
+RESULTS = Path(__file__).parent
 
 
 def main() -> None:
-    """Measure all ways."""
+    """Measure all ways, or write down what was measured."""
     arguments = _parse()
+    if arguments.docs:
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("patch_speed*.json"))]
+        write_section(arguments.docs, results)
+        return
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bench = Bench(folder, arguments)
@@ -69,13 +80,10 @@ def main() -> None:
                 runs.append({"way": way, "turn": turn, **bench.run(way)})
                 print(json.dumps(runs[-1]), flush=True)
         bench.clean_up()
-        known = read_json_or(arguments.output, {}) if arguments.output else {}
-        kept = [run for run in known.get("runs", []) if run["way"] not in arguments.ways]
-        found = {"machine": describe_disk(), "checkpoint": bench.facts(), "runs": [*kept, *runs]}
+        found = {"machine": describe_disk(folder), "checkpoint": bench.facts(), "runs": runs}
     if arguments.output:
         write_json(arguments.output, found)
-    for line in table(found["runs"]):
-        print(line)
+    print(table(found))
 
 
 def _parse() -> argparse.Namespace:
@@ -86,16 +94,31 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; default: a temporary folder")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--turns", type=int, default=3, help="how often each way is measured")
+    parser.add_argument("--docs", type=Path, help="measure nothing, write the section of this Markdown file anew")
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
     return parser.parse_args()
 
 
-def describe_disk() -> dict[str, object]:
-    """Return what a reader must know about the machine."""
+def describe_disk(folder: Path) -> dict[str, object]:
+    """Return what a reader must know about the machine.
+
+    Args:
+        folder: Where the checkpoints lie.
+    """
     import torch
 
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {**describe(torch.device("cpu")), "memory_bytes": pages}
+    lines = _lines("/proc/cpuinfo")
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    mounts = [line.split() for line in _lines("/proc/mounts")]
+    inside = [fields for fields in mounts if folder.resolve().is_relative_to(fields[1])]
+    kind = max(inside, key=lambda fields: len(fields[1]))[2] if inside else "an unknown file system"
+    return {**describe(torch.device("cpu")), "memory_bytes": pages, "processor": processor or platform.machine(),
+            "file_system": kind, "transformers": version("transformers")}  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
 class Bench:
@@ -122,8 +145,13 @@ class Bench:
     def run(self, way: str) -> dict[str, Any]:
         """Measure one way once."""
         output = self._made.get(way, self.output)
+        if way in ("read", "verify", "revert") and not self._made["copy"].exists():
+            self.run("copy")
+        if way == "verify-link" and not self._made["link"].exists():
+            self.run("link")
         self._remove(output)
         commands: dict[str, Sequence[str | Path]] = {
+            "start": (sys.executable, "-c", IMPORTS),
             "cp": ("cp", "-r", self.base, output),
             "copy": (*VOCABEXT, "patch", self.rows, "--model", self.base, "-o", output, "--link", "copy", "--json"),
             "link": (*VOCABEXT, "patch", self.rows, "--model", self.base, "-o", output, "--json"),
@@ -133,6 +161,7 @@ class Bench:
             "verify": (*VOCABEXT, "verify", self._made["copy"], "--against", self.base, "--skip-weights", "--json"),
             "verify-link": (*VOCABEXT, "verify", self._made["link"], "--against", self.base, "--skip-weights",
                             "--json"),
+            "revert": (*VOCABEXT, "revert", self._made["copy"], "-o", output, "--link", "copy", "--json"),
         }  # fmt: skip
         os.sync()
         for root in (self.base, *self._made.values()):
@@ -152,14 +181,16 @@ class Bench:
     def clean_up(self) -> None:
         """Delete what was made, but not the base."""
         for path in (self.output, *self._made.values()):
-            if not {"verify", "verify-link", "read"}.isdisjoint(self._arguments.ways) or path == self.output:
-                self._remove(path)
+            self._remove(path)
 
     def facts(self) -> dict[str, Any]:
         """Return what the base is."""
         shards = sorted(self.base.glob("*.safetensors"))
         config = json.loads((self.base / "config.json").read_text())
+        checkpoint = open_checkpoint(self.base)
+        rewritten = {checkpoint.tensors[name].file for name in checkpoint.row_tensors}
         return {"bytes": sum(path.stat().st_size for path in shards), "shards": len(shards),
+                "rewritten_bytes": sum((self.base / file).stat().st_size for file in rewritten),
                 "new_tokens": self._arguments.tokens,
                 **{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}}  # fmt: skip
 
@@ -217,32 +248,6 @@ def _watch(pid: int, peak: dict[str, int], stop: threading.Event) -> None:
             key, _, value = line.partition(":")
             if key in peak:
                 peak[key] = max(peak[key], 1024 * int(value.split()[0]))
-
-
-def table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table of medians.
-
-    Args:
-        runs: What `Bench.run` returned, with the way.
-    """
-    by_way = {way: [run for run in runs if run["way"] == way] for way in WAYS}
-
-    def median(way: str, key: str, more: str | None = None) -> float:
-        return statistics.median(run[key] + (run[more] if more else 0) for run in by_way[way])
-
-    lines = ["| way | seconds (all turns) | with sync | x cp | x cp with sync | peak memory: anonymous | resident |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for way in (way for way in WAYS if by_way[way]):
-        seconds, synced = median(way, "wall_seconds"), median(way, "wall_seconds", "sync_seconds")
-        ratios = ["", ""]
-        if by_way["cp"] and not way.startswith(("verify", "read")):
-            ratios = [f"{seconds / median('cp', 'wall_seconds'):.2f}",
-                      f"{synced / median('cp', 'wall_seconds', 'sync_seconds'):.2f}"]  # fmt: skip
-        turns = ", ".join(f"{run['wall_seconds']:.1f}" for run in by_way[way])
-        lines.append(f"| {way} | {seconds:.1f} ({turns}) | {synced:.1f} | {ratios[0]} | {ratios[1]} "
-                     f"| {median(way, 'peak_anonymous_bytes') / MIB:,.0f} MiB "
-                     f"| {median(way, 'peak_resident_bytes') / MIB:,.0f} MiB |")  # fmt: skip
-    return lines
 
 
 if __name__ == "__main__":
