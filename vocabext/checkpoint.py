@@ -27,6 +27,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ROWS_ARTIFACT = "rows"
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 # What a model folder needs besides code and pickles; a hub download is limited to it.
@@ -241,6 +242,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     config = read_json(folder / CONFIG_NAME)
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
+    _check_layers(folder, config, len(tensors))
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
                             row_tensors=find_row_tensors(folder, config, names, tensors))
@@ -304,6 +306,16 @@ def _read_indexed(folder: Path) -> dict[str, Shard]:
             if weight_map.get(name) != shard.file:
                 raise CheckpointError(f"{shard.file} holds {name}, but {INDEX_NAME} says {weight_map.get(name)!r}")
     return shards
+
+
+def _check_layers(folder: Path, config: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuse more layers than tensors, before a class with a million layers is built."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for key in LAYER_KEYS:
+            if isinstance(part.get(key), int) and part[key] > num_tensors:
+                raise CheckpointError(f"{folder / CONFIG_NAME} says {key} {part[key]}, but {num_tensors} tensors are "
+                                      "stored; the config belongs to another checkpoint")
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

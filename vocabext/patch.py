@@ -45,7 +45,7 @@ from vocabext.manifest import (
 )
 from vocabext.patch_plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
 from vocabext.progress import Progress, no_progress
-from vocabext.records import check_output
+from vocabext.records import check_output, real_path
 from vocabext.shards import READ_BYTES, write_shard
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     started = time.perf_counter()
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}; it must be one of {', '.join(LINKS)}")
-    output = output_folder.resolve()
-    if Path(model).resolve() != output:  # which gets a clearer refusal below
+    output = real_path(output_folder)
+    if real_path(Path(model)) != output:  # which gets a clearer refusal below
         check_output(output, force=force, folder=True)
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
@@ -172,7 +172,7 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
     Raises:
         UsageError: If they lie inside each other, or `output` is there and no model folder.
     """
-    output, base, rows = output.resolve(), base.resolve(), rows.resolve()
+    output, base, rows = real_path(output), real_path(base), real_path(rows)
     if output == base:
         raise UsageError(f"the output {output} is the base model itself; choose another output")
     if base in output.parents:

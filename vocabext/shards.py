@@ -91,15 +91,17 @@ def read_shard(folder: Path, file: str) -> Shard:
         raise CheckpointError(f"{path} has {size} bytes, fewer than a safetensors file can have; download it again")
     with open(path, "rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > MAX_HEADER_BYTES and length <= size - 8:
+            raise CheckpointError(f"{path} announces a header of {length} bytes; the format allows {MAX_HEADER_BYTES}")
+        if length > size - 8:
             raise CheckpointError(
                 f"{path} announces a header of {length} bytes, but the file has {size} bytes; "
                 "it is truncated or no safetensors file"
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-        metadata = header.pop("__metadata__", None)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+        metadata = _metadata(header.pop("__metadata__", None))
         tensors = {name: _tensor_info(file, entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from None
@@ -116,6 +118,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name stands twice; readers differ in which one they take")
     return found
+
+
+def _metadata(value: Any) -> dict[str, str] | None:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+        raise ValueError("metadata are texts by name")
+    return value
 
 
 def _tensor_info(file: str, entry: Mapping[str, Any]) -> TensorInfo:
