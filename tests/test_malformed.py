@@ -79,7 +79,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 ])  # fmt: skip
 def test_a_header_that_makes_no_sense(tmp_path: Path, header: Any, words: str) -> None:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    write_header(tmp_path / WEIGHTS_NAME, raw, b"1234")
+    write_header(tmp_path / WEIGHTS_NAME, raw, b"12345678")
     with pytest.raises(CheckpointError, match=words) as caught:
         read_shard(tmp_path, WEIGHTS_NAME)
     assert "\n" not in str(caught.value)
