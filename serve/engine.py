@@ -293,6 +293,15 @@ def has_flag(flags: Sequence[str], name: str) -> bool:
     return f"--{name}" in spelled or f"--no-{name}" in spelled
 
 
+def flag_value(flags: Sequence[str], name: str) -> str | None:
+    """Return the value of `--name VALUE` or `--name=VALUE` among vLLM flags, None if it is not there."""
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        spelled, equals, value = flag.partition("=")
+        if spelled.replace("_", "-") == f"--{name}":
+            return value if equals else following
+    return None
+
+
 def server_environment(device: str) -> dict[str, str]:
     """Return the environment of a vLLM process: no usage statistics, no proxy for this machine."""
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
