@@ -111,7 +111,7 @@ class BenchConfig:
     @property
     def points(self) -> tuple[Point, ...]:
         """Every scenario at every load."""
-        return points_of(*(tuple(dict.fromkeys(values)) for values in (self.scenario, self.concurrency, self.rate)))
+        return points_of(self.scenario, self.concurrency, self.rate)
 
     @property
     def target(self) -> dict[str, float | None]:

@@ -49,12 +49,9 @@ class Run:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Run":
         """Read a run back."""
-        load = Load(
-            float(row["duration_seconds"]),
-            *(tuple(row[name]) for name in ("request_seconds", "ttft_seconds", "output_characters", "prompt_tokens",
-                                            "output_tokens", "errors")),
-            texts=(),
-        )
+        lists = {name: tuple(row[name]) for name in ("request_seconds", "ttft_seconds", "output_characters",
+                                                     "prompt_tokens", "output_tokens", "errors")}
+        load = Load(duration_seconds=float(row["duration_seconds"]), texts=(), **lists)
         point = Point(row["scenario"], row["concurrency"], row["request_rate"])
         return cls(int(row["round"]) - 1, PLACE_NAMES.index(row["role"]), point, load)
 

@@ -198,7 +198,7 @@ def predict_loads(
         rows.append(("mixed", note, mixed(base, b, b), mixed(expanded, e, written)))
     return [{"scenario": name, "note": note, "base_seconds": old.seconds, "base_limited_by": old.limited_by,
              "expanded_seconds": new.seconds, "expanded_limited_by": new.limited_by,
-             "speedup": old.seconds / new.seconds} for name, note, old, new in sorted(rows, key=lambda r: r[0] != "prefill")]
+             "speedup": old.seconds / new.seconds} for name, note, old, new in rows]
 
 
 def predict_memory(base: ModelShape, expanded: ModelShape, lengths: Lengths, device: Device,
@@ -274,8 +274,8 @@ def run_predict(
         new = replace(old, rows=old.rows + new_tokens)
     else:
         raise UsageError("there is no EXPANDED model; say with --new-tokens how many rows the base will grow by")
-    notes = ["A bound from arithmetic and memory traffic alone: overheads of launching, sampling and scheduling are not "
-             "in it, and weigh most on small models and small batches."]
+    notes = ["A bound from arithmetic and memory traffic alone: overheads of launching, sampling and scheduling are "
+             "not in it, and weigh most on small models and small batches."]
     if any(name in read_config(folder) for name in EXPERTS):
         notes.append("The model has experts, of which a token uses some; all are counted here.")
     if old.cache_bytes_per_token is None:

@@ -74,10 +74,9 @@ class PromptShape:
 
 
 def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Iterable[float]) -> tuple[Point, ...]:
-    """Return every scenario at every load, in the order in which they are measured."""
-    concurrencies, rates = tuple(concurrencies), tuple(rates)
-    return tuple(point for scenario in scenarios for point in (
-        *(Point(scenario, count) for count in concurrencies), *(Point(scenario, None, rate) for rate in rates)))
+    """Return every scenario at every load once, in the order in which they are measured."""
+    loads: list[tuple[int | None, float | None]] = [(count, None) for count in concurrencies] + [(None, rate) for rate in rates]
+    return tuple(dict.fromkeys(Point(scenario, *load) for scenario in scenarios for load in loads))
 
 
 def max_output_tokens(output_characters: int) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from serve.client import Load
 from serve.compare import Comparison, Floats, Series, compare
 from serve.journal import Run
-from serve.scenarios import DECODE, PREFILL, Point
+from serve.scenarios import DECODE, PREFILL, Point, points_of
 from vocabext.errors import ServerError
 
 PLACES = 3  # of a round: base, expanded, base again
@@ -50,6 +50,28 @@ def summarize(
         if rounds:
             found.append(_summary_of(point, rounds, prompt_characters[point.scenario], target, seed))
     return found
+
+
+def with_points(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a bench.json that was cut off before its runs were summarized.
+
+    Args:
+        document: The content of bench.json.
+    """
+    if "points" in document:
+        return dict(document)
+    options, notes = document["settings"]["options"], document["notes"]
+    target = {"ttft_seconds": options["target_ttft_seconds"], "request_seconds": options["target_request_seconds"]}
+    points = points_of(options["scenario"], options["concurrency"], options["rate"])
+    runs = [Run.from_json(row) for row in document["runs"]]
+    models = document["settings"]["models"]
+    return {
+        **document, "points": summarize(runs, points, notes["prompt_characters"], target, seed=options["seed"]),
+        "base": models["base"]["name"], "expanded": models["expanded"]["name"], "options": options, "method": [],
+        "server_flags": notes.get("server_flags", []), "tokenize_agreement": notes.get("tokenize_agreement", {}),
+        "answers_below_wanted": {}, "sample_answers": [], "device": "unknown",
+        "provenance": {"versions": document["settings"]["versions"], "hardware": document["settings"]["machine"]},
+    }
 
 
 def complete_rounds(runs: Sequence[Run], point: Point) -> list[list[Load]]:
