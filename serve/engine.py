@@ -295,7 +295,7 @@ def has_flag(flags: Sequence[str], name: str) -> bool:
 
 def flag_value(flags: Sequence[str], name: str) -> str | None:
     """Return the value of `--name VALUE` or `--name=VALUE` among vLLM flags, None if it is not there."""
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in zip(flags, [*flags, ""][1:], strict=True):
         spelled, equals, value = flag.partition("=")
         if spelled.replace("_", "-") == f"--{name}":
             return value if equals else following

@@ -75,7 +75,8 @@ class PromptShape:
 
 def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Iterable[float]) -> tuple[Point, ...]:
     """Return every scenario at every load once, in the order in which they are measured."""
-    loads: list[tuple[int | None, float | None]] = [(count, None) for count in concurrencies] + [(None, rate) for rate in rates]
+    loads: list[tuple[int | None, float | None]] = [
+        *((count, None) for count in concurrencies), *((None, rate) for rate in rates)]
     return tuple(dict.fromkeys(Point(scenario, *load) for scenario in scenarios for load in loads))
 
 

@@ -38,7 +38,8 @@ def report(
 
     markdown, document = output.with_suffix(".md"), output.with_suffix(".json")
     if output in (markdown, document):
-        raise UsageError(f"{output} is the page itself, and .md and .json go beside it; choose a name such as report.html")
+        raise UsageError(f"{output} is the page itself, and .md and .json go beside it; choose a name such "
+                         "as report.html")
     for path in (output, markdown, document):
         check_output(path, force=force)
     named = {"lengths": lengths, "bench": bench, "predict": predict, "eval": (evaluation,) if evaluation else (),
