@@ -20,8 +20,8 @@ from tokenizer_lengths import ASSETS
 from vocabext.records import write_json
 
 TARGET_SHARE = 0.8
-KEPT = ("base", "expanded", "corpus", "device", "state", "context_tokens", "server_flags", "options", "method", "points",
-        "tokenize_agreement", "answers_below_wanted", "failures", "dropped_runs", "resumed", "provenance")
+KEPT = ("base", "expanded", "corpus", "device", "state", "context_tokens", "server_flags", "options", "method",
+        "points", "tokenize_agreement", "answers_below_wanted", "failures", "dropped_runs", "resumed", "provenance")
 LENGTHS = ("documents", "characters", "saved_share", "saved_share_interval", "base_tokens_per_1000_characters",
            "expanded_tokens_per_1000_characters", "saved_share_percentiles", "invariant", "megabytes_per_second")
 
@@ -52,8 +52,8 @@ def main() -> None:
     if arguments.json:
         write_json(arguments.json, result)
     share = result["prefill_share_of_length_ratio"]
-    print(f"prefill reaches {share['value']:.2f} ({share['interval'][0]:.2f} to {share['interval'][1]:.2f}) of what the "
-          f"length ratio predicts; the target is {TARGET_SHARE}")  # fmt: skip
+    print(f"prefill reaches {share['value']:.2f} ({share['interval'][0]:.2f} to {share['interval'][1]:.2f}) of what "
+          f"the length ratio predicts; the target is {TARGET_SHARE}")  # fmt: skip
     sys.exit(0 if share["value"] >= TARGET_SHARE else 3)
 
 

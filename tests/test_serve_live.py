@@ -23,7 +23,8 @@ from serve.scenarios import DECODE, PREFILL
 from vocabext.errors import ServerError
 
 FAKE = Path(__file__).with_name("fake_server.py")
-PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)), DECODE: tuple(f"short {i}" for i in range(4))}
+PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)),
+           DECODE: tuple(f"short {i}" for i in range(4))}
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,

@@ -60,7 +60,8 @@ def test_a_large_batch_is_limited_by_the_cache() -> None:
 def test_less_cache_per_text_lets_more_requests_in() -> None:
     memory = predict.predict_memory(EIGHT_B, EIGHT_B, Lengths(0.25, 0.2), H100, CONFIG)
     assert memory["base"]["cache_bytes_per_request"] == pytest.approx(9000 * 0.25 * 131072)
-    assert memory["expanded"]["requests_that_fit"] == pytest.approx(1.25 * memory["base"]["requests_that_fit"], rel=0.01)
+    fit = {role: memory[role]["requests_that_fit"] for role in ("base", "expanded")}
+    assert fit["expanded"] == pytest.approx(1.25 * fit["base"], rel=0.01)
     assert memory["expanded"]["context_characters"] == pytest.approx(8192 / 0.2)
 
 
@@ -90,7 +91,8 @@ def test_a_prediction_needs_an_expanded_model_or_a_plan(folders: tuple[str, str]
 
 def test_what_was_measured_stands_beside_what_the_lengths_predict() -> None:
     def role(prompt: int, output: int, characters: int) -> dict[str, int]:
-        return {"prompt_tokens_per_run": prompt, "output_tokens_per_run": output, "output_characters_per_run": characters}
+        return {"prompt_tokens_per_run": prompt, "output_tokens_per_run": output,
+                "output_characters_per_run": characters}
 
     def point(scenario: str, metric: str) -> dict[str, object]:
         return {"name": f"{scenario} x1", "scenario": scenario, "main_metric": metric,

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from serve import answers, scenarios
+from serve import answers
 from serve.engine import Server
 from serve.scenarios import DECODE, MIXED, PREFILL, Point, PromptShape, build_prompts, points_of
 from vocabext.errors import CorpusError, ServerError, UsageError
@@ -97,7 +97,7 @@ def test_a_small_corpus_gives_fewer_prompts_if_they_fill_the_load() -> None:
 
 
 def test_what_does_not_fit_into_the_context_is_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match="--prompt-tokens 5000 does not fit into the context of 512 tokens; use at most"):
+    with pytest.raises(UsageError, match="--prompt-tokens 5000 does not fit into the context of 512 tokens; use at"):
         build(shape=PromptShape(4, 5000, 40, 120, 64))
     with pytest.raises(UsageError, match="--output-characters 64 may need 32 tokens, which leaves too little of the"):
         build(context=48)
@@ -118,11 +118,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, characters_per_token: float) -> lis
     return asked
 
 
-@pytest.mark.parametrize(("characters_per_token", "tokens", "characters"), [(4.0, 25, 100), (6.5, 16, 104), (2.0, 50, 100)])
+@pytest.mark.parametrize(("per_token", "tokens", "characters"), [(4.0, 25, 100), (6.5, 16, 104), (2.0, 50, 100)])
 def test_each_server_gets_the_tokens_that_its_characters_take(
-    monkeypatch: pytest.MonkeyPatch, characters_per_token: float, tokens: int, characters: int
+    monkeypatch: pytest.MonkeyPatch, per_token: float, tokens: int, characters: int
 ) -> None:
-    planted(monkeypatch, characters_per_token)
+    planted(monkeypatch, per_token)
     plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100)
     assert (plan.tokens, plan.characters) == ((tokens,), (characters,))
     assert plan.num_short(100) == 0
