@@ -88,9 +88,10 @@ def alarms(result: dict[str, Any]) -> list[str]:
 
 def lengths(result: dict[str, Any]) -> list[str]:
     """Render the speed of `serve lengths`."""
-    return [f"`serve lengths` encodes {result['lengths_megabytes_per_second']:.2f} MB/s on {_machine(result)}, where "
-            f"both tokenizers alone do {result['tokenizers_megabytes_per_second']:.2f} MB/s: {result['share']:.2f} of their "
-            "speed, with reading, counting and the check of every document. Made by "
+    speed = result["lengths_megabytes_per_second"]
+    return [f"`serve lengths` encodes {speed:.2f} MB/s on {_machine(result)}, where "
+            f"both tokenizers alone do {result['tokenizers_megabytes_per_second']:.2f} MB/s: {result['share']:.2f} of "
+            "their speed, with reading, counting and the check of every document. Made by "
             "`python benchmarks/lengths_speed.py`.", ""]  # fmt: skip
 
 

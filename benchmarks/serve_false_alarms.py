@@ -40,8 +40,9 @@ def main() -> None:
         subprocess.run([sys.executable, EXAMPLES / "python_docs.py", "-o", corpus.parent], check=True)
     if not result.is_file() or json.loads(result.read_text(encoding="utf-8"))["state"] != "complete":
         command = [sys.executable, "-m", "vocabext", "serve", "bench", arguments.model, arguments.model,
-                   "--corpus", corpus, "-o", result, "--scenario", "mixed", "--texts", "3", "--passage-characters", "900",
-                   "--output-characters", "48", "--pairs", str(MIN_ROUNDS * arguments.repetitions)]  # fmt: skip
+                   "--corpus", corpus, "-o", result, "--scenario", "mixed", "--texts", "3",
+                   "--passage-characters", "900", "--output-characters", "48",
+                   "--pairs", str(MIN_ROUNDS * arguments.repetitions)]  # fmt: skip
         if code := subprocess.run(list(map(str, command)), check=False).returncode:
             sys.exit(code)
     document = json.loads(result.read_text(encoding="utf-8"))
@@ -49,8 +50,8 @@ def main() -> None:
     print(table(found))
     if arguments.json:
         about = {**document["provenance"], "command": "python benchmarks/serve_false_alarms.py"}
-        write_json(arguments.json, {"measures": found, "rounds_per_repetition": MIN_ROUNDS,
-                                    "method": document["method"], "options": document["options"], "resumed": document["resumed"],
+        kept = {name: document[name] for name in ("method", "options", "resumed")}
+        write_json(arguments.json, {"measures": found, "rounds_per_repetition": MIN_ROUNDS, **kept,
                                     "provenance": about})  # fmt: skip
     main_measure = found["request_seconds"]
     sys.exit(0 if main_measure[NO_DIFFERENCE] >= TARGET_SHARE * main_measure["repetitions"] else 3)
@@ -89,9 +90,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     lines = ["| base against base | repetitions | no difference | false alarms | speed-ups seen |",
              "|---|---|---|---|---|"]  # fmt: skip
-    return "\n".join([*lines, *(
-        f"| {name.replace('_', ' ')} | {row['repetitions']} | {row[NO_DIFFERENCE]} | {row['false_alarms']} "
-        f"| {row['lowest_speedup']:.3f} to {row['highest_speedup']:.3f} |" for name, row in found.items())])  # fmt: skip
+    for name, row in found.items():
+        lines.append(f"| {name.replace('_', ' ')} | {row['repetitions']} | {row[NO_DIFFERENCE]} "
+                     f"| {row['false_alarms']} | {row['lowest_speedup']:.3f} to {row['highest_speedup']:.3f} |")  # fmt: skip
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
