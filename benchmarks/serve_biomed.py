@@ -45,7 +45,8 @@ def main() -> None:
     vocabext("serve", "lengths", base, expanded, "--corpus", heldout, "-o", lengths, "--force")
     if not is_complete(bench):
         vocabext("serve", "bench", base, expanded, "--corpus", heldout, "-o", bench, "--pairs", arguments.pairs,
-                 "--texts", 5, "--concurrency", 1, "--concurrency", 4, "--target-ttft-seconds", 1)  # fmt: skip
+                 "--texts", 4, "--output-characters", 128, "--concurrency", 1, "--concurrency", 4,
+                 "--target-ttft-seconds", 1)  # fmt: skip
     vocabext("serve", "predict", base, expanded, "--lengths", lengths, "--bench", bench, "--device", "h100",
              "-o", predicted, "--force")  # fmt: skip
     result = condense(*(json.loads(path.read_text(encoding="utf-8")) for path in (lengths, bench, predicted)))

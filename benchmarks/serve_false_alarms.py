@@ -92,7 +92,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
              "|---|---|---|---|---|"]  # fmt: skip
     for name, row in found.items():
         lines.append(f"| {name.replace('_', ' ')} | {row['repetitions']} | {row[NO_DIFFERENCE]} "
-                     f"| {row['false_alarms']} | {row['lowest_speedup']:.3f} to {row['highest_speedup']:.3f} |")  # fmt: skip
+                     f"| {row['false_alarms']} | {row['lowest_speedup']:.3f} to "
+                     f"{row['highest_speedup']:.3f} |")  # fmt: skip
     return "\n".join(lines)
 
 
