@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from vocabext.cli import options, show
+from vocabext.cli.gateway import gateway, swap
 
 _LOGS = "Where the servers' logs go; a folder beside the output by default."
 _FLAGS = "Flags of vLLM's server go after --, such as: -- --tensor-parallel-size 2"
@@ -235,3 +236,7 @@ def _show_bench(result: dict[str, Any]) -> None:
         if found["agreeing"] != found["prompts"]:
             click.echo(f"warning: the {role} server tokenizes {found['prompts'] - found['agreeing']} of "
                        f"{found['prompts']} prompts differently than the folder's tokenizer")
+
+
+serve.add_command(gateway)
+serve.add_command(swap)
