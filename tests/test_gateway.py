@@ -1,5 +1,6 @@
 """The gateway in front of two fake engines: what passes, who answers, what is refused."""
 
+import contextlib
 import json
 import socket
 from collections import Counter
@@ -153,7 +154,7 @@ def test_bad_requests_are_refused_in_json(
 
 
 def test_unknown_paths_and_methods_are_refused_in_json(client: httpx.Client) -> None:
-    assert "there are /health" in client.get("/v2/nothing").json()["error"]["message"]
+    assert "/v1/chat/completions" in client.get("/v2/nothing").json()["error"]["message"]
     assert client.get("/v1/completions").status_code == 405
 
 
@@ -161,8 +162,9 @@ def test_endless_headers_are_cut_off(running: Running) -> None:
     host, port = running.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-long: ")
-        for _ in range(20):
-            connection.sendall(b"a" * 1000)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                connection.sendall(b"a" * 1000)
         assert connection.recv(100).startswith(b"HTTP/1.1 431 ")
 
 
