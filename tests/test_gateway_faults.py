@@ -120,12 +120,12 @@ def test_the_policy_survives_a_gateway_that_is_killed(engines: dict[str, Server]
         running.order(to="expanded", percent=25, mirror_percent=5, reason="trial")
         with running.client() as client, client.stream("POST", "/v1/completions", json={
             "prompt": "x", "stream": True, "max_tokens": 100_000}, headers={"x-vocabext-arm": "base"}) as answer:
-            next(answer.iter_raw())
+            parts = answer.iter_raw()
+            next(parts)
             running.process.send_signal(signal.SIGKILL)
             running.process.wait()
             with pytest.raises(httpx.TransportError):
-                for _ in answer.iter_raw():
-                    pass
+                list(parts)
         assert wait_for(lambda: inspect(engines["base"])["running"]["now"] == 0), "the engine still works on it"
     with between(engines, tmp_path) as running:
         status = running.status()

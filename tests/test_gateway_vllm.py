@@ -172,12 +172,11 @@ def test_log_probabilities_name_no_new_token(client: httpx.Client, folders: tupl
     assert echoed.startswith(TEXT)
 
 
-def test_json_mode_and_several_answers(client: httpx.Client) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {
-        "rate": {"type": "boolean"}}, "required": ["rate"], "additionalProperties": False}}}
+def test_structured_output_and_several_answers(client: httpx.Client) -> None:
+    choices = ["the heart is rated", "a muscle of the rest"]  # both can be written with a new token
     for arm in (BASE, EXPANDED):
-        content = chat(client, arm, response_format=schema, max_tokens=60)["choices"][0]["message"]["content"]
-        assert isinstance(json.loads(content)["rate"], bool)
+        content = chat(client, arm, structured_outputs={"choice": choices}, max_tokens=60)["choices"][0]["message"]
+        assert content["content"] in choices
         several = complete(client, arm, n=3, temperature=1, seed=3)
         assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
 

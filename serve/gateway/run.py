@@ -225,7 +225,8 @@ class Service:
                 server.should_exit = True
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in handlers:
             loop.add_signal_handler(number, stop, number)
         gateway.spawn(self._watch(gateway))
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
@@ -238,8 +239,9 @@ class Service:
             await asyncio.gather(*(server.serve(sockets=[listener])
                                    for server, listener in zip(servers, self._listeners, strict=True)))
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            for number, handler in handlers.items():
+                loop.remove_signal_handler(number)  # leaves the default in place, not what was there before
+                signal.signal(number, handler)
             self._state.admin_url = ""
             with contextlib.suppress(OSError):
                 self._state.save()
