@@ -2,6 +2,7 @@
 
 import click
 
+from vocabext.cli.gateway import gateway, swap
 from vocabext.cli.serve_bench import bench
 from vocabext.cli.serve_lengths import lengths
 from vocabext.cli.serve_predict import predict
@@ -31,3 +32,5 @@ serve.add_command(predict)
 serve.add_command(start)
 serve.add_command(bench)
 serve.add_command(report)
+serve.add_command(gateway)
+serve.add_command(swap)
