@@ -232,6 +232,12 @@ class FrozenModel:
         return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
 
     @property
+    def logit_cap(self) -> float | None:
+        """The bound that the model puts on logits (Gemma 2); None for no bound."""
+        cap = getattr(self._text_config, "final_logit_softcapping", None)
+        return float(cap) if cap else None
+
+    @property
     def max_positions(self) -> int:
         """The longest input the model was made for."""
         return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
@@ -353,9 +359,7 @@ class FrozenModel:
         if new_rows_ND is not None:
             logits = torch.cat((logits, hidden_PD @ new_rows_ND.to(hidden_PD.dtype).T), dim=1)
         logits = logits.float()
-        if cap := getattr(self._text_config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
