@@ -148,6 +148,7 @@ def render_report(expanded: Path, results: Results) -> Page:
         evaluation=evaluation,
         evaluation_rows=_evaluation_rows(evaluation),
         evaluation_picture=evaluation and _evaluation_picture(evaluation),
+        writing=_writing(evaluation),
         verification=verification,
         worse=what_got_worse(manifest, lengths, bench, evaluation, verification),
         sources=[_source(name, result) for name, result in zip(ARTIFACTS, (
@@ -221,6 +222,10 @@ def what_got_worse(
         loss = ours["bits_per_byte"] / rows["base"]["bits_per_byte"] - 1
         if loss > 0:
             found.append(f"The same text costs {percent(loss)} more bits per byte than with the base model.")
+        for row in ((evaluation or {}).get("writing") or {}).get("rows", []):
+            if row["name"] == ours["name"] and row["places"]["false_use"]:
+                found.append(f"At {row['places']['false_use']:.2%} of held-out places the model writes a new token where "
+                             "the base writes something else.")
         same = ours.get("greedy_same_share")
         if same is not None and same < 1:
             found.append(f"{percent(1 - same)} of the greedy continuations differ from the base's.")
@@ -339,6 +344,33 @@ def _evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any
             "greedy_common_characters": _number(row.get("greedy_common_characters"), "{:,.1f}"),
         })
     return rows
+
+
+def _writing(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the section about writing shows; None if it was not measured."""
+    writing = (evaluation or {}).get("writing")
+    if evaluation is None or not writing:
+        return None
+    bits = {row["name"]: row["bits_per_byte"] for row in evaluation["rows"]}
+    base, shorter, rows, places = writing["base"], evaluation["shorter"], writing["rows"], writing["rows"][-1]["places"]
+    return {
+        "prompt_saving": percent(1 - shorter["expanded_tokens"] / shorter["base_tokens"]),
+        "reading_cost": f"{bits[rows[-1]['name']] - bits['base']:+.4f}", "prompts": base["prompts"],
+        "places": f"{places['places']:,}", "deserved": f"{places['deserved']:,}",
+        "base_per_step": f"{base['characters_per_step']:.2f}",
+        "full_per_step": f"{base['characters_per_step_if_all_adopted']:.2f}",
+        "rows": [{
+            "name": ROW_NAMES.get(row["name"], row["name"]),
+            "per_step": f"{row['greedy']['characters_per_step']:.2f}",
+            "gain": _number(row["greedy"]["share_of_possible_gain"], percent),
+            "adoption": _number(row["places"]["adoption"], percent),
+            "false_use": f"{row['places']['false_use']:.2%}", "nll": f"{row['places']['nll_rise_nats']:.4f}",
+            "merged": f"{_number(row['merged']['adoption'], percent)}; {row['merged']['false_use']:.2%}",
+            "greedy": " / ".join(str(row["greedy"][kind]) for kind in ("identical", "similar", "worse")),
+            "shift": f"{row['sampling']['kl_nats_per_piece']:.4f}",
+        } for row in rows],
+        "examples": rows[-1]["greedy"]["examples"],
+    }  # fmt: skip
 
 
 def _evaluation_picture(evaluation: Mapping[str, Any]) -> Markup:

@@ -5,33 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
 from vocabext.model import FrozenModel
 from vocabext.records import NewToken
 from vocabext.writing import places as module
 from vocabext.writing.places import Places, concatenate, find_places
 from vocabext.writing.runs import RunTree
-
-NUM_BASE = 30
-
-
-def sharp_model() -> FrozenModel:
-    """A random model with a taste: some runs are likely, and some are what greedy decoding writes."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=NUM_BASE + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return FrozenModel(model, torch.device("cpu"), torch.float64)
-
-
-def some_tokens(rng: np.random.Generator, count: int) -> list[NewToken]:
-    runs = {tuple(rng.integers(0, NUM_BASE, rng.integers(2, 5)).tolist()) for _ in range(count)}
-    runs |= {run[:2] for run in runs if len(run) > 3}  # some are the beginnings of others
-    return [NewToken(str(run), str(run), run) for run in sorted(runs)]
 
 
 @torch.no_grad()

@@ -151,10 +151,10 @@ class EvalConfig:
     max_bytes: int = 200_000
     # Longest piece of a document that the model reads at once, in base ids.
     context: int = 512
-    # Prompts for the comparison of greedy continuations.
-    prompts: int = 16
+    # Prompts that base and expanded continue; 0 leaves writing unmeasured.
+    prompts: int = 64
     # Length of each continuation in base tokens.
-    continuation: int = 32
+    continuation: int = 64
     device: str = "auto"
     dtype: str = "auto"
 

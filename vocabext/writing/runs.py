@@ -73,3 +73,19 @@ class RunTree:
     def has_children(self, nodes_F: torch.Tensor) -> torch.Tensor:
         """Tell which nodes some run goes on from, (F,)."""
         return self.first_child[nodes_F + 1] > self.first_child[nodes_F]
+
+    def step(self, node: int, piece: int) -> int:
+        """Return the node that a piece leads to, -1 if no run goes on with it."""
+        low, high = int(self.first_child[node]), int(self.first_child[node + 1])
+        at = (self.piece_E[low:high] == piece).nonzero()
+        return int(self.child_E[low + int(at[0])]) if len(at) else -1
+
+    def below(self, node: int) -> list[int]:
+        """Return the tokens whose runs go on from a node."""
+        found, nodes = list[int](), [node]
+        while nodes:
+            at = nodes.pop()
+            below_C = self.child_E[int(self.first_child[at]) : int(self.first_child[at + 1])]
+            found += [token for token in self.token_of[below_C].tolist() if token >= 0]
+            nodes += below_C.tolist()
+        return found
