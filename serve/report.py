@@ -224,8 +224,8 @@ def what_got_worse(
             found.append(f"The same text costs {percent(loss)} more bits per byte than with the base model.")
         for row in ((evaluation or {}).get("writing") or {}).get("rows", []):
             if row["name"] == ours["name"] and row["places"]["false_use"]:
-                found.append(f"At {row['places']['false_use']:.2%} of held-out places the model writes a new token where "
-                             "the base writes something else.")
+                found.append(f"At {row['places']['false_use']:.2%} of held-out places the model writes a new token "
+                             "where the base writes something else.")
         same = ours.get("greedy_same_share")
         if same is not None and same < 1:
             found.append(f"{percent(1 - same)} of the greedy continuations differ from the base's.")

@@ -122,7 +122,7 @@ def test_lost_nats_add_up_all_spellings() -> None:
             logs = model.log_probabilities(model.hidden(model.embed(ids))[0][4:-1], num_base=NUM_BASE)
         base = float(logs.gather(1, ids[0, 5:, None]).sum())
         (lost,) = lost_nats(model, [ids[0].numpy()], [5], RunTree.of(tokens), rows.output_ND, num_base=NUM_BASE)  # type: ignore[arg-type]
-        assert base - lost == pytest.approx(math.log(spelled(model, prompt, text, tokens, rows)), abs=1e-6)
+        assert base - lost == pytest.approx(math.log(spelled(model, prompt, text, tokens, rows)), abs=1e-5)
 
 
 def test_the_texts_of_the_expanded_model_add_up_to_one() -> None:
@@ -139,7 +139,7 @@ def test_the_texts_of_the_expanded_model_add_up_to_one() -> None:
             logs = model.log_probabilities(model.hidden(model.embed(ids))[0][1:-1], num_base=num_base)
         base = math.exp(float(logs.gather(1, ids[0, 2:, None]).sum()))
         total, divergence = total + base * math.exp(-nats), divergence + base * nats
-    assert total == pytest.approx(1.0, abs=1e-6)
+    assert total == pytest.approx(1.0, abs=1e-5)
     assert divergence > 0.01
 
 

@@ -14,7 +14,8 @@ def sharp_model(num_base: int = NUM_BASE) -> FrozenModel:
     """A random model with a taste: some runs are likely, and some are what greedy decoding writes."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=num_base + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)  # fmt: skip
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+                         eos_token_id=None)  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ DEFAULTS = EvalConfig()
 def evaluate_options(command: Command) -> Command:
     """Add the options that `eval` and `run` share."""
     command = click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
-                           help="Held-out prompts that base and expanded continue; 0 leaves writing unmeasured.")(command)  # fmt: skip
+                           help="Held-out prompts that both models continue; 0: none.")(command)  # fmt: skip
     return click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True,
                         help="Held-out text to read, in bytes.")(command)  # fmt: skip
 
