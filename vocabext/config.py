@@ -106,7 +106,7 @@ class DistillConfig:
     # baselines, and `input` shares the input rows (tied models) or leaves the choice to `patch`.
     output_rows: str = "fit"
     # Text that output rows are fitted to: base ids of snippets per token.
-    writing_places: int = 500
+    writing_places: int = 200
     # Share of held-out places where a new token may be written and base writes something else.
     false_use: float = 0.01
     # Leave a token out if its held-out error is this many times the median's, and training did not halve it;

@@ -83,7 +83,11 @@ class Fit:
     @property
     def rows_ND(self) -> torch.Tensor:  # noqa: N802
         """The rows, float32."""
-        return _unwhiten(self.white_ND, self.factor_DD)
+        return self.unwhitened(self.white_ND)
+
+    def unwhitened(self, white_ND: torch.Tensor) -> torch.Tensor:
+        """Return rows as the model multiplies with them."""
+        return torch.linalg.solve_triangular(self.factor_DD, white_ND, upper=False, left=False)
 
     def train(self, epochs: float, caution: float, note: Callable[[], None] = lambda: None) -> None:
         """Go over the places so many times.
@@ -120,13 +124,9 @@ class Fit:
         return [(step / steps, order[step * batch : (step + 1) * batch]) for step in range(steps)]
 
     def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
-        scores_IN = self.task.scores(_unwhiten(white_ND, self.factor_DD), at)
+        scores_IN = self.task.scores(self.unwhitened(white_ND), at)
         base_I = self.task.places.top_P[at].to(scores_IN.device)
         label_I = self.task.label_P[at].to(scores_IN.device)
         every = torch.cat((scores_IN, base_I[:, None]), 1)
         loss_I = torch.nn.functional.cross_entropy(every, label_I, reduction="none")
         return (loss_I * torch.where(label_I < len(white_ND), 1.0, caution)).mean()
-
-
-def _unwhiten(white_ND: torch.Tensor, factor_DD: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve_triangular(factor_DD, white_ND, upper=False, left=False)

@@ -110,7 +110,7 @@ def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
 
 def make_output_rows(
     kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
-    prefix_ids: Sequence[int] = (), places_per_token: int = 500, false_use: float = 0.01, seed: int = 0,
+    prefix_ids: Sequence[int] = (), places_per_token: int = 200, false_use: float = 0.01, seed: int = 0,
     progress: Progress = no_progress,
 ) -> OutputRows:  # fmt: skip
     """Make the output rows of all new tokens.
