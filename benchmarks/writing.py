@@ -321,7 +321,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ("input row (tied)", given.input_ND))}  # fmt: skip
     deserved = int(torch.unique(bench.held.place_R[bench.held.greedy_R]).numel())
     return {"machine": describe(model.device), "tokens": len(tokens), "places": len(bench.train),
-            "held_out_places": len(bench.held), "deserved": deserved, "silent": sum(t.silent is not None for t in fitted.tokens), "caution": fitted.caution,
+            "held_out_places": len(bench.held), "deserved": deserved,
+            "silent": sum(t.silent is not None for t in fitted.tokens), "caution": fitted.caution,
             "rows": rows, "curve": curve, "ablations": ablations, "limits": limits, "free": free, "leaks": leaks,
             "silent_row_leak_when_fitted": leak, "cpu_seconds": seconds}  # fmt: skip
 
@@ -446,7 +447,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         "Limits of a frozen base: the teacher's own probability of the likeliest run, and a network on the states.",
         table(("limit", "adopted if calibrated", "wrong then", "adopted at 1 % wrong"), limits),
         f"Free greedy writing after {base['prompts']} held-out prompts, 64 pieces each: base "
-        f"{base['characters_per_step']:.3f} characters per step, {base['characters_per_step_if_all_adopted']:.3f} if every run became one step.",
+        f"{base['characters_per_step']:.3f} characters per step, "
+        f"{base['characters_per_step_if_all_adopted']:.3f} if every run became one step.",
         table(("rows", "characters per step", "of the possible gain", "greedy text identical / similar / worse",
                "shift of samples, nats per piece"), free),
         "Ablations, at caution 2:",

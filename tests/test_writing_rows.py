@@ -168,7 +168,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert made.held_out.false_use < 0.03
     assert made.held_out.adoption > 0.1
     assert [token.silent is None for token in made.tokens] == [True, True, False]
-    silent_D, leak = silent_row(blurred, 4 * 8**0.5, torch.device("cpu"))
+    silent_D, leak = silent_row(blurred, module.LONGEST * 8**0.5, torch.device("cpu"))
     assert torch.allclose(made.output_ND[2], silent_D, atol=1e-3)
     assert made.leak == pytest.approx(leak, rel=1e-2)
     summary = made.summary()

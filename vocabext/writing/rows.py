@@ -32,7 +32,7 @@ TRIES = 3
 # How wrong use falls as caution grows: with this power of it, roughly. And the highest caution that is tried.
 POWER, MOST_CAUTION = 0.9, 64.0
 # A row is at most so many times as long as the longest base row: longer ones are loud wherever a state is unusual.
-LONGEST = 4.0
+LONGEST = 3.5
 # What stands for zero: a row of exact zeros cannot be told from one that was forgotten.
 ALMOST_ZERO = 1e-4
 # Steps in which the silent row is found, and places that they look at.
