@@ -140,6 +140,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "price_per_hour": price_per_hour,
         "predictions": predictions,
         "evaluation_rows": _evaluation_rows(evaluation),
+        "writing": _writing(evaluation),
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
         "sources": [_source(name, found) for name in (*ARTIFACTS, *OPTIONAL) for found in _several(results.get(name))],
         "commands": _commands(expanded, manifest),
@@ -155,7 +156,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
     return Page(
         environment.get_template("report.html.jinja").render(**content, **drawn),
         environment.get_template("report.md.jinja").render(**content, **drawn),
-        _document(content, lengths, verification, missing), " ".join(lines), missing)
+        _document(content, lengths, evaluation, verification, missing), " ".join(lines), missing)
 
 
 def _several(value: Any) -> list[dict[str, Any]]:
@@ -175,8 +176,8 @@ def _speed_content(bench: dict[str, Any], price_per_hour: float | None) -> dict[
 
 
 def _document(
-    content: Mapping[str, Any], lengths: Mapping[str, Any] | None, verification: Mapping[str, Any] | None,
-    missing: Sequence[str],
+    content: Mapping[str, Any], lengths: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None,
+    verification: Mapping[str, Any] | None, missing: Sequence[str],
 ) -> dict[str, Any]:
     """Return report.json: what the page says, as values. Its form is `report.schema.json`."""
     passed = None if verification is None else bool(verification["passed"])
@@ -193,7 +194,7 @@ def _document(
         "price_per_hour": content["price_per_hour"],
         "predictions": [{name: found[name] for name in ("device", "options", "lengths", "loads", "memory", "measured",
                                                         "notes")} for found in content["predictions"]],
-        "speed_and_quality": content["beside"], "verified": passed, "worse": content["worse"],
+        "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"), "verified": passed, "worse": content["worse"],
         "sources": content["sources"], "missing": list(missing),
     }
 
@@ -285,6 +286,10 @@ def what_got_worse(
         loss = ours["bits_per_byte"] / rows["base"]["bits_per_byte"] - 1
         if loss > 0:
             found.append(f"The same text costs {percent(loss)} more bits per byte than with the base model.")
+        for row in ((evaluation or {}).get("writing") or {}).get("rows", []):
+            if row["name"] == ours["name"] and row["places"]["false_use"]:
+                found.append(f"At {row['places']['false_use']:.2%} of held-out places the model writes a new token "
+                             "where the base writes something else.")
         same = ours.get("greedy_same_share")
         if same is not None and same < 1:
             found.append(f"{percent(1 - same)} of the greedy continuations differ from the base's.")
@@ -365,6 +370,33 @@ def _evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any
             "greedy_common_characters": _number(row.get("greedy_common_characters"), "{:,.1f}"),
         })
     return rows
+
+
+def _writing(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the section about writing shows; None if it was not measured."""
+    writing = (evaluation or {}).get("writing")
+    if evaluation is None or not writing:
+        return None
+    bits = {row["name"]: row["bits_per_byte"] for row in evaluation["rows"]}
+    base, shorter, rows, places = writing["base"], evaluation["shorter"], writing["rows"], writing["rows"][-1]["places"]
+    return {
+        "prompt_saving": percent(1 - shorter["expanded_tokens"] / shorter["base_tokens"]),
+        "reading_cost": f"{bits[rows[-1]['name']] - bits['base']:+.4f}", "prompts": base["prompts"],
+        "places": f"{places['places']:,}", "deserved": f"{places['deserved']:,}",
+        "base_per_step": f"{base['characters_per_step']:.2f}",
+        "full_per_step": f"{base['characters_per_step_if_all_adopted']:.2f}",
+        "rows": [{
+            "name": ROW_NAMES.get(row["name"], row["name"]),
+            "per_step": f"{row['greedy']['characters_per_step']:.2f}",
+            "gain": _number(row["greedy"]["share_of_possible_gain"], percent),
+            "adoption": _number(row["places"]["adoption"], percent),
+            "false_use": f"{row['places']['false_use']:.2%}", "nll": f"{row['places']['nll_rise_nats']:.4f}",
+            "merged": f"{_number(row['merged']['adoption'], percent)}; {row['merged']['false_use']:.2%}",
+            "greedy": " / ".join(str(row["greedy"][kind]) for kind in ("identical", "similar", "worse")),
+            "shift": f"{row['sampling']['kl_nats_per_piece']:.4f}",
+        } for row in rows],
+        "examples": rows[-1]["greedy"]["examples"],
+    }  # fmt: skip
 
 
 def _evaluation_picture(evaluation: Mapping[str, Any]) -> Markup:
