@@ -10,8 +10,14 @@ whatever it compiles. Neither is charged for loading, tokenizing or finding snip
 float32 on held-out documents with all new tokens merged: mean squared error of last-layer hidden states, share of
 the gap recovered, bits per byte (quality.py). The work that matrix products take is counted in another run.
 
-`--scale N` distills N tokens with ours alone and shows time and memory part by part. `--random-model` takes random
-weights and random text: time and memory only. reference_step.py says how the reference was read.
+`--scale N` distills N tokens with ours alone (with the first of --ours, if any) and shows time and memory part by
+part. `--random-model` takes random weights and random text: time and memory only; on a GPU,
+
+    python benchmarks/distill_reference.py --random-model 1b -o benchmarks/distill_gpu.json
+
+is all there is to do. `--keep DIR` keeps what is done, so that long runs can be had in several sittings; `--docs FILE`
+writes the tables of the JSON files beside this script into a document. reference_step.py says how the reference was
+read.
 """
 
 import argparse
@@ -28,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from distill_tables import render
+from distill_tables import render, section, write_section
 from kept import Kept, Made, Run
 from machine import Clock, PeakMemory, describe, matrix_peak, release_memory
 from quality import measure
@@ -53,7 +59,7 @@ from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 # What ours is run with beside the defaults, cheapest first: a number of snippets, and options of DistillConfig.
-BUDGETS = ("snippets=6,epochs=1", "epochs=1", "epochs=16")
+BUDGETS = ("snippets=6,epochs=1", "rounds=1", "epochs=1", "epochs=2", "target_layer=0.8", "epochs=2,second_pass=true")
 DEFAULTS = "defaults"
 SCALE_PARTS = 10
 STEPS = ("snippets", "reference", "ours")
@@ -103,6 +109,9 @@ class Task:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     arguments = _parse(argv)
+    if arguments.docs:
+        write_section(arguments.docs, section(Path(__file__).parent))
+        return
     device = pick_device(arguments.device)
     transformers_logging.disable_progress_bar()
     if arguments.random_model:
@@ -121,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options as JSON-ready values, without folders that say nothing to others."""
-    apart = ("keep", "stop_after", "output")
+    apart = ("keep", "stop_after", "docs", "output")
     return {key: value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
             for key, value in vars(arguments).items() if key not in apart}  # fmt: skip
 
@@ -136,9 +145,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--snippets", type=int, default=25, help="snippets per token")
     parser.add_argument("--min-count", type=int, default=10, help="how often a token must occur in the mining text")
     parser.add_argument("--max-bytes", type=int, default=100_000, help="held-out text to read, in bytes")
-    parser.add_argument("--ours", nargs="*", default=BUDGETS, metavar="KEY=VALUE,...",
+    parser.add_argument("--ours", nargs="*", metavar="KEY=VALUE,...",
                         help="further budgets of ours, snippets=N and options of distill; those that would take longer "
-                             "than the reference are left out (default: %(default)s)")
+                             "than the reference are left out; with --scale, the one that is used "
+                             f"(default: {' '.join(BUDGETS)})")
     parser.add_argument("--merged", choices=("all", "own"), default="all",
                         help="which new tokens the reference merges in a snippet")
     parser.add_argument("--autocast", action="store_true", help="let the reference multiply in bfloat16")
@@ -148,6 +158,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, metavar="DIR",
                         help="keep what is done there; the same call goes on after it, on the same machine")
     parser.add_argument("--stop-after", choices=STEPS, help="go no further than this step")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the tables of the JSON files into FILE")
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
     arguments = parser.parse_args(argv)
     if arguments.corpus is None:
@@ -156,6 +167,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for path in filter(None, (arguments.model, arguments.corpus, arguments.heldout)):
             if not path.exists():
                 parser.error(f"{path} does not exist; give --model and --corpus, or set VOCABEXT_ASSETS")
+    if arguments.ours is None:
+        arguments.ours = [] if arguments.scale else list(BUDGETS)
     for budget in arguments.ours:
         try:
             _budget(budget)
@@ -280,10 +293,10 @@ def time_ours(task: Task, budget: str) -> Run:
 
 
 def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
-    """Guess how long a budget takes from how long the defaults took."""
+    """Guess from how long the defaults took how long a budget takes at most."""
     snippets, config = _budget(budget)
     share = min(1.0, (num_snippets if snippets is None else snippets) / num_snippets)
-    return defaults.seconds * share * config.epochs / DistillConfig().epochs
+    return defaults.seconds * share * config.epochs * (1 + config.second_pass) / DistillConfig().epochs
 
 
 def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
@@ -456,20 +469,26 @@ class _TaskParts:
         """Do nothing."""
 
 
-def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
     """Distill many tokens with ours, and print time and memory part by part."""
     base = load_tokenizer(arguments.model)
+    kept = Kept(arguments.keep, {**options_of(arguments), "ours": None, **machine_facts(device)})
     with note("mining and collecting"):
-        records = prepare(arguments, base, arguments.scale)
+        records = kept.records(lambda: prepare(arguments, base, arguments.scale))
+    if arguments.stop_after:
+        return None
+    num_snippets, config = _budget(next(iter(arguments.ours), ""))
+    records = [_capped(record, num_snippets) for record in records]
     tokens = [record.new_token for record in records]
     task = Task(arguments.model, records, extend(base, tokens).expansion, tuple(base.prefix_ids), device)
     with note("ours"), PeakMemory(device) as memory:
         listening = PartProgress(memory, SCALE_PARTS)
         model = task.load("auto")
         clock = Clock(device)
-        _distill(task, records, model, DistillConfig(), listening)
+        _distill(task, records, model, config, listening)
         seconds, cpu_seconds = clock.read()
-    return {"tokens": len(tokens), "snippets": task.num_snippets, "seconds": seconds, "cpu_seconds": cpu_seconds,
+    return {"tokens": len(tokens), "snippets": sum(len(record.snippets) for record in records),
+            "seconds": seconds, "cpu_seconds": cpu_seconds,
             "before_bytes": memory.before_bytes, "parts": [asdict(part) for part in listening.parts]}  # fmt: skip
 
 

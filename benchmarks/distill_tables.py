@@ -3,6 +3,7 @@
 Measured once, shown in several places: nothing here measures anything.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,23 @@ TIMES = ("seconds", "CPU seconds", "times faster")
 MEMORY = ("peak MiB", "beyond the start")
 BEGIN, END = "<!-- distillation: written by benchmarks/distill_reference.py --docs -->", "<!-- distillation: end -->"
 Found = dict[str, Any]
+SCRIPT = "python benchmarks/distill_reference.py"
+# The JSON files of the section: what each is about, and how it is made.
+FILES = {
+    "distill_reference.json": ("Against the reference", f"{SCRIPT} -o benchmarks/distill_reference.json"),
+    "distill_scale.json": ("5,000 tokens in one go", f"{SCRIPT} --scale 5000 --snippets 8 --ours rounds=1 "
+                                                     "-o benchmarks/distill_scale.json"),
+    "distill_gpu.json": ("On a GPU", f"{SCRIPT} --random-model 1b -o benchmarks/distill_gpu.json"),
+}  # fmt: skip
+INTRODUCTION = """## Distillation
+
+The same tokens and snippets are distilled by the training step of the paper's reference implementation
+(`benchmarks/reference_step.py` says how it was read, and that doubts were settled in its favour) and by `distill`, in
+processes with the same threads on the same machine. *Hidden error* is the mean squared error of last-layer states on
+held-out documents with all new tokens merged, from the first new token of a window on; *gap recovered* is the share of
+the way from mean-of-pieces rows to the base, in nats of the same targets. The floor is the teacher once over each
+snippet and the student forward and back, only the layers and positions that count, at the measured peak.
+"""
 
 
 def render(found: Found) -> str:
@@ -19,6 +37,18 @@ def render(found: Found) -> str:
     if "parts" in found:
         return scale(found)
     return comparison(found) if "quality" in found else random_weights(found)
+
+
+def section(folder: Path) -> str:
+    """Return the section of docs/benchmarks.md, made of the JSON files that are there."""
+    parts = [INTRODUCTION]
+    for name, (title, command) in FILES.items():
+        path = folder / name
+        if path.is_file():
+            parts.append(f"### {title}\n\n`{command}`\n\n{render(json.loads(path.read_text(encoding='utf-8')))}")
+        elif name == "distill_gpu.json":
+            parts.append(f"### {title}\n\nNot run: no GPU was at hand. `{command}` is the command.\n")
+    return "\n".join(parts)
 
 
 def where(found: Found) -> str:
