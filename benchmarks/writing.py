@@ -287,7 +287,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     lengths_N, head_VD = bench.lengths_N, model.head_VD
     mean_ND = mean_rows(head_VD, tokens)
     texts = {piece: len(base.decode([piece]).strip()) or 1 for token in tokens for piece in token.run}
-    silent_D, leak = silent_row(bench.train, 4 * float(head_VD.float().norm(dim=1).max()), model.device)
+    silent_D, leak = silent_row(head_VD, bench.train, base.num_used_ids)
     ways = {
         "ours (default)": fitted.output_ND,
         "zero": torch.zeros_like(mean_ND),
@@ -317,8 +317,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     say("free writing")
     free = _free(bench, arguments, base, expanded, given, ways)
     leaks = {name: largest_share(bench.held, rows_ND) for name, rows_ND in (
-        ("zero row", torch.zeros(1, mean_ND.shape[1])), ("mean of pieces", mean_ND), ("silent row", silent_D[None]),
-        ("input row (tied)", given.input_ND))}  # fmt: skip
+        ("zero row", torch.zeros(1, mean_ND.shape[1])), ("mean of pieces", mean_ND),
+        ("silent row (mean of the two least likely base rows)", silent_D[None]),
+        ("row fitted to be unlikely", fitted_silence(bench)[None]), ("input row (tied)", given.input_ND))}  # fmt: skip
     deserved = int(torch.unique(bench.held.place_R[bench.held.greedy_R]).numel())
     return {"machine": describe(model.device), "tokens": len(tokens), "places": len(bench.train),
             "held_out_places": len(bench.held), "deserved": deserved,
@@ -381,6 +382,21 @@ def fewer(places: Places, lengths_N: torch.Tensor) -> Places:
     return Places(**{name: value[kept_R] if name.endswith("_R") else value[kept_P]
                      for name, value in vars(places).items() if name != "place_R"},
                   place_R=number_P[places.place_R[kept_R]])  # fmt: skip
+
+
+def fitted_silence(bench: Bench, steps: int = 300) -> torch.Tensor:
+    """Return the row that minimises its largest probability at the places of training, no longer than base's rows."""
+    hidden_PD, normaliser_P = bench.train.hidden_PD[:32_768].float(), bench.train.normaliser_P[:32_768]
+    longest = float(bench.model.head_VD.norm(dim=1).max())
+    row_D = (-hidden_PD.mean(0) / hidden_PD.mean(0).norm()).requires_grad_(True)
+    optimizer = torch.optim.Adam([row_D], lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.logsumexp(hidden_PD @ row_D - normaliser_P, 0).backward()
+        optimizer.step()
+        with torch.no_grad():
+            row_D *= min(1.0, longest / float(row_D.norm()))
+    return row_D.detach()
 
 
 def largest_share(places: Places, rows_ND: torch.Tensor) -> dict[str, float]:
