@@ -143,7 +143,8 @@ def expansion(records: list[TokenSnippets]) -> Expansion:
 
 def fake_model() -> Any:
     weight = torch.arange(12.0).view(4, 3)
-    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None)
+    head = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(bias=None))
+    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None, model=head)
 
 
 def test_the_baselines_need_no_text() -> None:
@@ -164,7 +165,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     monkeypatch.setattr(module, "FIRST_EPOCHS", 40.0)
     monkeypatch.setattr(module, "TRY_EPOCHS", 20.0)
     head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]) * torch.eye(8)[7]
-    model = SimpleNamespace(head_VD=head_VD, device=torch.device("cpu"), logit_cap=None)
+    model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
     records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)), ("c", (3, 3)))]
     made = make_output_rows("fit", records, model, expansion(records), false_use=0.02)  # type: ignore[arg-type]
     assert made.caution is not None

@@ -98,14 +98,12 @@ def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
     """Tell whether new tokens get output rows of their own.
 
     The mean of pieces as input rows is the quick baseline, made without text: nothing is fitted then. And some
-    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix. A head
-    with a bias is left to `patch`, which gives new tokens the bias of their pieces.
+    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix.
     """
     from vocabext.patch_plan import TIED_IN_VLLM
 
     tied_for_good = model.tied and type(model.model).__name__ in TIED_IN_VLLM
-    biased = getattr(model.model.get_output_embeddings(), "bias", None) is not None
-    return config.method == "distill" and config.output_rows != "input" and not tied_for_good and not biased
+    return config.method == "distill" and config.output_rows != "input" and not tied_for_good
 
 
 def make_output_rows(
@@ -130,14 +128,17 @@ def make_output_rows(
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
     if kind in ("mean", "zero"):
         return OutputRows(mean_ND if kind == "mean" else ALMOST_ZERO * mean_ND, kind)
+    if getattr(model.model.get_output_embeddings(), "bias", None) is not None:
+        # A head with a bias is not fitted to. `patch` gives `none` a bias that no logit comes up to.
+        return OutputRows(ALMOST_ZERO * mean_ND, "none", leak=0.0)
     began = time.perf_counter()
     train, held_out = _windows(records, expansion, prefix_ids, places_per_token)
     tree = RunTree.of(tokens)
     places, judged = (_read(model, windows, tree, expansion.first_new_id, len(prefix_ids), progress)
                       for windows in (train, held_out))  # fmt: skip
     read_seconds = time.perf_counter() - began
-    if not len(places) or not len(judged):  # nothing is known: nothing is written
-        return OutputRows(ALMOST_ZERO * mean_ND, "zero")
+    if not len(places) or not len(judged):  # nothing is known: a row between base rows is never on top
+        return OutputRows(mean_ND, "mean")
     began = time.perf_counter()
     lengths_N = torch.tensor([len(token.run) for token in tokens])
     head_VD = model.head_VD
