@@ -449,7 +449,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([
         "## Writing",
         f"`python benchmarks/writing.py`: {result['tokens']} new tokens, base frozen. Ours are the rows of "
-        f"`vocabext distill`; what is compared with them is fitted to {result['places']:,} places. {result['held_out_places']:,} held-out places, {result['deserved']:,} of them "
+        f"`vocabext distill`; what is compared with them is fitted to {result['places']:,} places. "
+        f"{result['held_out_places']:,} held-out places, {result['deserved']:,} of them "
         f"deserved. {result['silent']} tokens are silent by the held-out rule. Wall time on a shared machine: "
         f"{times} ({1000 * sum(result['wall_seconds'].values()) / result['tokens']:.0f} ms per token).",
         table(head, [measured(name, found) for name, found in result["rows"].items()]),
