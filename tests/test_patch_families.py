@@ -12,7 +12,7 @@ from test_patch import make_rows
 from tiny_families import FAMILIES, tiny_family
 
 from vocabext.architecture import embedding_names
-from vocabext.checkpoint import load_rows, open_checkpoint
+from vocabext.checkpoint import Rows, load_rows, open_checkpoint, save_rows
 from vocabext.errors import CheckpointError
 from vocabext.manifest import read_manifest
 from vocabext.patch import patch
@@ -82,6 +82,19 @@ def test_a_head_bias_is_extended_and_keeps_surplus_rows_silent(tmp_path: Path) -
     assert new["lm_head.bias"].shape == (296,)
     assert bool((new["lm_head.bias"][293:] == -10_000).all())
     assert float(logits(tmp_path / "new", PROMPT).softmax(-1)[:, 293:].max()) == 0
+
+
+def test_a_head_bias_keeps_new_tokens_from_being_written_at_any_state(tmp_path: Path) -> None:
+    base = tiny_family(tmp_path / "base", "phi", num_rows=292)
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
+    tokens, rows, header = load_rows(tmp_path / "rows.safetensors")
+    for kind, loudest in (("none", 0.0), ("mean", 1e-6)):
+        save_rows(tmp_path / f"{kind}.safetensors", tokens, Rows(rows.input_ND, 0.01 * rows.input_ND), {
+            **header, "writing": {"kind": kind}})  # fmt: skip
+        patch(tmp_path / f"{kind}.safetensors", str(base), tmp_path / kind)
+        found = float(logits(tmp_path / kind, [*PROMPT, 290]).softmax(-1)[:, 290:293].max())
+        assert found == loudest == 0.0 or found > loudest > 0.0
+    assert "never written" in read_manifest(tmp_path / "none").tensors["lm_head.bias"].rows
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTIED_ONLY))

@@ -101,17 +101,22 @@ def test_logits_are_bounded_as_in_the_model() -> None:
     assert not bool(find_uses(places, torch.eye(2), 30.0).on_top_P[0])
 
 
-def test_a_silent_row_is_less_likely_than_a_row_of_zeros() -> None:
+def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden_PD = torch.randn(4_000, 16, generator=generator) + 2 * torch.ones(16)
-    places = made_places(hidden_PD, [])
-    row_D, leak = silent_row(places, 20.0, torch.device("cpu"))
+    head_VD = torch.randn(40, 16, generator=generator)
+    head_VD[[7, 21]] -= 3 * torch.ones(16)  # unlikely wherever the states are
+    head_VD[39] = -100.0  # a row that is not in use
+    hidden_PD = torch.randn(600, 16, generator=generator) + torch.ones(16)
+    logits_PV = hidden_PD @ head_VD[:39].T
+    places = replace(made_places(hidden_PD, []), normaliser_P=logits_PV.logsumexp(1))
+    row_D, leak = silent_row(head_VD, places, 39)
+    assert torch.allclose(row_D, head_VD[[7, 21]].mean(0))
     shares = torch.exp(hidden_PD @ row_D - places.normaliser_P)
     assert leak == pytest.approx(float(shares.max()), rel=1e-3)
-    assert leak < 1e-3 * math.exp(-4)  # a row of zeros has the share exp(0 - 4)
-    short_D, more = silent_row(places, 1.0, torch.device("cpu"))
-    assert float(short_D.norm()) <= 1.0 + 1e-5
-    assert leak < more < math.exp(-4)
+    zeros = torch.exp(-places.normaliser_P)
+    assert leak < 1e-3 * float(zeros.max())
+    anywhere = 50 * torch.randn(5_000, 16, generator=generator)
+    assert bool((anywhere @ row_D < (anywhere @ head_VD[:39].T).amax(1)).all())
 
 
 def record(name: str) -> TokenSnippets:
@@ -138,7 +143,8 @@ def expansion(records: list[TokenSnippets]) -> Expansion:
 
 def fake_model() -> Any:
     weight = torch.arange(12.0).view(4, 3)
-    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None)
+    head = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(bias=None))
+    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None, model=head)
 
 
 def test_the_baselines_need_no_text() -> None:
@@ -158,7 +164,8 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     monkeypatch.setattr(module, "_read", lambda *_: blurred)
     monkeypatch.setattr(module, "FIRST_EPOCHS", 40.0)
     monkeypatch.setattr(module, "TRY_EPOCHS", 20.0)
-    model = SimpleNamespace(head_VD=torch.ones(4, 8), device=torch.device("cpu"), logit_cap=None)
+    head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]) * torch.eye(8)[7]
+    model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
     records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)), ("c", (3, 3)))]
     made = make_output_rows("fit", records, model, expansion(records), false_use=0.02)  # type: ignore[arg-type]
     assert made.caution is not None
@@ -168,8 +175,8 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert made.held_out.false_use < 0.03
     assert made.held_out.adoption > 0.1
     assert [token.silent is None for token in made.tokens] == [True, True, False]
-    silent_D, leak = silent_row(blurred, module.LONGEST * 8**0.5, torch.device("cpu"))
-    assert torch.allclose(made.output_ND[2], silent_D, atol=1e-3)
+    silent_D, leak = silent_row(model.head_VD, blurred, 4)
+    assert torch.equal(made.output_ND[2], silent_D)
     assert made.leak == pytest.approx(leak, rel=1e-2)
     summary = made.summary()
     assert summary["written"] == 2

@@ -89,7 +89,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
     Raises:
         CheckpointError: If the rows do not fit, or there is no room for them.
     """
-    from vocabext.rows import mean_of_pieces, rows_from_file
+    from vocabext.rows import constant_rows, mean_of_pieces, rows_from_file
 
     _check_room(checkpoint, file, num_used)
     given = {name: rows_from_file(file, name) for name in file.tensors if name in ("input", "output")}
@@ -106,6 +106,8 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
             draft.grow(name, given["input"], "from the rows file")
         elif is_head and "output" in given:
             draft.grow(name, given["output"], "from the rows file")
+        elif tensor.role == HEAD_BIAS and _unwritten(file):
+            draft.grow(name, constant_rows(SILENT_BIAS), f"{SILENT_BIAS:,.0f}: new tokens are never written")
         else:
             # A head row likely where its pieces were likely: zero rows are not a ban.
             draft.grow(name, mean_of_pieces(checkpoint, name, file.tokens), MEAN)
@@ -180,6 +182,12 @@ def _check_room(checkpoint: Checkpoint, file: RowsFile, num_used: int) -> None:
             f"{checkpoint.names.architecture} takes ids from {reserved} on for images or sounds, and the new tokens "
             f"would have the ids {num_used} to {last}; extend the text-only model of this family"
         )
+
+
+def _unwritten(file: RowsFile) -> bool:
+    """Tell whether the rows were made for tokens that must not be written."""
+    writing = file.header.get("writing")
+    return isinstance(writing, dict) and writing.get("kind") == "none"
 
 
 def _outputs_differ(file: RowsFile, given: Mapping[str, Any]) -> bool:

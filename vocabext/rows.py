@@ -130,3 +130,8 @@ def same_rows(one: RowSource, other: RowSource, num_new: int, row_bytes: int) ->
 def constant_row(info: TensorInfo, value: float) -> bytes:
     """Return the bytes of one row of a tensor that holds one value everywhere."""
     return torch.full(info.shape[1:], value, dtype=DTYPES[info.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def constant_rows(value: float) -> RowSource:
+    """Return a source of rows of a tensor without width (a bias) that are all the same."""
+    return lambda first, last: torch.full((last - first,), value)

@@ -97,7 +97,7 @@ def _show_writing(output: "OutputRows") -> None:
             click.echo("\nthe model reads these tokens and does not write them")
             show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
     if output.leak is not None:
-        click.echo(f"largest probability of a silent row: {output.leak:.1e}")
+        click.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")
 
 
 @click.command()

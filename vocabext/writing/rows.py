@@ -17,7 +17,7 @@ from vocabext.model import FrozenModel
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets
 from vocabext.rows import mean_rows
-from vocabext.writing.fit import Fit, Task, longest_runs
+from vocabext.writing.fit import Fit, Task, capped, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
 from vocabext.writing.places import Places, concatenate, find_places
 from vocabext.writing.runs import RunTree
@@ -35,9 +35,9 @@ POWER, MOST_CAUTION = 0.9, 64.0
 LONGEST = 3.5
 # What stands for zero: a row of exact zeros cannot be told from one that was forgotten.
 ALMOST_ZERO = 1e-4
-# Steps in which the silent row is found, and places that they look at.
-SILENCE_STEPS, SILENCE_PLACES = 300, 32_768
-ROWS_AT_ONCE = 32_768
+# Places at which the least likely base rows are looked for.
+SILENCE_PLACES = 4_096
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,12 @@ def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
     """Tell whether new tokens get output rows of their own.
 
     The mean of pieces as input rows is the quick baseline, made without text: nothing is fitted then. And some
-    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix. A head
-    with a bias is left to `patch`, which gives new tokens the bias of their pieces.
+    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix.
     """
     from vocabext.patch_plan import TIED_IN_VLLM
 
     tied_for_good = model.tied and type(model.model).__name__ in TIED_IN_VLLM
-    biased = getattr(model.model.get_output_embeddings(), "bias", None) is not None
-    return config.method == "distill" and config.output_rows != "input" and not tied_for_good and not biased
+    return config.method == "distill" and config.output_rows != "input" and not tied_for_good
 
 
 def make_output_rows(
@@ -130,23 +128,27 @@ def make_output_rows(
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
     if kind in ("mean", "zero"):
         return OutputRows(mean_ND if kind == "mean" else ALMOST_ZERO * mean_ND, kind)
+    if getattr(model.model.get_output_embeddings(), "bias", None) is not None:
+        # A head with a bias is not fitted to. `patch` gives `none` a bias that no logit comes up to.
+        return OutputRows(ALMOST_ZERO * mean_ND, "none", leak=0.0)
     began = time.perf_counter()
     train, held_out = _windows(records, expansion, prefix_ids, places_per_token)
     tree = RunTree.of(tokens)
     places, judged = (_read(model, windows, tree, expansion.first_new_id, len(prefix_ids), progress)
                       for windows in (train, held_out))  # fmt: skip
     read_seconds = time.perf_counter() - began
-    if not len(places) or not len(judged):  # nothing is known: nothing is written
-        return OutputRows(ALMOST_ZERO * mean_ND, "zero")
+    if not len(places) or not len(judged):  # nothing is known: a row between base rows is never on top
+        return OutputRows(mean_ND, "mean")
     began = time.perf_counter()
     lengths_N = torch.tensor([len(token.run) for token in tokens])
-    longest = LONGEST * max(float(part_VD.float().norm(dim=1).max()) for part_VD in model.head_VD.split(ROWS_AT_ONCE))
-    silent_D, leak = silent_row(concatenate([places, judged]), longest, model.device)
+    head_VD = model.head_VD
+    silent_D, leak = silent_row(head_VD, concatenate([places, judged]), expansion.first_new_id, model.logit_cap)
     if kind == "none":
         return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, (), None, len(places) + len(judged),
                           leak, read_seconds, time.perf_counter() - began)  # fmt: skip
     task = Task(places, longest_runs(places, lengths_N), model.logit_cap)
     rows_ND, caution = _fit(task, judged, len(tokens), false_use, model, seed, progress)
+    longest = LONGEST * float(torch.linalg.vector_norm(head_VD, dim=1, dtype=torch.float32).max())
     rows_ND *= (longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=longest))
     uses = find_uses(judged, rows_ND, model.logit_cap)
     reports = _reports(records, judged, uses)
@@ -220,35 +222,31 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
     return f"wrong at {wrong} held-out places, right at {right}" if wrong > right else None
 
 
-def silent_row(places: Places, longest: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Find the row that is least likely at any place.
+def silent_row(
+    head_VD: torch.Tensor, places: Places, num_base: int, cap: float | None = None
+) -> tuple[torch.Tensor, float]:  # fmt: skip
+    """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
-    Where no bias can be given to a row, its logit depends on the state: a zero row has the logit 0 everywhere,
-    which is little next to confident states and not next to others. The row minimises the largest share of the
-    probability that it has anywhere (a smooth maximum over all places).
+    Its logit is the mean of theirs at every state that there is, so the larger of the two is above it: greedy decoding
+    cannot choose it. And no sample draws it more often than the likelier of two tokens that the base never writes.
+    A row of zeros has neither bound, and a row that is fitted to be unlikely is likely at states it was not fitted to.
 
     Args:
-        places: The places.
-        longest: How long the row may be.
-        device: Where to compute.
+        head_VD: The base's output rows.
+        places: Places at which to look.
+        num_base: How many of the rows are in use.
+        cap: Bound that the model puts on logits.
 
     Returns:
-        The row (D,), and the largest probability that it has at one of the places.
+        The row (D,), float32, and the largest probability that it has at one of the places.
     """
     at = torch.linspace(0, len(places) - 1, min(len(places), SILENCE_PLACES)).long()
-    hidden_PD, normaliser_P = places.hidden_PD[at].to(device).float(), places.normaliser_P[at].to(device)
-    mean_D = hidden_PD.mean(0)
-    scale = min(longest, float(normaliser_P.mean() / mean_D.norm().clamp(min=1e-6)))
-    row_D = (-mean_D / mean_D.norm().clamp(min=1e-6)).requires_grad_(True)
-    optimizer = torch.optim.Adam([row_D], lr=0.05 / math.sqrt(len(row_D)))
-    for _ in range(SILENCE_STEPS):
-        optimizer.zero_grad()
-        loss = torch.logsumexp((hidden_PD @ row_D) * scale - normaliser_P, 0)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            row_D *= min(1.0, longest / max(scale * float(row_D.norm()), 1e-12))
-    row_D = (row_D.detach() * scale).cpu()
-    worst = max(float((part_CD.float() @ row_D - normaliser_C).max()) for part_CD, normaliser_C in zip(
-        places.hidden_PD.split(SILENCE_PLACES), places.normaliser_P.split(SILENCE_PLACES), strict=True))  # fmt: skip
-    return row_D, math.exp(worst)
+    worst_V = torch.full((num_base,), -math.inf)
+    for some in at.split(ROWS_AT_ONCE):
+        logits_CV = places.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
+        share_CV = capped(logits_CV, cap).cpu() - places.normaliser_P[some, None]
+        worst_V = torch.maximum(worst_V, share_CV.amax(0))
+    row_D = head_VD[worst_V.topk(min(2, num_base), largest=False).indices.to(head_VD.device)].float().mean(0).cpu()
+    leak = max(float((capped(part_CD.float() @ row_D, cap) - normaliser_C).max()) for part_CD, normaliser_C in zip(
+        places.hidden_PD.split(8_192), places.normaliser_P.split(8_192), strict=True))  # fmt: skip
+    return row_D, math.exp(leak)
