@@ -93,6 +93,7 @@ class LoadClient(Child):
         super().__init__([sys.executable, "-m", "serve.client"], log_path,
                          environment=_client_environment(), piped=True)
         self._answers: queue.Queue[str | None] = queue.Queue()
+        self._is_ready = False
 
     def start(self) -> None:
         """Start the child; its import of vLLM goes on in the background."""
@@ -100,12 +101,14 @@ class LoadClient(Child):
         threading.Thread(target=self._listen, daemon=True).start()
 
     def wait_until_ready(self) -> None:
-        """Wait until vLLM is imported.
+        """Wait until vLLM is imported; returns at once if it is known to be.
 
         Raises:
             ServerError: If the child dies instead.
         """
-        self._answer(START_TIMEOUT_SECONDS, ())
+        if not self._is_ready:
+            self._answer(START_TIMEOUT_SECONDS, ())
+            self._is_ready = True
 
     def run(self, job: Job, server: Server, *, timeout_seconds: float = 1800.0) -> Load:
         """Send the requests of one run and wait for all answers.
@@ -119,6 +122,7 @@ class LoadClient(Child):
             ServerError: If the child or the server dies, or every request failed.
         """
         assert self.process.stdin is not None
+        self.wait_until_ready()  # else its first answer would be taken for the job's
         try:
             self.process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
             self.process.stdin.flush()

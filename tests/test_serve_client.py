@@ -73,6 +73,7 @@ def test_prompts_are_written_one_per_line(tmp_path: Path) -> None:
 def test_jobs_come_back_as_loads(tmp_path: Path) -> None:
     with client(tmp_path, RESULT) as running:
         running.wait_until_ready()
+        running.wait_until_ready()  # asking twice does not wait for a second sign
         assert running.run(JOB, server()).num_failed == 1
         assert running.run(JOB, server()).duration_seconds == 2.0
     assert "noise on stderr" in (tmp_path / "client.log").read_text()
@@ -112,3 +113,8 @@ def test_a_failure_of_vllms_client_is_passed_on(tmp_path: Path) -> None:
         running.wait_until_ready()
         with pytest.raises(ServerError, match="vLLM's benchmark client failed: ValueError: bad url"):
             running.run(JOB, server())
+
+
+def test_a_job_before_the_child_is_ready_waits_for_it(tmp_path: Path) -> None:
+    with client(tmp_path, RESULT) as running:
+        assert running.run(JOB, server()).duration_seconds == 2.0
