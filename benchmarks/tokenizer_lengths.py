@@ -1,11 +1,12 @@
 """Extend real tokenizers by tokens mined from real text; print how much shorter other text gets, and what breaks.
 
-    python benchmarks/tokenizer_lengths.py [--tokenizers PATH...] [--corpora PATH...] [-o lengths.json]
+    python benchmarks/tokenizer_lengths.py [--tokenizers PATH...] [--corpora PATH...] [-o FILE [--keep]]
 
 A tokenizer is a folder or a .tar.gz of one, a corpus any file that `vocabext mine` reads; the default is all of
 $VOCABEXT_ASSETS (../shared/assets). Tokens are mined from every document but each fifth, once words only and
 once with phrases. "Shorter" is measured on each fifth document. The invariant, equal decoded text and "never
-longer" are checked on all documents, and every breach counts as a violation.
+longer" are checked on all documents, and every breach counts as a violation. With --keep, rows of other
+tokenizers stay in FILE, so that one can be measured at a time.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
 
 from vocabext.config import MineConfig
 from vocabext.corpus import read_documents
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
-from vocabext.records import Document, write_json
+from vocabext.records import Document, read_json_or, write_json
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
@@ -76,9 +81,10 @@ def main() -> None:
             rows.append(measure(base, path, corpus, arguments.tokens, arguments.min_count))
             write(_line(rows[-1], arguments.tokens))
     if arguments.output:
-        write_json(arguments.output, {
-            "tokens": arguments.tokens, "min_count": arguments.min_count, "rows": [asdict(row) for row in rows],
-            "refused": refused, "libraries": {name: version(name) for name in ("tokenizers", "transformers")}})
+        found = {"tokens": arguments.tokens, "min_count": arguments.min_count, **circumstances()}
+        kept = read_json_or(arguments.output, {}) if arguments.keep else {}
+        write_json(arguments.output, {**found, "refused": {**kept.get("refused", {}), **refused},
+                                      "rows": joined(kept.get("rows", []), [asdict(row) for row in rows])})
     if any(row.violations for row in rows):
         sys.exit(3)
 
@@ -90,6 +96,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1000, help="how many new tokens to mine, if there are as many")
     parser.add_argument("--min-count", type=int, default=3, help="how often a token must occur in the mining text")
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other tokenizers in that file")
     arguments = parser.parse_args()
     arguments.tokenizers = arguments.tokenizers or sorted((ASSETS / "tokenizers").glob("*"))
     arguments.corpora = arguments.corpora or sorted((ASSETS / "corpora").glob("*.jsonl.gz"))
@@ -153,6 +160,18 @@ def _line(row: Row, wanted: int) -> str:
     broken = ", ".join(f"{count}: {what}" for what, count in row.violations.items()) or "0"
     return (f"| {row.tokenizer} | {row.corpus} | {row.documents:,} | {row.characters:,} | {words} | {phrases} | "
             f"{broken} | {row.seconds:.0f} |")
+
+
+def circumstances() -> dict[str, Any]:
+    """Return when, on which machine and with which libraries something was measured."""
+    return {"machine": describe(torch.device("cpu")),
+            "libraries": {name: version(name) for name in ("tokenizers", "transformers")}}
+
+
+def joined(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of an earlier run, but for those of tokenizers that were measured again, and the new ones."""
+    names = {row["tokenizer"] for row in new}
+    return [*(row for row in old if row["tokenizer"] not in names), *new]
 
 
 def _short(path: Path) -> str:

@@ -1,13 +1,16 @@
 """Encode the same text with a tokenizer and with its extensions, in turns; print how much slower they are.
 
-    python benchmarks/tokenizer_speed.py [--tokenizers PATH...] [--corpora PATH...] [--tokens 1000 10000] [-o FILE]
+    python benchmarks/tokenizer_speed.py [--tokenizers PATH...] [--corpora PATH...] [--tokens 1000 10000]
+                                         [-o FILE [--keep]]
 
 A tokenizer is a folder or a .tar.gz of one; the default is all of $VOCABEXT_ASSETS (../shared/assets). Tokens are
 mined once per tokenizer from all corpora, and each corpus is then encoded by every tokenizer in turns, text by
 text and as one batch. Besides the corpora there is generated text of other scripts, `scripts`, words drawn from
 Unicode blocks. A ratio is the median over the turns of seconds of the extension over seconds of the base; above
-1 is slower. Alternatives to the extension, on the first tokenizer, come with the share of documents in which
-they break the invariant.
+1 is slower. Each tokenizer is also measured with a splitting step that never matches (what any extension of a
+tokenizer with a space mark pays), with one that cuts at every space (what cutting costs without a search), and
+with AddedTokens, the last two with the share of documents in which they break the invariant. With --keep, rows
+of other tokenizers stay in FILE.
 """
 
 import argparse
@@ -20,15 +23,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizer_lengths import ASSETS, _short, _unpacked, write
-from tokenizers import Tokenizer
+from tokenizer_lengths import ASSETS, _short, _unpacked, circumstances, joined, write
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from vocabext.config import MineConfig
 from vocabext.corpus import read_documents
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
-from vocabext.records import Document, NewToken, write_json
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
+from vocabext.records import Document, NewToken, read_json_or, write_json
+from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
 
 HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
 # First and last letter of scripts that are written with spaces, and of two that are not.
@@ -43,7 +46,7 @@ def main() -> None:
     corpora["scripts"] = other_scripts(arguments.bytes)
     rows: list[dict[str, Any]] = []
     write("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for number, path in enumerate(arguments.tokenizers):
+    for path in arguments.tokenizers:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 base = load_tokenizer(_unpacked(path, Path(folder)))
@@ -61,10 +64,11 @@ def main() -> None:
             rows.append({"tokenizer": _short(path), "tokens": len(new.tokens), "text": "loading", **loading(base, new)})
             write(f"| {_short(path)} | {len(new.tokens):,} | loading | {rows[-1]['base_seconds']:.2f} s "
                   f"| {rows[-1]['ratio']:.2f} | | | |")
-        if number == 0:
-            rows += alternatives(base, tokens[: min(arguments.tokens)], corpora, arguments.turns)
+        rows += alternatives(_short(path), base, tokens[: min(arguments.tokens)], corpora, arguments.turns)
     if arguments.output:
-        write_json(arguments.output, {"rows": rows, "turns": arguments.turns, "bytes": arguments.bytes})
+        kept = read_json_or(arguments.output, {}).get("rows", []) if arguments.keep else []
+        write_json(arguments.output, {"turns": arguments.turns, "bytes": arguments.bytes, **circumstances(),
+                                      "rows": joined(kept, rows)})
 
 
 def _parse() -> argparse.Namespace:
@@ -75,6 +79,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=300_000, help="how much of each corpus")
     parser.add_argument("--turns", type=int, default=5, help="how often each tokenizer encodes it")
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other tokenizers in that file")
     arguments = parser.parse_args()
     arguments.tokenizers = arguments.tokenizers or sorted((ASSETS / "tokenizers").glob("*"))
     arguments.corpora = arguments.corpora or sorted((ASSETS / "corpora").glob("*.jsonl.gz"))
@@ -151,20 +156,32 @@ def loading(base: BaseTokenizer, new: ExpandedTokenizer) -> dict[str, float]:
 
 
 def alternatives(
-    base: BaseTokenizer, tokens: Sequence[NewToken], corpora: dict[str, list[str]], turns: int
+    tokenizer: str, base: BaseTokenizer, tokens: Sequence[NewToken], corpora: dict[str, list[str]], turns: int
 ) -> list[dict[str, Any]]:
-    """Measure other ways to add the same tokens, and how often they change other text."""
+    """Measure what bounds the speed, and other ways to add the same tokens with how often they change other text."""
     added = Tokenizer.from_str(base.backend.to_str())
     added.add_tokens([token.token for token in tokens])
-    ways = {"AddedToken": ExpandedTokenizer(added, base.hf, extend(base, tokens).expansion)}
+    ways = {"AddedTokens": added, "a step without a match": _with_step(base, "(?!)"),
+            "a step at every space": _with_step(base, f"[ {SPACE_MARK}]")}  # fmt: skip
+    expansion = extend(base, tokens).expansion
     rows = []
-    for name, new in ways.items():
+    for way, backend in ways.items():
+        new = ExpandedTokenizer(backend, base.hf, expansion)
         for text, texts in corpora.items():
             broken = sum(not _holds(base, new, document) for document in texts) / len(texts)
-            rows.append({"tokenizer": name, "tokens": len(tokens), "text": text,
-                         **compare(base, new.backend, texts, turns), "broken_documents": broken})  # fmt: skip
-            write(_line(rows[-1]) + f" broken in {broken:.0%} of the documents")
+            rows.append({"tokenizer": tokenizer, "way": way, "tokens": len(tokens) if way == "AddedTokens" else 0,
+                         "text": text, **compare(base, backend, texts, turns), "broken_documents": broken})  # fmt: skip
+            write(_line(rows[-1]) + f" {way}; broken in {broken:.0%} of the documents |")
     return rows
+
+
+def _with_step(base: BaseTokenizer, expression: str) -> Tokenizer:
+    """Give a tokenizer one more splitting step, where an extension would put it."""
+    backend = Tokenizer.from_str(base.backend.to_str())
+    step, old = pre_tokenizers.Split(Regex(expression), "isolated"), backend.pre_tokenizer
+    steps = [step] if old is None else [old, step] if base.kind == "whole text" else [step, old]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return backend
 
 
 def _holds(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> bool:
