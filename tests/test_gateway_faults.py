@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import threading
 import time
@@ -90,7 +89,7 @@ def test_a_client_that_goes_away_takes_its_request_along(engines: dict[str, Serv
 def connections(process_id: int, engine: Server) -> int:
     """Count a process's open connections to an engine."""
     port = f"{int(engine.url.rpartition(':')[2]):04X}"
-    inodes = {os.readlink(path) for path in Path(f"/proc/{process_id}/fd").iterdir() if path.is_symlink()}
+    inodes = {str(path.readlink()) for path in Path(f"/proc/{process_id}/fd").iterdir() if path.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{port}") and row[3] == "01" and f"socket:[{row[9]}]" in inodes for row in rows)
 

@@ -67,7 +67,9 @@ def stream_fault(streamed: Reply, whole: Reply) -> str:
     """Return what is wrong with a stream, given the same answer as a whole."""
     if streamed.status != 200:
         return f"status {streamed.status}: {streamed.error}"
-    texts, ids, usage = [], set(), {}
+    texts: list[str] = []
+    ids: set[Any] = set()
+    usage: dict[str, Any] = {}
     try:
         events = [data.decode("utf-8") for _, data in events_of([(0.0, streamed.document["stream"])])]
         streamed.document["stream"].decode("utf-8")

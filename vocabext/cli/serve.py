@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.cli.gateway import gateway, swap
+from vocabext.cli.gateway import gateway, swap, swap_test
 
 _LOGS = "Where the servers' logs go; a folder beside the output by default."
 _FLAGS = "Flags of vLLM's server go after --, such as: -- --tensor-parallel-size 2"
@@ -240,3 +240,4 @@ def _show_bench(result: dict[str, Any]) -> None:
 
 serve.add_command(gateway)
 serve.add_command(swap)
+serve.add_command(swap_test)
