@@ -59,7 +59,7 @@ def test_an_arm_that_is_worse_within_its_bound_stays(fault: dict[str, float]) ->
 
 
 def test_the_limits_hold_the_truth_at_all_times() -> None:
-    """At level 0.05, at most a few of 100 sequences may ever exclude the truth; a repeated t test excludes it in half."""
+    """At level 0.05, at most a few of 100 sequences may ever exclude the truth."""
     for truth, bounded in ((0.05, True), (0.5, True), (3.0, False)):
         excluded = 0
         for seed in range(100):
@@ -116,7 +116,8 @@ def test_bounds_out_of_range_are_refused() -> None:
 def test_answers_are_read_after_they_were_passed_on() -> None:
     stream = (b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}\n\n',
               b'data: {"choices": [{"index": 0, "delta": {"content": "h\xc3', b'\xa9"}}]}\n\n',
-              b'data: {"choices": [{"index": 0, "delta": {"content": "!"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n')
+              b'data: {"choices": [{"index": 0, "delta": {"content": "!"}, "finish_reason": "stop"}]}\n\n'
+              b'data: [DONE]\n\n')
     seen = observe("base", 200, list(enumerate(stream)), 9.0, streamed=True)
     assert (seen.text, seen.characters, seen.first_text_seconds, seen.finish_reason) == ("hé!", 3, 2, "stop")
     assert observe("base", 200, list(enumerate(stream[:-1])), 9.0, streamed=True).failed
