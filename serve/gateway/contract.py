@@ -341,7 +341,7 @@ def long_prompts(r: Rehearsal) -> Item:
     said = ("the expanded arm takes a prompt that is too long for the base arm" if beyond[BASE].status == 400
             and beyond[EXPANDED].status == 200 else "beyond the limit both arms refuse alike")
     return _item(name, 2, wrong, f"a prompt of {count} of {r.context} base tokens is answered on both arms; {said}. "
-                 "The context is counted in tokens: more text fits, and after a rollback that text no longer does", DIFFERS)
+                 "The context is counted in tokens: more text fits, and after a rollback it no longer does", DIFFERS)
 
 
 def _text_of_length(r: Rehearsal, text: str, tokens: int) -> tuple[str, int] | None:
