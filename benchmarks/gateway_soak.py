@@ -106,7 +106,8 @@ def faults_of(answer: Answer, known: dict[str, Known]) -> list[str]:
     usage = next((document["usage"] for document in reversed(documents) if document.get("usage")), {})
     if usage.get("completion_tokens") != len(ids):
         faults.append(f"cut or duplicated: {len(ids)} tokens came, the engine counted {usage.get('completion_tokens')}")
-    whole = arm.tokenizer.decode([*expected, *ids])[len(arm.tokenizer.decode(expected)):]
+    before = arm.tokenizer.decode(expected, skip_special_tokens=True)
+    whole = arm.tokenizer.decode([*expected, *ids], skip_special_tokens=True)[len(before):]
     if not _same_text(text, whole):
         faults.append(f"mixed: the text is {text!r}, the ids say {whole!r}")
     return faults
