@@ -2,8 +2,8 @@
 
 Every token of an answer carries the server's name and the request's number, so that an answer made of two shows.
 What a prompt says is done: `fault:hang` (no answer), `fault:hang-later` (stops in mid-stream), `fault:die-later`
-(the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`, `fault:drop-once` (closes the connection of
-the first such request without an answer).
+(the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`,
+`fault:drop-once` (closes the connection of the first such request without an answer).
 """
 
 import argparse

@@ -18,7 +18,8 @@ PROMPT = "ab"
 def arm(model: str, first: int, num_ids: int) -> Known:
     """An arm whose ids are letters; the prompt is read differently on each."""
     tokenizer = SimpleNamespace(encode=lambda text: [first] if first else [ord(c) - 96 for c in text],
-                                decode=lambda ids, skip_special_tokens: "".join(PROMPT if i == 50 else chr(96 + i) for i in ids))
+                                decode=lambda ids, skip_special_tokens: "".join(
+                                    PROMPT if i == 50 else chr(96 + i) for i in ids))
     return Known(model, tokenizer, num_ids)
 
 
