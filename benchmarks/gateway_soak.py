@@ -207,7 +207,8 @@ def soak(folder: Path, options: argparse.Namespace, stack: ExitStack) -> dict[st
     known = {"base": Known("expanded" if options.one_engine else "base", AutoTokenizer.from_pretrained(base),
                            manifest.first_new_id),
              "expanded": Known("expanded", AutoTokenizer.from_pretrained(expanded),
-                               manifest.first_new_id + len(manifest.tokens))}
+                               # rows that pad the matrix have no token, and an engine may sample them all the same
+                               json.loads((expanded / "config.json").read_text())["vocab_size"])}
     arms = ([str(base), f"{expanded}@{servers['expanded'].url}", "--one-engine"] if options.one_engine
             else [servers["base"].url, servers["expanded"].url])
     url, process = start_gateway(folder, arms)

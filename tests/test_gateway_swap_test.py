@@ -88,3 +88,17 @@ def test_files_that_hold_no_requests_are_refused(tmp_path: Path, text: str, mess
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(UsageError, match=message):
         read_requests(tmp_path / "r.jsonl", 5)
+
+
+def test_the_report_holds_the_rehearsal_if_there_is_one(expanded: Path, tmp_path: Path) -> None:
+    item = {"name": "stop strings", "verdict": "FAIL", "detail": "1 of 2 went wrong", "checked": 2,
+            "examples": ["<b>status</b> 200"]}
+    swap = {"artifact": "swap", "version": 1, "requests": 3, "passed": False, "items": [item]}
+    page = tmp_path / "report.html"
+    for content, expected in ((None, False), (swap, True)):
+        if content:
+            (tmp_path / "swap.json").write_text(json.dumps(content))
+        assert cli("serve", "report", str(expanded), "-o", str(page), "--force").returncode == 0
+        html = page.read_text()
+        assert ("The contract is broken: do not swap" in html) == expected
+    assert "&lt;b&gt;status&lt;/b&gt; 200" in html

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS
 
+from vocabext import pipeline
 from vocabext.cli.run import run as command
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.errors import (
@@ -92,6 +93,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(config: RunConfig, monkeypa
     assert sorted(p.name for p in work.iterdir()) == ["candidates.jsonl", "run.json", "snippets.jsonl"]
     assert not config.output.exists()
     assert states(run(config)) == {**dict.fromkeys(STAGES, "made"), "mine": "up to date", "collect": "up to date"}
+
+
+def test_a_run_that_died_before_it_wrote_down_that_it_had_patched_goes_on(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(work: pipeline._Work, stage: pipeline._Stage) -> None:
+        if stage.name == "patch":
+            raise KeyboardInterrupt
+        record(work, stage)
+
+    record = pipeline._Work.record
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline._Work, "record", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert (config.output / "vocabext.json").exists()
+    with pytest.raises(OutputExistsError):  # another run would not have made it
+        run(replace(config, mine=replace(config.mine, budget=3)))
+    (config.output.with_name("new-work") / ".rows.safetensors.123.tmp").write_text("half")
+    (config.output / ".verify.json.123.tmp").write_text("half")
+    assert states(run(config)) == {**dict.fromkeys(STAGES, "made"), **dict.fromkeys(STAGES[:3], "up to date")}
+    assert not list(config.output.parent.rglob(".*.tmp"))
 
 
 def test_an_output_made_by_something_else_is_refused_before_any_work(config: RunConfig) -> None:

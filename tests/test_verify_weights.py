@@ -259,7 +259,7 @@ def test_small_chunks_find_the_same(
 ) -> None:
     base, folder = copied(sound["grown"], tmp_path)
     for chunk in (1, 300, 10_000):  # a row has 256 bytes
-        monkeypatch.setattr("vocabext.extent.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("vocabext.extent.READ_BYTES", chunk)
         monkeypatch.setattr(tensors, "CHUNK_BYTES", chunk)
         pair = opened(base, folder)
         assert tensors.old_rows(pair).startswith("580 rows in")

@@ -7,6 +7,7 @@ Shapes: V rows of the vocabulary as stored, U rows the tokenizer addresses, N ne
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ROWS_ARTIFACT = "rows"
+MAX_NAME_BYTES = 255  # longer names no file system has
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 # What a model folder needs besides code and pickles; a hub download is limited to it.
@@ -241,6 +244,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     config = read_json(folder / CONFIG_NAME)
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
+    _check_layers(folder, config, len(tensors))
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
                             row_tensors=find_row_tensors(folder, config, names, tensors))
@@ -288,11 +292,11 @@ def _read_indexed(folder: Path) -> dict[str, Shard]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
     shards: dict[str, Shard] = {}
+    odd = [file for file in weight_map.values() if not _is_plain_name(file)]
+    if odd:
+        raise CheckpointError(f"{folder / INDEX_NAME} names the shard {odd[0]!r:.200}, which is no plain file name; "
+                              "shards lie in the model folder itself")
     for file in dict.fromkeys(weight_map.values()):
-        if not isinstance(file, str) or "\\" in file or PurePosixPath(file).is_absolute() \
-                or len(PurePosixPath(file).parts) != 1 or file == "..":
-            raise CheckpointError(f"{folder / INDEX_NAME} names the shard {file!r}, which is no plain file name; "
-                                  "shards lie in the model folder itself")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder} lacks the shard {file} that {INDEX_NAME} names; download it again")
         shards[file] = read_shard(folder, file)
@@ -304,6 +308,21 @@ def _read_indexed(folder: Path) -> dict[str, Shard]:
             if weight_map.get(name) != shard.file:
                 raise CheckpointError(f"{shard.file} holds {name}, but {INDEX_NAME} says {weight_map.get(name)!r}")
     return shards
+
+
+def _is_plain_name(file: object) -> bool:
+    return isinstance(file, str) and len(os.fsencode(file)) <= MAX_NAME_BYTES and file.isprintable() \
+        and "\\" not in file and file != ".." and PurePosixPath(file).parts == (file,)
+
+
+def _check_layers(folder: Path, config: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuse more layers than tensors, before a class with a million layers is built."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for key in LAYER_KEYS:
+            if isinstance(part.get(key), int) and not 0 <= part[key] <= num_tensors:
+                raise CheckpointError(f"{folder / CONFIG_NAME} says {key} {part[key]}, but {num_tensors} tensors are "
+                                      "stored; the config belongs to another checkpoint")
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

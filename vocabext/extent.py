@@ -1,16 +1,24 @@
 """Ranges of bytes in files, looked at a chunk at a time: a file may be larger than the memory."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from vocabext.errors import CheckpointError
+from vocabext.shards import READ_BYTES
 
-CHUNK_BYTES = 16 * 1024 * 1024
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
+READ_THREADS = 4  # one stream alone keeps neither a fast disk busy nor a file system across a network
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Advance = Callable[[int], object]
 
 
@@ -37,11 +45,8 @@ class Extent:
         """The whole of a file."""
         return cls(path, 0, path.stat().st_size)
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Read it, a chunk at a time.
-
-        Args:
-            chunk_bytes: Length of every chunk but the last.
+    def chunks(self) -> Iterator[bytes]:
+        """Read it, `READ_BYTES` at a time.
 
         Raises:
             CheckpointError: If the file is shorter than it was.
@@ -50,7 +55,7 @@ class Extent:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             while left:
-                chunk = _exactly(file.read, min(chunk_bytes, left))
+                chunk = _exactly(file.read, min(READ_BYTES, left))
                 if not chunk:
                     raise CheckpointError(f"{self.path} became shorter while it was read")
                 left -= len(chunk)
@@ -81,13 +86,15 @@ def _exactly(read: Callable[[int], bytes | None], count: int) -> bytes:
     return b"".join(parts)
 
 
-def first_difference(left: Extent, right: Extent, advance: Advance = _ignore) -> int | None:
+def first_difference(left: Extent, right: Extent, advance: Advance = _ignore,
+                     digest: "_Hash | None" = None) -> int | None:
     """Return the place of the first byte in which two extents differ, None if they are equal.
 
     Args:
         left: One extent.
         right: The other; where one is shorter, they differ at its end.
         advance: Told how many bytes were compared.
+        digest: Gets the bytes that both have.
     """
     position, common = 0, min(left.count, right.count)
     shortened = (Extent(extent.path, extent.start, common) for extent in (left, right))
@@ -95,9 +102,27 @@ def first_difference(left: Extent, right: Extent, advance: Advance = _ignore) ->
         if here != there:
             odd = np.frombuffer(here, np.uint8) != np.frombuffer(there, np.uint8)
             return position + int(odd.argmax())
+        if digest is not None:
+            digest.update(here)
         position += len(here)
         advance(len(here))
     return None if left.count == right.count else common
+
+
+def in_parallel(work: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
+    """Do something with each of several files, a few at a time; return what was found, in their order.
+
+    Args:
+        work: What to do; it may be called from any thread.
+        items: What to do it with.
+    """
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def same_inode(left: Path, right: Path) -> bool:

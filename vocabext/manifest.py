@@ -268,7 +268,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = _manifest_from(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); patch again") from None
     for expected, token in enumerate(manifest.tokens, manifest.first_new_id):
         if token.token_id != expected:
@@ -285,7 +285,8 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
         tokens=tuple(TokenRecord(str(row["token"]), str(row["key"]), tuple(int(i) for i in row["run"]),
                                  int(row["token_id"]), dict(row.get("distill") or {})) for row in document["tokens"]),
         method=str(document["method"]), options=dict(document["options"]), head_rows=str(document["head_rows"]),
-        files=FileRecord(tuple(files["carried_over"]), tuple(files["rewritten"]), dict(files["left_out"])),
+        files=FileRecord(tuple(map(inside, files["carried_over"])), tuple(map(inside, files["rewritten"])),
+                         {inside(name): str(reason) for name, reason in files["left_out"].items()}),
         untied=bool(document.get("untied")), tensors=_tensors_from(document.get("tensors") or {}),
         originals=_originals_from(document["originals"]) if document.get("originals") else None,
         created=str(document["created"]), vocabext_version=str(document["vocabext_version"]),

@@ -9,6 +9,7 @@ last, so it is there whole or not at all.
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from vocabext.checkpoint import (
 )
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.folders import Syncer, new_folder
-from vocabext.links import AUTO, COPY, LINKS, copy_file, link_file
+from vocabext.links import AUTO, COPY, LINKS, Copier, link_file
 from vocabext.manifest import (
     ORIGINAL_SUFFIX,
     ORIGINALS_FOLDER,
@@ -43,12 +44,14 @@ from vocabext.manifest import (
     write_manifest,
 )
 from vocabext.patch_plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
-from vocabext.progress import Progress, Task, no_progress
-from vocabext.records import check_output
-from vocabext.shards import CHUNK_BYTES, write_shard
+from vocabext.progress import Progress, no_progress
+from vocabext.records import check_output, real_path
+from vocabext.shards import READ_BYTES, write_shard
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
+
+Advance = Callable[[int], object]
 
 MARGIN_BYTES = 1_000_000  # index, manifest, headers
 
@@ -118,8 +121,8 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     started = time.perf_counter()
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}; it must be one of {', '.join(LINKS)}")
-    output = output_folder.resolve()
-    if Path(model).resolve() != output:  # which gets a clearer refusal below
+    output = real_path(output_folder)
+    if real_path(Path(model)) != output:  # which gets a clearer refusal below
         check_output(output, force=force, folder=True)
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
@@ -169,7 +172,7 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
     Raises:
         UsageError: If they lie inside each other, or `output` is there and no model folder.
     """
-    output, base, rows = output.resolve(), base.resolve(), rows.resolve()
+    output, base, rows = real_path(output), real_path(base), real_path(rows)
     if output == base:
         raise UsageError(f"the output {output} is the base model itself; choose another output")
     if base in output.parents:
@@ -278,16 +281,17 @@ class _Writer:
         work = [name for name in (*self.files.weights, *self.files.others) if name not in self.linked]
         total = sum((base / name).stat().st_size for name in (*work, *self.files.shards))
         with progress("writing the checkpoint", total, "bytes") as task, Syncer() as syncer:
-            self._keep_files()
-            for name in self.files.others:
-                self.originals.carried_over[name] = _copy_small(base / name, self.folder / name, name, task)
-            for name in self.files.shards:
-                syncer.add(self._rewrite(name, task))
-            for name in self.files.weights:
-                if name not in self.linked:
-                    copy_file(base / name, self.folder / name, task.advance)
-                    syncer.add(self.folder / name)
-                self.originals.carried_over[name] = Original((self.folder / name).stat().st_size, None, name)
+            advance = _locked(task.advance)
+            with Copier(advance) as copier:
+                for name in self.files.weights:
+                    if name not in self.linked:
+                        copier.add(base / name, self.folder / name)
+                    self.originals.carried_over[name] = Original((base / name).stat().st_size, None, name)
+                self._keep_files()
+                for name in self.files.others:
+                    self.originals.carried_over[name] = _copy_small(base / name, self.folder / name, name, advance)
+                for name in self.files.shards:
+                    syncer.add(self._rewrite(name, advance))
         index = new_index(self.checkpoint, self.tensors) if self.checkpoint.sharded else None
         if index is not None:
             _write_json(self.folder / INDEX_NAME, index)
@@ -308,18 +312,18 @@ class _Writer:
         for name in self.files.kept:
             stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
             self.originals.files[name] = _copy_small(
-                self.checkpoint.folder / name, self.folder / stored, stored, None)
+                self.checkpoint.folder / name, self.folder / stored, stored)
 
-    def _rewrite(self, name: str, task: Task) -> Path:
+    def _rewrite(self, name: str, advance: Advance) -> Path:
         added = {new: copied for new, copied in self.tensors.added.items() if self.tensors.records[new].file == name}
         kept_path = self.folder / ROWS_ORIGINAL
         kept_path.parent.mkdir(exist_ok=True)
         with open(kept_path, "ab") as kept:
             old = write_shard(self.checkpoint.folder, self.checkpoint.shards[name], self.folder / name,
-                              self.tensors.growths, added, kept, task.advance)
+                              self.tensors.growths, added, kept, advance)
         if not kept_path.stat().st_size:
             kept_path.unlink()
-        task.advance(self.checkpoint.shards[name].data_start)
+        advance(self.checkpoint.shards[name].data_start)
         self.tensors_sha256.update(old.tensors_sha256)
         stored = f"{ORIGINALS_FOLDER}/{name}.header{ORIGINAL_SUFFIX}"
         (self.folder / stored).write_bytes(old.header)
@@ -332,17 +336,27 @@ class _Writer:
         return self.folder / name
 
 
-def _copy_small(source: Path, target: Path, stored: str, task: Task | None) -> Original:
+def _locked(advance: Advance) -> Advance:
+    """Let several threads count."""
+    lock = threading.Lock()
+
+    def counted(count: int) -> None:
+        with lock:
+            advance(count)
+
+    return counted
+
+
+def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lambda _: None) -> Original:
     """Copy a file and take its digest on the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
     with open(source, "rb") as old, open(target, "xb") as new:
-        while chunk := old.read(CHUNK_BYTES):
+        while chunk := old.read(READ_BYTES):
             digest.update(chunk)
             new.write(chunk)
             size += len(chunk)
-            if task is not None:
-                task.advance(len(chunk))
+            advance(len(chunk))
     return Original(size, digest.hexdigest(), stored)
 
 

@@ -4,6 +4,7 @@ Shapes: V rows as stored, U rows the tokenizer addresses, N new rows, D hidden s
 """
 
 import fnmatch
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -293,10 +294,10 @@ def _files(folder: Path, lost: dict[str, str]) -> Iterator[str]:
         folders[:] = sorted(name for name in folders
                             if name not in SKIPPED_FOLDERS and not (Path(root) / name).is_symlink())
         for name in sorted(names):
-            if (Path(root) / name).is_file():
+            if (Path(root) / name).is_file() and "\\" not in name:
                 yield (inside / name).as_posix()
             else:
-                lost[(inside / name).as_posix()] = "no regular file, or a link to nowhere"
+                lost[(inside / name).as_posix()] = "no regular file, a link to nowhere, or a name with a backslash"
 
 
 def _why_left_out(name: str, checkpoint: Checkpoint) -> tuple[str | None, bool]:
@@ -324,7 +325,7 @@ def new_index(checkpoint: Checkpoint, plan: TensorPlan) -> dict[str, Any] | None
         return None
     index = read_json(checkpoint.folder / INDEX_NAME)
     metadata = dict(index.get("metadata") or {})
-    if isinstance(metadata.get("total_size"), int | float):
+    if isinstance(metadata.get("total_size"), int | float) and math.isfinite(metadata["total_size"]):
         metadata["total_size"] = int(metadata["total_size"]) + grown_bytes
     if isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += _grown_parameters(checkpoint, plan)

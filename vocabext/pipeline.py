@@ -23,13 +23,16 @@ from vocabext.collect import collect, generate_missing, short_of_snippets, write
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import corpus_signature, read_documents
 from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
+from vocabext.manifest import has_manifest
 from vocabext.mine import mine, read_candidates, write_candidates
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, read_json_or, write_json
+from vocabext.records import Document, read_json_or, remove_unfinished, write_json
 
 # Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
 HELD_OUT_EVERY = 20
 ROWS_NAME = "rows.safetensors"
+# Under this name run.json says with which key the output was begun, when nothing was there.
+BEGUN = "patch, begun"
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 
 
@@ -127,6 +130,7 @@ class _Work:
             raise UsageError(f"the working folder {self.folder} is a file; choose another with --work")
         self._state_path = self.folder / "run.json"
         self._state: dict[str, Any] = read_json_or(self._state_path, {})
+        self._patch_key = ""
 
     @cached_property
     def base_folder(self) -> Path:
@@ -145,7 +149,7 @@ class _Work:
             ("mine", asdict(c.mine), candidates, lambda: self._mine(candidates)),
             ("collect", asdict(c.collect), snippets, lambda: self._collect(candidates, snippets)),
             ("distill", asdict(c.distill), rows, lambda: self._distill(candidates if mean else snippets, rows)),
-            ("patch", {}, self.output, lambda: self._patch(rows)),
+            ("patch", {}, self.output, self._patch),
             ("verify", {}, self.output / "verify.json", self._verify),
             ("eval", asdict(c.evaluate), self.output / "eval.json", self._evaluate),
         ]
@@ -167,8 +171,13 @@ class _Work:
     def check_output(self, stages: list[_Stage]) -> None:
         """Refuse at once what `patch` would refuse in the end."""
         (patching,) = (stage for stage in stages if stage.name == "patch")
-        if self.output.exists() and not self.is_done(patching) and not self.config.force:
+        self._patch_key = patching.key
+        if self.output.exists() and not self.is_done(patching) and not self.config.force and not self._is_ours():
             raise OutputExistsError(self.output)
+
+    def _is_ours(self) -> bool:
+        """Tell whether the output is there because this run died between making it and writing that down."""
+        return self._state.get(BEGUN) == self._patch_key and has_manifest(self.output)
 
     def check_inputs(self) -> None:
         """Refuse at once what a later stage would refuse after much work."""
@@ -190,6 +199,8 @@ class _Work:
         """Make the working folder; if nothing was made in it, remove it again."""
         is_new = not self.folder.exists()
         self.folder.mkdir(exist_ok=True)
+        for folder in (self.folder, self.output):
+            remove_unfinished(folder)
         try:
             yield
         finally:
@@ -224,10 +235,14 @@ class _Work:
         distill_file(source, self.config.model, output, self.config.distill, force=True,
                      trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
 
-    def _patch(self, rows: Path) -> None:
+    def _patch(self) -> None:
         from vocabext.patch import patch
 
-        patch(rows, self.config.model, self.output, force=self.config.force,
+        force = self.config.force or self._is_ours()
+        if not self.output.exists():
+            self._state[BEGUN] = self._patch_key
+            write_json(self._state_path, self._state)
+        patch(self.folder / ROWS_NAME, self.config.model, self.output, force=force,
               trust_remote_code=self.config.trust_remote_code, progress=self.progress, say=self.say)  # fmt: skip
 
     def _verify(self) -> None:

@@ -7,6 +7,7 @@ error instead of a strange one.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import IO, Any
 from vocabext.errors import OutputExistsError, UsageError
 
 FORMAT_VERSION = 1
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_file` calls a file that it is writing
 # The verb that writes each kind of JSON Lines artifact.
 MADE_BY = {"candidates": "mine", "snippets": "collect"}
 
@@ -108,8 +110,15 @@ def check_output(path: Path, *, force: bool, folder: bool = False) -> None:
         raise UsageError(f"{path} is a folder, but a file is written here; choose another output")
     if path.exists() and not force:
         raise OutputExistsError(path)
+    if real_path(path).is_symlink():
+        raise UsageError(f"{path} is a link that leads to itself; choose another output")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder {path.absolute().parent} does not exist; create it, or choose another output")
+
+
+def real_path(path: Path) -> Path:
+    """Return a path without links in it; one that leads to itself stays as it is (`Path.resolve` gives up there)."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -133,6 +142,13 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `atomic_file` left in a folder when its process was killed; nobody may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,7 +30,7 @@ from vocabext.manifest import (
     read_manifest,
 )
 from vocabext.progress import Progress, no_progress
-from vocabext.records import check_output
+from vocabext.records import check_output, real_path
 from vocabext.shards import MAX_HEADER_BYTES, Shard, TensorInfo
 from vocabext.verdicts import verified_sha256
 
@@ -80,12 +80,13 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     """
     began = time.perf_counter()
     manifest = read_manifest(folder)
-    _check_places(folder.resolve(), output.resolve(), force=force)
+    place = real_path(output)
+    _check_places(real_path(folder), place, force=force)
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
              for name, original in part.items()}  # fmt: skip
-    _check_space(output.resolve().parent, sum(sizes.values()) + MARGIN_BYTES)
-    with new_folder(output.resolve(), force=force) as target, progress(
+    _check_space(place.parent, sum(sizes.values()) + MARGIN_BYTES)
+    with new_folder(place, force=force) as target, progress(
             "restoring", sum(sizes.values()), "bytes") as task:
         restoration = _Restoration(folder, target, originals, link, task.advance)
         restoration.run()

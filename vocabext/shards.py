@@ -19,7 +19,9 @@ from typing import Any, BinaryIO
 from vocabext.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
-CHUNK_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
+# By which files are read, compared, hashed and written: few enough to stay in the processor's cache between these.
+READ_BYTES = 1024 * 1024
 # Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
@@ -89,15 +91,17 @@ def read_shard(folder: Path, file: str) -> Shard:
         raise CheckpointError(f"{path} has {size} bytes, fewer than a safetensors file can have; download it again")
     with open(path, "rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > MAX_HEADER_BYTES and length <= size - 8:
+            raise CheckpointError(f"{path} announces a header of {length} bytes; the format allows {MAX_HEADER_BYTES}")
+        if length > size - 8:
             raise CheckpointError(
                 f"{path} announces a header of {length} bytes, but the file has {size} bytes; "
                 "it is truncated or no safetensors file"
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-        metadata = header.pop("__metadata__", None)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+        metadata = _metadata(header.pop("__metadata__", None))
         tensors = {name: _tensor_info(file, entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has a damaged safetensors header; download it again") from None
@@ -114,6 +118,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name stands twice; readers differ in which one they take")
     return found
+
+
+def _metadata(value: Any) -> dict[str, str] | None:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+        raise ValueError("metadata are texts by name")
+    return value
 
 
 def _tensor_info(file: str, entry: Mapping[str, Any]) -> TensorInfo:
@@ -157,7 +167,7 @@ def byte_range(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
     """
     file.seek(start)
     while count:
-        chunk = file.read(min(CHUNK_BYTES, count))
+        chunk = file.read(min(READ_BYTES, count))
         if not chunk:
             raise CheckpointError(f"{file.name} became shorter while it was read")
         count -= len(chunk)
@@ -247,7 +257,8 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
         What restores the old shard.
     """
     raw = new_header(shard, growths, added)
-    with open(source_folder / shard.file, "rb") as source, open(target, "xb") as out, _Digests() as digests:
+    with open(source_folder / shard.file, "rb", buffering=READ_BYTES) as source, \
+            open(target, "xb", buffering=READ_BYTES) as out, _Digests() as digests:
         header = b"".join(byte_range(source, 0, shard.data_start))
         digests.file.update(header)
         out.write(raw)

@@ -4,6 +4,7 @@ A check passes, fails, or says why it was not made; all of them run, so that one
 that is wrong. The checks themselves are in `vocabext.checks`.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -82,11 +83,12 @@ def verify(
 
 def _counted(name: str, task: Task) -> Callable[[int], None]:
     """Return what counts the bytes that a check has compared, and says so now and then."""
-    done = 0
+    done, lock = 0, threading.Lock()  # files are compared several at a time
 
     def advance(count: int) -> None:
         nonlocal done
-        before, done = done, done + count
+        with lock:
+            before, done = done, done + count
         if done // NOTED_BYTES > before // NOTED_BYTES:
             task.note(f"{name}, {done / 1e9:,.1f} GB compared")
             task.advance(0)  # on a log: a line, if the last one is old enough

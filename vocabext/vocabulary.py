@@ -165,9 +165,14 @@ def other_dimensions(config: Mapping[str, Any]) -> set[int]:
             sizes |= other_dimensions(value)
         elif type(value) is int and not key.startswith("vocab_size") and not key.endswith("_token_id"):
             sizes.add(value)
-    hidden, inner = int(config.get("hidden_size") or 0), int(config.get("intermediate_size") or 0)
-    heads = int(config.get("num_attention_heads") or 0)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head = int(config.get("head_dim") or (hidden // heads if heads else 0))
+    hidden, inner, heads = (_count(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    kv_heads = _count(config, "num_key_value_heads") or heads
+    head = _count(config, "head_dim") or (hidden // heads if heads else 0)
     # Projections are stored fused in some families: query+key+value, gate+up.
     return sizes | {heads * head, kv_heads * head, (heads + 2 * kv_heads) * head, 2 * inner, 3 * hidden, 4 * hidden}
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """Return an entry that is a number; some families have one per layer, in a list."""
+    value = config.get(key)
+    return value if type(value) is int else 0

@@ -5,13 +5,15 @@ Shapes: V rows as stored, N new rows, D what is stored per row (any shape, taken
 
 import math
 from collections.abc import Iterator
+from hashlib import sha256
 
 import torch
 
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.extent import CHUNK_BYTES, Extent, first_difference, same_inode
+from vocabext.extent import Extent, first_difference, in_parallel, same_inode
 from vocabext.rows import DTYPES
+from vocabext.shards import CHUNK_BYTES
 
 SILENT = -1000.0  # exp of a bias below that is 0
 
@@ -29,6 +31,7 @@ def untouched_tensors(pair: Pair) -> str:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             raise FaultError(f"{name} is {a.dtype} {list(a.shape)} in the base and {b.dtype} {list(b.shape)} here")
     shared = _shared_shards(pair)
+    _compare_digests(pair, shared)
     alike = {*shared, *_equal_shards(pair, shared)}
     for name in names:
         a, b = pair.base.tensors[name], pair.new.tensors[name]
@@ -38,7 +41,10 @@ def untouched_tensors(pair: Pair) -> str:
         if at is not None:
             raise FaultError(f"the bytes of {name} differ from the base, from byte {at:,} on")
     num_bytes = sum(pair.base.tensors[name].num_bytes for name in names)
-    return f"{len(names):,} tensors, {num_bytes:,} bytes{_shared_note(pair, shared)}"
+    recorded = sum(pair.recorded_shards.get(file) is not None for file in shared)
+    count = f"{len(shared):,} shard{'s' * (len(shared) != 1)}"
+    note = f", {count} shared with the base on the disk ({recorded} with a recorded digest)" if shared else ""
+    return f"{len(names):,} tensors, {num_bytes:,} bytes{note}"
 
 
 def _shared_shards(pair: Pair) -> list[str]:
@@ -47,27 +53,27 @@ def _shared_shards(pair: Pair) -> list[str]:
                   and same_inode(pair.base.folder / file, pair.new.folder / file))  # fmt: skip
 
 
-def _equal_shards(pair: Pair, shared: list[str]) -> Iterator[str]:
-    """Yield the shards that are copies of the base's, and note their digests: `revert` wants to know them."""
-    for file in sorted(pair.recorded_shards.keys() - set(shared)):
-        if file in pair.base.shards and file in pair.new.shards:
-            extents = Extent.whole(pair.base.folder / file), Extent.whole(pair.new.folder / file)
-            if first_difference(*extents, pair.advance) is None:
-                pair.carried_sha256[file] = pair.recorded_shards[file] or extents[1].sha256(pair.advance)
-                yield file
+def _equal_shards(pair: Pair, shared: list[str]) -> list[str]:
+    """Return the shards that are copies of the base's, and note their digests: `revert` wants to know them."""
+    copies = sorted((pair.recorded_shards.keys() & pair.base.shards.keys() & pair.new.shards.keys()) - set(shared))
+
+    def digest_if_equal(file: str) -> str | None:
+        digest = sha256()
+        extents = Extent.whole(pair.base.folder / file), Extent.whole(pair.new.folder / file)
+        return digest.hexdigest() if first_difference(*extents, pair.advance, digest) is None else None
+
+    digests = dict(zip(copies, in_parallel(digest_if_equal, copies), strict=True))
+    pair.carried_sha256.update({file: digest for file, digest in digests.items() if digest is not None})
+    return [file for file, digest in digests.items() if digest is not None]
 
 
-def _shared_note(pair: Pair, shared: list[str]) -> str:
+def _compare_digests(pair: Pair, shared: list[str]) -> None:
     """Compare the digests of shared shards with those that were recorded, where there are any."""
-    recorded = 0
-    for file in shared:
-        digest = Extent.whole(pair.new.folder / file).sha256(pair.advance)
+    digests = in_parallel(lambda file: Extent.whole(pair.new.folder / file).sha256(pair.advance), shared)
+    for file, digest in zip(shared, digests, strict=True):
         if pair.recorded_shards.get(file) not in (None, digest):
             raise FaultError(f"{file} is one file with the base's (a hard link), and was changed after it was linked")
-        recorded += pair.recorded_shards.get(file) is not None
         pair.carried_sha256[file] = digest
-    count = f"{len(shared):,} shard{'s' * (len(shared) != 1)}"
-    return f", {count} shared with the base on the disk ({recorded} with a recorded digest)" if shared else ""
 
 
 def old_rows(pair: Pair) -> str:

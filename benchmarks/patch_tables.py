@@ -1,0 +1,96 @@
+"""The tables of patch_speed.py, made from its JSON: printed after a run, and written into docs/benchmarks.md.
+
+Measured once, shown in several places: nothing here measures anything.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GIB, MIB = 2**30, 2**20
+WAYS = ("start", "cp", "copy", "link", "transformers", "read", "verify", "verify-link", "revert")
+SAID = {
+    "start": "Python, torch and transformers imported", "cp": "`cp -r`", "copy": "`vocabext patch --link copy`",
+    "link": "`vocabext patch` (hard links)", "transformers": "transformers: resize and save",
+    "read": "`cat` of all files", "verify": "`vocabext verify --skip-weights`",
+    "verify-link": "the same, of hard links", "revert": "`vocabext revert --link copy`"}  # fmt: skip
+WRITING = ("copy", "link", "transformers", "revert")  # what is compared with cp
+BEGIN, END = "<!-- checkpoints: written by benchmarks/patch_speed.py --docs -->", "<!-- checkpoints: end -->"
+TEXT = """## Checkpoints
+
+How long it takes to make, prove and undo an expanded checkpoint, next to copying its base. The base has random
+weights in the shape of a Llama, a head of its own, and a matrix that must grow. Every line is a process of its own that
+begins with a cold cache. *Until on disk* adds the time of a `sync` afterwards: `cp` returns before its bytes are there,
+`patch` and `revert` do not. A command of vocabext cannot be faster than its start, which asks the model class for
+the names of its tensors; *without start* leaves that out. With links, what is left are the shards that hold the
+vocabulary, which are written anew: the share of these in the model is what decides.
+"""
+Found = dict[str, Any]
+
+
+def table(found: Found) -> str:
+    """Return the table of one checkpoint: medians over the turns.
+
+    Args:
+        found: What `patch_speed.py -o` writes.
+    """
+    by_way = {way: [run for run in found["runs"] if run["way"] == way] for way in WAYS}
+    start = _median(by_way["start"], "wall_seconds") if by_way["start"] else None
+    lines = ["| | seconds (each turn) | until on disk | x `cp` | x `cp`, without start | CPU seconds "
+             "| peak memory, MiB: anonymous | resident |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for way in (way for way in WAYS if by_way[way]):
+        runs = by_way[way]
+        synced = _until_on_disk(runs)
+        ratios = ["", ""]
+        if way in WRITING and by_way["cp"]:
+            cp = _until_on_disk(by_way["cp"])
+            ratios = [f"{synced / cp:.2f}", "" if start is None else f"{max(0.0, synced - start) / cp:.2f}"]
+        turns = ", ".join(f"{run['wall_seconds']:.1f}" for run in runs)
+        lines.append(f"| {SAID[way]} | {_median(runs, 'wall_seconds'):.1f} ({turns}) "
+                     f"| {f'{synced:.1f}' if way in (*WRITING, 'cp') else ''} | {' | '.join(ratios)} "
+                     f"| {_median(runs, 'cpu_seconds'):.1f} | {_median(runs, 'peak_anonymous_bytes') / MIB:,.0f} "
+                     f"| {_median(runs, 'peak_resident_bytes') / MIB:,.0f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _median(runs: Sequence[Found], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def _until_on_disk(runs: Sequence[Found]) -> float:
+    return statistics.median(run["wall_seconds"] + run["sync_seconds"] for run in runs)
+
+
+def title(found: Found) -> str:
+    """Return what was patched, where and when, in one line."""
+    checkpoint, machine = found["checkpoint"], found["machine"]
+    size, rewritten = checkpoint["bytes"] / 1e9, checkpoint["rewritten_bytes"] / 1e9
+    memory = machine["memory_bytes"] / GIB
+    return (f"{size:.1f} GB in {checkpoint['shards']} shards, {rewritten:.1f} GB of them with vocabulary; "
+            f"{checkpoint['new_tokens']:,} new tokens. {machine['processor']}, {machine['cpus']} cores, "
+            f"{memory:.0f} GiB of memory, {machine['file_system']}, torch {machine['torch']}, "
+            f"transformers {machine['transformers']}, {machine['date']}")  # fmt: skip
+
+
+def section(results: Sequence[Found]) -> str:
+    """Return the section of docs/benchmarks.md."""
+    ordered = sorted(results, key=lambda found: float(found["checkpoint"]["bytes"]))
+    parts = (f"{title(found)}:\n\n{table(found)}\n" for found in ordered)
+    return "\n".join((BEGIN, "", TEXT, *parts, END, ""))
+
+
+def write_section(path: Path, results: Sequence[Found]) -> None:
+    """Write the section into a Markdown file, in the place of the one that is there; other sections stay.
+
+    Args:
+        path: The file; made if it is not there.
+        results: What `patch_speed.py -o` wrote.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        head, tail = before.rstrip("\n"), rest.partition(END)[2].lstrip("\n")
+    else:
+        head, tail = text.rstrip("\n"), ""
+    path.write_text(f"{head}\n\n{section(results)}" + (f"\n{tail}" if tail else ""), encoding="utf-8")
