@@ -31,8 +31,8 @@ def report(
     """Put all results about EXPANDED on one page: report.html, which needs nothing else. Never measures.
 
     Results that are not named are looked for in EXPANDED, then beside the output: lengths.json, bench.json,
-    predict.json, eval.json, verify.json, swap.json. What was not measured is said to be so. The same content goes beside
-    the page, with the endings .md, to paste, and .json, to read by program.
+    predict.json, eval.json, verify.json, swap.json. What was not measured is said to be so. The same content goes
+    beside the page, with the endings .md, to paste, and .json, to read by program.
     """
     from serve.report import gather, render_report
     from vocabext.errors import UsageError
