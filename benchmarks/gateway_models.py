@@ -22,10 +22,10 @@ from vocabext.tokenizer import load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS") or Path(__file__).resolve().parents[1] / ".." / "shared" / "assets")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-STORIES = ("Once upon a time, there was a little girl named Lily. She liked to play outside with her friends in the park.",
+STORIES = ("Once upon a time, there was a little girl named Lily. She liked to play outside with her friends.",
            "One day, the brown dog wanted to help his friends find the beautiful butterfly behind the house.",
            "Tom and his mommy went to the forest together. They were excited to see the animals and the flowers there.",
-           "The children laughed and shouted because the birthday party started and everybody wanted some chocolate cake.",
+           "The children laughed and shouted because the birthday party started and everybody wanted some cake.",
            "Suddenly, a small rabbit jumped over the fence and said hello to the surprised farmer and his tractor.")
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from serve import pictures
 from serve.card import card_of
+from serve.gateway.page import render_swap
 from serve.report_speed import (
     METRIC_NAMES,
     cost_rows,
@@ -39,9 +40,9 @@ from vocabext.manifest import Manifest, has_manifest, read_manifest
 __all__ = ["METRIC_NAMES", "Page", "gather", "read_result", "render_report", "shown_metrics"]
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
-OPTIONAL = ("predict",)
+OPTIONAL = ("predict", "swap")
 SEVERAL = ("lengths", "bench", "predict")  # of which a report can hold more than one: corpora, machines, devices
-VERSIONS = {"lengths": 2, "bench": 2, "eval": 1, "verify": 1, "predict": 1}
+VERSIONS = {"lengths": 2, "bench": 2, "eval": 1, "verify": 1, "predict": 1, "swap": 1}
 REPORT_VERSION = 1
 FOLDER = Path(__file__).parent
 ROW_NAMES = {"base": "base model", "mean": "mean of pieces", "distilled": "distilled"}
@@ -143,6 +144,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "writing": _writing(evaluation),
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
         "sources": [_source(name, found) for name in (*ARTIFACTS, *OPTIONAL) for found in _several(results.get(name))],
+        "swap": Markup(render_swap(swap)) if (swap := results.get("swap")) else "",
         "commands": _commands(expanded, manifest),
         "version": __version__,
     }
@@ -194,7 +196,8 @@ def _document(
         "price_per_hour": content["price_per_hour"],
         "predictions": [{name: found[name] for name in ("device", "options", "lengths", "loads", "memory", "measured",
                                                         "notes")} for found in content["predictions"]],
-        "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"), "verified": passed, "worse": content["worse"],
+        "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"), "verified": passed,
+        "worse": content["worse"],
         "sources": content["sources"], "missing": list(missing),
     }
 

@@ -2,7 +2,8 @@
 
 Every token of an answer carries the server's name and the request's number, so that an answer made of two shows.
 What a prompt says is done: `fault:hang` (no answer), `fault:hang-later` (stops in mid-stream), `fault:die-later`
-(the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`.
+(the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`,
+`fault:drop-once` (closes the connection of the first such request without an answer).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 parser = argparse.ArgumentParser()
 parser.add_argument("port", type=int)
@@ -32,6 +34,7 @@ NAME, MODEL = OPTIONS.name, OPTIONS.model or f"{OPTIONS.name}-model"
 numbers = itertools.count()
 running: dict[str, int] = {"now": 0, "begun": 0, "aborted": 0}
 seen: list[dict[str, Any]] = []
+dropped: list[int] = []
 
 
 def said(document: dict[str, Any]) -> str:
@@ -67,6 +70,9 @@ async def generate(request: Request) -> Response:
         fault = fault or "500"
     if fault in ("500", "400"):
         return JSONResponse({"error": {"message": f"asked for {fault}", "code": int(fault)}}, int(fault))
+    if fault == "drop-once" and not dropped:
+        dropped.append(number)
+        request.scope["state_transport"]()
     if fault == "not-json":
         return Response("<html>", media_type="application/json")
     tokens = tokens_of(document, number)
@@ -145,4 +151,12 @@ async def inspect(_: Request) -> Response:
 PATHS = {"/v1/completions": generate, "/v1/chat/completions": generate, "/tokenize": tokenize}
 app = Starlette(routes=[*(Route(path, handler, methods=["POST"]) for path, handler in PATHS.items()),
                         Route("/v1/models", models), Route("/health", health), Route("/inspect", inspect)])
-uvicorn.run(app, host="127.0.0.1", port=OPTIONS.port, log_level="error", http="httptools", timeout_keep_alive=60)
+
+
+class Droppable(HttpToolsProtocol):
+    def on_headers_complete(self) -> None:
+        self.scope["state_transport"] = self.transport.abort
+        super().on_headers_complete()
+
+
+uvicorn.run(app, host="127.0.0.1", port=OPTIONS.port, log_level="critical", http=Droppable, timeout_keep_alive=60)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import threading
 import time
@@ -73,6 +72,17 @@ def test_an_engine_that_hangs_is_given_up(engines: dict[str, Server], tmp_path: 
         assert stream(client, "fine", "base")[1][-1] == "[DONE]"
 
 
+def test_a_connection_that_was_closed_without_an_answer_loses_no_request(
+    engines: dict[str, Server], tmp_path: Path
+) -> None:
+    with between(engines, tmp_path) as running, running.client() as client:
+        status, parts = stream(client, "fault:drop-once", "base")
+        assert (status, parts[-1]) == (200, "[DONE]")
+        asked = [row for row in inspect(engines["base"])["seen"] if "drop-once" in row["document"]["prompt"]]
+        assert len(asked) == 2
+        assert not inspect(engines["expanded"])["seen"]
+
+
 def test_a_client_that_goes_away_takes_its_request_along(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path) as running:
         for body in ({"prompt": "x", "stream": True, "max_tokens": 100_000}, {"prompt": "fault:hang"}):
@@ -90,7 +100,7 @@ def test_a_client_that_goes_away_takes_its_request_along(engines: dict[str, Serv
 def connections(process_id: int, engine: Server) -> int:
     """Count a process's open connections to an engine."""
     port = f"{int(engine.url.rpartition(':')[2]):04X}"
-    inodes = {os.readlink(path) for path in Path(f"/proc/{process_id}/fd").iterdir() if path.is_symlink()}
+    inodes = {str(path.readlink()) for path in Path(f"/proc/{process_id}/fd").iterdir() if path.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{port}") and row[3] == "01" and f"socket:[{row[9]}]" in inodes for row in rows)
 

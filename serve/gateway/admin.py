@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve.gateway.local import open_url_with
 from serve.gateway.app import Gateway, status_of
 from serve.gateway.arms import ARMS, EXPANDED
+from serve.gateway.local import open_url_with
 from serve.gateway.policy import Policy
 from serve.gateway.state import State
 from vocabext.errors import ServerError, UsageError

@@ -8,7 +8,7 @@ KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
          429: "rate_limit_error", 502: "upstream_error", 503: "overloaded_error", 504: "timeout_error"}
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 (an answer, not a fault of ours)
     """A request that is answered with an error.
 
     Attributes:

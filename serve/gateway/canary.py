@@ -184,7 +184,8 @@ def agreement(one: str, another: str) -> float:
     longest = max(len(one), len(another))
     if not longest:
         return 1.0
-    common = next((i for i, (a, b) in enumerate(zip(one, another, strict=False)) if a != b), min(len(one), len(another)))
+    shortest = min(len(one), len(another))
+    common = next((i for i, (a, b) in enumerate(zip(one, another, strict=False)) if a != b), shortest)
     return common / longest
 
 

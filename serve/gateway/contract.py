@@ -67,7 +67,9 @@ def stream_fault(streamed: Reply, whole: Reply) -> str:
     """Return what is wrong with a stream, given the same answer as a whole."""
     if streamed.status != 200:
         return f"status {streamed.status}: {streamed.error}"
-    texts, ids, usage = [], set(), {}
+    texts: list[str] = []
+    ids: set[Any] = set()
+    usage: dict[str, Any] = {}
     try:
         events = [data.decode("utf-8") for _, data in events_of([(0.0, streamed.document["stream"])])]
         streamed.document["stream"].decode("utf-8")
@@ -170,7 +172,8 @@ def echo(r: Rehearsal) -> Item:
         tried += 1
         expanded = replies[EXPANDED]
         if expanded.status != 200 or not _begins(expanded.text, prompt):
-            wrong.append(f"{prompt[:60]!r} came back as {expanded.text[:60] if expanded.status == 200 else expanded.error!r}")
+            came = expanded.text[:60] if expanded.status == 200 else expanded.error
+            wrong.append(f"{prompt[:60]!r} came back as {came!r}")
     return _item(name, tried, wrong, f"{tried} prompts came back")
 
 
@@ -223,8 +226,8 @@ def prompt_ids(r: Rehearsal) -> Item:
         same += replies[BASE].text == replies[EXPANDED].text if replies[EXPANDED].status == 200 else 0
         if (count := replies[EXPANDED].usage.get("prompt_tokens")) != len(ids):
             wrong.append(f"{len(ids)} ids were counted as {count} {replies[EXPANDED].error}")
-    return _item(name, tried, wrong, f"{tried} prompts of base ids are read as they are on both arms, and {same} have the "
-                 "same greedy answer. They are not shortened: only text is")
+    return _item(name, tried, wrong, f"{tried} prompts of base ids are read as they are on both arms, and {same} have "
+                 "the same greedy answer. They are not shortened: only text is")
 
 
 def json_mode(r: Rehearsal) -> Item:
@@ -287,8 +290,8 @@ def usage(r: Rehearsal) -> Item:
             wrong.append(f"request {index + 1}: {found[BASE].usage['prompt_tokens']} prompt tokens on the base arm, "
                          f"{found[EXPANDED].usage['prompt_tokens']} on the expanded one")
     share = 1 - totals[EXPANDED] / totals[BASE] if totals[BASE] else 0.0
-    return _item(name, tried, wrong, f"prompts count {totals[BASE]} tokens on the base arm and {totals[EXPANDED]} on the "
-                 f"expanded one ({share:.1%} fewer). Bills, quotas and rate limits by tokens change by that much",
+    return _item(name, tried, wrong, f"prompts count {totals[BASE]} tokens on the base arm and {totals[EXPANDED]} on "
+                 f"the expanded one ({share:.1%} fewer). Bills, quotas and rate limits by tokens change by that much",
                  DIFFERS)
 
 
@@ -337,8 +340,8 @@ def long_prompts(r: Rehearsal) -> Item:
         wrong.append(f"beyond the limit: status {beyond[EXPANDED].status}, the base arm's is 400")
     said = ("the expanded arm takes a prompt that is too long for the base arm" if beyond[BASE].status == 400
             and beyond[EXPANDED].status == 200 else "beyond the limit both arms refuse alike")
-    return _item(name, 2, wrong, f"a prompt of {count} of {r.context} base tokens is answered on both arms; {said}. The "
-                 "context is counted in tokens: more text fits, and after a rollback that text no longer does", DIFFERS)
+    return _item(name, 2, wrong, f"a prompt of {count} of {r.context} base tokens is answered on both arms; {said}. "
+                 "The context is counted in tokens: more text fits, and after a rollback it no longer does", DIFFERS)
 
 
 def _text_of_length(r: Rehearsal, text: str, tokens: int) -> tuple[str, int] | None:

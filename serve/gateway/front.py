@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve.gateway.answers import Refusal
 from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import CHAT, COMPLETIONS, DETOKENIZE, Call, Request
+from serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
 from serve.gateway.chat import ChatConverter
 from serve.gateway.logprobs import LogprobsConverter
 from serve.gateway.upstream import forwarded

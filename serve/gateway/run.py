@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from serve.engine import LOCAL, Server, check_port, vllm_server, wait_until_ready
+from serve.gateway.admin import admin_application
 from serve.gateway.answers import Refusal
 from serve.gateway.app import Gateway, application
-from serve.gateway.admin import admin_application
 from serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
 from serve.gateway.canary import Bounds, Canary
 from serve.gateway.front import BaseFront, check_ban
@@ -229,6 +229,8 @@ class Service:
         for number in handlers:
             loop.add_signal_handler(number, stop, number)
         gateway.spawn(self._watch(gateway))
+        for listener in self._listeners:
+            listener.listen(2048)  # before anybody is told: whoever comes now waits a moment, and is not refused
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
         self._on_ready({
             "url": f"http://{host}:{public[1]}/v1", "model": gateway.model, "admin_url": self._state.admin_url,

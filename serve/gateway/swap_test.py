@@ -164,7 +164,7 @@ def read_requests(path: Path, limit: int) -> list[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-            body = row["body"] if "body" in row else row
+            body = row.get("body", row)
             where = row.get("path") or (CHAT if "messages" in body else COMPLETIONS)
             if where not in (CHAT, COMPLETIONS) or not ("messages" in body or "prompt" in body):
                 raise ValueError("no messages and no prompt")

@@ -1,8 +1,9 @@
 """Calls to vLLM, and every way in which they fail.
 
 aiohttp, not httpx: under 32 streams the same proxy took 23 seconds of CPU time with httpx and 2 with
-aiohttp (docs/decisions.md), and vLLM brings both. No call is ever repeated: an answer that began on one
-arm ends there.
+aiohttp (docs/decisions.md), and vLLM brings both. An answer that began ends where it began. One thing is
+repeated, on the same arm: a request whose kept-alive connection turned out to be closed before a byte came
+back. vLLM closes idle connections after five seconds, and a request that is on its way then is lost.
 """
 
 import asyncio
@@ -29,23 +30,38 @@ class Upstream:
         """Prepare; connections are made when they are needed."""
         self._limits = limits
         self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
 
     @property
     def session(self) -> aiohttp.ClientSession:
         """The pool of connections; made inside the running loop."""
         if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_seconds,
-                                            sock_read=self._limits.idle_seconds)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),  # uvicorn closes after 5 seconds
-                timeout=timeout, auto_decompress=False, trust_env=False, read_bufsize=2**18)
+            self._session = self._new_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0))
         return self._session
+
+    def _new_session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._limits.connect_seconds,
+                                        sock_read=self._limits.idle_seconds)
+        return aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, trust_env=False,
+                                     read_bufsize=2**18)
+
+    async def _open(self, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
+        """Send a request; again, on a new connection, if the old one was closed without an answer."""
+        try:
+            return await self.session.request(method, url, **options)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if self._fresh is None:
+                self._fresh = self._new_session(aiohttp.TCPConnector(limit=0, force_close=True))
+            return await self._fresh.request(method, url, **options)
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._fresh):
+            if session is not None:
+                await session.close()
+        self._session = self._fresh = None
 
     @asynccontextmanager
     async def call(
@@ -65,8 +81,7 @@ class Upstream:
                 for what happens inside of the block.
         """
         try:
-            async with self.session.request(method, url, headers=headers, data=body,
-                                            allow_redirects=False) as response:
+            async with await self._open(method, url, headers=headers, data=body, allow_redirects=False) as response:
                 yield response
         except aiohttp.ServerTimeoutError as error:
             seconds = self._limits.idle_seconds

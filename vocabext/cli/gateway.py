@@ -151,8 +151,8 @@ def _show_status(status: dict[str, Any]) -> None:
              for name, health in status["arms"].items()]
     if status["changes"]:
         last = status["changes"][-1]
-        rows.append(("last change", f"{last['time']} by {last['by']}" + (f": {last['reason']}" if last["reason"] else "")
-                     ))
+        why = f": {last['reason']}" if last["reason"] else ""
+        rows.append(("last change", f"{last['time']} by {last['by']}{why}"))
     show.table(rows, ("", "gateway"))
     if status["canary"] is None:
         return
@@ -165,3 +165,46 @@ def _show_status(status: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+@click.command("swap-test", short_help="Rehearse a swap with recorded requests: exit code 3 if clients would notice.")
+@click.argument("requests", type=click.Path(path_type=Path), metavar="REQUESTS.jsonl")
+@click.argument("expanded", type=click.Path(path_type=Path), metavar="EXPANDED")
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="A gateway that runs.")
+@options.output_option
+@options.force_option
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Replay so many at most.")
+@click.option("--timeout-seconds", type=click.FloatRange(min=1), default=300.0, show_default=True,
+              help="How long one request may take.")
+@options.json_option
+def swap_test(
+    requests: Path, expanded: Path, url: str, output: Path, force: bool, limit: int, timeout_seconds: float,
+    as_json: bool,
+) -> None:
+    """Replay REQUESTS.jsonl on both arms of a gateway, and check the contract that clients rely on.
+
+    REQUESTS.jsonl is what `serve gateway --record` wrote, or one request body per line. EXPANDED is the expanded
+    model's folder. The gateway's policy does not change, and its users are not touched. `FAIL` means that the
+    expanded arm breaks what the base arm keeps; the exit code is then 3. `differs` means that numbers change by
+    nature, and says how.
+    """
+    from serve.gateway.swap_test import swap_test as rehearse
+    from vocabext.errors import BadCheckpointError
+    from vocabext.records import check_output, write_json
+
+    check_output(output, force=force)
+    result = rehearse(requests, url, expanded, limit=limit, timeout_seconds=timeout_seconds,
+                      api_key=os.environ.get(_KEY) or None, progress=show.progress)
+    write_json(output, result)
+    show.emit(result, as_json, lambda: _show_swap(result))
+    if failed := [item["name"] for item in result["items"] if item["verdict"] == "FAIL"]:
+        raise BadCheckpointError(f"the contract is broken: {', '.join(failed)}; {output} says how")
+
+
+def _show_swap(result: dict[str, Any]) -> None:
+    show.table([(item["name"], item["verdict"], item["checked"]) for item in result["items"]],
+               ("contract", "verdict", "tried"))
+    for item in result["items"]:
+        click.echo(f"{item['name']}: {item['detail']}")
+        for example in item["examples"]:
+            click.echo(f"    {example}")

@@ -2,7 +2,7 @@
 
 import click
 
-from vocabext.cli.gateway import gateway, swap
+from vocabext.cli.gateway import gateway, swap, swap_test
 from vocabext.cli.serve_bench import bench
 from vocabext.cli.serve_lengths import lengths
 from vocabext.cli.serve_predict import predict
@@ -34,3 +34,4 @@ serve.add_command(bench)
 serve.add_command(report)
 serve.add_command(gateway)
 serve.add_command(swap)
+serve.add_command(swap_test)

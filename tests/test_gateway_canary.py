@@ -1,0 +1,126 @@
+"""Confidence sequences and the canary: it fires on what it should, and on nothing else."""
+
+import math
+import random
+
+import pytest
+
+from serve.gateway.canary import Bounds, Canary, agreement
+from serve.gateway.observe import Observation, observe
+from serve.gateway.sequential import BURN_IN, BoundedMean, Mean
+from vocabext.errors import UsageError
+
+
+def trial(seed: int, *, pace: float = 1.0, failing: float = 0.0, first: float = 1.0, length: float = 1.0,
+          agreeing: float | None = None, drift: bool = False, requests: int = 2500) -> tuple[int | None, str]:
+    """Send requests past a canary, a third of them to the expanded arm; when did it stop, and why?"""
+    chance, canary, load = random.Random(seed), Canary(), 0.0
+    for number in range(requests):
+        worse = chance.random() < 0.33
+        arm = "expanded" if worse else "base"
+        load = 0.98 * load + chance.gauss(0, 0.05) if drift else 0.0
+        if chance.random() < 0.005 + (failing if worse else 0.0):
+            canary.add(Observation(arm, True, 1.0))
+        else:
+            characters = 1 + int(math.exp(chance.gauss(5.5, 0.8)) * (length if worse else 1.0))
+            seconds = characters * 0.003 * math.exp(chance.gauss(0, 0.3) + load) * (pace if worse else 1.0)
+            to_first = 0.05 * math.exp(chance.gauss(0, 0.6) + load) * (first if worse else 1.0)
+            canary.add(Observation(arm, False, seconds, to_first, characters, "x", "stop", True))
+        if agreeing is not None and worse:
+            text = "abcd" if chance.random() < agreeing else "zbcd"
+            canary.compare(Observation("base", False, 1.0, text="abcd", counted=True),
+                           Observation("expanded", False, 1.0, text=text, counted=True))
+        if reason := canary.reason_to_stop():
+            return number, reason
+    return None, ""
+
+
+def test_identical_arms_are_not_rolled_back_in_20_of_20_runs() -> None:
+    assert [trial(seed, agreeing=1.0, drift=seed % 2 == 1, requests=1000)[0] for seed in range(20)] == [None] * 20
+
+
+@pytest.mark.parametrize(("fault", "measure"), [
+    ({"failing": 1.0}, "failures"), ({"failing": 0.3}, "failures"), ({"pace": 2.0}, "seconds per character"),
+    ({"first": 3.0}, "seconds to the first character"), ({"length": 0.2}, "characters per answer"),
+    ({"length": 5.0}, "characters per answer"), ({"agreeing": 0.0}, "agreement"),
+])
+def test_an_arm_that_is_worse_beyond_its_bound_is_found_and_the_reason_named(
+    fault: dict[str, float], measure: str
+) -> None:
+    number, reason = trial(1, **fault)  # type: ignore[arg-type]
+    assert number is not None
+    assert reason.startswith(f"{measure}: ")
+    assert "the bound is" in reason
+
+
+@pytest.mark.parametrize("fault", [{"pace": 1.1}, {"failing": 0.005}, {"first": 1.2}, {"agreeing": 0.5}])
+def test_an_arm_that_is_worse_within_its_bound_stays(fault: dict[str, float]) -> None:
+    assert trial(2, **fault) == (None, "")  # type: ignore[arg-type]
+
+
+def test_the_limits_hold_the_truth_at_all_times() -> None:
+    """At level 0.05, at most a few of 100 sequences may ever exclude the truth."""
+    for truth, bounded in ((0.05, True), (0.5, True), (3.0, False)):
+        excluded = 0
+        for seed in range(100):
+            chance, known = random.Random(seed), BoundedMean(0.05) if bounded else Mean()
+            for _ in range(400):
+                known.add(float(chance.random() < truth) if bounded else chance.gauss(truth, 2.0))
+                low, high = known.limits(0.05)
+                if not low <= truth <= high:
+                    excluded += 1
+                    break
+        assert excluded <= 8, (truth, excluded)
+
+
+def test_the_limits_close_in() -> None:
+    known, mean = BoundedMean(0.05), Mean()
+    for number in range(2000):
+        known.add(float(number % 10 == 0))
+        mean.add(float(number % 10))
+        if number < BURN_IN - 1:
+            assert mean.limits(0.05) == (-math.inf, math.inf)
+    low, high = known.limits(0.05)
+    assert 0.05 < low < 0.1 < high < 0.15
+    low, high = mean.limits(0.05)
+    assert 4.2 < low < 4.5 < high < 4.8
+
+
+def test_a_trial_begins_anew_with_every_change() -> None:
+    canary = Canary()
+    for _ in range(100):
+        canary.add(Observation("expanded", True, 1.0))
+    assert "failures" in canary.reason_to_stop()
+    canary.restart()
+    assert canary.reason_to_stop() == ""
+
+
+def test_a_refused_request_says_nothing_about_an_arm() -> None:
+    canary = Canary()
+    for _ in range(100):
+        canary.add(Observation("expanded", False, 1.0))
+    assert canary.to_json()["findings"][0]["values"] == {"base": 0, "expanded": 0}
+
+
+@pytest.mark.parametrize(("one", "another", "share"), [
+    ("", "", 1.0), ("abc", "abc", 1.0), ("abcd", "abxd", 0.5), ("ab", "abcd", 0.5), ("x", "", 0.0)])
+def test_agreement_is_the_common_beginning(one: str, another: str, share: float) -> None:
+    assert agreement(one, another) == share
+
+
+def test_bounds_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"the pace ratio is 0\.5; it must be from 1"):
+        Bounds(pace_ratio=0.5)
+
+
+def test_answers_are_read_after_they_were_passed_on() -> None:
+    stream = (b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}\n\n',
+              b'data: {"choices": [{"index": 0, "delta": {"content": "h\xc3', b'\xa9"}}]}\n\n',
+              b'data: {"choices": [{"index": 0, "delta": {"content": "!"}, "finish_reason": "stop"}]}\n\n'
+              b'data: [DONE]\n\n')
+    seen = observe("base", 200, list(enumerate(stream)), 9.0, streamed=True)
+    assert (seen.text, seen.characters, seen.first_text_seconds, seen.finish_reason) == ("hé!", 3, 2, "stop")
+    assert observe("base", 200, list(enumerate(stream[:-1])), 9.0, streamed=True).failed
+    assert observe("base", 200, [(0, b"<html>")], 9.0, streamed=False).failed
+    assert not observe("base", 404, [(0, b"{}")], 9.0, streamed=False).failed
+    assert observe("base", 503, [(0, b"{}")], 9.0, streamed=False).failed
