@@ -28,9 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import MIB, Clock, PeakMemory, describe, matrix_peak, release_memory
-from quality import Quality, measure
-from reference_step import ReferenceConfig, Snapshot, lay_out, run_reference, schedule
+from distill_tables import render
+from kept import Kept, Made, Run
+from machine import Clock, PeakMemory, describe, matrix_peak, release_memory
+from quality import measure
+from reference_step import ReferenceConfig, lay_out, run_reference, schedule
 from transformers.utils import logging as transformers_logging
 from work import BodyShape, Floor, WorkCounter, floor_of, reference_work
 
@@ -54,8 +56,7 @@ ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents
 BUDGETS = ("snippets=6,epochs=1", "epochs=1", "epochs=16")
 DEFAULTS = "defaults"
 SCALE_PARTS = 10
-TIMES = ("seconds", "CPU seconds", "times faster")
-MEMORY = ("peak MiB", "beyond the start")
+STEPS = ("snippets", "reference", "ours")
 # Tokens of the run in which work is counted; it stands for all.
 COUNTED_TOKENS = 100
 # Positions of one product at the model's own shape, for the peak that its layers could reach.
@@ -99,31 +100,6 @@ class Task:
         return random_model(self.source, self.device, pick_dtype(dtype, self.device))
 
 
-@dataclass(frozen=True)
-class Run:
-    """Rows that somebody made, and what they cost.
-
-    Attributes:
-        name: Who, and with which budget.
-        seconds: Wall time.
-        cpu_seconds: Processor time of all threads.
-        dtype: What the model computed in.
-        input_ND: Input rows.
-        output_ND: Output rows; None where the input rows are that too.
-        memory: Most memory in use, and how much of it was in use before the model was loaded; None if not watched.
-        result: What ours reports.
-    """
-
-    name: str
-    seconds: float
-    cpu_seconds: float
-    dtype: str
-    input_ND: torch.Tensor
-    output_ND: torch.Tensor | None = None
-    memory: tuple[int, int] | None = None
-    result: DistillResult | None = None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     arguments = _parse(argv)
@@ -135,9 +111,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = scale(arguments, device)
     else:
         found = compare(arguments, device)
+    if found is None:
+        return
+    whole = {"options": options_of(arguments), "machine": describe(device), **found}
+    write(render(whole))
     if arguments.output:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        write_json(arguments.output, {"options": options, "machine": describe(device), **found})
+        write_json(arguments.output, whole)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as JSON-ready values, without folders that say nothing to others."""
+    apart = ("keep", "stop_after", "output")
+    return {key: value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for key, value in vars(arguments).items() if key not in apart}  # fmt: skip
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,6 +145,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scale", type=int, metavar="N", help="distill N tokens with ours, part by part")
     parser.add_argument("--random-model", choices=tuple(RANDOM_MODELS), help="random weights; time and memory only")
+    parser.add_argument("--keep", type=Path, metavar="DIR",
+                        help="keep what is done there; the same call goes on after it, on the same machine")
+    parser.add_argument("--stop-after", choices=STEPS, help="go no further than this step")
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
     arguments = parser.parse_args(argv)
     if arguments.corpus is None:
@@ -199,70 +188,79 @@ def _literal(text: str) -> Any:
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Run both, measure both, print the tables."""
+def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
+    """Run both, measure both, print the tables; None if it was to stop before."""
     base = load_tokenizer(arguments.model)
+    kept = Kept(arguments.keep, {**options_of(arguments), "ours": None, **machine_facts(device)})
     with note("mining and collecting"):
-        records, heldout = prepare(arguments, base, arguments.tokens)
+        records = kept.records(lambda: prepare(arguments, base, arguments.tokens))
     tokens = [record.new_token for record in records]
     expanded = extend(base, tokens)
     task = Task(arguments.model, records, expanded.expansion, tuple(base.prefix_ids), device)
+    if arguments.stop_after == "snippets":
+        return None
+    config = _reference_config(arguments)
     with note("the reference"):
-        snapshots, memory = time_reference(task, _reference_config(arguments))
-    dtype = "bfloat16" if arguments.autocast else "float32"
-    references = [_reference_run(s, dtype) for s in snapshots]
-    references[-1] = replace(references[-1], memory=memory)
+        references = kept.runs("reference", lambda: reference_runs(task, config))
+    if arguments.stop_after == "reference":
+        return None
     runs: list[Run] = []
-    # The defaults first: compiling and warming up is theirs to pay.
+    # The defaults first: warming up is theirs to pay.
     for budget in ("", *arguments.ours):
         if runs and (expected := _expected_seconds(budget, runs[0], arguments.snippets)) > references[-1].seconds:
             write_note(f"ours, {budget}: left out, would take about {expected:.0f} s, longer than the reference")
             continue
         with note(f"ours, {budget or DEFAULTS}"):
-            runs.append(time_ours(task, budget))
+            runs += kept.runs(f"ours, {budget or DEFAULTS}", lambda budget=budget: [time_ours(task, budget)])
+    peaks = kept.value("peaks", lambda: matrix_peaks(task, {run.dtype for run in (references[-1], runs[0])}))
+    if arguments.stop_after == "ours":
+        return None
     with note("measuring on held-out text"):
         release_memory(device)
         model = task.load("float32")
         sets = row_sets([*references, *runs], model, tokens)
-        qualities = measure(heldout, model, base, expanded, sets, arguments.max_bytes)
+        qualities = measure(heldout_documents(arguments), model, base, expanded, sets, arguments.max_bytes)
         del model
     with note("counting the work"):
-        work = work_of(task, references[-1], runs[0], _reference_config(arguments))
-    reference, ours = references[-1], runs[0]
-    write(f"{len(tokens)} tokens, {task.num_snippets:,} snippets, {arguments.model.name}, {device}, "
-          f"{torch.get_num_threads()} threads\n")
-    _print_comparison(qualities, reference, ours)
-    _print_curve(qualities, [*references, *runs])
-    _print_work(work)
+        work = work_of(task, references[-1], runs[0], config, peaks)
     return {"tokens": len(tokens), "snippets": task.num_snippets, "work": work,
             "quality": {name: asdict(q) for name, q in qualities.items()},
             "runs": [_run_json(run) for run in (*references, *runs)]}  # fmt: skip
 
 
-def prepare(
-    arguments: argparse.Namespace, base: BaseTokenizer, num_tokens: int
-) -> tuple[list[TokenSnippets], list[Document]]:
-    """Mine tokens and collect their snippets; returns these and the held-out documents."""
-    documents = list(read_documents([str(arguments.corpus)]))
-    if arguments.heldout:
-        mining, heldout = documents, list(read_documents([str(arguments.heldout)]))
-    else:
-        mining = [document for document in documents if not is_held_out(document)]
-        heldout = [document for document in documents if is_held_out(document)]
+def machine_facts(device: torch.device) -> dict[str, object]:
+    """Return what must be the same for two times to be comparable."""
+    return {key: value for key, value in describe(device).items() if key not in ("date", "load_average")}
+
+
+def prepare(arguments: argparse.Namespace, base: BaseTokenizer, num_tokens: int) -> list[TokenSnippets]:
+    """Mine tokens and collect their snippets."""
+    mining = list(read_documents([str(arguments.corpus)]))
+    if not arguments.heldout:
+        mining = [document for document in mining if not is_held_out(document)]
     config = MineConfig(budget=num_tokens, min_count=arguments.min_count)
     tokens = mine(mining, base, config, at_most=True).tokens
     collecting = CollectConfig(snippets=arguments.snippets, min_snippets=min(8, arguments.snippets))
-    return collect(mining, base, tokens, collecting), heldout
+    return collect(mining, base, tokens, collecting)
 
 
-def time_reference(task: Task, config: ReferenceConfig) -> tuple[list[Snapshot], tuple[int, int]]:
-    """Run the reference; returns its rows at several times, and the memory in use at most and before."""
+def heldout_documents(arguments: argparse.Namespace) -> list[Document]:
+    """Read documents that nothing was mined from."""
+    documents = read_documents([str(arguments.heldout or arguments.corpus)])
+    return [document for document in documents if arguments.heldout or is_held_out(document)]
+
+
+def reference_runs(task: Task, config: ReferenceConfig) -> list[Run]:
+    """Run the reference; returns what it had made at several times, the last at its end."""
     pairs = lay_out(task.records, task.expansion, task.prefix_ids, config.merged)
     with PeakMemory(task.device) as memory:
         model = task.load("float32")
         snapshots = run_reference(pairs, model, task.expansion, config)
         del model
-    return snapshots, (memory.peak_bytes, memory.before_bytes)
+    runs = [Run(f"reference, {snapshot.share:.3g} epoch", snapshot.seconds, snapshot.cpu_seconds,
+                "bfloat16" if config.autocast else "float32", snapshot.input_ND, snapshot.output_ND)
+            for snapshot in snapshots]  # fmt: skip
+    return [*runs[:-1], replace(runs[-1], memory=(memory.peak_bytes, memory.before_bytes))]
 
 
 def time_ours(task: Task, budget: str) -> Run:
@@ -278,7 +276,7 @@ def time_ours(task: Task, budget: str) -> Run:
         del model
     output_ND: torch.Tensor | None = getattr(result, "output_ND", None)
     return Run(f"ours, {budget or DEFAULTS}", seconds, cpu_seconds, dtype, result.input_ND, output_ND,
-               (memory.peak_bytes, memory.before_bytes), result)  # fmt: skip
+               (memory.peak_bytes, memory.before_bytes), Made.of(result))  # fmt: skip
 
 
 def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
@@ -296,11 +294,6 @@ def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, c
 
 def _reference_config(arguments: argparse.Namespace) -> ReferenceConfig:
     return ReferenceConfig(merged=arguments.merged, autocast=arguments.autocast)
-
-
-def _reference_run(snapshot: Snapshot, dtype: str) -> Run:
-    return Run(f"reference, {snapshot.share:.3g} epoch", snapshot.seconds, snapshot.cpu_seconds, dtype,
-               snapshot.input_ND, snapshot.output_ND)  # fmt: skip
 
 
 def _capped(record: TokenSnippets, num_snippets: int | None) -> TokenSnippets:
@@ -328,10 +321,24 @@ def row_sets(runs: Sequence[Run], model: FrozenModel, tokens: Sequence[NewToken]
 # -- work -------------------------------------------------------------------------------------------------------------
 
 
-def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig) -> dict[str, Any]:
-    """Count what both did and the least that ours needed, and measure what the machine could do."""
-    assert ours.result is not None
-    counter = count_ours(task, ours.result)
+def matrix_peaks(task: Task, dtypes: set[str]) -> dict[str, dict[str, float]]:
+    """Measure what matrix products reach here, per dtype: of large squares, and at the model's own shape."""
+    model = task.load("float32")
+    shape = BodyShape.of(model)
+    del model
+    found = {}
+    for name in sorted(dtypes):
+        dtype = getattr(torch, name)
+        own = matrix_peak(dtype, task.device, (SHAPE_POSITIONS, shape.hidden, shape.inner))
+        found[name] = {"own": own, "peak": max(own, matrix_peak(dtype, task.device))}
+    return found
+
+
+def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig, peaks: dict[str, dict[str, float]]
+            ) -> dict[str, Any]:  # fmt: skip
+    """Count what both did and the least that ours needed."""
+    assert ours.made is not None
+    counter = count_ours(task, ours.made)
     model = task.load("float32")
     shape, tied = BodyShape.of(model), model.tied
     del model
@@ -339,18 +346,18 @@ def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig) -> d
     rows = max(shape.rows, task.expansion.end_id)
     body, head = reference_work(shape, batches, rows, tied=tied)
     num_prefix, options = len(task.prefix_ids), DistillConfig()
-    least = floor_of(shape, task.records, task.expansion, num_prefix, layer=ours.result.layer,
-                     shown=[report.shown for report in ours.result.reports], epochs=options.epochs,
+    least = floor_of(shape, task.records, task.expansion, num_prefix, layer=ours.made.layer,
+                     shown=ours.made.shown, epochs=options.epochs,
                      reach=options.reach)  # fmt: skip
     once = floor_of(shape, task.records, task.expansion, num_prefix, layer=shape.layers,
                     shown=[len(record.snippets) for record in task.records], epochs=1)  # fmt: skip
     other, by_part = sum(counter.flops.values()) - counter.body, sorted(counter.flops.items())
-    return {"reference": _work_json(task, shape, reference, body, head, once),
-            "ours": _work_json(task, shape, ours, counter.body, other, least),
+    return {"reference": _work_json(peaks, reference, body, head, once),
+            "ours": _work_json(peaks, ours, counter.body, other, least),
             "ours_by_part": {f"{part} {way}": count for (part, way), count in by_part}}  # fmt: skip
 
 
-def count_ours(task: Task, timed: DistillResult) -> WorkCounter:
+def count_ours(task: Task, timed: Made) -> WorkCounter:
     """Run ours with its defaults once more, uncompiled and off the clock, and count what it does.
 
     A sample of the tokens stands for all: the others keep their ids, but come without snippets.
@@ -369,19 +376,12 @@ def count_ours(task: Task, timed: DistillResult) -> WorkCounter:
             result = _distill(task, records, model, DistillConfig())
     finally:
         torch.compiler.set_stance("default")
-    counter.scale(_shown(timed) / max(1, _shown(result)))
+    counter.scale(sum(timed.shown) / max(1, sum(report.shown for report in result.reports)))
     return counter
 
 
-def _shown(result: DistillResult) -> int:
-    """Return how many snippets the tokens were shown in all."""
-    return sum(report.shown for report in result.reports)
-
-
-def _work_json(task: Task, shape: BodyShape, run: Run, body: int, rest: int, floor: Floor) -> dict[str, Any]:
-    dtype = getattr(torch, run.dtype)
-    own = matrix_peak(dtype, task.device, (SHAPE_POSITIONS, shape.hidden, shape.inner))
-    peak = max(own, matrix_peak(dtype, task.device))
+def _work_json(peaks: dict[str, dict[str, float]], run: Run, body: int, rest: int, floor: Floor) -> dict[str, Any]:
+    own, peak = peaks[run.dtype]["own"], peaks[run.dtype]["peak"]
     return {"dtype": run.dtype, "seconds": run.seconds, "body_flops": body, "other_flops": rest,
             "body_flops_per_second": body / run.seconds, "peak_flops_per_second": peak,
             "peak_at_model_shape_flops_per_second": own, "floor_teacher_flops": floor.teacher,
@@ -399,12 +399,14 @@ class Part:
         stage: What was being done.
         tokens: How many there are.
         seconds: How long it took.
+        cpu_seconds: Processor time of all threads.
         peak_bytes: Most memory in use meanwhile.
     """
 
     stage: str
     tokens: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -430,7 +432,8 @@ class _TaskParts:
 
     def __init__(self, parts: list[Part], memory: PeakMemory, stage: str, part_size: float) -> None:
         self._parts, self._memory, self._stage, self._part_size = parts, memory, stage, part_size
-        self._done, self._noted, self._since = 0, 0, time.monotonic()
+        self._done, self._noted = 0, 0
+        self._since, self._cpu_since = time.monotonic(), time.process_time()
 
     def advance(self, amount: int = 1, /) -> None:
         """Note a part when it is full."""
@@ -444,9 +447,10 @@ class _TaskParts:
             self._end_part()
 
     def _end_part(self) -> None:
-        now = time.monotonic()
-        self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, self._memory.lap()))
-        self._noted, self._since = self._done, now
+        now, cpu_now = time.monotonic(), time.process_time()
+        self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, cpu_now - self._cpu_since,
+                                self._memory.lap()))  # fmt: skip
+        self._noted, self._since, self._cpu_since = self._done, now, cpu_now
 
     def note(self, text: str, /) -> None:
         """Do nothing."""
@@ -456,7 +460,7 @@ def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Distill many tokens with ours, and print time and memory part by part."""
     base = load_tokenizer(arguments.model)
     with note("mining and collecting"):
-        records, _ = prepare(arguments, base, arguments.scale)
+        records = prepare(arguments, base, arguments.scale)
     tokens = [record.new_token for record in records]
     task = Task(arguments.model, records, extend(base, tokens).expansion, tuple(base.prefix_ids), device)
     with note("ours"), PeakMemory(device) as memory:
@@ -465,11 +469,6 @@ def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
         clock = Clock(device)
         _distill(task, records, model, DistillConfig(), listening)
         seconds, cpu_seconds = clock.read()
-    write(f"{len(tokens):,} tokens, {task.num_snippets:,} snippets in {seconds:.1f} s, {device}, "
-          f"{torch.get_num_threads()} threads; {memory.before_bytes / MIB:,.0f} MiB in use before\n")
-    write_table(("part", "tokens", "seconds", "tokens/s", "peak MiB"), [
-        (part.stage, f"{part.tokens:,}", f"{part.seconds:.1f}", f"{part.tokens / part.seconds:.1f}",
-         f"{part.peak_bytes / MIB:,.0f}") for part in listening.parts])  # fmt: skip
     return {"tokens": len(tokens), "snippets": task.num_snippets, "seconds": seconds, "cpu_seconds": cpu_seconds,
             "before_bytes": memory.before_bytes, "parts": [asdict(part) for part in listening.parts]}  # fmt: skip
 
@@ -511,20 +510,12 @@ def compare_random(arguments: argparse.Namespace, device: torch.device) -> dict[
     expansion = Expansion([record.new_token for record in records], num_base)
     task = Task(arguments.random_model, records, expansion, (1,), device)
     with note("the reference"):
-        snapshots, memory = time_reference(task, _reference_config(arguments))
-    reference = replace(_reference_run(snapshots[-1], "bfloat16" if arguments.autocast else "float32"), memory=memory)
+        reference = reference_runs(task, _reference_config(arguments))[-1]
     with note("ours"):
         ours = time_ours(task, "")
     with note("counting the work"):
-        work = work_of(task, reference, ours, _reference_config(arguments))
-    machine = describe(device)
-    write(f"{len(records)} tokens, {task.num_snippets:,} snippets, Llama {arguments.random_model} with random weights, "
-          f"{machine['device']}, {machine['date']}\n")
-    write_table(("", *TIMES, "new tokens/s", "snippets/s", "MFU", *MEMORY), [
-        (run.name, *_times(run, reference), f"{len(records) / run.seconds:.1f}",
-         f"{task.num_snippets / run.seconds:,.0f}", f"{work[who]['floor_seconds'] / run.seconds:.1%}", *_mebibytes(run))
-        for who, run in (("reference", reference), ("ours", ours))])  # fmt: skip
-    _print_work(work)
+        peaks = matrix_peaks(task, {reference.dtype, ours.dtype})
+        work = work_of(task, reference, ours, _reference_config(arguments), peaks)
     return {"tokens": len(records), "snippets": task.num_snippets, "work": work,
             "runs": [_run_json(run) for run in (reference, ours)]}  # fmt: skip
 
@@ -532,97 +523,13 @@ def compare_random(arguments: argparse.Namespace, device: torch.device) -> dict[
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def _print_comparison(qualities: dict[str, Quality], reference: Run, ours: Run) -> None:
-    rows = []
-    for name, run in (("base", None), ("mean", None), (reference.name, reference), (ours.name, ours)):
-        q = qualities[name]
-        times = ("", "", "") if run is None else _times(run, reference)
-        rows.append((name, *times,
-                     f"{q.hidden_error:.4f}", f"{q.relative_error:.4f}", f"{q.nll_nats:.4f}", _share(q.gap_recovered),
-                     f"{q.bits_per_byte:.4f}", f"{q.bits_per_byte_writing:.4f}", *_mebibytes(run)))  # fmt: skip
-    write_table(("", *TIMES, "hidden error", "relative", "NLL, nats", "gap recovered", "bits/byte reading",
-                 "bits/byte writing", *MEMORY), rows)  # fmt: skip
-    assert ours.result is not None
-    kept = sum(report.method != "distill" for report in ours.result.reports)
-    left_out = sum(report.left_out is not None for report in ours.result.reports)
-    write(f"ours, of {len(ours.result.reports)} tokens: {kept} keep the mean of their pieces; {left_out} would be left "
-          f"out of a checkpoint, but count here; {_shown_each(ours)} snippets shown per token\n")
-
-
-def _print_curve(qualities: dict[str, Quality], runs: Sequence[Run]) -> None:
-    write_table(("run", "seconds", "snippets shown per token", "hidden error", "gap recovered"), [
-        (run.name, f"{run.seconds:.1f}", _shown_each(run), f"{qualities[run.name].hidden_error:.4f}",
-         _share(qualities[run.name].gap_recovered))
-        for run in sorted(runs, key=lambda run: (run.result is not None, run.seconds))])  # fmt: skip
-    reference = max((run for run in runs if run.result is None), key=lambda run: run.seconds)
-    wanted = qualities[reference.name]
-    reached = [run for run in runs if run.result is not None
-               and qualities[run.name].hidden_error <= wanted.hidden_error
-               and (qualities[run.name].gap_recovered or 0) >= (wanted.gap_recovered or 0)]  # fmt: skip
-    if reached:
-        fastest = min(reached, key=lambda run: run.seconds)
-        write(f"at equal or lower error and equal or larger gap: {fastest.name}, "
-              f"{reference.seconds / fastest.seconds:.1f} times as fast as the reference\n")
-    else:
-        write("no run of ours reached both the reference's error and its gap\n")
-
-
-def _print_work(work: dict[str, Any]) -> None:
-    rows = []
-    for who in ("reference", "ours"):
-        w = work[who]
-        rate, peak, own = (w[key] / 1e9 for key in ("body_flops_per_second", "peak_flops_per_second",
-                                                    "peak_at_model_shape_flops_per_second"))  # fmt: skip
-        floor = w["floor_teacher_flops"] + w["floor_student_flops"]
-        rows.append((who, w["dtype"], f"{w['seconds']:.1f}", f"{w['body_flops'] / 1e12:.3f}",
-                     f"{w['other_flops'] / 1e12:.3f}", f"{rate:,.0f}", f"{peak:,.0f}", f"{rate / peak:.1%}",
-                     f"{own:,.0f}", f"{floor / 1e12:.3f}", f"{w['floor_seconds']:.2f}",
-                     f"{w['seconds'] / w['floor_seconds']:.1f}"))  # fmt: skip
-    write_table(("", "dtype", "seconds", "layers, TFLOP", "other products, TFLOP", "layers, GFLOP/s", "peak GFLOP/s",
-                 "of peak", "peak at the model's shape", "floor, TFLOP", "floor, s at peak", "time / floor"), rows)
-    w = work["ours"]
-    peak, own = w["peak_flops_per_second"], w["peak_at_model_shape_flops_per_second"]
-    write_table(("where our time goes", "seconds"), [
-        ("the floor, at peak", f"{w['floor_seconds']:.2f}"),
-        ("work in the layers beyond the floor, at peak", f"{w['body_flops'] / peak - w['floor_seconds']:.2f}"),
-        ("products of the model's shape slower than the peak", f"{w['body_flops'] / own - w['body_flops'] / peak:.2f}"),
-        ("other products, at peak", f"{w['other_flops'] / peak:.2f}"),
-        ("everything else: element-wise work, indexing, starting operations, waiting",
-         f"{w['seconds'] - w['body_flops'] / own - w['other_flops'] / peak:.2f}")])  # fmt: skip
-
-
-def _mebibytes(run: Run | None) -> tuple[str, str]:
-    if run is None or run.memory is None:
-        return "", ""
-    peak, before = run.memory
-    return f"{peak / MIB:,.0f}", f"{(peak - before) / MIB:,.0f}"
-
-
-def _times(run: Run, reference: Run) -> tuple[str, str, str]:
-    return f"{run.seconds:.1f}", f"{run.cpu_seconds:.1f}", f"{reference.seconds / run.seconds:.1f}"
-
-
-def _shown_each(run: Run) -> str:
-    return f"{_shown(run.result) / len(run.result.reports):.1f}" if run.result else ""
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
 def _run_json(run: Run) -> dict[str, Any]:
     peak, before = run.memory or (None, None)
     return {"name": run.name, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "dtype": run.dtype,
             "peak_bytes": peak, "before_bytes": before,
-            "relative_error_own_snippets": run.result and run.result.relative_error}  # fmt: skip
-
-
-def write_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a markdown table and an empty line."""
-    write("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for row in rows:
-        write("| " + " | ".join(row) + " |")
-    write("")
+            "shown_per_token": run.made and sum(run.made.shown) / len(run.made.shown),
+            "at_start": run.made and run.made.at_start, "left_out": run.made and run.made.left_out,
+            "relative_error_own_snippets": run.made and run.made.relative_error}  # fmt: skip
 
 
 def write(line: str) -> None:

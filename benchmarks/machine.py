@@ -15,6 +15,7 @@ from types import TracebackType
 import torch
 
 MIB = 2**20
+CPUINFO = Path("/proc/cpuinfo")
 STATM = Path("/proc/self/statm")
 # Between two looks at the memory in use: short enough to see what one training step allocates.
 LOOK_SECONDS = 0.01
@@ -142,9 +143,16 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, shape: tuple[int, int,
     return 2 * rows * inner * columns / best
 
 
+def _processor() -> str:
+    """Return the name of the processor where the system tells it."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """Return what a reader must know about the machine."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "load_average": os.getloadavg()[0],
-            "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+            "load_average": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip

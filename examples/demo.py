@@ -74,21 +74,21 @@ def summary(expanded: Path, out: Path) -> str:
         f"{lengths['saved_share']:.1%} fewer tokens; {evaluation['gap_recovered']:.1%} of the gap between mean of "
         f"pieces and base recovered (95 % interval {low:.1%} to {high:.1%})",
         "",
-        "| vLLM | base | expanded | base / expanded (95 % interval) | base / base | expanded is |",
+        "| vLLM | base | expanded | speed-up (95 % interval) | base / base | expanded is |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    return "\n".join([*lines, *(_bench_row(scenario) for scenario in bench["scenarios"])])
+    return "\n".join([*lines, *(_bench_row(point) for point in bench["points"])])
 
 
 def _row(name: str, rows: dict[str, dict[str, Any]], key: str) -> str:
     return f"| {name} | " + " | ".join(f"{rows[r][key]:.3f}" for r in ("base", "mean", "distilled")) + " |"
 
 
-def _bench_row(scenario: dict[str, Any]) -> str:
-    name = scenario["main_metric"]
-    metric = scenario["metrics"][name]
+def _bench_row(point: dict[str, Any]) -> str:
+    name = point["main_metric"]
+    metric = point["metrics"][name]
     (low, high), (quiet, loud) = metric["speedup_interval"], metric["noise_interval"]
-    return (f"| {scenario['name']}, {name.replace('_', ' ')} | {metric['base']:.4f} | {metric['expanded']:.4f} | "
+    return (f"| {point['scenario']}, {name.replace('_', ' ')} | {metric['base']:.4f} | {metric['expanded']:.4f} | "
             f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f}) | {metric['noise']:.3f} ({quiet:.3f} to {loud:.3f}) | "
             f"{metric['verdict']} |")  # fmt: skip
 

@@ -1,75 +1,87 @@
 """Measure base and expanded on the same texts, in turn, under vLLM's own benchmark client.
 
-Two loads, because they are limited by different things:
-
-    prefill   a long prompt, one output token: what it costs to read a text
-    decode    a short prompt, a long answer: what it costs to write text
-
-A round is base, expanded, base again. The unit is seconds per *text* or per output *character*; tokens
-per second falls when a tokenizer improves, so it appears nowhere. How a verdict comes about: `compare.py`.
+A round is base, expanded, base again, at every point (`scenarios.py`). The unit is seconds per *text* or
+per output *character*; tokens per second falls when a tokenizer improves, so it appears nowhere. How a
+verdict comes about: `compare.py`. What is on the disk while it runs: `journal.py`.
 """
 
 import json
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from serve.answers import AnswerPlan, plan_answers
 from serve.client import Job, Load, LoadClient, write_prompts
-from serve.compare import Comparison, Series, compare
 from serve.encoder import Encoder, load_encoder
 from serve.engine import (
     START_TIMEOUT_SECONDS,
     Server,
+    flag_value,
     has_flag,
     open_url,
     require_vllm,
     vllm_device,
     vllm_server,
-    wait_until_ready,
 )
+from serve.journal import COMPLETE, PARTIAL, Journal, Run
+from serve.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
 from serve.provenance import provenance
-from vocabext.checkpoint import read_json, resolve_model
+from serve.scenarios import (
+    CONTEXT_MARGIN_TOKENS,
+    DEFAULT_PROMPT_TOKENS,
+    PREFILL,
+    SCENARIOS,
+    Point,
+    PromptShape,
+    build_prompts,
+    max_output_tokens,
+    points_of,
+)
+from serve.shape import context_length
+from serve.summary import summarize
+from vocabext.checkpoint import resolve_model
 from vocabext.corpus import read_documents
-from vocabext.errors import CorpusError, ServerError, UsageError
+from vocabext.errors import ServerError, UsageError, VocabextError
+from vocabext.manifest import file_sha256
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document
+from vocabext.records import Document, write_json
 
-FORMAT_VERSION = 1
-BASE, EXPANDED = "base", "expanded"
 ROUND = (BASE, EXPANDED, BASE)
-PREFILL, DECODE = "prefill", "decode"
-SCENARIOS = (PREFILL, DECODE)
 MAX_CORPUS_CHARACTERS = 50_000_000
-CONTEXT_MARGIN_TOKENS = 16  # for the tokens that frame a prompt
 WARM_UP_REQUESTS = 2
-SETTLE_SECONDS = 1.2  # vLLM's worker polls for one second after its last request, on the core the other one needs
+NUM_SAMPLE_ANSWERS = 2
 TWO_ON_ONE_GPU = "0.42"  # share of a GPU's memory for each of two servers; vLLM's own default is 0.9
+
+Step = tuple[int, int, Point]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Options of `serve bench`."""
 
-    # Rounds of base, expanded, base. Fewer than five give no interval worth the name.
+    # Rounds of base, expanded, base. Fewer than five give no verdict.
     pairs: int = 5
-    # Prompts of the prefill load.
-    prefill_texts: int = 6
-    # Length of a prefill prompt in *base* tokens; the model's context limits it further.
-    prompt_tokens: int = 2032
-    # Prompts of the decode load.
-    decode_texts: int = 6
+    # What is measured: prefill, decode, mixed.
+    scenario: tuple[str, ...] = SCENARIOS
+    # Requests in flight at once, one point each. With 1, the time of a request is the time of the machine.
+    concurrency: tuple[int, ...] = (1,)
+    # Requests arriving per second, one point each.
+    rate: tuple[float, ...] = ()
+    # Latency target of goodput; None is no limit.
+    target_ttft_seconds: float | None = None
+    target_request_seconds: float | None = None
+    # Prompts per run; more where the concurrency or the rate needs more.
+    texts: int = 6
+    # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
+    prompt_tokens: int | None = None
     # Length of a decode prompt in characters.
     prompt_characters: int = 200
-    # Tokens of every answer of the decode load.
-    output_tokens: int = 64
-    # Requests in flight at once. With 1, the time of a request is the time of the machine.
-    concurrency: int = 1
+    # Length of the passages in a mixed prompt, in characters.
+    passage_characters: int = 1500
+    # Characters of every answer, the same for both models.
+    output_characters: int = 256
     # Run one server at a time, for machines that do not hold both in memory.
     one_at_a_time: bool = False
     start_timeout_seconds: float = START_TIMEOUT_SECONDS
@@ -80,49 +92,72 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("pairs", "prefill_texts", "prompt_tokens", "decode_texts", "prompt_characters", "output_tokens",
-                     "concurrency"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("pairs", "texts", "prompt_tokens", "prompt_characters", "passage_characters",
+                     "output_characters"):
+            _check_at_least_one(name, getattr(self, name))
+        for count in self.concurrency:
+            _check_at_least_one("concurrency", count)
+        for name in ("target_ttft_seconds", "target_request_seconds"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {limit}; it must be above 0")
+        for rate in self.rate:
+            if not 0 < rate < float("inf"):
+                raise UsageError(f"--rate is {rate}; it must be a number of requests per second above 0")
+        if unknown := set(self.scenario) - set(SCENARIOS):
+            raise UsageError(f"--scenario is {unknown.pop()!r}; it must be one of {', '.join(SCENARIOS)}")
+        if not self.points:
+            raise UsageError("there is nothing to measure; pass --concurrency or --rate")
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every scenario at every load."""
+        return points_of(self.scenario, self.concurrency, self.rate)
+
+    @property
+    def target(self) -> dict[str, float | None]:
+        """The latency target of goodput."""
+        return {"ttft_seconds": self.target_ttft_seconds, "request_seconds": self.target_request_seconds}
+
+    @property
+    def shape(self) -> PromptShape:
+        """How large prompts and answers are."""
+        return PromptShape(self.texts, self.prompt_tokens, self.prompt_characters, self.passage_characters,
+                           self.output_characters)
+
+
+def _check_at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """The texts of both loads, the same for both models.
+class Setting:
+    """Everything a comparison needs before the first server starts.
 
     Attributes:
-        prefill: Long prompts.
-        decode: Short prompts.
+        config: The options.
+        folders: The model folder of each role.
+        encoders: The tokenizer of each role.
+        prompts: The prompts of each scenario.
+        context: Tokens of the context, None if unknown.
+        device: `cpu` or `gpu`.
     """
 
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
+    config: BenchConfig
+    folders: Mapping[str, Path]
+    encoders: Mapping[str, Encoder]
+    prompts: Mapping[str, tuple[str, ...]]
+    context: int | None
+    device: str
 
-    def of(self, scenario: str) -> tuple[str, ...]:
-        """Return the prompts of one load."""
-        return self.prefill if scenario == PREFILL else self.decode
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of one load on one server.
-
-    Attributes:
-        round: Counted from 0.
-        place: 0, 1, 2: base, expanded, base again.
-        scenario: `prefill` or `decode`.
-        load: What was measured.
-    """
-
-    round: int
-    place: int
-    scenario: str
-    load: Load
+    def requests(self, point: Point) -> int:
+        """Return how many requests a run of a point sends."""
+        return min(len(self.prompts[point.scenario]), point.num_requests(self.config.texts))
 
 
 def run_bench(
-    base: str, expanded: str, corpus: Sequence[str], *, config: BenchConfig, text_field: str = "text",
-    log_folder: Path, progress: Progress = no_progress,
+    base: str, expanded: str, corpus: Sequence[str], *, config: BenchConfig, output: Path, text_field: str = "text",
+    force: bool = False, log_folder: Path, progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Start both servers, measure them in turn, and stop them.
 
@@ -131,7 +166,9 @@ def run_bench(
         expanded: Expanded model, folder or hub id.
         corpus: Held-out documents, the prompts' source.
         config: The options.
+        output: bench.json: written after every run; a partial one of the same settings is taken up again.
         text_field: Field with the text in `.jsonl` and `.parquet`.
+        force: Begin anew whatever `output` holds.
         log_folder: An existing folder for the logs of the servers and of the load generator.
         progress: Told of every run.
 
@@ -140,249 +177,258 @@ def run_bench(
 
     Raises:
         MissingExtraError: If vLLM is not installed.
-        ServerError: If a server or the load generator does not start, or dies.
+        ServerError: If a server or the load generator does not start, or dies. What was measured is in `output`.
         CorpusError: If the corpus holds too little text.
+        OutputExistsError: If `output` is there and is not a partial result.
     """
     require_vllm()
     about = provenance()
     documents = read_documents(corpus, text_field=text_field)  # a wrong path should not wait for a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
-    texts = _texts(documents)
     encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
                 for role, folder in folders.items()}
-    context = min(filter(None, (context_length(folder) for folder in folders.values())), default=None)
-    prompts = build_prompts(texts, encoders[BASE], config, context)
-    flags = server_flags(config, context, vllm_device())
+    context = _context(folders.values(), config.vllm_flags)
+    prompts = build_prompts(_texts(documents), encoders[BASE], config.shape, config.points, context, config.seed)
+    setting = Setting(config, folders, encoders, prompts, context, vllm_device())
+    journal = Journal.open(output, settings_of(setting, base, expanded, about), force=force)
+    head = {BASE: base, EXPANDED: expanded, "corpus": list(corpus), "device": setting.device, "provenance": about}
 
-    def make(role: str) -> Server:
-        return vllm_server(folders[role], log_folder / f"{role}.log", name=f"the {role} server",
-                           served_name=role, flags=flags)
+    def make(role: str, *, alone: bool) -> Server:
+        flags = server_flags(config, context, setting.device, alone=alone)
+        journal.notes["server_flags"] = list(flags)
+        return vllm_server(folders[role], log_folder / f"{role}.log", name=f"the {role} server", served_name=role,
+                           flags=flags)
 
-    with ExitStack() as stack:
-        client = stack.enter_context(LoadClient(log_folder / "client.log"))
-        paths = {scenario: write_prompts(prompts.of(scenario), log_folder, scenario) for scenario in SCENARIOS}
-
-        def load(server: Server, role: str, scenario: str, num_requests: int) -> Load:
-            tokens = 1 if scenario == PREFILL else config.output_tokens
-            path = str(paths[scenario].resolve())
-            job = Job(server.url, role, path, num_requests, tokens, config.concurrency)
-            return client.run(job, server)
-
-        def warm_up(server: Server, role: str) -> None:
-            for scenario in SCENARIOS:
-                load(server, role, scenario, min(WARM_UP_REQUESTS, len(prompts.of(scenario))))
-
-        pool = stack.enter_context(ServerPool(make, config, warm_up, progress))
-        pool.start_all()
-        client.wait_until_ready()
-        agreement = {role: agreement_of(pool.get(role), role, (*prompts.prefill, *prompts.decode), encoders[role])
-                     for role in (EXPANDED, BASE)}
-
-        def measure(role: str, scenario: str) -> Load:
-            return load(pool.get(role), role, scenario, len(prompts.of(scenario)))
-
-        runs = measure_rounds(measure, config, progress)
-    document = summarize(runs, prompts, config)
-    return {
-        "artifact": "bench", "version": FORMAT_VERSION, BASE: base, EXPANDED: expanded, "corpus": list(corpus),
-        "device": vllm_device(), "server_flags": list(flags), "context_tokens": context,
-        "options": asdict(config), "method": method_of(config, flags),
-        "tokenize_agreement": agreement, "start_seconds": pool.start_seconds, **document, "provenance": about,
-    }
+    with LoadClient(log_folder / "client.log") as client:
+        return compare_servers(setting, make, client, journal, head, log_folder=log_folder, progress=progress)
 
 
-class ServerPool(AbstractContextManager["ServerPool"]):
-    """The two servers: both up, or, where memory does not hold two, one at a time."""
+def compare_servers(
+    setting: Setting, make: Callable[..., Server], client: LoadClient, journal: Journal, head: Mapping[str, Any], *,
+    log_folder: Path, progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Measure what the journal does not hold yet, and write the result.
 
-    def __init__(self, make: Callable[[str], Server], config: BenchConfig, warm_up: Callable[[Server, str], None],
-                 progress: Progress = no_progress) -> None:
-        """Prepare; nothing runs yet.
+    Args:
+        setting: What is compared, on which prompts.
+        make: Describes a server: the role, and `alone=` whether nothing else runs beside it.
+        client: The load generator, started.
+        journal: Takes every run to the disk.
+        head: What the result begins with.
+        log_folder: An existing folder for the prompts' files.
+        progress: Told of every run.
 
-        Args:
-            make: Describes the server of a role.
-            config: The options.
-            warm_up: Called once with every server that became ready.
-            progress: Told about the waiting.
-        """
-        self._make, self._config, self._warm_up, self._progress = make, config, warm_up, progress
-        self._servers: dict[str, Server] = {}
-        self._warm: set[str] = set()
-        self._last_role: str | None = None
-        self.start_seconds = 0.0
+    Returns:
+        The content of bench.json.
 
-    def start_all(self) -> None:
-        """Start both servers at the same time, unless they are to run one at a time."""
-        if not self._config.one_at_a_time:
-            self._start((BASE, EXPANDED))
+    Raises:
+        ServerError: If a server or the load generator dies. The partial result is written before.
+    """
+    config = setting.config
+    journal.notes["prompt_characters"] = {name: [len(p) for p in prompts] for name, prompts in setting.prompts.items()}
+    try:
+        with ExitStack() as stack:
+            paths = {name: write_prompts(prompts, log_folder, name).resolve()
+                     for name, prompts in setting.prompts.items()}
 
-    def get(self, role: str) -> Server:
-        """Return a server that is ready and warm."""
-        if role not in self._servers:
-            self._stop_all()
-            self._start((role,))
-        server = self._servers[role]
-        if self._last_role not in (None, role):
-            time.sleep(SETTLE_SECONDS)
-        self._last_role = role
-        if role not in self._warm:
-            self._warm.add(role)
-            self._warm_up(server, role)
-        return server
+            def load(server: Server, role: str, point: Point, num_requests: int) -> Load:
+                tokens = _answer_tokens(journal, role, point.scenario, num_requests)
+                return client.run(Job(server.url, role, str(paths[point.scenario]), num_requests, tokens,
+                                      point.concurrency, point.request_rate, config.seed), server)
 
-    def __exit__(self, *_: object) -> None:
-        """Stop what is running."""
-        self._stop_all()
+            def prepare(server: Server, role: str) -> None:
+                _look_at(server, role, setting, journal)
+                for point in config.points:
+                    if point.request_rate is None:
+                        load(server, role, point, min(max(WARM_UP_REQUESTS, point.concurrency or 1),
+                                                      setting.requests(point)))
 
-    def _start(self, roles: Sequence[str]) -> None:
-        for role in roles:  # one after the other, so that they do not pick the same port
-            server = self._servers[role] = self._make(role)
-            server.start()
-        timeout = self._config.start_timeout_seconds
-        try:
-            self.start_seconds += wait_until_ready(
-                list(self._servers.values()), timeout_seconds=timeout, progress=self._progress
-            )
-        except ServerError as error:
-            head, _, tail = str(error).partition("\n")
-            hint = "; if memory does not hold both models, pass --one-at-a-time" if len(roles) > 1 else ""
-            raise ServerError(f"{head}\n{tail}{hint}") from None
-
-    def _stop_all(self) -> None:
-        while self._servers:
-            role, server = self._servers.popitem()
-            self._warm.discard(role)
-            server.stop()
+            pool = stack.enter_context(ServerPool(
+                lambda role: make(role, alone=pool.one_at_a_time), prepare, one_at_a_time=config.one_at_a_time,
+                timeout_seconds=config.start_timeout_seconds, progress=progress))
+            blocks = list(plan(config, one_at_a_time=config.one_at_a_time or bool(journal.notes.get("fallback"))))
+            journal.keep_blocks(blocks)
+            if journal.resumed and journal.notes.get("fallback"):
+                pool.one_at_a_time = True
+            pool.start_all()
+            if pool.fallback:
+                journal.notes["fallback"] = pool.fallback
+                blocks = list(plan(config, one_at_a_time=True))
+            client.wait_until_ready()
+            _measure(blocks, lambda role, point: load(pool.get(role), role, point, setting.requests(point)),
+                     journal, progress)
+            journal.notes["start_seconds"] = pool.start_seconds
+            journal.notes["server_starts"] = pool.num_starts
+    except VocabextError as error:
+        raise _stopped(error, setting, journal, head) from None
+    except BaseException as error:  # Ctrl-C and the like: what is there must make sense to whoever reads it
+        _keep(type(error).__name__, setting, journal, head)
+        raise
+    document = document_of(setting, journal, head, COMPLETE)
+    write_json(journal.path, document)
+    return document
 
 
-def plan(config: BenchConfig) -> Iterator[tuple[int, int, str]]:
-    """Yield (round, place in the round, scenario) of every run, in order.
+def plan(config: BenchConfig, *, one_at_a_time: bool) -> Iterator[list[Step]]:
+    """Yield the runs in order, in blocks: what is compared with each other, as (round, place, point).
 
     With both servers up, the runs that are compared follow each other directly. One at a time, a
     server does everything it has to before it is stopped.
     """
     for number in range(config.pairs):
-        if config.one_at_a_time:
-            yield from ((number, place, scenario) for place in range(len(ROUND)) for scenario in SCENARIOS)
+        if one_at_a_time:
+            yield [(number, place, point) for place in range(len(ROUND)) for point in config.points]
         else:
-            yield from ((number, place, scenario) for scenario in SCENARIOS for place in range(len(ROUND)))
+            yield from ([(number, place, point) for place in range(len(ROUND))] for point in config.points)
 
 
-def measure_rounds(
-    measure: Callable[[str, str], Load], config: BenchConfig, progress: Progress = no_progress
-) -> list[Run]:
-    """Run every load of every round.
-
-    Args:
-        measure: Runs one load: role and scenario in, measurements out.
-        config: The options.
-        progress: Told of every run.
-    """
-    runs = []
-    steps = list(plan(config))
+def _measure(
+    blocks: Iterable[Sequence[Step]], measure: Callable[[str, Point], Load], journal: Journal, progress: Progress
+) -> None:
+    """Run what is missing; every run is on the disk before the next one begins."""
+    steps = [step for block in blocks for step in block if not journal.has(*step)]
     with progress("measuring", len(steps), "runs") as task:
-        for number, place, scenario in steps:
-            runs.append(Run(number, place, scenario, measure(ROUND[place], scenario)))
+        for number, place, point in steps:
+            task.note(f"round {number + 1}, {point.name}, {ROUND[place]}")
+            load = measure(ROUND[place], point)
+            journal.runs.append(Run(number, place, point, load))
+            if number == 0 and place < 2 and point.scenario != PREFILL:
+                answers = journal.notes.setdefault("sample_answers", {}).setdefault(ROUND[place], {})
+                answers.setdefault(point.scenario, list(load.texts[:NUM_SAMPLE_ANSWERS]))
+            journal.save()
             task.advance()
-    return runs
 
 
-def summarize(runs: Sequence[Run], prompts: Prompts, config: BenchConfig) -> dict[str, Any]:
-    """Turn the runs into medians, intervals and verdicts, and keep the raw numbers beside them."""
-    scenarios = []
-    for scenario in SCENARIOS:
-        loads = [_loads(runs, scenario, place) for place in range(len(ROUND))]
-        unit = "text" if scenario == PREFILL else "1000 output characters"
-        main = f"seconds_per_{unit.replace(' ', '_')}"
-        comparisons = {
-            main: _compare(loads, "request_seconds", per_character=scenario == DECODE, seed=config.seed),
-            "ttft_seconds": _compare(loads, "ttft_seconds", per_character=False, seed=config.seed),
-        }
-        scenarios.append({
-            "name": scenario,
-            "main_metric": main,
-            "requests_per_run": len(prompts.of(scenario)),
-            "prompt_characters": sum(map(len, prompts.of(scenario))),
-            "output_tokens_per_request": 1 if scenario == PREFILL else config.output_tokens,
-            BASE: _totals([*loads[0], *loads[2]]),
-            EXPANDED: _totals(loads[1]),
-            "metrics": {name: comparison.to_json() for name, comparison in comparisons.items()},
-        })
-    samples = [{"prompt": p, BASE: b, EXPANDED: e} for p, b, e in zip(
-        prompts.decode, _loads(runs, DECODE, 0)[0].texts, _loads(runs, DECODE, 1)[0].texts, strict=True)]
-    return {"scenarios": scenarios, "sample_answers": samples[:2], "runs": [_run_json(run) for run in runs]}
+def _look_at(server: Server, role: str, setting: Setting, journal: Journal) -> None:
+    """Ask a server, once per comparison, how it tokenizes and how long its answers are."""
+    if role in journal.answers:
+        return
+    prompts = [prompt for scenario in setting.prompts.values() for prompt in scenario]
+    journal.notes.setdefault("tokenize_agreement", {})[role] = agreement_of(server, role, prompts,
+                                                                            setting.encoders[role])
+    wanted = setting.config.output_characters
+    journal.answers[role] = {
+        name: AnswerPlan((1,) * len(texts), (0,) * len(texts)) if name == PREFILL
+        else plan_answers(server, role, texts, wanted) for name, texts in setting.prompts.items()}
 
 
-def build_prompts(texts: Iterable[str], encoder: Encoder, config: BenchConfig, context: int | None) -> Prompts:
-    """Cut the prompts of both loads out of held-out texts.
-
-    Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space
-    just before they would exceed the limit in *base* tokens. Decode prompts are the beginnings of
-    documents.
-
-    Args:
-        texts: The documents.
-        encoder: The base model's tokenizer.
-        config: The options.
-        context: The model's context in tokens, None if unknown.
-
-    Raises:
-        CorpusError: If there is no text for a prompt.
-        UsageError: If an answer does not fit into the context.
-    """
-    documents = [text.strip() for text in texts if text.strip()]
-    if not documents:
-        raise CorpusError("the corpus holds no text to make prompts from; pass held-out documents as --corpus")
-    random.Random(config.seed).shuffle(documents)
-    room = (context or 10**9) - CONTEXT_MARGIN_TOKENS
-    if config.output_tokens > room // 2:
-        raise UsageError(f"--output-tokens {config.output_tokens} leaves too little of the model's context of "
-                         f"{context} tokens for the prompt; use at most {room // 2}")
-    limit = min(config.prompt_tokens, room)
-    prefill = _long_prompts("\n\n".join(documents), encoder, limit, config.prefill_texts)
-    openings = [d for d in documents if len(d) >= config.prompt_characters] or documents
-    decode = [_cut_at_space(d, config.prompt_characters) for d in openings[: config.decode_texts]]
-    decode = [_fit(d, encoder, room - config.output_tokens) for d in decode]
-    return Prompts(tuple(prefill), tuple(decode))
+def _answer_tokens(journal: Journal, role: str, scenario: str, num_requests: int) -> tuple[int, ...]:
+    return journal.answers[role][scenario].tokens[:num_requests]
 
 
-def server_flags(config: BenchConfig, context: int | None, device: str) -> tuple[str, ...]:
+def _keep(reason: str, setting: Setting, journal: Journal, head: Mapping[str, Any]) -> str:
+    """Write what was measured, with what went wrong; says what is kept and how to go on."""
+    total = sum(len(block) for block in plan(setting.config, one_at_a_time=False))
+    journal.failures.append({"after_runs": len(journal.runs), "message": reason})
+    if not journal.runs:
+        return ""
+    write_json(journal.path, document_of(setting, journal, head, PARTIAL))
+    return (f"{len(journal.runs)} of {total} runs are kept in {journal.path}; "
+            "the same command goes on from there")
+
+
+def _stopped(error: VocabextError, setting: Setting, journal: Journal, head: Mapping[str, Any]) -> VocabextError:
+    line, _, tail = str(error).partition("\n")
+    kept = _keep(line, setting, journal, head)
+    if isinstance(error, ServerError) and kept:
+        return ServerError(f"{kept}: {line}" + (f"\n{tail}" if tail else ""))
+    return error
+
+
+def document_of(setting: Setting, journal: Journal, head: Mapping[str, Any], state: str) -> dict[str, Any]:
+    """Return the content of bench.json."""
+    config, notes = setting.config, journal.notes
+    document = journal.to_json(state)
+    runs = document.pop("runs")
+    return {
+        "artifact": document.pop("artifact"), "version": document.pop("version"), "state": document.pop("state"),
+        **head, "context_tokens": setting.context, "server_flags": notes.get("server_flags", []),
+        "options": asdict(config), "method": method_of(config, notes.get("server_flags", []), notes),
+        "tokenize_agreement": notes.get("tokenize_agreement", {}),
+        "points": summarize(journal.runs, config.points, notes["prompt_characters"], config.target, seed=config.seed),
+        "answers_below_wanted": _below(journal, config.output_characters),
+        "sample_answers": _samples(setting, notes.get("sample_answers", {})),
+        **document, "runs": runs,
+    }
+
+
+def _below(journal: Journal, wanted: int) -> dict[str, int]:
+    return {role: sum(plan.num_short(wanted) for name, plan in plans.items() if name != PREFILL)
+            for role, plans in journal.answers.items()}
+
+
+def _samples(setting: Setting, answers: Mapping[str, Mapping[str, list[str]]]) -> list[dict[str, str]]:
+    """Put an answer of each model to the same prompt side by side."""
+    if set(answers) != {BASE, EXPANDED}:
+        return []
+    return [{"prompt": prompt, BASE: b, EXPANDED: e}
+            for name in answers[BASE] if name in answers[EXPANDED]
+            for prompt, b, e in zip(setting.prompts[name], answers[BASE][name], answers[EXPANDED][name], strict=False)]
+
+
+def settings_of(setting: Setting, base: str, expanded: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for runs to be compared with each other: models, prompts, options, machine."""
+    hardware = about["hardware"]
+    return {
+        "models": {role: {"name": name, **{file: file_sha256(setting.folders[role] / file) for file in
+                                           ("config.json", "tokenizer.json", "vocabext.json")}}
+                   for role, name in ((BASE, base), (EXPANDED, expanded))},
+        "options": asdict(setting.config), "prompts": {name: list(map(len, p)) for name, p in setting.prompts.items()},
+        "versions": dict(about["versions"]), "machine": {name: hardware[name] for name in ("cpu", "cores", "gpus")},
+    }
+
+
+def server_flags(config: BenchConfig, context: int | None, device: str, *, alone: bool = False) -> tuple[str, ...]:
     """Return the vLLM flags of both servers: the user's, and what the measurement needs."""
     flags = list(config.vllm_flags)
     if not has_flag(flags, "enable-prefix-caching"):
         flags.append("--no-enable-prefix-caching")
-    needed = config.prompt_tokens + config.output_tokens + 4 * CONTEXT_MARGIN_TOKENS
+    longest = max(config.prompt_tokens or DEFAULT_PROMPT_TOKENS, config.passage_characters + config.prompt_characters)
+    needed = longest + max_output_tokens(config.output_characters) + 4 * CONTEXT_MARGIN_TOKENS
     if context is not None and context > needed and not has_flag(flags, "max-model-len"):
         flags += ["--max-model-len", str(needed)]  # the cache of a 128k context would not fit beside a second model
-    if device == "gpu" and not config.one_at_a_time and not has_flag(flags, "gpu-memory-utilization"):
+    if device == "gpu" and not alone and not config.one_at_a_time and not has_flag(flags, "gpu-memory-utilization"):
         flags += ["--gpu-memory-utilization", TWO_ON_ONE_GPU]
     if config.trust_remote_code and not has_flag(flags, "trust-remote-code"):
         flags.append("--trust-remote-code")
     return tuple(flags)
 
 
-def method_of(config: BenchConfig, flags: Sequence[str]) -> list[str]:
+def method_of(config: BenchConfig, flags: Sequence[str], notes: Mapping[str, Any]) -> list[str]:
     """Say in sentences how it was measured."""
     caching = any(flag.replace("_", "-") == "--no-enable-prefix-caching" for flag in flags)
-    servers = ("one server at a time, restarted for every change" if config.one_at_a_time
-               else "both servers up all the time, one of them idle")
-    return [
-        f"{config.pairs} rounds of base, expanded, base again, after {WARM_UP_REQUESTS} warm-up requests per load and "
-        f"server; {servers}.",
+    if notes.get("fallback"):
+        servers = f"one server at a time, because both did not start together ({notes['fallback']})"
+    else:
+        servers = ("one server at a time, restarted for every change" if config.one_at_a_time
+                   else "both servers up all the time, one of them idle")
+    lines = [
+        f"{config.pairs} rounds of base, expanded, base again, after {WARM_UP_REQUESTS} or more warm-up requests per "
+        f"load and server; {servers}.",
         f"Before every run: {SETTLE_SECONDS} seconds of silence if the server changes (an idle vLLM keeps a core busy "
         "for one second), and one request that is not counted.",
         "Both models get the same prompts, cut from held-out documents, as text.",
-        f"Prefill: prompts of up to {config.prompt_tokens} base tokens, as the context allows; one output token.",
-        f"Decode: prompts of {config.prompt_characters} characters, {config.output_tokens} output tokens, greedy, the "
-        "end-of-text token ignored; compared by seconds per output character, because the tokens differ.",
-        f"Load from vLLM's own benchmark client, {config.concurrency} request(s) in flight.",
+        f"Prefill: prompts of up to {config.prompt_tokens or DEFAULT_PROMPT_TOKENS} base tokens, as the context "
+        "allows; one output token.",
+        f"Decode: prompts of {config.prompt_characters} characters. Mixed: {config.passage_characters} characters of "
+        f"passages before such a prompt.",
+        f"Answers are equal in characters, not in tokens: each server was asked beforehand how many tokens its greedy "
+        f"answer to each prompt needs for {config.output_characters} characters, and got that many as max_tokens. "
+        "The end-of-text token is ignored.",
+        "Load from vLLM's own benchmark client; requests at a rate arrive at random (Poisson) moments, the same "
+        "for both models.",
         f"Prefix caching {'off' if caching else 'as the flags say'}.",
         "Speed-up: for each request, the geometric mean of its two base times over its expanded time; median over the "
         "requests of all rounds. 95 % intervals: bootstrap over rounds and requests. Noise floor: the interval of base "
-        "over base again. "
-        "'faster' or 'slower' only if the whole interval lies outside the noise floor.",
+        "over base again. 'faster' or 'slower' only if the whole interval lies outside the noise floor, from five "
+        "rounds on.",
         "The noise floor compares a server with itself: a difference between two starts of the same model is not "
         "in it.",
     ]
+    if any(config.target.values()):
+        limits = [f"{name.replace('_', ' ')} at most {limit:g}" for name, limit in config.target.items() if limit]
+        lines.append(f"Goodput counts requests with {' and '.join(limits)}.")
+    return lines
 
 
 def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: Encoder) -> dict[str, int]:
@@ -406,14 +452,12 @@ def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: En
     return {"prompts": len(prompts), "agreeing": agreeing}
 
 
-def context_length(folder: Path) -> int | None:
-    """Return how many tokens a model's context holds, None if its config does not say."""
-    config: Mapping[str, Any] = read_json(folder / "config.json")
-    config = config.get("text_config") or config
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    return None
+def _context(folders: Iterable[Path], flags: Sequence[str]) -> int | None:
+    """Return the context that both servers will have: the models', or less if the flags say so."""
+    asked = flag_value(flags, "max-model-len")
+    known = [context_length(folder) for folder in folders]
+    limits = [*filter(None, known), *([int(asked)] if asked and asked.isdigit() else [])]
+    return min(limits, default=None)
 
 
 def _texts(documents: Iterable[Document]) -> list[str]:
@@ -424,62 +468,3 @@ def _texts(documents: Iterable[Document]) -> list[str]:
         if characters > MAX_CORPUS_CHARACTERS:
             break
     return texts
-
-
-def _long_prompts(text: str, encoder: Encoder, limit: int, count: int) -> list[str]:
-    prompts: list[str] = []
-    start = 0
-    while len(prompts) < count and start < len(text):
-        prompt = _fit(text[start : start + 12 * limit], encoder, limit)
-        start += max(1, len(prompt))
-        if prompts and len(prompt) < len(prompts[0]) // 2:
-            break  # the rest of the corpus: too short to be a long prompt
-        if prompt.strip():
-            prompts.append(prompt)
-    return prompts
-
-
-def _fit(text: str, encoder: Encoder, limit: int) -> str:
-    """Return the beginning of a text that has at most `limit` tokens, cut at a space if possible."""
-    while (count := len(encoder.encode(text))) > limit:
-        text = _cut_at_space(text, min(len(text) - 1, int(len(text) * limit / count)))
-    return text
-
-
-def _cut_at_space(text: str, length: int) -> str:
-    if len(text) <= length:
-        return text
-    space = text.rfind(" ", 0, length + 1)
-    return text[: space if space > length * 0.8 else length].rstrip() or text[:length]
-
-
-def _loads(runs: Sequence[Run], scenario: str, place: int) -> list[Load]:
-    return [run.load for run in sorted(runs, key=lambda r: r.round) if (run.scenario, run.place) == (scenario, place)]
-
-
-def _compare(loads: Sequence[Sequence[Load]], field: str, *, per_character: bool, seed: int) -> Comparison:
-    series = []
-    for place in loads:
-        seconds = np.array([getattr(load, field) for load in place], dtype=float)  # None becomes NaN
-        amount = np.array([load.output_characters for load in place], dtype=float) / 1000
-        series.append(Series(seconds, amount if per_character else np.ones_like(seconds)))
-    return compare(series[0], series[1], series[2], seed=seed)
-
-
-def _totals(loads: Sequence[Load]) -> dict[str, Any]:
-    errors = list(dict.fromkeys(error for load in loads for error in load.errors))
-    return {
-        "requests": sum(len(load.request_seconds) for load in loads),
-        "failed_requests": sum(load.num_failed for load in loads),
-        "errors": errors[:5],
-        "prompt_tokens_per_run": sum(loads[0].prompt_tokens),
-        "output_tokens_per_run": sum(loads[0].output_tokens),
-        "output_characters_per_run": sum(loads[0].output_characters),
-    }
-
-
-def _run_json(run: Run) -> dict[str, Any]:
-    values = asdict(run.load)
-    values.pop("texts")
-    role = ("base", "expanded", "base again")[run.place]
-    return {"round": run.round + 1, "role": role, "scenario": run.scenario, **values}

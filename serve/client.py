@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,20 @@ class Job:
         model: The model's name there.
         prompts_path: JSON Lines with a field `prompt`; requests are sent in this order.
         num_requests: How many of the prompts to send.
-        output_tokens: How many tokens each answer has; the end-of-text token is ignored.
-        concurrency: How many requests are in flight at once.
+        output_tokens: How many tokens the answer to each prompt has; the end-of-text token is ignored.
+        concurrency: How many requests are in flight at once; None for no limit.
+        request_rate: How many requests arrive per second, at random moments; None sends them at once.
+        seed: Seed of the moments of arrival.
     """
 
     url: str
     model: str
     prompts_path: str
     num_requests: int
-    output_tokens: int
-    concurrency: int
+    output_tokens: tuple[int, ...]
+    concurrency: int | None = 1
+    request_rate: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,14 +191,15 @@ def load_from(result: dict[str, Any]) -> Load:
 
 def arguments(job: Job) -> list[str]:
     """Return the command line of `vllm bench serve` that a job stands for."""
-    body = {"max_tokens": job.output_tokens, "min_tokens": job.output_tokens, "temperature": 0.0}
+    in_flight = [] if job.concurrency is None else ["--max-concurrency", str(job.concurrency)]
+    rate = [] if job.request_rate is None else ["--request-rate", str(job.request_rate)]
     return [
         "--backend", "openai", "--base-url", job.url, "--endpoint", "/v1/completions",
         "--model", job.model, "--served-model-name", job.model,
         "--dataset-name", "custom", "--dataset-path", job.prompts_path, "--disable-shuffle", "--skip-chat-template",
         "--custom-output-len", "-1", "--num-prompts", str(job.num_requests), "--no-oversample",
-        "--max-concurrency", str(job.concurrency), "--num-warmups", "1", "--skip-tokenizer-init", "--disable-tqdm",
-        "--ignore-eos", "--temperature", "0", "--extra-body", json.dumps(body), "--save-detailed",
+        *in_flight, *rate, "--seed", str(job.seed), "--num-warmups", "1", "--skip-tokenizer-init", "--disable-tqdm",
+        "--ignore-eos", "--temperature", "0", "--save-detailed",
     ]
 
 
@@ -215,11 +220,12 @@ def _serve_jobs() -> None:
     """Be the child: import vLLM, then run one job per line of stdin."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints to stdout from here on prints to the log
-    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.benchmarks import serve as vllm_client
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
-    add_cli_args(parser)
+    vllm_client.add_cli_args(parser)
+    get_samples = vllm_client.get_samples
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -229,7 +235,12 @@ def _serve_jobs() -> None:
     fields = ("duration", "latencies", "ttfts", "generated_texts", "input_lens", "output_lens", "errors")
     for line in sys.stdin:
         try:
-            result = asyncio.run(main_async(parser.parse_args(arguments(Job(**json.loads(line))))))
+            job = Job(**json.loads(line))
+            # Without a tokenizer vLLM's client has one output length for all requests; ours are one per prompt.
+            vllm_client.get_samples = lambda *given, lengths=job.output_tokens: [
+                replace(request, request_overrides={"max_tokens": length, "min_tokens": length})
+                for request, length in zip(get_samples(*given), lengths, strict=True)]
+            result = asyncio.run(vllm_client.main_async(parser.parse_args(arguments(job))))
             answer({name: result[name] for name in fields})
         except (Exception, SystemExit) as error:
             answer({"failure": f"{type(error).__name__}: {error}"})

@@ -10,7 +10,8 @@ The square root puts the base in the middle of the round, so that a machine that
 gets busy cancels out of the speed-up. What is reported is the median over the requests of all rounds: a
 few requests that something else on the machine slowed down do not move it. Intervals come from a
 bootstrap over rounds (another day) and over requests (other texts). The noise floor is how far the base
-is from itself: a verdict is given only if the whole interval of the speed-up lies outside.
+is from itself: a verdict is given only if the whole interval of the speed-up lies outside, and only from five
+rounds on. Where the noise floor is so wide that `no difference` would say little, the verdict is `too noisy`.
 
 Costs are seconds per unit of *text* (per text, per character), never per token: the two tokenizers
 do not agree on what a token is.
@@ -28,6 +29,9 @@ from vocabext.errors import ServerError
 
 Floats = npt.NDArray[np.float64]
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
+TOO_NOISY, TOO_FEW = "too noisy to tell", "too few rounds"
+MIN_ROUNDS = 5  # fewer give no interval worth the name
+NOISY = 1.25  # a base that differs from itself by this factor hides every speed-up worth having
 NUM_RESAMPLES = 3000
 CONFIDENCE = 0.95
 
@@ -59,8 +63,10 @@ class Comparison:
         noise: Median over the requests of first base / second base.
         noise_interval: Its interval.
         noise_floor: The widest of the noise interval's ends, as a factor: 1.02 for 2 %.
-        verdict: `faster`, `slower` or `no difference`.
+        verdict: `faster`, `slower`, `no difference`, `too noisy to tell` or `too few rounds`.
         rounds: Median seconds per unit of text in each round: first base, expanded, second base.
+        lost_rounds: Rounds in which no request succeeded on all three; they are left out.
+        left_out: Requests left out of all three because they failed on one, in the rounds that count.
     """
 
     base: float
@@ -74,6 +80,8 @@ class Comparison:
     noise_floor: float
     verdict: str
     rounds: tuple[tuple[float, float, float], ...]
+    lost_rounds: int = 0
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON-ready values."""
@@ -93,12 +101,14 @@ def compare(first: Series, expanded: Series, second: Series, *, seed: int = 0) -
         seed: Seed of the bootstrap.
 
     Raises:
-        ServerError: If a round has no request that succeeded on all three.
+        ServerError: If no round has a request that succeeded on all three.
     """
     logs = np.log([_costs(series) for series in (first, expanded, second)])  # (3, R, Q)
     logs[:, np.isnan(logs).any(axis=0)] = np.nan
-    if (empty := np.isnan(logs[0]).all(axis=1)).any():
-        raise ServerError(f"no request of round {int(empty.argmax()) + 1} succeeded on both servers; see their logs")
+    empty = np.isnan(logs[0]).all(axis=1)
+    if empty.all():
+        raise ServerError("no request of any round succeeded on both servers; see their logs")
+    logs = logs[:, ~empty]
     middle = (logs[0] + logs[2]) / 2
     generator = np.random.default_rng(seed)
     rounds_KR = generator.integers(logs.shape[1], size=(NUM_RESAMPLES, logs.shape[1]))
@@ -118,20 +128,26 @@ def compare(first: Series, expanded: Series, second: Series, *, seed: int = 0) -
     floor = max(noise_interval[1], 1 / noise_interval[0])
     rounds = tuple((float(a), float(e), float(b)) for a, e, b in np.exp(np.nanmedian(logs, axis=2)).T)
     return Comparison(base, base_interval, cost, cost_interval, speedup, speedup_interval, noise, noise_interval,
-                      floor, verdict(speedup_interval, floor), rounds)
+                      floor, verdict(speedup_interval, floor, logs.shape[1]), rounds,
+                      lost_rounds=int(empty.sum()), left_out=int(np.isnan(logs[0]).sum()))
 
 
-def verdict(speedup_interval: tuple[float, float], noise_floor: float) -> str:
+def verdict(speedup_interval: tuple[float, float], noise_floor: float, num_rounds: int = MIN_ROUNDS) -> str:
     """Say what may be said: a difference only if its whole interval is outside the noise floor.
 
     Args:
         speedup_interval: Low and high end of the speed-up.
         noise_floor: A factor of at least 1; the noise reaches from `1 / noise_floor` to `noise_floor`.
+        num_rounds: How many rounds the interval comes from.
     """
     low, high = speedup_interval
+    if num_rounds < MIN_ROUNDS:
+        return TOO_FEW
     if low > noise_floor:
         return FASTER
-    return SLOWER if high < 1 / noise_floor else NO_DIFFERENCE
+    if high < 1 / noise_floor:
+        return SLOWER
+    return TOO_NOISY if noise_floor > NOISY else NO_DIFFERENCE
 
 
 def _costs(series: Series) -> Floats:

@@ -23,16 +23,16 @@ class Encoder:
         """
         backend.no_padding()
         backend.no_truncation()
-        self._backend = backend
+        self.backend = backend
         self.num_ids = num_ids
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of many texts, encoded on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def pieces(self, text: str) -> list[tuple[str, int]]:
         """Cut a text where its tokens end.
@@ -41,7 +41,7 @@ class Encoder:
             (text, token id) pairs. The texts put together are the text. A token that is only some of a
             character's bytes joins the token that completes the character.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self.backend.encode(text, add_special_tokens=False)
         pieces: list[tuple[str, int]] = []
         position = 0
         for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):

@@ -38,6 +38,7 @@ STOP_GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.2
 TAIL_LINES = 12
 CPU_KV_CACHE_GIB = "1"
+BF16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}  # as /proc/cpuinfo spells them on x86 and ARM
 
 # Asks Linux for a SIGTERM when the parent dies, checks that it has not died already, and becomes the
 # real command. (preexec_fn would do the same, but is not safe in a process with threads.)
@@ -279,18 +280,42 @@ def default_flags(flags: Sequence[str], device: str) -> list[str]:
     """Return the flags that are set unless the user sets them.
 
     On a CPU: no torch.compile, which costs a minute of start-up and gains little on small models,
-    and bfloat16, which many CPUs multiply ten times faster than float32.
+    and the type that this processor multiplies fastest.
     """
     if device != "cpu":
         return []
     added = [] if has_flag(flags, "enforce-eager") else ["--enforce-eager"]
-    return added if has_flag(flags, "dtype") else [*added, "--dtype", "bfloat16"]
+    return added if has_flag(flags, "dtype") else [*added, "--dtype", cpu_dtype()]
+
+
+def cpu_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the type in which this processor serves fastest.
+
+    With instructions for bfloat16 it is ten times as fast as float32; without them it is emulated, and five
+    times slower (docs/decisions.md).
+    """
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "bfloat16"
+    words = {word for line in text.splitlines() if line.lower().startswith(("flags", "features"))
+             for word in line.split()}
+    return "bfloat16" if words & BF16_INSTRUCTIONS else "float32"
 
 
 def has_flag(flags: Sequence[str], name: str) -> bool:
     """Tell whether vLLM flags contain `--name`, `--no-name`, `--name=value`, also spelled with underscores."""
     spelled = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
     return f"--{name}" in spelled or f"--no-{name}" in spelled
+
+
+def flag_value(flags: Sequence[str], name: str) -> str | None:
+    """Return the value of `--name VALUE` or `--name=VALUE` among vLLM flags, None if it is not there."""
+    for flag, following in zip(flags, [*flags, ""][1:], strict=True):
+        spelled, equals, value = flag.partition("=")
+        if spelled.replace("_", "-") == f"--{name}":
+            return value if equals else following
+    return None
 
 
 def server_environment(device: str) -> dict[str, str]:

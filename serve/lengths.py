@@ -1,23 +1,25 @@
 """How much shorter a corpus becomes: tokens per document before and after, and what follows from it.
 
-Both tokenizers see every document once, in batches and on all cores. On the way the invariant of the
-whole project is checked: replacing each new token by its run must give back the base ids.
+Both tokenizers see every document once, in batches and on all cores; while they encode one batch, the
+previous one is counted. On the way the invariant of the whole project is checked: replacing each new token by
+its run must give back the base ids.
 """
 
-import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.bench import context_length
 from serve.encoder import Encoder, load_encoder
 from serve.provenance import provenance
+from serve.shape import cache_bytes_per_token, context_length, read_config
 from vocabext.checkpoint import resolve_model
 from vocabext.corpus import read_documents
 from vocabext.expansion import Expansion
@@ -25,7 +27,7 @@ from vocabext.manifest import has_manifest, read_manifest
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, NewToken
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BATCH_CHARACTERS = 2_000_000
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 HISTOGRAM_BINS = 40
@@ -33,9 +35,10 @@ NUM_TOP, NUM_NEVER = 40, 200
 PASSAGE_RANKS = (0.5, 0.75, 0.25)  # typical, then from the better and from the worse half
 PASSAGE_CHARACTERS, POOL_SIZE = 360, 400
 NUM_RESAMPLES = 2000
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Encoded = tuple[Sequence[Document], list[list[int]], list[list[int]]]
 
 
 @dataclass
@@ -95,8 +98,8 @@ def measure_lengths(
     choose = random.Random(seed)
     started = time.perf_counter()
     with progress("encoding", None, "documents") as task:
-        for batch in _batches(documents):
-            count_batch(tally, batch, encoders[0], encoders[1], expansion)
+        for batch, base_rows, rows in encode_ahead(_batches(documents), encoders[0], encoders[1]):
+            count_batch(tally, batch, base_rows, rows, expansion)
             _sample(pool, batch, len(tally.base), choose)
             task.advance(len(batch))
     seconds = time.perf_counter() - started
@@ -110,6 +113,31 @@ def measure_lengths(
     }
 
 
+def encode_ahead(
+    batches: Iterable[Sequence[Document]], base: Encoder, expanded: Encoder
+) -> Iterator[Encoded]:
+    """Encode batches with both tokenizers, one batch ahead of whoever takes them.
+
+    The tokenizers run without Python's lock, so that counting a batch costs no time of its own.
+
+    Yields:
+        The documents, their base ids and their expanded ids.
+    """
+    def encode(batch: Sequence[Document]) -> Encoded:
+        texts = [document.text for document in batch]
+        return batch, base.encode_batch(texts), expanded.encode_batch(texts)
+
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = None
+        for batch in batches:
+            following = ahead.submit(encode, batch)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
 def expansion_of(folder: Path, base: Encoder) -> Expansion:
     """Return the new tokens of a model folder: none if it is no expanded checkpoint."""
     if not has_manifest(folder):
@@ -119,22 +147,44 @@ def expansion_of(folder: Path, base: Encoder) -> Expansion:
 
 
 def count_batch(
-    tally: Tally, batch: Sequence[Document], base: Encoder, expanded: Encoder, expansion: Expansion
+    tally: Tally, batch: Sequence[Document], base_rows: Sequence[Sequence[int]], rows: Sequence[Sequence[int]],
+    expansion: Expansion,
 ) -> None:
-    """Encode some documents with both tokenizers and add them to the tally."""
-    texts = [document.text for document in batch]
-    for document, base_ids, ids in zip(batch, base.encode_batch(texts), expanded.encode_batch(texts), strict=True):
+    """Add documents to the tally.
+
+    Args:
+        tally: What has been counted so far; changed.
+        batch: The documents.
+        base_rows: Their base ids.
+        rows: Their expanded ids.
+        expansion: What the new ids stand for.
+    """
+    flat, base_flat = _flat(rows), _flat(base_rows)
+    bounds, base_bounds = _bounds(rows), _bounds(base_rows)
+    known = flat < expansion.end_id  # another tokenizer may give ids that nothing here stands for
+    tally.counts += expansion.counts(flat[known])
+    new_before = np.concatenate([[0], np.cumsum(expansion.is_new(flat))])
+    tally.base += np.diff(base_bounds).tolist()
+    tally.expanded += np.diff(bounds).tolist()
+    tally.new += np.diff(new_before[bounds]).tolist()
+    tally.characters += [len(document.text) for document in batch]
+    tally.num_bytes += sum(len(document.text.encode()) for document in batch)
+    if known.all() and np.array_equal(expansion.edges(flat)[bounds], base_bounds) and np.array_equal(
+            expansion.unmerge(flat), base_flat):
+        return
+    for document, base_ids, ids in zip(batch, base_rows, rows, strict=True):
         array = np.asarray(ids, np.int64)
-        known = array[array < expansion.end_id]  # another tokenizer may give ids that nothing here stands for
-        tally.counts += expansion.counts(known)
-        tally.base.append(len(base_ids))
-        tally.expanded.append(len(ids))
-        tally.characters.append(len(document.text))
-        tally.num_bytes += len(document.text.encode())
-        tally.new.append(int(expansion.is_new(array).sum()))
-        if len(known) < len(array) or not np.array_equal(expansion.unmerge(array), base_ids):
+        if (array >= expansion.end_id).any() or not np.array_equal(expansion.unmerge(array), base_ids):
             tally.num_differing += 1
             tally.first_differing = tally.first_differing or document.name
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> Ids:
+    return np.fromiter(chain.from_iterable(rows), np.int64, sum(map(len, rows)))
+
+
+def _bounds(rows: Sequence[Sequence[int]]) -> Ids:
+    return np.cumsum([0, *map(len, rows)])
 
 
 def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str, Any]:
@@ -144,6 +194,8 @@ def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str,
     counted = base > 0
     saved_share = 1 - expanded[counted] / base[counted]
     edges = np.linspace(min(0.0, float(saved_share.min())), max(0.05, float(saved_share.max())), HISTOGRAM_BINS + 1)
+    per_1000 = {name: 1000 * tokens[counted] / np.asarray(tally.characters)[counted]
+                for name, tokens in (("base", base), ("expanded", expanded))}
     saved = tally.counts * np.asarray([len(token.run) - 1 for token in expansion.tokens], np.int64)
     lengths = np.asarray([len(token.token) for token in expansion.tokens], np.int64)
     return {
@@ -155,7 +207,10 @@ def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str,
         "expanded_tokens_per_document": num_expanded / len(base),
         "base_tokens_per_1000_characters": 1000 * num_base / characters,
         "expanded_tokens_per_1000_characters": 1000 * num_expanded / characters,
-        "saved_share_percentiles": {str(p): float(np.percentile(saved_share, p)) for p in PERCENTILES},
+        "tokens_per_document_percentiles": {"base": percentiles(base), "expanded": percentiles(expanded)},
+        "tokens_per_1000_characters_percentiles": {name: percentiles(found) for name, found in per_1000.items()},
+        "tokens_per_1000_characters_histogram": _histograms(per_1000),
+        "saved_share_percentiles": percentiles(saved_share),
         "saved_share_histogram": {"edges": edges.tolist(), "documents": np.histogram(saved_share, edges)[0].tolist()},
         "documents_not_shorter": int((expanded >= base).sum()),
         "documents_longer": int((expanded > base).sum()),
@@ -166,9 +221,24 @@ def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str,
             "share_of_tokens": sum(tally.new) / num_expanded,
             "share_of_characters": float((tally.counts * lengths).sum()) / characters,
             "most_saving": _most_saving(expansion.tokens, tally.counts, saved),
+            "never_used_count": int((tally.counts == 0).sum()),
             "never_used": [t.token for t, n in zip(expansion.tokens, tally.counts, strict=True) if n == 0][:NUM_NEVER],
         },
     }
+
+
+def percentiles(values: Ids | Floats) -> dict[str, float]:
+    """Return the percentiles that describe a distribution here, by name."""
+    return {str(p): float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+
+
+def _histograms(series: Mapping[str, Floats]) -> dict[str, list[float]]:
+    """Count several series in the same bins, from the lowest to the highest value that is no outlier."""
+    everything = np.concatenate(list(series.values()))
+    low, high = np.percentile(everything, (0.5, 99.5))
+    edges = np.linspace(low, max(high, low + 1), HISTOGRAM_BINS + 1)
+    return {"edges": edges.tolist(), **{name: np.histogram(np.clip(found, edges[0], edges[-1]), edges)[0].tolist()
+                                        for name, found in series.items()}}
 
 
 def bootstrap_saved_share(base: Ids, expanded: Ids, *, seed: int = 0) -> tuple[float, float]:
@@ -189,7 +259,7 @@ def cache_savings(folder: Path, tally: Tally) -> dict[str, Any] | None:
         Bytes per token, and per document before and after, for a 16-bit cache; None if the config does
         not describe a plain attention cache.
     """
-    per_token = cache_bytes_per_token(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    per_token = cache_bytes_per_token(read_config(folder))
     if per_token is None:
         return None
     base, expanded = sum(tally.base) / len(tally.base), sum(tally.expanded) / len(tally.expanded)
@@ -204,23 +274,6 @@ def cache_savings(folder: Path, tally: Tally) -> dict[str, Any] | None:
         "base_context_characters": context and context * characters / sum(tally.base),
         "expanded_context_characters": context and context * characters / sum(tally.expanded),
     }
-
-
-def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
-    """Return the bytes of keys and values that one token occupies in a 16-bit cache.
-
-    Returns:
-        None for a config without plain attention: compressed, linear or mixed caches are not guessed.
-    """
-    config = config.get("text_config") or config
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
-    heads = config.get("num_attention_heads", config.get("n_head"))
-    hidden = config.get("hidden_size", config.get("n_embd"))
-    if not (layers and heads and hidden) or any(k in config for k in ("kv_lora_rank", "ssm_cfg", "mamba_d_state")):
-        return None
-    key_heads = config.get("num_key_value_heads") or heads
-    head_size = config.get("head_dim") or hidden // heads
-    return int(2 * layers * key_heads * head_size * DTYPE_BYTES["bfloat16"])
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -4,8 +4,9 @@ Every picture says in words what it shows (`aria-label`), so that it can also be
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from markupsafe import Markup, escape
 
@@ -32,6 +33,19 @@ class Estimate:
     noise_floor: float
     text: str
     expected: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture of curves.
+
+    Attributes:
+        kind: CSS class: `base` or `expanded`.
+        points: (load, value, interval) of each point, by rising load.
+    """
+
+    kind: str
+    points: Sequence[tuple[float, float, tuple[float, float]]]
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -142,6 +156,80 @@ def rounds(values: Sequence[tuple[float, float, float]], *, unit: str, label: st
                 kind, _n(middle + offset), _n(y(value)), f"round {number + 1}, {name}: {value:.4g} {unit}"))
         parts.append(_text(middle, height - 10, f"round {number + 1}", anchor="middle"))
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
+    return _svg(height, label, parts)
+
+
+def distributions(
+    edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, x_text: str, label: str
+) -> Markup:
+    """Draw two or more histograms over each other, as outlines.
+
+    Args:
+        edges: Bounds of the bins, one more than there are bins.
+        counts: Height of each bin, for each CSS class.
+        x_text: What the bins are of.
+        label: The whole picture in words.
+    """
+    height, left, right, top, bottom = 230, 46, 14, 14, 44
+    low, high, tallest = edges[0], edges[-1], max(1, *chain.from_iterable(counts.values()))
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - right)
+
+    def y(count: float) -> float:
+        return height - bottom - count / tallest * (height - top - bottom)
+
+    parts = [_line(left, y(0), WIDTH - right, y(0), "axis")]
+    for count in ticks(0, tallest, 4):
+        if count == int(count):
+            parts.append(_line(left, y(count), WIDTH - right, y(count), "grid"))
+            parts.append(_text(left - 8, y(count) + 4, f"{int(count):,}", anchor="end"))
+    for kind, heights in counts.items():
+        steps = "".join(f"V{_n(y(count))}H{_n(x(end))}" for count, end in zip(heights, edges[1:], strict=True))
+        parts.append(Markup('<path class="{} area" d="M{} {}{}V{}Z"><title>{}</title></path>').format(
+            kind, _n(x(low)), _n(y(0)), steps, _n(y(0)), kind))
+    parts += [_text(x(tick), height - bottom + 18, f"{tick:g}", anchor="middle") for tick in ticks(low, high, 8)]
+    parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
+    return _svg(height, label, parts)
+
+
+def curves(lines: Sequence[Curve], *, x_text: str, unit: str, label: str) -> Markup:
+    """Draw values over a load, one line per model, with their intervals; zero is at the bottom.
+
+    Args:
+        lines: The lines, over the same loads.
+        x_text: What the load is.
+        unit: What a value is.
+        label: The whole picture in words.
+    """
+    height, left, right, top, bottom = 260, 64, 24, 30, 46
+    loads = sorted({x for line in lines for x, _, _ in line.points})
+    high = 1.06 * max(end for line in lines for _, _, interval in line.points for end in interval)
+    widest = math.log(loads[-1] / loads[0]) or 1.0
+
+    def x(load: float) -> float:  # doubling the load is one step, wherever it starts
+        return left + 24 + math.log(load / loads[0]) / widest * (WIDTH - left - right - 48)
+
+    def y(value: float) -> float:
+        return height - bottom - value / high * (height - top - bottom)
+
+    parts = [_text(left, 16, unit)]
+    for tick in ticks(0, high, 5):
+        parts.append(_line(left, y(tick), WIDTH - right, y(tick), "grid"))
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    parts += [_text(x(load), height - bottom + 18, f"{load:g}", anchor="middle") for load in loads]
+    parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
+    for number, line in enumerate(lines):
+        aside = 5 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
+        path = "".join(f"{'M' if i == 0 else 'L'}{_n(x(load) + aside)} {_n(y(value))}"
+                       for i, (load, value, _) in enumerate(line.points))
+        parts.append(Markup('<path class="{} line" d="{}"/>').format(line.kind, path))
+        for load, value, (low, top_end) in line.points:
+            at = x(load) + aside
+            parts.append(_line(at, y(low), at, y(top_end), f"{line.kind} whisker"))
+            parts.append(Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"><title>{}</title></circle>').format(
+                line.kind, _n(at), _n(y(value)), f"{line.kind} at {load:g}: {value:.4g} ({low:.4g} to {top_end:.4g})"))
+    parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
     return _svg(height, label, parts)
 
 

@@ -1,8 +1,15 @@
 """Interrupted at any moment, a run goes on with the same result as an uninterrupted one."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import tiny_folder
@@ -15,6 +22,7 @@ from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill_file
 from vocabext.distill.engine import Fit, fit_rows
 from vocabext.distill.resume import FinishedGroups
+from vocabext.model import FrozenModel
 from vocabext.records import write_jsonl
 from vocabext.tokenizer import load_tokenizer
 
@@ -71,6 +79,73 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
             assert again == header
             assert len(calls) == total - stop
         assert not (source / f".{name}.groups").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_stops_in_the_middle_of_a_group_goes_on_with_the_same_result(
+    source: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Stop at a random pass of the model, go on, stop again, and so on until it is done."""
+    passes: list[int] = []
+    stop = [0]
+    run_model = FrozenModel._run
+
+    def counted(self: FrozenModel, *inputs: Any, **options: Any) -> torch.Tensor:
+        passes.append(len(passes))
+        if len(passes) == stop[0]:
+            raise KeyboardInterrupt
+        return run_model(self, *inputs, **options)
+
+    monkeypatch.setattr(FrozenModel, "_run", counted)
+    _, whole, header = load_rows(run(source, "whole.safetensors"))
+    total, rng = len(passes), np.random.default_rng(seed)
+    stopped = 0
+    while not (source / "rows.safetensors").exists():
+        passes.clear()
+        # Early enough that some stops fall into the first group, late enough to come to an end.
+        stop[0] = int(rng.integers(1, total + 1)) if stopped < 20 else 0
+        try:
+            run(source, "rows.safetensors")
+        except KeyboardInterrupt:
+            stopped += 1
+    assert stopped > 0
+    _, rows, again = load_rows(source / "rows.safetensors")
+    assert torch.equal(rows.input_ND, whole.input_ND)
+    assert again == header
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from vocabext.config import DistillConfig
+from vocabext.distill import distill_file
+import vocabext.distill.stage as stage
+train = stage.fit_rows
+def fit(*inputs, **options):
+    print("group", flush=True)
+    return train(*inputs, **options)
+stage.fit_rows = fit
+folder = Path(sys.argv[1])
+config = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+distill_file(folder / "snippets.jsonl", str(folder / "base"), folder / "rows.safetensors", config)
+"""
+
+
+def test_a_process_that_the_system_kills_goes_on_with_the_same_result(source: Path) -> None:
+    _, whole, header = load_rows(run(source, "whole.safetensors"))
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(source)], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}) as process:  # fmt: skip
+        assert process.stdout is not None
+        for _ in range(3):  # it is in its third group
+            assert process.stdout.readline() == "group\n"
+        time.sleep(random.Random(os.getpid()).uniform(0, 0.05))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (source / "rows.safetensors").exists()
+    assert len(list((source / ".rows.safetensors.groups").glob("*.safetensors"))) >= 2
+    _, rows, again = load_rows(run(source, "rows.safetensors"))
+    assert torch.equal(rows.input_ND, whole.input_ND)
+    assert again == header
 
 
 def test_what_other_options_finished_is_not_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,159 +4,201 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serve import bench
-from serve.bench import BASE, DECODE, EXPANDED, PREFILL, BenchConfig, Prompts, ServerPool
+from serve import bench, pool
+from serve.bench import BenchConfig
 from serve.client import Load
 from serve.engine import Server, free_port, wait_until_ready
-from vocabext.errors import CorpusError, ServerError, UsageError
+from serve.journal import Journal, Run
+from serve.pool import BASE, EXPANDED, ServerPool
+from serve.scenarios import DECODE, MIXED, PREFILL, Point
+from serve.summary import complete_rounds, is_good, summarize, with_points
+from vocabext.errors import ServerError, UsageError
 
 FAKE = Path(__file__).with_name("fake_server.py")
-WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()
-
-
-class Words:
-    """A tokenizer with one token per word."""
-
-    num_ids = 100
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(word[0]) for word in text.split()]
+TARGET = {"ttft_seconds": None, "request_seconds": None}
+READ, WRITE = Point(PREFILL), Point(DECODE)
+LENGTHS = {PREFILL: [900] * 4, DECODE: [200] * 4, MIXED: [1700] * 4}
 
 
 class Characters:
     """A tokenizer with one token per character."""
 
+    num_ids = 100
+
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
 
-def documents(count: int = 40, words: int = 30) -> list[str]:
-    choose = random.Random(0)
-    return [" ".join(choose.choice(WORDS) for _ in range(words)) for _ in range(count)]
-
-
-def load(seconds: float, characters: int, count: int = 4, *, failed: int = 0, text: str = "x") -> Load:
+def load(seconds: float, characters: int = 300, count: int = 4, *, failed: int = 0, ttft: float = 0.1) -> Load:
     times = tuple(None if i < failed else seconds for i in range(count))
-    return Load(seconds * count, times, times, (characters,) * count, (50,) * count, (64,) * count,
-                ("reset",) * bool(failed), (text * characters,) * count)
+    first = tuple(None if i < failed else ttft for i in range(count))
+    return Load(seconds * count, times, first, (characters,) * count, (50,) * count, (64,) * count,
+                ("reset",) * bool(failed), ("x" * characters,) * count)
 
 
-CONFIG = BenchConfig(pairs=5, prefill_texts=4, decode_texts=4)
-PROMPTS = Prompts(("long",) * 4, ("short",) * 4)
+def rounds(measure: Callable[[str, int], Load], point: Point = READ, count: int = 5) -> list[Run]:
+    """Plant runs: `measure` gets the role and the round."""
+    return [Run(number, place, point, measure(role, number))
+            for number in range(count) for place, role in enumerate(bench.ROUND)]
 
 
-def bench_with(measure: Callable[[str, str], Load], config: BenchConfig = CONFIG) -> dict[str, object]:
-    return bench.summarize(bench.measure_rounds(measure, config), PROMPTS, config)
+def summary(runs: list[Run], point: Point = READ, target: dict[str, float | None] = TARGET) -> dict[str, Any]:
+    (found,) = summarize(runs, [point], LENGTHS, target)
+    return found
 
 
-def metric(document: dict[str, object], scenario: str, name: str) -> dict[str, object]:
-    (found,) = [s for s in document["scenarios"] if s["name"] == scenario]  # type: ignore[attr-defined]
-    return dict(found["metrics"][name])
-
-
-def jitter() -> Callable[[], float]:
+def jitter(share: float = 0.01) -> Callable[[], float]:
     choose = random.Random(1)
-    return lambda: choose.uniform(0.99, 1.01)
+    return lambda: choose.uniform(1 - share, 1 + share)
 
 
 def test_a_planted_faster_server_is_found_and_base_against_base_is_not() -> None:
     noise = jitter()
-    faster = bench_with(lambda role, _: load((1 / 1.1 if role == EXPANDED else 1) * noise(), 300))
-    assert metric(faster, PREFILL, "seconds_per_text")["verdict"] == "faster"
-    assert metric(faster, DECODE, "seconds_per_1000_output_characters")["verdict"] == "faster"
-    same = bench_with(lambda *_: load(noise(), 300))
-    assert metric(same, PREFILL, "seconds_per_text")["verdict"] == "no difference"
-    assert metric(same, DECODE, "seconds_per_1000_output_characters")["verdict"] == "no difference"
+    faster = summary(rounds(lambda role, _: load((1 / 1.1 if role == EXPANDED else 1) * noise())))
+    assert faster["metrics"]["request_seconds"]["verdict"] == "faster"
+    assert faster["metrics"]["input_characters_per_second"]["verdict"] == "faster"
+    same = summary(rounds(lambda *_: load(noise())))
+    assert same["metrics"]["request_seconds"]["verdict"] == "no difference"
 
 
-def test_decode_counts_characters_and_not_tokens() -> None:
+def test_writing_is_counted_in_characters_and_not_in_tokens() -> None:
     noise = jitter()
-    found = bench_with(lambda role, _: load(noise(), 450 if role == EXPANDED else 300))
-    decode = metric(found, DECODE, "seconds_per_1000_output_characters")
-    assert decode["speedup"] == pytest.approx(1.5, rel=0.03)
-    assert decode["base"] == pytest.approx(1000 / 300, rel=0.03)
-    assert metric(found, PREFILL, "seconds_per_text")["verdict"] == "no difference"
+    found = summary(rounds(lambda role, _: load(noise(), 450 if role == EXPANDED else 300), WRITE), WRITE)["metrics"]
+    assert found["seconds_per_1000_output_characters"]["speedup"] == pytest.approx(1.5, rel=0.03)
+    assert found["seconds_per_1000_output_characters"]["base"] == pytest.approx(1000 / 300, rel=0.03)
+    assert found["request_seconds"]["verdict"] == "no difference"
+    assert found["output_characters_per_second"]["speedup"] == pytest.approx(1.5, rel=0.03)
+    after = found["seconds_per_1000_output_characters_after_first_token"]["base"]
+    assert after == pytest.approx(900 / 300, rel=0.05)  # of one second, a tenth passes before the first token
 
 
-def test_failed_requests_are_counted_and_shown() -> None:
-    found = bench_with(lambda role, _: load(1.0, 300, failed=role == EXPANDED))
-    scenario = found["scenarios"][0]  # type: ignore[index]
-    assert (scenario[BASE]["requests"], scenario[BASE]["failed_requests"]) == (40, 0)
-    assert (scenario[EXPANDED]["requests"], scenario[EXPANDED]["failed_requests"]) == (20, 5)
-    assert scenario[EXPANDED]["errors"] == ["reset"]
+def test_rates_grow_when_times_fall() -> None:
+    metric = summary(rounds(lambda role, _: load(0.5 if role == EXPANDED else 1.0)))["metrics"]
+    rate = metric["input_characters_per_second"]
+    assert (rate["base"], rate["expanded"], rate["speedup"]) == pytest.approx((900, 1800, 2))
+    assert rate["base_interval"][0] <= rate["base"] <= rate["base_interval"][1]
+    assert metric["requests_per_second"]["expanded"] == pytest.approx(2)
+
+
+def test_failed_requests_are_counted_and_never_averaged_away() -> None:
+    found = summary(rounds(lambda role, _: load(1.0, failed=role == EXPANDED)))
+    assert (found[BASE]["requests"], found[BASE]["failed_requests"]) == (40, 0)
+    assert (found[EXPANDED]["requests"], found[EXPANDED]["failed_requests"]) == (20, 5)
+    assert found[EXPANDED]["errors"] == ["reset"]
+    metric = found["metrics"]["request_seconds"]
+    assert (metric["left_out"], metric["lost_rounds"]) == (5, 0)
+    assert found["metrics"]["requests_per_second"]["expanded"] == pytest.approx(3 / 4)  # what failed did nothing
+
+
+def test_a_round_that_failed_is_lost_and_said_so() -> None:
+    found = summary(rounds(lambda role, number: load(1.0, failed=4 if (role, number) == (EXPANDED, 2) else 0)))
+    metric = found["metrics"]["request_seconds"]
+    assert (metric["lost_rounds"], metric["verdict"]) == (1, "too few rounds")
+
+
+def test_a_point_at_which_everything_failed_says_why_instead_of_a_number() -> None:
+    found = summary(rounds(lambda role, _: load(1.0, failed=4 * (role == EXPANDED))))
+    assert found["metrics"] == {}
+    assert "no request of any round succeeded on both servers" in found["not_comparable"]["request_seconds"]
+
+
+def test_runs_that_something_else_held_up_are_counted() -> None:
+    found = summary(rounds(lambda role, number: load(2.0 if (role, number) == (EXPANDED, 3) else 1.0)))
+    assert (found[BASE]["held_up_runs"], found[EXPANDED]["held_up_runs"]) == (0, 1)
+
+
+def test_goodput_counts_requests_that_met_the_target() -> None:
+    target = {"ttft_seconds": 0.2, "request_seconds": 1.0}
+    assert is_good(load(0.9, failed=1), target) == [False, True, True, True]
+    assert is_good(load(0.9, ttft=0.3), target) == [False] * 4
+    found = summary(rounds(lambda role, _: load(0.8 if role == EXPANDED else 1.2)), target=target)
+    assert found[BASE]["requests_within_target"] == 0
+    assert found[EXPANDED]["requests_within_target"] == 20
+    assert found[EXPANDED]["goodput_per_run"] == pytest.approx([1 / 0.8] * 5)
+    assert "goodput_requests_per_second" in found["not_comparable"]  # nothing to divide by: the base did none
+    both = summary(rounds(lambda role, _: load(0.4 if role == EXPANDED else 0.8)), target=target)
+    assert both["metrics"]["goodput_requests_per_second"]["speedup"] == pytest.approx(2)
 
 
 def test_units_are_in_every_name_and_no_rate_of_tokens_is_there() -> None:
-    text = json.dumps(bench_with(lambda *_: load(1.0, 300)))
+    text = json.dumps(summary(rounds(lambda *_: load(1.0), WRITE), WRITE))
     assert "tokens_per_second" not in text
-    for name in ("seconds_per_text", "request_seconds", "ttft_seconds", "output_characters", "duration_seconds"):
+    for name in ("request_seconds", "ttft_seconds", "output_characters_per_second"):
         assert f'"{name}"' in text
 
 
+def test_only_rounds_with_all_three_runs_count() -> None:
+    runs = rounds(lambda *_: load(1.0))
+    assert len(complete_rounds(runs[:-1], READ)) == 4
+    assert summarize(runs[:2], [READ], LENGTHS, TARGET) == []
+
+
+CONFIG = BenchConfig(pairs=2, scenario=(PREFILL, DECODE))
+
+
 def test_rounds_alternate_and_end_with_the_base() -> None:
-    steps = list(bench.plan(dataclasses.replace(CONFIG, pairs=2)))
-    assert [(n, place) for n, place, scenario in steps if scenario == PREFILL] == [
-        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert steps[:4] == [(0, 0, PREFILL), (0, 1, PREFILL), (0, 2, PREFILL), (0, 0, DECODE)]
+    blocks = list(bench.plan(CONFIG, one_at_a_time=False))
+    assert blocks[0] == [(0, 0, READ), (0, 1, READ), (0, 2, READ)]
+    assert [block[0][2] for block in blocks] == [READ, WRITE, READ, WRITE]
 
 
 def test_one_at_a_time_changes_the_server_only_between_places() -> None:
-    config = dataclasses.replace(CONFIG, pairs=2, one_at_a_time=True)
-    assert list(bench.plan(config))[:4] == [(0, 0, PREFILL), (0, 0, DECODE), (0, 1, PREFILL), (0, 1, DECODE)]
-    assert sorted(bench.plan(config)) == sorted(bench.plan(dataclasses.replace(config, one_at_a_time=False)))
+    blocks = list(bench.plan(CONFIG, one_at_a_time=True))
+    assert blocks[0] == [(0, 0, READ), (0, 0, WRITE), (0, 1, READ), (0, 1, WRITE), (0, 2, READ), (0, 2, WRITE)]
+    both = [step for block in bench.plan(CONFIG, one_at_a_time=False) for step in block]
+    assert {step for block in blocks for step in block} == set(both)
 
 
-def test_long_prompts_fill_the_context_in_base_tokens_and_end_at_a_space() -> None:
-    texts = documents()
-    prompts = bench.build_prompts(texts, Words(), dataclasses.replace(CONFIG, output_tokens=8), context=116)
-    lengths = [len(Words().encode(p)) for p in prompts.prefill]
-    assert len(lengths) == 4
-    assert all(90 <= n <= 100 for n in lengths)
-    source = set(" ".join(texts).split())
-    assert all(set(p.split()) <= source for p in prompts.prefill)
-
-
-def test_prompts_never_exceed_the_limit_of_prompt_tokens() -> None:
-    config = dataclasses.replace(CONFIG, prompt_tokens=64)
-    prompts = bench.build_prompts(documents(), Characters(), config, context=None)
-    assert all(len(p) <= 64 for p in prompts.prefill)
-
-
-def test_short_prompts_are_the_beginnings_of_documents() -> None:
-    texts = documents()
-    prompts = bench.build_prompts(texts, Words(), dataclasses.replace(CONFIG, prompt_characters=40), context=512)
-    assert all(any(t.startswith(p) for t in texts) and 30 <= len(p) <= 40 for p in prompts.decode)
-    assert len(set(prompts.decode)) == 4
-
-
-def test_a_small_corpus_gives_fewer_prompts_and_an_empty_one_an_error() -> None:
-    assert len(bench.build_prompts(["only this"], Words(), CONFIG, context=512).prefill) == 1
-    with pytest.raises(CorpusError, match="no text to make prompts from"):
-        bench.build_prompts(["", " \n"], Words(), CONFIG, context=512)
-
-
-def test_an_answer_that_does_not_fit_into_the_context_is_refused() -> None:
-    with pytest.raises(UsageError, match="--output-tokens 64 leaves too little of the model's context of 96"):
-        bench.build_prompts(documents(), Words(), CONFIG, context=96)
-
-
-@pytest.mark.parametrize("name", ["pairs", "prefill_texts", "output_tokens", "concurrency"])
-def test_options_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} is 0; it must be at least 1"):
-        BenchConfig(**{name: 0})
+@pytest.mark.parametrize(("options", "message"), [
+    ({"pairs": 0}, "--pairs is 0; it must be at least 1"),
+    ({"texts": 0}, "--texts is 0; it must be at least 1"),
+    ({"output_characters": 0}, "--output-characters is 0; it must be at least 1"),
+    ({"concurrency": (1, 0)}, "--concurrency is 0; it must be at least 1"),
+    ({"rate": (-1.0,)}, "--rate is -1.0; it must be a number of requests per second above 0"),
+    ({"scenario": ("reading",)}, "--scenario is 'reading'; it must be one of prefill, decode, mixed"),
+    ({"target_ttft_seconds": 0.0}, "--target-ttft-seconds is 0.0; it must be above 0"),
+    ({"concurrency": ()}, "there is nothing to measure"),
+])
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        BenchConfig(**options)
 
 
 def test_flags_switch_prefix_caching_off_and_give_way_to_the_user() -> None:
     assert bench.server_flags(CONFIG, 512, "cpu") == ("--no-enable-prefix-caching",)
     long = bench.server_flags(CONFIG, 131072, "gpu")
-    assert long == ("--no-enable-prefix-caching", "--max-model-len", "2160", "--gpu-memory-utilization", "0.42")
+    assert long == ("--no-enable-prefix-caching", "--max-model-len", "2224", "--gpu-memory-utilization", "0.42")
+    assert "0.42" not in bench.server_flags(CONFIG, 131072, "gpu", alone=True)
     mine = dataclasses.replace(CONFIG, vllm_flags=(
         "--enable-prefix-caching", "--max-model-len=9000", "--gpu-memory-utilization", "0.3"))
     assert bench.server_flags(mine, 131072, "gpu") == mine.vllm_flags
 
+
+def test_a_smaller_context_of_the_servers_limits_the_prompts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    assert bench._context([tmp_path], []) == 2048
+    assert bench._context([tmp_path], ["--max-model-len", "100"]) == 100
+    assert bench._context([tmp_path], ["--max_model_len=200"]) == 200
+
+
+def test_the_method_says_what_was_done_about_caching_servers_and_lengths() -> None:
+    lines = " ".join(bench.method_of(CONFIG, ["--no-enable-prefix-caching"], {}))
+    assert "Prefix caching off" in lines
+    assert "both servers up all the time" in lines
+    assert "equal in characters, not in tokens" in lines
+    alone = dataclasses.replace(CONFIG, one_at_a_time=True, target_ttft_seconds=0.5)
+    lines = " ".join(bench.method_of(alone, ["--enable-prefix-caching"], {}))
+    assert "Prefix caching as the flags say" in lines
+    assert "one server at a time, restarted" in lines
+    assert "Goodput counts requests with ttft seconds at most 0.5" in lines
+    assert "did not start together (no memory)" in " ".join(bench.method_of(CONFIG, [], {"fallback": "no memory"}))
+
+
+# -- the two servers ----------------------------------------------------------------------------------------------
 
 def fake_server(role: str, folder: Path, mode: str = "healthy") -> Server:
     port = free_port()
@@ -164,58 +206,86 @@ def fake_server(role: str, folder: Path, mode: str = "healthy") -> Server:
                   name=f"the {role} server")
 
 
-def test_both_servers_are_up_and_warmed_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SETTLE_SECONDS", 0.0)
-    warmed: list[str] = []
-    with ServerPool(lambda role: fake_server(role, tmp_path), CONFIG, lambda _, role: warmed.append(role)) as pool:
-        pool.start_all()
-        servers = [pool.get(role) for role in (BASE, EXPANDED, BASE, EXPANDED)]
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(pool, "SETTLE_SECONDS", 0.0)
+    return []
+
+
+def server_pool(folder: Path, warmed: list[str], *, one_at_a_time: bool = False, mode: Any = "healthy") -> ServerPool:
+    def make(role: str) -> Server:
+        return fake_server(role, folder, mode if isinstance(mode, str) else mode(role))
+
+    return ServerPool(make, lambda _, role: warmed.append(role), one_at_a_time=one_at_a_time, timeout_seconds=30)
+
+
+def test_both_servers_are_up_and_warmed_up_once(tmp_path: Path, warmed: list[str]) -> None:
+    with server_pool(tmp_path, warmed) as running:
+        running.start_all()
+        servers = [running.get(role) for role in (BASE, EXPANDED, BASE, EXPANDED)]
         assert servers[0] is servers[2]
         assert all(server.exit_code is None for server in servers)
     assert warmed == [BASE, EXPANDED]
     assert all(server.exit_code is not None for server in servers)
 
 
-def test_one_at_a_time_stops_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SETTLE_SECONDS", 0.0)
-    warmed: list[str] = []
-    config = dataclasses.replace(CONFIG, one_at_a_time=True)
-    with ServerPool(lambda role: fake_server(role, tmp_path), config, lambda _, role: warmed.append(role)) as pool:
-        pool.start_all()
-        first = pool.get(BASE)
-        assert pool.get(BASE) is first
-        second = pool.get(EXPANDED)
+def test_one_at_a_time_stops_the_other(tmp_path: Path, warmed: list[str]) -> None:
+    with server_pool(tmp_path, warmed, one_at_a_time=True) as running:
+        running.start_all()
+        first = running.get(BASE)
+        assert running.get(BASE) is first
+        second = running.get(EXPANDED)
         assert first.exit_code is not None
         assert second.exit_code is None
-        pool.get(BASE)
+        running.get(BASE)
     assert warmed == [BASE, EXPANDED, BASE]
 
 
-def test_two_servers_that_do_not_fit_come_with_advice(tmp_path: Path) -> None:
-    with ServerPool(lambda role: fake_server(role, tmp_path, "dies"), CONFIG, lambda *_: None) as pool:
-        with pytest.raises(ServerError, match=r"(?s)the model needs 80 GiB.*pass --one-at-a-time"):
-            pool.start_all()
+def test_two_servers_that_do_not_fit_together_take_turns(tmp_path: Path, warmed: list[str]) -> None:
+    started: list[str] = []
+
+    def mode(role: str) -> str:
+        started.append(role)
+        return "dies" if started == [BASE, EXPANDED] else "healthy"  # the second one finds no memory, once
+
+    with server_pool(tmp_path, warmed, mode=mode) as running:
+        running.start_all()
+        assert running.one_at_a_time
+        assert "the expanded server stopped with exit code 1: ValueError: the model needs 80 GiB" in running.fallback
+        running.get(BASE)
+        running.get(EXPANDED)
+    assert warmed == [BASE, EXPANDED]
+
+
+def test_a_model_that_does_not_fit_alone_is_an_error_that_says_why(tmp_path: Path, warmed: list[str]) -> None:
+    with server_pool(tmp_path, warmed, mode="dies") as running, pytest.raises(ServerError, match="needs 80 GiB"):
+        running.start_all()
+
+
+def test_a_server_that_died_between_two_runs_is_noticed(tmp_path: Path, warmed: list[str]) -> None:
+    with server_pool(tmp_path, warmed) as running:
+        running.start_all()
+        server = running.get(BASE)
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(ServerError, match="the base server stopped by SIGKILL"):
+            running.get(BASE)
 
 
 def test_a_server_that_tokenizes_otherwise_is_noticed(tmp_path: Path) -> None:
     with fake_server(BASE, tmp_path) as server:
         wait_until_ready([server], timeout_seconds=30)
-        found = bench.agreement_of(server, BASE, ["even", "odd one", "last"], Characters())
+        found = bench.agreement_of(server, BASE, ["even", "odd one", "last"], Characters())  # type: ignore[arg-type]
     assert found == {"prompts": 3, "agreeing": 2}
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"max_position_embeddings": 2048}, 2048), ({"n_positions": 1024}, 1024), ({}, None),
-    ({"text_config": {"max_position_embeddings": 8}}, 8)])
-def test_the_context_is_read_from_the_config(tmp_path: Path, config: dict[str, object], expected: int | None) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert bench.context_length(tmp_path) == expected
-
-
-def test_the_method_says_what_was_done_about_caching_and_servers() -> None:
-    lines = " ".join(bench.method_of(CONFIG, ["--no-enable-prefix-caching"]))
-    assert "Prefix caching off" in lines
-    assert "both servers up all the time" in lines
-    alone = " ".join(bench.method_of(dataclasses.replace(CONFIG, one_at_a_time=True), ["--enable-prefix-caching"]))
-    assert "Prefix caching as the flags say" in alone
-    assert "one server at a time" in alone
+def test_a_result_without_points_is_summarized_when_it_is_read(tmp_path: Path) -> None:
+    settings = {"options": dataclasses.asdict(dataclasses.replace(CONFIG, scenario=(PREFILL,))), "versions": {},
+                "machine": {"cpu": "a processor"},
+                "models": {"base": {"name": "b"}, "expanded": {"name": "e"}}}
+    journal = Journal(tmp_path / "bench.json", settings)
+    journal.notes["prompt_characters"] = LENGTHS
+    journal.runs = rounds(lambda *_: load(1.0))
+    journal.save()  # all that a killed process leaves
+    found = with_points(json.loads((tmp_path / "bench.json").read_text()))
+    assert (found["state"], found["base"], found["points"][0]["rounds"]) == ("partial", "b", 5)

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_checkpoints import tiny_folder
+from tiny_expanded import expanded_pair
 
+from serve.engine import Server, free_port
 from vocabext.cli.main import cli
+
+FAKE = Path(__file__).with_name("fake_server.py")
 
 CORPUS = '{"text": "a text of some words"}\n'
 HEAVY = {"torch", "transformers", "tokenizers", "vllm", "numpy", "jinja2"}
@@ -17,7 +22,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["serve", *map(str, arguments)], prog_name="vocabext")
 
 
-@pytest.mark.parametrize("verb", ["", "lengths", "start", "bench", "report"])
+@pytest.mark.parametrize("verb", ["", "lengths", "predict", "start", "bench", "report"])
 def test_help_imports_nothing_heavy(verb: str) -> None:
     code = ("import sys\nfrom vocabext.cli.main import cli\n"
             f"try: cli.main(['serve', *'{verb}'.split(), '--help'])\n"
@@ -31,7 +36,8 @@ def test_help_imports_nothing_heavy(verb: str) -> None:
 
 def test_verbs_are_listed_in_the_order_of_use() -> None:
     lines = run("--help").stdout.split("Commands:")[1].split("\n")
-    assert [line.split()[0] for line in lines if line.strip()] == ["lengths", "start", "bench", "report"]
+    assert [line.split()[0] for line in lines if line.strip()][:5] == [
+        "lengths", "predict", "start", "bench", "report"]
 
 
 @pytest.fixture
@@ -107,6 +113,10 @@ def test_a_report_is_written_whole_and_says_what_is_missing(tmp_path: Path) -> N
     assert output.read_text().startswith("<!DOCTYPE html>")
     assert run("report", tmp_path, "-o", output).exit_code == 2
     assert run("report", tmp_path, "-o", output, "--force").exit_code == 0
+    assert json.loads((tmp_path / "report.json").read_text())["artifact"] == "report"
+    assert (tmp_path / "report.md").read_text().startswith("# ")
+    done = run("report", tmp_path, "-o", tmp_path / "page.md")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
 
 
 def test_flags_behind_the_dashes_reach_both_servers(
@@ -116,7 +126,7 @@ def test_flags_behind_the_dashes_reach_both_servers(
 
     def fake(base: str, expanded: str, corpus: Any, **rest: Any) -> dict[str, Any]:
         seen.update(rest, base=base, expanded=expanded)
-        return {"scenarios": [], "tokenize_agreement": {}, "artifact": "bench"}
+        return {"artifact": "bench"}
 
     monkeypatch.setattr("serve.bench.run_bench", fake)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--pairs", 7, "--json",
@@ -124,7 +134,9 @@ def test_flags_behind_the_dashes_reach_both_servers(
     assert done.exit_code == 0, done.output
     assert seen["config"].vllm_flags == ("--max-num-seqs", "4")
     assert (seen["config"].pairs, seen["base"], seen["expanded"]) == (7, "B", "E")
-    assert json.loads(done.stdout)["artifact"] == json.loads((tmp_path / "out.json").read_text())["artifact"] == "bench"
+    assert seen["config"].concurrency == (1,)
+    assert seen["output"] == tmp_path / "out.json"
+    assert json.loads(done.stdout)["artifact"] == "bench"
     assert not list(tmp_path.glob("*.logs"))
 
 
@@ -140,3 +152,131 @@ def test_logs_are_kept_when_a_bench_fails(tmp_path: Path, corpus: Path, monkeypa
     assert done.exit_code == 1
     assert (tmp_path / "out.logs" / "base.log").read_text() == "the reason"
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_rate_replaces_the_fixed_number_in_flight(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("serve.bench.run_bench", lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
+    for rest in (["--rate", 2], ["--rate", 2, "--concurrency", 4], ["--scenario", "mixed"]):
+        assert run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--json", *rest).exit_code == 0
+    assert [(c.concurrency, c.rate) for c in seen] == [((), (2.0,)), ((4,), (2.0,)), ((1,), ())]
+    assert seen[2].scenario == ("mixed",)
+
+
+def test_a_partial_result_is_taken_up_without_force_and_a_whole_one_is_not(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bench.run_bench", lambda *_, **__: {"artifact": "bench"})
+    output = tmp_path / "out.json"
+    output.write_text('{"artifact": "bench", "state": "partial"}')
+    assert run("bench", "B", "E", "--corpus", corpus, "-o", output, "--json").exit_code == 0
+    output.write_text('{"artifact": "bench", "state": "complete"}')
+    assert run("bench", "B", "E", "--corpus", corpus, "-o", output, "--json").exit_code == 2
+
+
+def test_an_interruption_says_where_the_results_are(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, output: Path, **__: Any) -> None:
+        output.write_text('{"artifact": "bench", "state": "partial"}')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serve.bench.run_bench", interrupted)
+    done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json")
+    assert done.exit_code == 130
+    assert "out.json; the same command goes on from there" in done.stderr
+
+
+def test_a_corpus_of_empty_lines_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.bench.require_vllm", lambda: None)
+    base = tiny_folder(tmp_path / "base")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n{"text": " "}\n')
+    for verb in ("bench", "lengths"):
+        done = run(verb, base, base, "--corpus", empty, "-o", tmp_path / "out.json")
+        assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "text" in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.bench.require_vllm", lambda: None)
+    base = tiny_folder(tmp_path / "base")
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "the heart of the muscle " * 200}) + "\n")
+    done = run("bench", base, base, "--corpus", corpus, "-o", tmp_path / "out.json", "--prompt-tokens", 5000)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "--prompt-tokens 5000 does not fit into the context of 128 tokens; use at most 112" in done.stderr
+
+
+# -- predict ------------------------------------------------------------------------------------------------------
+
+def test_a_prediction_without_lengths_or_device_is_wrong_usage(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    done = run("predict", base, "--device", "h100", "--new-tokens", 10)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "pass --lengths (from `serve lengths`) or --saved-share" in done.stderr
+    done = run("predict", base, "--new-tokens", 10, "--saved-share", 0.2)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "no device was named; choose from h200" in done.stderr
+
+
+def test_a_prediction_is_shown_and_written(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    output = tmp_path / "predict.json"
+    done = run("predict", base, "--device", "h100", "--new-tokens", 10, "--saved-share", 0.2, "-o", output)
+    assert done.exit_code == 0, done.stderr
+    assert "text is 1.250 times shorter" in done.stdout
+    assert json.loads(output.read_text())["model"]["new_rows"] == 10
+    assert run("predict", base, "--device", "h100", "--new-tokens", 1, "--saved-share", 0, "-o", output).exit_code
+
+
+# -- start --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An expanded folder that nobody verified, and a vLLM that is a planted server."""
+    _, folder = expanded_pair(tmp_path)
+    (folder / "verify.json").unlink(missing_ok=True)
+    port = free_port()
+    server = Server([sys.executable, str(FAKE), str(port), "dies-later", "1"], f"http://127.0.0.1:{port}",
+                    tmp_path / "server.log", name="the vLLM server")
+    monkeypatch.setattr("serve.engine.require_vllm", lambda: None)
+    monkeypatch.setattr("serve.engine.vllm_server", lambda *_, **__: server)
+    return folder
+
+
+def test_a_folder_that_was_not_verified_is_refused(expanded: Path) -> None:
+    done = run("start", expanded)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert "is an expanded model that was not verified (no verify.json); run: vocabext verify" in done.stderr
+    assert "or pass --unverified" in done.stderr
+
+
+def test_a_folder_that_failed_verification_is_refused_with_the_check(expanded: Path) -> None:
+    (expanded / "verify.json").write_text(json.dumps({"artifact": "verify", "passed": False, "checks": [
+        {"name": "old rows", "verdict": "fail"}, {"name": "config", "verdict": "pass"}]}))
+    done = run("start", expanded)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert "failed verification (old rows); run: vocabext verify" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"passed": true}'])
+def test_a_damaged_verdict_is_no_verdict(expanded: Path, content: str) -> None:
+    (expanded / "verify.json").write_text(content)
+    assert "was not verified" in run("start", expanded).stderr
+
+
+def test_a_verified_folder_and_an_unverified_one_on_demand_are_served(expanded: Path) -> None:
+    done = run("start", expanded, "--unverified")
+    assert "http://127.0.0.1:" in done.stdout
+    assert "new tokens" in done.stdout
+    assert done.exit_code == 1  # the planted server stops after a second, which is said
+    assert "the vLLM server stopped with exit code 7" in done.stderr
+
+
+def test_a_passed_verification_opens_the_door(expanded: Path) -> None:
+    (expanded / "verify.json").write_text('{"artifact": "verify", "version": 1, "passed": true, "checks": []}')
+    assert "http://127.0.0.1:" in run("start", expanded).stdout

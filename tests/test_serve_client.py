@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from serve.client import Job, LoadClient, arguments, load_from, write_prompts
 from serve.engine import Server
 from vocabext.errors import ServerError
 
-JOB = Job("http://127.0.0.1:1", "base", "/prompts.jsonl", 2, 7, 3)
+JOB = Job("http://127.0.0.1:1", "base", "/prompts.jsonl", 2, (7, 9), 3)
 RESULT = {
     "duration": 2.0, "latencies": [1.0, 0.0], "ttfts": [0.25, 0.0], "generated_texts": ["four", ""],
     "input_lens": [11, 1], "output_lens": [7, 0], "errors": ["", "Traceback ...\n  File x\nClientOSError: reset\n"],
@@ -56,9 +57,12 @@ def test_a_job_becomes_a_command_line_without_a_tokenizer() -> None:
     line = arguments(JOB)
     assert "--skip-tokenizer-init" in line
     assert "--disable-shuffle" in line
-    body = json.loads(line[line.index("--extra-body") + 1])
-    assert body == {"max_tokens": 7, "min_tokens": 7, "temperature": 0.0}
     assert line[line.index("--max-concurrency") + 1] == "3"
+    assert "--request-rate" not in line
+    at_a_rate = arguments(dataclasses.replace(JOB, concurrency=None, request_rate=2.5, seed=4))
+    assert at_a_rate[at_a_rate.index("--request-rate") + 1] == "2.5"
+    assert at_a_rate[at_a_rate.index("--seed") + 1] == "4"
+    assert "--max-concurrency" not in at_a_rate
 
 
 def test_prompts_are_written_one_per_line(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_missing_vllm_is_named_with_its_command(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cpu_dtype", lambda: "bfloat16")
     monkeypatch.setattr(engine, "require_vllm", lambda: None)
     monkeypatch.setattr(engine, "vllm_device", lambda: "cpu")
 
@@ -203,6 +204,25 @@ def test_a_server_for_everybody_is_reached_locally(tmp_path: Path) -> None:
     assert engine.vllm_server("MODEL", tmp_path / "log", host="0.0.0.0").url.startswith("http://127.0.0.1:")
 
 
+@pytest.mark.parametrize(("cpuinfo", "expected"), [
+    ("model name : x\nflags\t\t: fpu avx512f amx_bf16 amx_tile\n", "bfloat16"),
+    ("flags : fpu avx2 avx512_bf16\n", "bfloat16"), ("Features : fp asimd bf16\n", "bfloat16"),
+    ("flags : fpu avx2\nbugs : bf16\n", "float32")])
+def test_bfloat16_is_only_for_processors_that_multiply_it(tmp_path: Path, cpuinfo: str, expected: str) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(cpuinfo)
+    assert engine.cpu_dtype(path) == expected
+    assert engine.cpu_dtype(tmp_path / "nowhere") == "bfloat16"
+
+
+@pytest.mark.parametrize(("flags", "value"), [
+    (["--max-model-len", "9"], "9"), (["--max_model_len=9"], "9"), (["--seed", "1"], None), ([], None),
+    (["--max-model-len"], "")])
+def test_the_value_of_a_flag_is_found_however_it_is_spelled(flags: list[str], value: str | None) -> None:
+    assert engine.flag_value(flags, "max-model-len") == value
+
+
+@pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize(("flags", "expected"), [
     ([], ["--enforce-eager", "--dtype", "bfloat16"]),
     (["--dtype=float32"], ["--enforce-eager"]),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve import lengths
+from serve import lengths, shape
 from serve.encoder import load_encoder
 from vocabext.checkpoint import Rows, save_rows
 from vocabext.errors import CorpusError, TokenizerError
@@ -89,7 +89,8 @@ def test_a_tokenizer_that_breaks_the_invariant_is_found(folders: tuple[Path, Pat
     wrong = [NewToken(w, w, (5, 6)) for w in (" muscle", " heart", " zebra")]  # runs of another tokenizer
     tally = lengths.Tally(np.zeros(3, np.int64))
     batch = [Document("a", "the rest"), Document("b", "the heart")]
-    lengths.count_batch(tally, batch, base, expanded, Expansion(wrong, tokenizer.num_used_ids))
+    for _, *rows in lengths.encode_ahead([batch], base, expanded):
+        lengths.count_batch(tally, batch, *rows, Expansion(wrong, tokenizer.num_used_ids))
     assert (tally.num_differing, tally.first_differing) == (1, "b")
 
 
@@ -124,7 +125,7 @@ def test_pieces_never_cut_a_character(folders: tuple[Path, Path]) -> None:
     ({}, None),
 ])
 def test_the_cache_of_a_token_follows_from_the_config(config: dict[str, object], expected: int | None) -> None:
-    assert lengths.cache_bytes_per_token(config) == expected
+    assert shape.cache_bytes_per_token(config) == expected
 
 
 def test_cache_and_context_follow_from_the_lengths(folders: tuple[Path, Path], corpus: str) -> None:

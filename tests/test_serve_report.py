@@ -1,34 +1,53 @@
 import copy
+import dataclasses
 import html.parser
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from serve import pictures, report
-from serve.compare import Series, compare
+from serve.bench import BenchConfig
+from serve.card import card_of
+from serve.client import Load
+from serve.devices import DEVICES
+from serve.journal import Run
+from serve.predict import Lengths, ModelShape, PredictConfig, measured_beside, predict_loads, predict_memory
+from serve.scenarios import Point
+from serve.summary import summarize
+from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError
 
 SECTIONS = ("shorter", "examples", "faster", "faithful", "tokens", "verified", "worse", "method")
+WITH_PREDICTION = ("shorter", "examples", "faster", "predicted", "faithful", "tokens", "verified", "worse", "method")
+SCHEMA = Path(report.__file__).with_name("report.schema.json")
 HOSTILE = "<script>alert('&')</script>"
 
 
 def lengths_result() -> dict[str, Any]:
     return {
-        "artifact": "lengths", "version": 1, "base": "b", "expanded": "e", "corpus": ["held.jsonl"],
+        "artifact": "lengths", "version": 2, "base": "b", "expanded": "e", "corpus": ["held.jsonl"],
         "documents": 200, "characters": 9000, "bytes": 9100, "base_tokens": 2500, "expanded_tokens": 1800,
         "saved_share": 0.28, "saved_share_interval": [0.26, 0.3],
         "base_tokens_per_document": 12.5, "expanded_tokens_per_document": 9.0,
         "base_tokens_per_1000_characters": 277.8, "expanded_tokens_per_1000_characters": 200.0,
+        "tokens_per_document_percentiles": {role: dict.fromkeys(("0", "5", "25", "50", "75", "95", "100"), 9.0)
+                                            for role in ("base", "expanded")},
+        "tokens_per_1000_characters_percentiles": {role: dict.fromkeys(("0", "5", "25", "50", "75", "95", "100"), 200.0)
+                                                   for role in ("base", "expanded")},
+        "tokens_per_1000_characters_histogram": {"edges": [150.0, 200.0, 250.0, 300.0], "base": [10, 90, 100],
+                                                 "expanded": [90, 100, 10]},
         "saved_share_percentiles": {"0": 0, "5": 0.1, "25": 0.2, "50": 0.27, "75": 0.3, "95": 0.5, "100": 0.6},
         "saved_share_histogram": {"edges": [0.0, 0.2, 0.4, 0.6], "documents": [50, 100, 50]},
         "documents_not_shorter": 3, "documents_longer": 0, "invariant": {"documents": 200, "differing": 0, "first": ""},
         "new_tokens": {"total": 10, "used": 8, "share_of_tokens": 0.2, "share_of_characters": 0.4,
                        "most_saving": [{"token": f" {HOSTILE}", "count": 40, "base_tokens": 5, "saved_tokens": 160},
                                        {"token": " heart", "count": 30, "base_tokens": 3, "saved_tokens": 60}],
-                       "never_used": [" zebra", HOSTILE]},
+                       "never_used_count": 2, "never_used": [" zebra", HOSTILE]},
         "cache": {"bytes_per_token": 6144, "base_bytes_per_document": 76800.0, "expanded_bytes_per_document": 55296.0,
                   "saved_bytes_per_document": 21504.0, "context_tokens": 512, "base_context_characters": 1843.2,
                   "expanded_context_characters": 2560.0},
@@ -41,32 +60,48 @@ def lengths_result() -> dict[str, Any]:
     }
 
 
-def bench_result(*, speedup: float = 1.5) -> dict[str, Any]:
-    base = [[1.0, 1.01, 0.99]] * 5
+READ, WRITE, WRITE_8, MIXED_RATE = (Point("prefill"), Point("decode"), Point("decode", 8), Point("mixed", None, 2.0))
+POINTS = (READ, WRITE, WRITE_8, MIXED_RATE)
 
-    def metrics(name: str, factor: float) -> dict[str, Any]:
-        import numpy as np
 
-        first = Series(np.asarray(base), np.ones((5, 3)))
-        other = Series(np.asarray(base) / factor, np.ones((5, 3)))
-        return {name: compare(first, other, first).to_json(), "ttft_seconds": compare(first, other, first).to_json()}
+def bench_result(*, speedup: float = 1.5, pairs: int = 5, state: str = "complete", failed: int = 0) -> dict[str, Any]:
+    """A result made by our own summary of planted runs: reading is faster, writing is not."""
+    choose = random.Random(0)
 
-    def role(requests: int, tokens: int) -> dict[str, Any]:
-        return {"requests": requests, "failed_requests": 0, "errors": [], "prompt_tokens_per_run": tokens,
-                "output_tokens_per_run": 3, "output_characters_per_run": 12}
+    def load(point: Point, place: int) -> Load:
+        faster = speedup if place == 1 and point.scenario != "decode" else 1.0
+        seconds = [(1.0 + 0.1 * i) * choose.uniform(0.995, 1.005) / faster for i in range(3)]
+        times = tuple(None if place == 1 and i < failed else s for i, s in enumerate(seconds))
+        return Load(sum(seconds), times, tuple(s and s / 10 for s in times), (300,) * 3,
+                    (70 if place == 1 else 100,) * 3, (64,) * 3, ("reset",) * (place == 1 and failed > 0), ())
 
-    def scenario(name: str, main: str, factor: float, output_tokens: int) -> dict[str, Any]:
-        return {"name": name, "main_metric": main, "requests_per_run": 3, "prompt_characters": 900,
-                "output_tokens_per_request": output_tokens, "base": role(30, 300), "expanded": role(15, 210),
-                "metrics": metrics(main, factor)}
-
+    runs = [Run(number, place, point, load(point, place)) for number in range(pairs) for point in POINTS
+            for place in range(3)]
+    options = {**dataclasses.asdict(BenchConfig(pairs=5)), "target_request_seconds": 1.15}
+    target = {"ttft_seconds": None, "request_seconds": 1.15}
     return json.loads(json.dumps({
-        "artifact": "bench", "version": 1, "base": "b", "expanded": "e", "corpus": ["held.jsonl"], "device": "cpu",
-        "server_flags": ["--no-enable-prefix-caching"], "method": ["Measured with care."],
+        "artifact": "bench", "version": 2, "state": state, "base": "b", "expanded": "e", "corpus": ["held.jsonl"],
+        "device": "cpu", "options": options, "server_flags": ["--no-enable-prefix-caching"],
+        "method": ["Measured with care."],
         "tokenize_agreement": {"base": {"prompts": 6, "agreeing": 6}, "expanded": {"prompts": 6, "agreeing": 6}},
-        "scenarios": [scenario("prefill", "seconds_per_text", speedup, 1),
-                      scenario("decode", "seconds_per_1000_output_characters", 1.0, 64)],
-        "sample_answers": [{"prompt": HOSTILE, "base": "one", "expanded": "two"}], "runs": [], "provenance": {},
+        "points": summarize(runs, POINTS, {p.scenario: [300] * 3 for p in POINTS}, target),
+        "answers_below_wanted": {"base": 0, "expanded": 0}, "failures": [], "dropped_runs": 0, "resumed": 0,
+        "sample_answers": [{"prompt": HOSTILE, "base": "one", "expanded": "two"}],
+        "runs": [run.to_json() for run in runs],
+        "provenance": {"hardware": {"cpu": "a processor", "cores": 2, "gpus": []}},
+    }))
+
+
+def predict_result() -> dict[str, Any]:
+    shape = ModelShape(10**9, 32000, 2048, True, 16, 2048, 65536, 4096)
+    lengths, device, config = Lengths(0.25, 0.2), DEVICES["h100"], PredictConfig()
+    expanded = dataclasses.replace(shape, rows=33000)
+    return json.loads(json.dumps({
+        "artifact": "predict", "version": 1, "base": "b", "expanded": "e", "device": dataclasses.asdict(device),
+        "options": dataclasses.asdict(config), "lengths": {"length_ratio": 1.25},
+        "loads": predict_loads(shape, expanded, lengths, device, config),
+        "memory": predict_memory(shape, expanded, lengths, device, config),
+        "measured": measured_beside(bench_result()), "notes": ["A bound."], "provenance": {},
     }))
 
 
@@ -89,7 +124,8 @@ def verify_result(*, passed: bool = True) -> dict[str, Any]:
 
 
 def everything() -> dict[str, dict[str, Any] | None]:
-    return {"lengths": lengths_result(), "bench": bench_result(), "eval": eval_result(), "verify": verify_result()}
+    return {"lengths": lengths_result(), "bench": bench_result(), "eval": eval_result(), "verify": verify_result(),
+            "predict": predict_result()}
 
 
 class Structure(html.parser.HTMLParser):
@@ -132,8 +168,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_full_report_has_every_section_and_picture(folder: Path) -> None:
     page = report.render_report(folder, everything())
     structure = Structure(page.html)
-    assert tuple(structure.ids) == SECTIONS
-    assert structure.tags.count("svg") == 5  # lengths, intervals, two of rounds, bits per byte
+    assert tuple(structure.ids) == WITH_PREDICTION
+    # two of lengths, intervals, three of rounds, bits per byte; four over the load: time, first token, rate, goodput
+    assert structure.tags.count("svg") == 2 + 1 + 3 + 1 + 4
     assert page.missing == ()
     assert "Not measured" not in page.html
 
@@ -159,7 +196,7 @@ def test_light_dark_and_print_are_provided_for(folder: Path) -> None:
 
 
 def test_without_results_every_section_says_how_to_measure(folder: Path) -> None:
-    page = report.render_report(folder, dict.fromkeys(report.ARTIFACTS))
+    page = report.render_report(folder, report.gather(folder, folder, {}))
     assert tuple(Structure(page.html).ids) == SECTIONS
     assert page.missing == report.ARTIFACTS
     assert page.headline == "Nothing has been measured yet."
@@ -169,15 +206,18 @@ def test_without_results_every_section_says_how_to_measure(folder: Path) -> None
 
 @pytest.mark.parametrize("name", report.ARTIFACTS)
 def test_any_single_result_may_be_missing(folder: Path, name: str) -> None:
-    page = report.render_report(folder, {**everything(), name: None})
+    page = report.render_report(folder, {**everything(), name: None, "predict": None})
     assert tuple(Structure(page.html).ids) == SECTIONS
     assert page.missing == (name,)
     assert "Not measured" in page.html
 
 
 def test_the_headline_carries_its_uncertainty(folder: Path) -> None:
-    found = report.render_report(folder, everything()).headline
-    assert "28.0 % fewer tokens (95 % interval 26.0 % to 30.0 %)" in found
+    page = report.render_report(folder, everything())
+    found = page.headline
+    first = page.document["headline"][0]
+    assert first.startswith("Held-out text needs 28.0 % fewer tokens (95 % interval 26.0 % to 30.0 %); in vLLM, read")
+    assert first.count(". ") == 0  # one sentence
     assert "reading is 1.50 times as fast (" in found
     assert "writing is not measurably different (" in found
     assert "recovered 95.0 %" in found
@@ -188,22 +228,98 @@ def test_without_lengths_the_headline_takes_them_from_the_evaluation(folder: Pat
 
 
 def test_what_got_worse_is_said() -> None:
-    bench = bench_result(speedup=0.8)
-    bench["scenarios"][1]["expanded"] |= {"failed_requests": 2, "errors": ["reset"]}
+    bench = bench_result(speedup=0.8, failed=1)
+    bench |= {"resumed": 1, "dropped_runs": 2, "answers_below_wanted": {"base": 0, "expanded": 3}}
+    bench["points"][0]["base"]["held_up_runs"] = 2
     lengths = lengths_result()
     lengths["invariant"]["differing"] = 7
-    found = "\n".join(report.what_got_worse(None, lengths, bench, eval_result(), verify_result(passed=False)))
+    found = "\n".join(report.what_got_worse(None, lengths, [bench], eval_result(), verify_result(passed=False)))
     for line in ("failed verification", "2 of 10 new tokens never occur", "3 of 200 documents are not shorter",
-                 "7 documents are not tokenized as pure merges", "Reading (seconds per text) is slower: 0.800×",
-                 "is not measurably faster", "2 of 15 requests of the decode load to the expanded server failed: reset",
+                 "7 documents are not tokenized as pure merges", "Reading (seconds per request) is worse: 0.80",
+                 "Writing, 8 at once (seconds per 1000 output characters) is not measurably better",
+                 "5 of 15 requests of the load writing to the expanded server failed: reset",
+                 "2 runs of the load reading took more than 1.5 times their siblings",
+                 "taken up again 1 time(s), and 2 runs were measured again", "3 answers of the expanded model stay",
                  "4.0 % more bits per byte", "40.0 % of the greedy continuations differ"):
-        assert line in found
+        assert line in found, line
+
+
+def test_a_measurement_that_was_stopped_is_shown_as_such(folder: Path) -> None:
+    bench = bench_result(pairs=2, state="partial")
+    bench["failures"] = [{"after_runs": 24, "message": "the base server stopped by SIGKILL"}]
+    page = report.render_report(folder, {"bench": bench})
+    assert "In vLLM (stopped after 2 of 5 rounds), reading cannot be judged, too few rounds" in page.headline
+    assert "not complete: the base server stopped by SIGKILL." in page.html
+    assert page.document["speed"][0]["state"] == "partial"
+
+
+def test_a_measurement_without_a_whole_round_is_no_error(folder: Path) -> None:
+    page = report.render_report(folder, {"bench": {**bench_result(), "points": [], "state": "partial"}})
+    assert "stopped before its first round was complete" in page.headline
+
+
+def test_the_cost_of_a_million_characters_follows_from_the_price(folder: Path) -> None:
+    without = report.render_report(folder, everything())
+    assert "Cost of a million characters" not in without.html
+    page = report.render_report(folder, everything(), price_per_hour=3.6)
+    rows = {row["load"]: row for row in page.document["speed"][0]["cost_per_million_characters"]}
+    reading = page.document["speed"][0]["points"][0]["metrics"]["input_characters_per_second"]
+    assert rows["reading"]["base"] == pytest.approx(1000 / reading["base"])
+    assert rows["reading"]["base_interval"][0] <= rows["reading"]["base"] <= rows["reading"]["base_interval"][1]
+    assert rows["reading"]["expanded"] < rows["reading"]["base"]
+    assert "At 3.6 per hour" in page.html
+    assert "cost of a million characters at 3.6 per hour" in page.markdown
+
+
+def test_several_corpora_and_machines_stand_side_by_side(folder: Path) -> None:
+    other = {**lengths_result(), "corpus": ["independent.jsonl"], "saved_share": 0.07}
+    gpu = bench_result()
+    gpu["provenance"]["hardware"]["gpus"] = ["a GPU"]
+    page = report.render_report(folder, {**everything(), "lengths": [lengths_result(), other],
+                                         "bench": [bench_result(), gpu]})
+    assert "independent.jsonl" in page.html
+    assert "7.0 %" in page.html
+    assert "Measured on a GPU" in page.html
+    assert "Measured on a processor" in page.html
+    assert [row["corpus"] for row in page.document["lengths"]] == ["held.jsonl", "independent.jsonl"]
+    assert len(page.document["speed"]) == 2
+
+
+def test_speed_and_quality_stand_side_by_side(folder: Path) -> None:
+    rows = {row["measure"]: row for row in report.render_report(folder, everything()).document["speed_and_quality"]}
+    assert rows["reading: seconds per request"]["remark"] == "faster"
+    assert rows["bits per byte, reading"]["change"] == "+4.0 %"
+
+
+@pytest.mark.parametrize("results", [{}, {"lengths": lengths_result()}, {"bench": bench_result(pairs=2)}, everything()])
+def test_the_json_report_has_the_form_that_its_schema_says(folder: Path, results: dict[str, Any]) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    document = json.loads(json.dumps(to_plain(report.render_report(folder, results, price_per_hour=2.0).document)))
+    jsonschema.validate(document, schema)
+    assert document["version"] == schema["properties"]["version"]["const"] == report.REPORT_VERSION
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, "version": 99}, schema)
+    assert "runs" not in document
+
+
+def test_the_markdown_says_the_same_and_has_no_markup(folder: Path) -> None:
+    page = report.render_report(folder, everything(), price_per_hour=2.0)
+    assert page.document["headline"][0] in page.markdown
+    for line in page.document["worse"]:
+        assert f"- {line}" in page.markdown
+    assert "<svg" not in page.markdown
+    assert "&lt;" not in page.markdown
+    tables = [block.splitlines() for block in page.markdown.split("\n\n") if block.startswith("|")]
+    assert len(tables) >= 8
+    for lines in tables:
+        assert len({line.count("|") - line.count("\\|") for line in lines}) == 1, lines[0]
 
 
 def test_prefill_is_not_shown_twice(folder: Path) -> None:
-    page = report.render_report(folder, {"bench": bench_result()}).html
-    assert page.count("<td>reading</td>") == 1
-    assert page.count("<td>writing</td>") == 2
+    page = report.render_report(folder, {"bench": bench_result()})
+    assert [row["measure"] for row in report.speed_rows(bench_result()) if row["load"] == "reading"] == [
+        "seconds per request", "input characters per second", "requests per second within the target"]
+    assert page.html.count("<td>writing</td>") == 5  # four measures in the table, one row of goodput
 
 
 def write(path: Path, value: Any) -> Path:
@@ -216,14 +332,14 @@ def test_results_are_found_in_the_model_and_beside_the_report(folder: Path, tmp_
     write(tmp_path / "lengths.json", lengths_result())
     found = report.gather(folder, tmp_path, {})
     assert found["eval"] == eval_result()
-    assert found["lengths"] == lengths_result()
-    assert (found["bench"], found["verify"]) == (None, None)
+    assert found["lengths"] == [lengths_result()]
+    assert (found["bench"], found["verify"]) == ([], None)
 
 
 def test_a_named_result_wins(folder: Path, tmp_path: Path) -> None:
     write(folder / "eval.json", eval_result())
     other = write(tmp_path / "other.json", {**eval_result(), "documents": 7})
-    found = report.gather(folder, tmp_path, {"eval": other})["eval"]
+    found = report.gather(folder, tmp_path, {"eval": [other]})["eval"]
     assert found is not None
     assert found["documents"] == 7
 
@@ -242,11 +358,11 @@ def test_a_missing_folder_or_file_is_one_clear_line(folder: Path, tmp_path: Path
     with pytest.raises(UsageError, match=r"the model folder .* does not exist"):
         report.gather(tmp_path / "nowhere", tmp_path, {})
     with pytest.raises(UsageError, match=r"gone\.json does not exist"):
-        report.gather(folder, tmp_path, {"bench": tmp_path / "gone.json"})
+        report.gather(folder, tmp_path, {"bench": [tmp_path / "gone.json"]})
 
 
 def test_the_card_of_a_base_model_says_so(folder: Path) -> None:
-    assert report.card_of(folder) == [("vocabulary", "as published (no vocabext.json)")]
+    assert card_of(folder) == [("vocabulary", "as published (no vocabext.json)")]
 
 
 def test_noise_that_is_wilder_than_the_picture_stays_inside() -> None:

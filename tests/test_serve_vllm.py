@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tiny_checkpoints import TEXT, tiny_folder
 
+from serve.answers import plan_answers
 from serve.bench import agreement_of
 from serve.client import Job, LoadClient, write_prompts
 from serve.encoder import load_encoder
@@ -81,17 +82,28 @@ def test_vllms_own_client_puts_load_on_it(
     started: tuple[subprocess.Popen[str], Any], server: Server, tmp_path: Path
 ) -> None:
     path = write_prompts(TEXT[:3], tmp_path, "decode")
-    job = Job(server.url, started[1]["model"], str(path), 3, 6, 2)
+    job = Job(server.url, started[1]["model"], str(path), 3, (6, 5, 4), 2)
     with LoadClient(tmp_path / "client.log") as client:
         client.wait_until_ready()
         load = client.run(job, server)
         assert load.num_failed == 0
-        assert load.output_tokens == (6, 6, 6)
+        assert load.output_tokens == (6, 5, 4)
         assert all(0 < first < whole for first, whole in zip(load.ttft_seconds, load.request_seconds, strict=True)
                    if first is not None and whole is not None)
         assert load.output_characters == tuple(len(text) for text in load.texts)
-        again = client.run(dataclasses.replace(job, output_tokens=1), server)
+        at_a_rate = client.run(dataclasses.replace(job, concurrency=None, request_rate=20.0), server)
+        assert at_a_rate.num_failed == 0
+        again = client.run(dataclasses.replace(job, output_tokens=(1, 1, 1)), server)
         assert again.output_tokens == (1, 1, 1)
+
+
+def test_it_says_how_many_tokens_an_answer_takes(started: tuple[subprocess.Popen[str], Any], server: Server) -> None:
+    plan = plan_answers(server, started[1]["model"], TEXT[:2], 12)
+    for prompt, tokens, characters in zip(TEXT, plan.tokens, plan.characters, strict=False):
+        body = json.dumps({"model": started[1]["model"], "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens,
+                           "ignore_eos": True, "temperature": 0}).encode()
+        with open_url(f"{server.url}/v1/completions", body=body) as response:
+            assert len(json.load(response)["choices"][0]["text"]) == characters
 
 
 def test_sigterm_stops_all_of_it(started: tuple[subprocess.Popen[str], Any]) -> None:

@@ -62,6 +62,7 @@ class CollectConfig:
 
 
 METHODS = ("distill", "mean")
+OUTPUT_ROWS = ("fit", "mean", "zero", "none", "input")
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -101,6 +102,13 @@ class DistillConfig:
     next_token_weight: float = 0.0
     # A second pass with all new tokens merged in the snippets, as text arrives in production.
     second_pass: bool = False
+    # Output rows: `fit` makes the model write the new tokens, `none` keeps them silent, `mean` and `zero` are
+    # baselines, and `input` shares the input rows (tied models) or leaves the choice to `patch`.
+    output_rows: str = "fit"
+    # Text that output rows are fitted to: base ids of snippets per token.
+    writing_places: int = 200
+    # Share of held-out places where a new token may be written and base writes something else.
+    false_use: float = 0.01
     # Leave a token out if its held-out error is this many times the median's, and training did not halve it;
     # 0 keeps all.
     leave_out: float = 5.0
@@ -125,6 +133,10 @@ class DistillConfig:
             _require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be a number from 0 on")
         _require(self.cache_gib is None or 0 <= self.cache_gib < math.inf,
                  f"--cache-gib is {self.cache_gib}; it must be a number from 0 on")
+        _require(self.output_rows in OUTPUT_ROWS,
+                 f"--output-rows is {self.output_rows!r}; it must be one of {', '.join(OUTPUT_ROWS)}")
+        _require(self.writing_places >= 1, f"--writing-places is {self.writing_places}; it must be at least 1")
+        _require(0 < self.false_use < 1, f"--false-use is {self.false_use}; it must lie between 0 and 1")
         _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
         _require(_is_layer(self.target_layer), f"--target-layer is {self.target_layer!r}; it must be 'last', a number "
                                                "from 1 on, or a fraction such as 0.5")
@@ -139,10 +151,10 @@ class EvalConfig:
     max_bytes: int = 200_000
     # Longest piece of a document that the model reads at once, in base ids.
     context: int = 512
-    # Prompts for the comparison of greedy continuations.
-    prompts: int = 16
+    # Prompts that base and expanded continue; 0 leaves writing unmeasured.
+    prompts: int = 64
     # Length of each continuation in base tokens.
-    continuation: int = 32
+    continuation: int = 64
     device: str = "auto"
     dtype: str = "auto"
 

@@ -8,19 +8,21 @@ of it; they get short branches off the merged text, in the same forward pass. Bo
 over base tokens and cover the same bytes, so their bits per byte compare.
 
 *Writing.* Bits per byte of the expanded tokenization: what it would cost the model to produce the
-new tokens themselves.
+new tokens themselves. And `vocabext.writing.held_out`: whether it writes them where base writes their
+pieces, how many characters a decode step gives, and what that does to greedy and sampled text.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vocabext.checkpoint import open_checkpoint, resolve_model
+from vocabext.checkpoint import Rows, open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
@@ -30,6 +32,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, write_json
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
+from vocabext.writing.held_out import IDENTICAL, HeldOut, measure_held_out
 
 EVAL_NAME = "eval.json"
 BOOTSTRAP_DRAWS = 1000
@@ -114,8 +117,14 @@ def evaluate(
                 sums[rows.name].reading_nats[window.document] += reading
                 sums[rows.name].writing_nats[window.document] += writing
                 task.advance()
-    greedy = _compare_greedy(model, pairs, base, expanded, row_sets, config, progress)
-    return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, greedy)
+    prompts = _prompts(pairs, base, expanded, model, config)
+    written: dict[str, Any] | None = None
+    if prompts:
+        held_out = HeldOut([w.expanded for w in windows], prompts, len(base.prefix_ids), config.continuation,
+                           expanded.decode)  # fmt: skip
+        written = measure_held_out(model, expanded.expansion, held_out, {
+            rows.name: Rows(rows.input_ND, rows.output_ND) for rows in row_sets}, progress)  # fmt: skip
+    return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, written)
 
 
 def evaluate_folder(
@@ -260,17 +269,11 @@ def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
     return _Branches(ids, positions, visible, sources, pieces)
 
 
-@dataclass(frozen=True)
-class _Greedy:
-    same_share: float
-    common_characters: float
-
-
-def _compare_greedy(
-    model: FrozenModel, pairs: Sequence[tuple[list[int], list[int]]], base: BaseTokenizer, expanded: ExpandedTokenizer,
-    row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress,
-) -> dict[str, _Greedy]:  # fmt: skip
-    """Continue the beginnings of documents greedily, and compare each with base's own continuation."""
+def _prompts(
+    pairs: Sequence[tuple[list[int], list[int]]], base: BaseTokenizer, expanded: ExpandedTokenizer, model: FrozenModel,
+    config: EvalConfig,
+) -> list[Ids]:  # fmt: skip
+    """Return the beginnings of documents that hold a new token, in expanded ids."""
     budget = max(16, min(config.context, model.max_positions - config.continuation) // 2)
     prompts: list[Ids] = []
     for _, ids in pairs:
@@ -279,54 +282,18 @@ def _compare_greedy(
         array = np.asarray(ids[:budget], np.int64)
         if len(array) == budget and expanded.expansion.is_new(array).any():
             prompts.append(np.concatenate((np.asarray(base.prefix_ids, np.int64), array)))
-    if not prompts:
-        return {}
-    out: dict[str, _Greedy] = {}
-    with progress("comparing greedy continuations", len(prompts) * (1 + len(row_sets)), "prompts") as task:
-        wanted = []
-        for prompt in prompts:
-            unmerged = expanded.expansion.unmerge(prompt)
-            wanted.append(_continue(model, unmerged, config.continuation, base, None, 0))
-            task.advance()
-        for rows in row_sets:
-            shared, same = [], []
-            for prompt, text in zip(prompts, wanted, strict=True):
-                written = _continue(model, prompt, config.continuation, base, rows, expanded.first_new_id, expanded)
-                common = _common_prefix(text, written)
-                shared.append(common)
-                same.append(common >= min(len(text), len(written)))
-                task.advance()
-            out[rows.name] = _Greedy(float(np.mean(same)), float(np.mean(shared)))
-        out["base"] = _Greedy(1.0, float(np.mean([len(text) for text in wanted])))
-    return out
-
-
-@torch.no_grad()
-def _continue(
-    model: FrozenModel, prompt: Ids, num_tokens: int, base: BaseTokenizer, rows: RowSet | None, first_new_id: int,
-    expanded: ExpandedTokenizer | None = None,
-) -> str:  # fmt: skip
-    """Write greedily and return the text; `max` over base and new tokens alike."""
-    ids = torch.from_numpy(prompt).to(model.device)
-    input_ND = None if rows is None else rows.input_ND.to(model.device)
-    output_ND = None if rows is None else rows.output_ND.to(model.device)
-    for _ in range(num_tokens):
-        hidden_TD = model.hidden(model.embed(ids[None], input_ND, first_new_id))[0]
-        logs = model.log_probabilities(hidden_TD[-1:], num_base=base.num_used_ids, new_rows_ND=output_ND)
-        ids = torch.cat((ids, logs.argmax(-1)))
-    written = ids[len(prompt) :].tolist()
-    return (expanded or base).decode(written)
-
-
-def _common_prefix(left: str, right: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return prompts
 
 
 def _summary(
     texts: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]], expanded: ExpandedTokenizer,
-    sums: dict[str, _Sums], num_bytes: Floats, num_pieces: Floats, greedy: dict[str, _Greedy],
+    sums: dict[str, _Sums], num_bytes: Floats, num_pieces: Floats, writing: dict[str, Any] | None,
 ) -> dict[str, object]:  # fmt: skip
     base_tokens, expanded_tokens = sum(len(b) for b, _ in pairs), sum(len(e) for _, e in pairs)
+    greedy = {found["name"]: found["greedy"] for found in writing["rows"]} if writing else {}
+    if writing:
+        own = writing["base"]
+        greedy["base"] = {IDENTICAL: own["prompts"], "common_characters": own["characters"] / own["prompts"]}
     rows = []
     for name, s in sums.items():
         found = greedy.get(name)
@@ -336,8 +303,8 @@ def _summary(
             "target_nll_nats": float(s.reading_nats.sum() / num_pieces.sum()),
             "bits_per_byte": float(s.reading_nats.sum() / math.log(2) / num_bytes.sum()),
             "bits_per_byte_writing": float(s.writing_nats.sum() / math.log(2) / num_bytes.sum()),
-            "greedy_same_share": found and found.same_share,
-            "greedy_common_characters": found and found.common_characters,
+            "greedy_same_share": found and writing and found[IDENTICAL] / writing["base"]["prompts"],
+            "greedy_common_characters": found and found["common_characters"],
         })  # fmt: skip
     gap, interval = _gap_recovered(sums)
     new_share = sum(int(expanded.expansion.is_new(e).sum()) for _, e in pairs) / max(1, expanded_tokens)
@@ -350,6 +317,7 @@ def _summary(
         "gap_recovered_interval": interval,
         "shorter": {"base_tokens": base_tokens, "expanded_tokens": expanded_tokens,
                     "ratio": base_tokens / max(1, expanded_tokens), "new_token_share": new_share},
+        "writing": writing,
     }  # fmt: skip
 
 

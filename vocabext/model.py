@@ -232,6 +232,18 @@ class FrozenModel:
         return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
 
     @property
+    def logit_cap(self) -> float | None:
+        """The bound that the model puts on logits (Gemma 2); None for no bound."""
+        cap = getattr(self._text_config, "final_logit_softcapping", None)
+        return float(cap) if cap else None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which generation ends, by the model's own settings."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+
+    @property
     def max_positions(self) -> int:
         """The longest input the model was made for."""
         return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
@@ -290,15 +302,19 @@ class FrozenModel:
             return self._run(inputs_BTD, layer, use_cache=False, **options)
         return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_cache(past), **options)
 
-    def hidden_and_past(self, inputs_BTD: torch.Tensor, *, layer: int | None = None) -> tuple[torch.Tensor, Past]:
-        """Run the model up to a layer, and keep the keys and values of the layers that ran.
+    def hidden_and_past(
+        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None, past: Past = (),
+    ) -> tuple[torch.Tensor, Past]:  # fmt: skip
+        """Run the model up to a layer as `hidden` does, and keep the keys and values of the layers that ran.
 
         Returns:
-            Hidden states (B, T, D), and for each layer its keys and values (B, heads, T, size of a head). Fewer
+            Hidden states (B, T, D), and for each layer its keys and values (B, heads, P + T, size of a head). Fewer
             layers, or other lengths, mean that the model does not keep all of the past.
         """
-        cache = _cache(())
-        hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache)
+        cache = _cache(past)
+        hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache, position_ids=position_ids,
+                               attention_mask=mask)  # fmt: skip
         return hidden_BTD, tuple((kept.keys, kept.values) for kept in cache.layers if kept.is_initialized)
 
     def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
@@ -353,9 +369,7 @@ class FrozenModel:
         if new_rows_ND is not None:
             logits = torch.cat((logits, hidden_PD @ new_rows_ND.to(hidden_PD.dtype).T), dim=1)
         logits = logits.float()
-        if cap := getattr(self._text_config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,

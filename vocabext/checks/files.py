@@ -8,7 +8,8 @@ from vocabext.extent import Extent, first_difference, same_inode
 from vocabext.manifest import MANIFEST_NAME, file_sha256
 from vocabext.tokenizer import is_stale
 
-OUR_FILES = (MANIFEST_NAME, "verify.json", "eval.json", "bench.json", "report.html")
+OUR_FILES = (MANIFEST_NAME, "verify.json", "eval.json", "lengths.json", "bench.json", "predict.json", "report.html",
+             "report.md", "report.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "*.gguf", *PICKLE_PATTERNS)
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vocabext.cli import options, show
-from vocabext.config import METHODS, DistillConfig
+from vocabext.config import METHODS, OUTPUT_ROWS, DistillConfig
+
+if TYPE_CHECKING:
+    from vocabext.writing.rows import OutputRows
 
 DEFAULTS = DistillConfig()
 Command = Callable[..., Any]
@@ -21,7 +24,16 @@ def distill_options(command: Command) -> Command:
         click.option("--batch-snippets", type=int, default=DEFAULTS.batch_snippets, show_default=True,
                      help="Snippets of each token per step."),
         click.option("--silence", type=float, default=DEFAULTS.silence, show_default=True,
-                     help="Tied models: weight of not being written where the base would write something else."),
+                     help="Tied models with --output-rows input: weight of not being written where the base would "
+                          "write something else."),
+        click.option("--false-use", type=float, default=DEFAULTS.false_use, show_default=True, metavar="SHARE",
+                     help="Share of places where fitted rows may write a new token and the base writes something "
+                          "else. More of it makes the model write more new tokens."),
+        click.option("--writing-places", type=int, default=DEFAULTS.writing_places, show_default=True, metavar="N",
+                     help="Text that output rows are fitted to: base ids of snippets per token."),
+        click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows, show_default=True,
+                     help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
+                          "'zero' are baselines; 'input' takes the input rows (tied models)."),
         click.option("--next-token-weight", type=float, default=DEFAULTS.next_token_weight, show_default=True,
                      help="Weight of predicting the next base token, per nat; costs the output head."),
         click.option("--second-pass", is_flag=True, default=DEFAULTS.second_pass,
@@ -68,6 +80,26 @@ def compute_options(command: Command) -> Command:
                         help="auto, cpu, cuda or cuda:N.")(command)  # fmt: skip
 
 
+def _show_writing(output: "OutputRows") -> None:
+    """Say what the output rows are good for."""
+    click.echo(f"\noutput rows: {output.kind}")
+    if (found := output.held_out) is not None:
+        silent = [token for token in output.tokens if token.silent is not None]
+        show.table([
+            ("written", f"{len(output.tokens) - len(silent):,}"),
+            ("read, not written", f"{len(silent):,}"),
+            ("adopted where the base writes the run", "-" if found.adoption is None else f"{found.adoption:.1%}"),
+            ("written where the base writes something else", f"{found.false_use:.2%} of places"),
+            ("loss of base targets elsewhere", f"{found.nll_rise_nats:.4f} nats"),
+            ("seconds", f"{output.read_seconds:.0f} to read, {output.fit_seconds:.0f} to fit"),
+        ], ("on held-out snippets", ""))  # fmt: skip
+        if silent:
+            click.echo("\nthe model reads these tokens and does not write them")
+            show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
+    if output.leak is not None:
+        click.echo(f"largest probability of a silent row: {output.leak:.1e}")
+
+
 @click.command()
 @click.argument("snippets", type=click.Path(path_type=Path), metavar="SNIPPETS")
 @options.model_option
@@ -110,6 +142,8 @@ def distill(
             show.table([(repr(r.token), r.snippets, f"{r.ratio:.0%}") for r in worst],
                        ("token", "snippets", "error, relative to the mean of its pieces"))  # fmt: skip
 
+        if result.output is not None:
+            _show_writing(result.output)
         if left_out := [report for report in result.reports if report.left_out is not None]:
             click.echo("\nleft out: the model cannot represent them as one row")
             show.table([(repr(r.token), r.left_out) for r in left_out[:10]], ("token", "why"))

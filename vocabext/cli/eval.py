@@ -15,7 +15,7 @@ DEFAULTS = EvalConfig()
 def evaluate_options(command: Command) -> Command:
     """Add the options that `eval` and `run` share."""
     command = click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
-                           help="Prompts whose greedy continuations are compared.")(command)  # fmt: skip
+                           help="Held-out prompts that both models continue; 0: none.")(command)  # fmt: skip
     return click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True,
                         help="Held-out text to read, in bytes.")(command)  # fmt: skip
 
@@ -61,7 +61,31 @@ def render_evaluation(result: dict[str, Any]) -> None:
         for row in result["rows"]
     ], ("rows", "nats per piece", "bits per byte, reading", "bits per byte, writing", "same greedy text",
         "characters until it differs"))  # fmt: skip
+    if result.get("writing"):
+        _render_writing(result["writing"])
     if result["gap_recovered"] is not None:
         low, high = result["gap_recovered_interval"]
         click.echo(f"gap between mean of pieces and base recovered: {result['gap_recovered']:.1%} "
                    f"(95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
+
+
+def _render_writing(writing: dict[str, Any]) -> None:
+    """Write what output rows buy, and what they cost."""
+    base, places = writing["base"], writing["rows"][0]["places"]
+    click.echo(f"\nwriting: base goes on with a run at {places['deserved']:,} of {places['places']:,} places; "
+               f"after {base['prompts']} prompts it writes {base['characters_per_step']:.2f} characters per step, "
+               f"{base['characters_per_step_if_all_adopted']:.2f} if each of them became one step")  # fmt: skip
+    show.table([
+        (row["name"], f"{row['greedy']['characters_per_step']:.2f}", _share(row["greedy"]["share_of_possible_gain"]),
+         _share(row["places"]["adoption"]), f"{row['places']['false_use']:.2%}",
+         f"{row['places']['nll_rise_nats']:.4f}",
+         " / ".join(str(row["greedy"][kind]) for kind in ("identical", "similar", "worse")),
+         f"{row['sampling']['kl_nats_per_piece']:.4f}")
+        for row in writing["rows"]
+    ], ("rows", "characters per step", "of the possible gain", "adopted", "written wrongly", "nats lost elsewhere",
+        "greedy text identical / similar / worse", "shift of samples, nats per piece"))  # fmt: skip
+    click.echo("")
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"

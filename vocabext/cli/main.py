@@ -197,6 +197,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Run the `vocabext` command."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it, and keeps its way
+        signal.signal(signal.SIGHUP, _stop)
     # Libraries below us have bars and advice of their own; ours are enough. A user can set them back.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)

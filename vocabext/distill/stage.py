@@ -24,6 +24,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
+from vocabext.writing.rows import OutputRows, make_output_rows, writes_with_own_rows
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
@@ -54,6 +55,7 @@ class DistillResult:
             predicts, on average; None where the output rows are others (untied), or nothing was trained.
         taken_nats_start: The same for the mean-of-pieces rows.
         memory: What the work needed; None for `mean`.
+        output: Output rows of the tokens that are shipped; None where they are the input rows, or the base's choice.
     """
 
     input_ND: torch.Tensor
@@ -62,6 +64,12 @@ class DistillResult:
     taken_nats: float | None = None
     taken_nats_start: float | None = None
     memory: MemoryPlan | None = None
+    output: OutputRows | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """The rows that are shipped."""
+        return Rows(self.input_ND[self.kept], None if self.output is None else self.output.output_ND)
 
     @property
     def relative_error(self) -> float | None:
@@ -82,7 +90,15 @@ class DistillResult:
                 "taken_nats_start": self.taken_nats_start, "taken_nats": self.taken_nats,
                 "memory": None if self.memory is None else asdict(self.memory),
                 "left_out": [asdict(r) for r in self.reports if r.left_out is not None],
-                "per_token": [asdict(self.reports[i]) for i in self.kept]}  # fmt: skip
+                "writing": None if self.output is None else self.output.summary(),
+                "per_token": [{**asdict(self.reports[i]), **facts} for i, facts in zip(
+                    self.kept, self._writing_facts(), strict=True)]}  # fmt: skip
+
+    def _writing_facts(self) -> list[dict[str, object]]:
+        """Return what is said about the writing of each shipped token."""
+        if self.output is None or not self.output.tokens:
+            return [{} for _ in self.kept]
+        return [{"writes": t.silent is None, "writing": asdict(t)} for t in self.output.tokens]
 
 
 def distill_file(
@@ -122,11 +138,21 @@ def distill_file(
     beside = output.with_name(f".{output.name}.groups")
     frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
                         max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
-    result = distill(records, frozen, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
+    own_head = writes_with_own_rows(frozen, config)
+    # Input rows that are nothing else need not be kept silent.
+    reading = replace(config, silence=0.0) if own_head else config
+    result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
                      progress=progress, finished_folder=beside)  # fmt: skip
+    if own_head:
+        expansion = Expansion([record.new_token for record in records], base.num_used_ids)
+        output_rows = make_output_rows(
+            config.output_rows, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
+            places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
+            progress=progress)  # fmt: skip
+        result = replace(result, output=output_rows, taken_nats=None, taken_nats_start=None)
     made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": result.input_ND.shape[1],
                  "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}  # fmt: skip
-    save_rows(output, [records[i].new_token for i in result.kept], Rows(result.input_ND[result.kept]), {
+    save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
     })  # fmt: skip

@@ -1,0 +1,112 @@
+"""The admin endpoint: status, swap, rollback. A server of its own, on loopback, that wants the state file's token."""
+
+import hmac
+import json
+import urllib.error
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from serve.gateway.local import open_url_with
+from serve.gateway.app import Gateway, status_of
+from serve.gateway.arms import ARMS, EXPANDED
+from serve.gateway.policy import Policy
+from serve.gateway.state import State
+from vocabext.errors import ServerError, UsageError
+
+TOKEN_HEADER = "x-vocabext-token"
+
+
+def admin_application(gateway: Gateway) -> Starlette:
+    """Return the application that operators talk to."""
+
+    def allowed(request: Request) -> bool:
+        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), gateway.state.token)
+
+    async def status(request: Request) -> JSONResponse:
+        return JSONResponse(report(gateway)) if allowed(request) else _no("the token is missing or wrong", 401)
+
+    async def swap(request: Request) -> JSONResponse:
+        if not allowed(request):
+            return _no("the token is missing or wrong", 401)
+        try:
+            order = json.loads(await request.body())
+            policy = ordered(gateway.state.policy, order)
+            gateway.set_policy(policy, by="operator", reason=str(order.get("reason", "")))
+        except (UsageError, ValueError, TypeError, AttributeError) as error:
+            return _no(str(error), 400)
+        except OSError as error:
+            return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
+        return JSONResponse(report(gateway))
+
+    return Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+
+
+def ordered(policy: Policy, order: dict[str, Any]) -> Policy:
+    """Return the policy that an order makes of the one in force.
+
+    Args:
+        policy: The one in force.
+        order: `rollback`, or any of `to` with `percent`, and `mirror_percent`.
+
+    Raises:
+        UsageError: If it is no order.
+    """
+    if order.get("rollback"):
+        return policy.rolled_back()
+    share, to = policy.expanded_percent, order.get("to")
+    if to is not None:
+        if to not in ARMS:
+            raise UsageError(f"the arm is {to!r}; it must be {' or '.join(ARMS)}")
+        percent = 100.0 if order.get("percent") is None else order["percent"]
+        share = Policy(percent).expanded_percent
+        share = share if to == EXPANDED else 100 - share
+    mirror = order.get("mirror_percent")
+    return Policy(share, policy.mirror_percent if mirror is None else mirror, policy.salt)
+
+
+def report(gateway: Gateway) -> dict[str, Any]:
+    """Return everything that an operator may want to know."""
+    state = gateway.state
+    return {**status_of(gateway), "expanded_percent": state.policy.expanded_percent,
+            "mirror_percent": state.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
+            "canary": None if gateway.canary is None else gateway.canary.to_json()}
+
+
+def _no(message: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": status}}, status)
+
+
+def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
+    """Send an order to the gateway that a state file belongs to.
+
+    Args:
+        state: The content of the file.
+        order: As in `ordered`; None to ask for the status.
+
+    Returns:
+        The status afterwards.
+
+    Raises:
+        UsageError: If the gateway refuses the order.
+        ServerError: If there is no gateway.
+    """
+    url = f"{state.admin_url}/{'status' if order is None else 'swap'}"
+    body = None if order is None else json.dumps(order).encode()
+    try:
+        if not state.admin_url:
+            raise OSError("it has not been started")
+        with open_url_with(url, {TOKEN_HEADER: state.token}, body=body, timeout_seconds=30.0) as response:
+            document: dict[str, Any] = json.load(response)
+            return document
+    except urllib.error.HTTPError as error:
+        with error:
+            message = json.loads(error.read())["error"]["message"]
+        raise (UsageError if error.code == 400 else ServerError)(f"the gateway refuses: {message}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(f"no gateway answers for {state.path} ({reason}); is `vocabext serve gateway` running?"
+                          ) from None

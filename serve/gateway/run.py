@@ -1,0 +1,329 @@
+"""Starts the engines, the proxy and the admin endpoint, and stops them all."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serve.engine import LOCAL, Server, check_port, vllm_server, wait_until_ready
+from serve.gateway.answers import Refusal
+from serve.gateway.app import Gateway, application
+from serve.gateway.admin import admin_application
+from serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
+from serve.gateway.canary import Bounds, Canary
+from serve.gateway.front import BaseFront, check_ban
+from serve.gateway.guard import Limits
+from serve.gateway.metrics import Metrics
+from serve.gateway.policy import Policy
+from serve.gateway.record import Recorder
+from serve.gateway.state import State, locked, open_state
+from serve.gateway.upstream import Upstream
+from vocabext.errors import ServerError, UsageError
+from vocabext.manifest import read_manifest
+from vocabext.progress import Progress, no_progress
+
+BAN = "serve.gateway.ban:BanNewTokens"
+HEALTH_SECONDS = 2.0
+ONE_ENGINE_FLAGS = ("--logits-processors", BAN)
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """How a gateway runs.
+
+    Attributes:
+        base: The base arm: a URL of a running server, or a model for which one is started. With one engine, the
+            base model's folder, for its tokenizer.
+        expanded: The expanded arm in the same way.
+        one_engine: Whether the expanded engine serves both arms.
+        state_path: The state file.
+        initial: The policy where there is no state yet.
+        host: Address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        admin_port: Port of the admin endpoint, always on loopback; 0 picks a free one.
+        model: What clients call the model; empty for the base arm's own name.
+        limits: What is accepted.
+        bounds: When the canary rolls back; None to leave that to the operator.
+        api_key: What clients have to know, and engines get.
+        allow_pin: Whether a header may choose the arm.
+        record_path: Where to write requests down; None for nowhere.
+        record_limit: How many at most.
+        drain_seconds: How long requests in flight may take after the signal to stop.
+        start_timeout_seconds: How long engines may take to start.
+        log_folder: Where the engines' logs go.
+        vllm_flags: Further flags of engines that are started.
+        trust_remote_code: Whether the base tokenizer may run code of its folder.
+    """
+
+    base: str
+    expanded: str
+    one_engine: bool
+    state_path: Path
+    initial: Policy = field(default_factory=Policy)
+    host: str = LOCAL
+    port: int = 8080
+    admin_port: int = 0
+    model: str = ""
+    limits: Limits = field(default_factory=Limits)
+    bounds: Bounds | None = field(default_factory=Bounds)
+    api_key: str | None = None
+    allow_pin: bool = True
+    record_path: Path | None = None
+    record_limit: int = 1000
+    drain_seconds: float = 30.0
+    start_timeout_seconds: float = 900.0
+    log_folder: Path = Path()
+    vllm_flags: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+
+def is_url(place: str) -> bool:
+    """Tell whether an arm is a server that runs already."""
+    return place.startswith(("http://", "https://"))
+
+
+def run_gateway(
+    config: GatewayConfig, *, on_ready: Callable[[dict[str, Any]], None], note: Callable[[str], None],
+    progress: Progress = no_progress,
+) -> int:
+    """Run a gateway until a signal ends it.
+
+    Args:
+        config: How.
+        on_ready: Told of URLs and process ids once requests can come.
+        note: Told of what happens on the way.
+        progress: Told how far the engines are.
+
+    Returns:
+        The number of the signal.
+
+    Raises:
+        UsageError: If the state, a model or a combination of options cannot be used.
+        ServerError: If an engine does not start, or cannot serve its arm.
+    """
+    if not config.state_path.absolute().parent.is_dir():
+        raise UsageError(f"the folder {config.state_path.absolute().parent} does not exist; create it, or name another "
+                         "--state")
+    with locked(config.state_path), ExitStack() as stack:
+        state = open_state(config.state_path, config.initial)
+        listeners = [stack.enter_context(_listening(host, port))
+                     for host, port in ((config.host, config.port), (LOCAL, config.admin_port))]
+        front = load_front(config) if config.one_engine else None
+        engines = {name: stack.enter_context(server) for name, server in engines_of(config).items()}
+        if engines:
+            wait_until_ready(list(engines.values()), timeout_seconds=config.start_timeout_seconds, progress=progress)
+        service = Service(config, state, engines, front, listeners, on_ready, note)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(service.run())
+
+
+def engines_of(config: GatewayConfig) -> dict[str, Server]:
+    """Describe the engines that have to be started, by arm; nothing runs yet."""
+    places = {EXPANDED: config.expanded} if config.one_engine else {BASE: config.base, EXPANDED: config.expanded}
+    engines = {}
+    for arm, place in places.items():
+        if is_url(place):
+            continue
+        from vocabext.checkpoint import resolve_model
+
+        flags = (*config.vllm_flags, *(ONE_ENGINE_FLAGS if config.one_engine else ()))
+        server = vllm_server(resolve_model(place), config.log_folder / f"{arm}.log", name=f"the {arm} engine",
+                             served_name=config.model or config.base, flags=flags)
+        # The engine imports the ban from where this process found it, installed or not.
+        root = str(Path(__file__).resolve().parents[2])
+        server.environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (root, server.environment.get("PYTHONPATH"))))
+        if config.api_key is not None:
+            server.environment["VLLM_API_KEY"] = config.api_key
+        engines[arm] = server
+    return engines
+
+
+def load_front(config: GatewayConfig) -> BaseFront:
+    """Load the base tokenizer and the new tokens.
+
+    Raises:
+        UsageError: If one of the two has to be a folder and is a URL.
+    """
+    from vocabext.checkpoint import resolve_model
+    from vocabext.expansion import Expansion
+    from vocabext.records import NewToken
+    from vocabext.tokenizer import load_tokenizer
+
+    if is_url(config.base):
+        raise UsageError(f"with one engine, BASE is the base model for its tokenizer, not a URL ({config.base})")
+    folder, _, url = config.expanded.partition("@")
+    if is_url(config.expanded) or (url and not is_url(url)):
+        raise UsageError(f"with one engine, EXPANDED is the expanded model's folder, or FOLDER@URL for an engine that "
+                         f"runs already; it is {config.expanded}")
+    manifest = read_manifest(Path(folder))
+    tokens = [NewToken(token.token, token.key, token.run) for token in manifest.tokens]
+    base = load_tokenizer(resolve_model(config.base), trust_remote_code=config.trust_remote_code)
+    if base.num_used_ids != manifest.first_new_id:
+        raise UsageError(f"the tokenizer of {config.base} has {base.num_used_ids} ids, but the new tokens of {folder} "
+                         f"begin at {manifest.first_new_id}; this is not its base")
+    return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id))
+
+
+class Service:
+    """The part that runs in the event loop."""
+
+    def __init__(
+        self, config: GatewayConfig, state: State, engines: Mapping[str, Server], front: BaseFront | None,
+        listeners: Sequence[socket.socket], on_ready: Callable[[dict[str, Any]], None], note: Callable[[str], None],
+    ) -> None:
+        """Take over what was prepared outside of the loop."""
+        self._config, self._state, self._engines, self._front = config, state, engines, front
+        self._listeners, self._on_ready, self._note = listeners, on_ready, note
+        self._signal = 0
+
+    async def run(self) -> int:
+        """Serve until a signal comes; returns its number."""
+        config, upstream = self._config, Upstream(self._config.limits)
+        recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
+        gateway = Gateway({}, self._state, upstream, config.limits, Metrics(),
+                          None if config.bounds is None else Canary(config.bounds), recorder, "", config.api_key,
+                          config.allow_pin)
+        try:
+            gateway.arms = await self._arms(gateway)
+            gateway.model = config.model or gateway.arms[BASE].model
+            gateway.metrics.expanded_percent.set(self._state.policy.expanded_percent)
+            await self._check_health(gateway)
+            await self._serve(gateway)
+        finally:
+            await gateway.close()
+            if recorder is not None:
+                recorder.close()
+        return self._signal
+
+    async def _serve(self, gateway: Gateway) -> None:
+        import uvicorn
+
+        from serve.gateway.protocol import QuietServer, limited_protocol
+
+        config = self._config
+        protocol = limited_protocol(config.limits.header_bytes)
+        servers = [QuietServer(uvicorn.Config(
+            app, http=protocol, log_config=None, access_log=False, lifespan="off", server_header=False, ws="none",
+            timeout_graceful_shutdown=max(1, round(config.drain_seconds)), timeout_keep_alive=30,
+        )) for app in (application(gateway), admin_application(gateway))]
+        public, admin = (listener.getsockname() for listener in self._listeners)
+        self._state.admin_url = f"http://{LOCAL}:{admin[1]}"
+        self._state.save()
+
+        def stop(number: int) -> None:
+            self._signal = number
+            for server in servers:
+                server.force_exit = server.should_exit  # a second signal waits for nobody
+                server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in handlers:
+            loop.add_signal_handler(number, stop, number)
+        gateway.spawn(self._watch(gateway))
+        host = f"[{public[0]}]" if ":" in public[0] else public[0]
+        self._on_ready({
+            "url": f"http://{host}:{public[1]}/v1", "model": gateway.model, "admin_url": self._state.admin_url,
+            "state": str(self._state.path), "policy": self._state.policy.describe(),
+            "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.arms.items()},
+            "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
+        try:
+            await asyncio.gather(*(server.serve(sockets=[listener])
+                                   for server, listener in zip(servers, self._listeners, strict=True)))
+        finally:
+            for number, handler in handlers.items():
+                loop.remove_signal_handler(number)  # leaves the default in place, not what was there before
+                signal.signal(number, handler)
+            self._state.admin_url = ""
+            with contextlib.suppress(OSError):
+                self._state.save()
+
+    async def _arms(self, gateway: Gateway) -> dict[str, Arm]:
+        """Ask the engines what they serve."""
+        headers = self._headers()
+        try:
+            if self._front is not None:
+                url = self._url(EXPANDED)
+                model = await _model_of(gateway, url, EXPANDED, headers)
+                if fault := await check_ban(gateway, self._front, url, model, headers):
+                    raise ServerError(fault)
+                return {BASE: Arm(BASE, url, model, self._front), EXPANDED: Arm(EXPANDED, url, model)}
+            return {name: Arm(name, self._url(name), await _model_of(gateway, self._url(name), name, headers))
+                    for name in ARMS}
+        except Refusal as refusal:
+            raise ServerError(f"{refusal.message}; start it first") from None
+
+    def _url(self, arm: str) -> str:
+        if arm in self._engines:
+            return self._engines[arm].url
+        place = self._config.base if arm == BASE else self._config.expanded
+        return (place.partition("@")[2] if self._front is not None else place).rstrip("/").removesuffix("/v1")
+
+    def _headers(self) -> dict[str, str]:
+        key = self._config.api_key
+        return {} if key is None else {"authorization": f"Bearer {key}"}
+
+    async def _watch(self, gateway: Gateway) -> None:
+        """Look after the engines' health for as long as the gateway runs."""
+        while True:
+            await asyncio.sleep(HEALTH_SECONDS)
+            before = dict(gateway.healthy)
+            await self._check_health(gateway)
+            for name in gateway.arms:
+                if before.get(name) and not gateway.healthy[name]:
+                    self._note(f"the engine of the {name} arm does not answer")
+                elif not before.get(name) and gateway.healthy[name]:
+                    self._note(f"the engine of the {name} arm answers again")
+
+    async def _check_health(self, gateway: Gateway) -> None:
+        async def ask(arm: Arm) -> None:
+            try:
+                async with asyncio.timeout(5.0):
+                    async with gateway.upstream.call("GET", f"{arm.url}/health", arm=arm.name) as response:
+                        gateway.healthy[arm.name] = response.status == 200
+            except (Refusal, TimeoutError):
+                gateway.healthy[arm.name] = False
+            gateway.metrics.healthy.labels(arm.name).set(gateway.healthy[arm.name])
+
+        await asyncio.gather(*(ask(arm) for arm in gateway.arms.values()))
+
+
+async def _model_of(gateway: Gateway, url: str, arm: str, headers: Mapping[str, str]) -> str:
+    document = await gateway.upstream.get_json(f"{url}/v1/models", arm=arm, headers=headers)
+    try:
+        return str(document["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise ServerError(f"the server of the {arm} arm at {url} lists no model; is it a vLLM server?") from None
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Listen before the engines start: a port that is taken should not cost their start-up."""
+    if port:
+        check_port(host, port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ServerError(f"cannot listen on {host} port {port}: {(error.strerror or '').lower()}") from None
+        yield listener
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,137 @@
+"""The gateway's state: its policy, how it got there, and where its admin endpoint listens.
+
+One JSON file, written to a temporary sibling and renamed, readable by its owner alone (it holds the admin
+endpoint's token). A gateway that is killed at any moment finds the last policy that it acknowledged.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from serve.gateway.policy import Policy
+from vocabext.errors import ServerError, UsageError
+from vocabext.records import atomic_file
+
+VERSION = 1
+KEPT_CHANGES = 100
+
+
+@dataclass
+class State:
+    """What survives a restart.
+
+    Attributes:
+        path: The file.
+        policy: The policy in force.
+        serial: Number of changes so far.
+        changes: The last changes, newest last: when, by whom, why, and the policy that followed.
+        admin_url: Where the admin endpoint listens; empty while no gateway runs.
+        token: What the admin endpoint wants to be told.
+    """
+
+    path: Path
+    policy: Policy
+    serial: int = 0
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    admin_url: str = ""
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+
+    def change(self, policy: Policy, *, by: str, reason: str = "") -> None:
+        """Put a policy in force: on disk first, then here.
+
+        Args:
+            policy: The new policy.
+            by: `operator` or `canary`.
+            reason: Why.
+
+        Raises:
+            OSError: If the file cannot be written; the old policy stays in force.
+        """
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "by": by, "reason": reason,
+                 "policy": policy.to_json(), "serial": self.serial + 1}
+        changes = [*self.changes, entry][-KEPT_CHANGES:]
+        self._write(policy, self.serial + 1, changes)
+        self.policy, self.serial, self.changes = policy, self.serial + 1, changes
+
+    def save(self) -> None:
+        """Write the file as it is."""
+        self._write(self.policy, self.serial, self.changes)
+
+    def _write(self, policy: Policy, serial: int, changes: list[dict[str, Any]]) -> None:
+        document = {"artifact": "gateway-state", "version": VERSION, "policy": policy.to_json(), "serial": serial,
+                    "changes": changes, "admin_url": self.admin_url, "token": self.token}
+        with atomic_file(self.path) as file:
+            os.fchmod(file.fileno(), 0o600)
+            json.dump(document, file, indent=2)
+
+
+def read_state(path: Path) -> State:
+    """Read a state file.
+
+    Raises:
+        UsageError: If it is missing, damaged, or something else; says what to do.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; start `vocabext serve gateway` first, or name its --state") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as the state of a gateway ({error}); move it away to start with "
+                         "all requests on base") from None
+    if not isinstance(document, dict) or document.get("artifact") != "gateway-state":
+        raise UsageError(f"{path} is not the state of a gateway; name another --state")
+    if document.get("version") != VERSION:
+        raise UsageError(f"{path} has format version {document.get('version')}, this vocabext reads {VERSION}")
+    try:
+        return State(path, Policy.from_json(document["policy"]), int(document["serial"]), list(document["changes"]),
+                     str(document["admin_url"]), str(document["token"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); move it away to start with all "
+                         "requests on base") from None
+
+
+def open_state(path: Path, initial: Policy) -> State:
+    """Read a state file, or make one where there is none.
+
+    Args:
+        path: The file.
+        initial: The policy of a new one.
+
+    Raises:
+        UsageError: If the file is there and cannot be used: a policy is never guessed.
+    """
+    if path.exists():
+        return read_state(path)
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder {path.absolute().parent} does not exist; create it, or name another --state")
+    salted = Policy(initial.expanded_percent, initial.mirror_percent, secrets.token_hex(16))
+    state = State(path, salted)
+    state.save()
+    return state
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a state file for one gateway.
+
+    Raises:
+        ServerError: If another gateway holds it.
+    """
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerError(f"another gateway uses {path}; stop it, or name another --state") from None
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

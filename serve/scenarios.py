@@ -1,0 +1,206 @@
+"""The loads that are measured, and their prompts: the same texts for base and expanded.
+
+Three scenarios, because they are limited by different things:
+
+    prefill   a long prompt, one output token: what it costs to read a text
+    decode    a short prompt, a long answer: what it costs to write text
+    mixed     passages and the beginning of a text, a long answer: what retrieval does all day
+
+Each is measured at one or several *points*: so many requests in flight at once, or so many arriving per
+second at random (Poisson) moments, the same moments for both models.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from serve.encoder import Encoder
+from vocabext.errors import CorpusError, UsageError
+
+PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
+SCENARIOS = (PREFILL, DECODE, MIXED)
+CONTEXT_MARGIN_TOKENS = 16  # for the tokens that frame a prompt
+DEFAULT_PROMPT_TOKENS = 2032
+NUM_PASSAGES = 3
+RATE_SECONDS = 10.0  # how long requests keep arriving at a point with a rate, at least
+REQUESTS_PER_SLOT = 2  # requests per request in flight, at least
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scenario under one load; exactly one of `concurrency` and `request_rate` is set.
+
+    Attributes:
+        scenario: `prefill`, `decode` or `mixed`.
+        concurrency: Requests in flight at once; None where requests arrive at a rate.
+        request_rate: Requests arriving per second; None where the number in flight is fixed.
+    """
+
+    scenario: str
+    concurrency: int | None = 1
+    request_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call the point in a table: `prefill x1`, `mixed 2/s`."""
+        load = f"x{self.concurrency}" if self.request_rate is None else f"{self.request_rate:g}/s"
+        return f"{self.scenario} {load}"
+
+    def num_requests(self, texts: int) -> int:
+        """Return how many requests a run needs to fill the load, at least `texts`."""
+        if self.request_rate is not None:
+            return max(texts, math.ceil(self.request_rate * RATE_SECONDS))
+        return max(texts, REQUESTS_PER_SLOT * (self.concurrency or 1))
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """How large the prompts are.
+
+    Attributes:
+        texts: Prompts per run, at least.
+        prompt_tokens: Length of a prefill prompt in base tokens; None takes 2,032, or less if the context is smaller.
+        prompt_characters: Length of a decode prompt.
+        passage_characters: Length of all passages of a mixed prompt together.
+        output_characters: Characters that answers should have.
+    """
+
+    texts: int
+    prompt_tokens: int | None
+    prompt_characters: int
+    passage_characters: int
+    output_characters: int
+
+
+def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Iterable[float]) -> tuple[Point, ...]:
+    """Return every scenario at every load once, in the order in which they are measured."""
+    loads: list[tuple[int | None, float | None]] = [
+        *((count, None) for count in concurrencies), *((None, rate) for rate in rates)]
+    return tuple(dict.fromkeys(Point(scenario, *load) for scenario in scenarios for load in loads))
+
+
+def max_output_tokens(output_characters: int) -> int:
+    """Return how many tokens an answer may take to reach its characters.
+
+    Half as many as characters: tokens of text are longer than that, and a model that writes nothing
+    visible must come to an end.
+    """
+    return max(1, output_characters // 2)
+
+
+def prompt_limit(shape: PromptShape, context: int | None) -> int:
+    """Return how many base tokens a prefill prompt may have.
+
+    Raises:
+        UsageError: If the prompt, or an answer, does not fit into the context.
+    """
+    room = (context or 10**9) - CONTEXT_MARGIN_TOKENS
+    if shape.prompt_tokens is not None and shape.prompt_tokens > room:
+        raise UsageError(f"--prompt-tokens {shape.prompt_tokens} does not fit into the context of {context} tokens; "
+                         f"use at most {max(room, 0)}")
+    if max_output_tokens(shape.output_characters) > room // 2:
+        raise UsageError(f"--output-characters {shape.output_characters} may need "
+                         f"{max_output_tokens(shape.output_characters)} tokens, which leaves too little of the context "
+                         f"of {context} tokens for the prompt; use at most {max(room, 0)}")
+    return min(shape.prompt_tokens or DEFAULT_PROMPT_TOKENS, room)
+
+
+def build_prompts(
+    texts: Iterable[str], encoder: Encoder, shape: PromptShape, points: Iterable[Point], context: int | None,
+    seed: int = 0,
+) -> dict[str, tuple[str, ...]]:
+    """Cut the prompts of every scenario out of held-out texts.
+
+    Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space
+    just before they would exceed the limit in *base* tokens. Decode prompts are the beginnings of
+    documents. Mixed prompts are passages of other documents, then such a beginning.
+
+    Args:
+        texts: The documents.
+        encoder: The base model's tokenizer.
+        shape: How large they are.
+        points: What will be measured.
+        context: The context in tokens, None if unknown.
+        seed: Seed of the order of the documents.
+
+    Returns:
+        The prompts of each scenario, as many as its largest point needs.
+
+    Raises:
+        CorpusError: If there is too little text.
+        UsageError: If something does not fit into the context.
+    """
+    documents = [text.strip() for text in texts if text.strip()]
+    if not documents:
+        raise CorpusError("the corpus holds no text to make prompts from; pass held-out documents as --corpus")
+    random.Random(seed).shuffle(documents)
+    limit = prompt_limit(shape, context)
+    room = (context or 10**9) - CONTEXT_MARGIN_TOKENS - max_output_tokens(shape.output_characters)
+    needed: dict[str, int] = {}
+    for point in points:
+        needed[point.scenario] = max(needed.get(point.scenario, 0), point.num_requests(shape.texts))
+    made: dict[str, tuple[str, ...]] = {}
+    for scenario, count in needed.items():
+        if scenario == PREFILL:
+            prompts = _long_prompts("\n\n".join(documents), encoder, limit, count)
+        elif scenario == DECODE:
+            prompts = _openings(documents, encoder, room, shape.prompt_characters, count)
+        else:
+            prompts = _retrieved(documents, encoder, room, shape, count)
+        made[scenario] = tuple(prompts)
+    _check_enough(made, points, shape)
+    return made
+
+
+def _check_enough(made: Mapping[str, tuple[str, ...]], points: Iterable[Point], shape: PromptShape) -> None:
+    """Refuse a load that the corpus cannot fill: fewer prompts than requests in flight would be another load."""
+    for point in points:
+        have, need = len(made[point.scenario]), point.num_requests(shape.texts)
+        if have < need and (point.request_rate is not None or have < (point.concurrency or 1)):
+            raise CorpusError(f"the corpus holds text for {have} {point.scenario} prompts, but {point.name} needs "
+                              f"{need}; pass more held-out documents, or a smaller load")
+
+
+def _openings(documents: list[str], encoder: Encoder, room: int, characters: int, count: int) -> list[str]:
+    long = [document for document in documents if len(document) >= characters] or documents
+    return [_fit(_cut_at_space(document, characters), encoder, room) for document in long[:count]]
+
+
+def _retrieved(documents: list[str], encoder: Encoder, room: int, shape: PromptShape, count: int) -> list[str]:
+    """Put passages of other documents before the beginnings of documents, as retrieval does."""
+    size = max(1, shape.passage_characters // NUM_PASSAGES)
+    prompts = []
+    for number, opening in enumerate(_openings(documents, encoder, room, shape.prompt_characters, count)):
+        places = [(count + number * NUM_PASSAGES + i) % len(documents) for i in range(NUM_PASSAGES)]
+        passages = "\n\n".join(_cut_at_space(documents[place], size) for place in places)
+        left = max(1, room - len(encoder.encode(opening)) - CONTEXT_MARGIN_TOKENS)
+        prompts.append(f"{_fit(passages, encoder, left)}\n\n{opening}")
+    return prompts
+
+
+def _long_prompts(text: str, encoder: Encoder, limit: int, count: int) -> list[str]:
+    prompts: list[str] = []
+    start = 0
+    while len(prompts) < count and start < len(text):
+        prompt = _fit(text[start : start + 12 * limit], encoder, limit)
+        start += max(1, len(prompt))
+        if prompts and len(prompt) < len(prompts[0]) // 2:
+            break  # the rest of the corpus: too short to be a long prompt
+        if prompt.strip():
+            prompts.append(prompt)
+    return prompts
+
+
+def _fit(text: str, encoder: Encoder, limit: int) -> str:
+    """Return the beginning of a text that has at most `limit` tokens, cut at a space if possible."""
+    while len(text) > 1 and (count := len(encoder.encode(text))) > limit:
+        text = _cut_at_space(text, min(len(text) - 1, max(1, int(len(text) * limit / count))))
+    return text
+
+
+def _cut_at_space(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    space = text.rfind(" ", 0, length + 1)
+    return text[: space if space > length * 0.8 else length].rstrip() or text[:length]

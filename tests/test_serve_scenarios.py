@@ -1,0 +1,144 @@
+import random
+from pathlib import Path
+
+import pytest
+
+from serve import answers
+from serve.engine import Server
+from serve.scenarios import DECODE, MIXED, PREFILL, Point, PromptShape, build_prompts, points_of
+from vocabext.errors import CorpusError, ServerError, UsageError
+
+WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()
+SHAPE = PromptShape(4, None, 40, 120, 64)
+ALL = points_of((PREFILL, DECODE, MIXED), (1,), ())
+
+
+class Words:
+    """A tokenizer with one token per word."""
+
+    num_ids = 100
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(word[0]) for word in text.split()]
+
+
+def documents(count: int = 40, words: int = 30) -> list[str]:
+    choose = random.Random(0)
+    return [" ".join(choose.choice(WORDS) for _ in range(words)) for _ in range(count)]
+
+
+def build(texts: list[str] | None = None, *, shape: PromptShape = SHAPE, points: tuple[Point, ...] = ALL,
+          context: int | None = 512) -> dict[str, tuple[str, ...]]:
+    return build_prompts(documents() if texts is None else texts, Words(), shape, points, context)  # type: ignore[arg-type]
+
+
+def test_every_scenario_is_measured_at_every_load_once() -> None:
+    found = points_of((PREFILL, PREFILL, DECODE), (1, 8), (2.0,))
+    assert [point.name for point in found] == ["prefill x1", "prefill x8", "prefill 2/s", "decode x1", "decode x8",
+                                               "decode 2/s"]
+
+
+def test_a_load_has_as_many_requests_as_it_takes_to_fill_it() -> None:
+    assert Point(PREFILL).num_requests(6) == 6
+    assert Point(PREFILL, 8).num_requests(6) == 16
+    assert Point(PREFILL, None, 2.5).num_requests(6) == 25
+
+
+def test_long_prompts_fill_the_context_in_base_tokens_and_end_at_a_space() -> None:
+    texts = documents()
+    prompts = build(texts, context=116)[PREFILL]
+    lengths = [len(Words().encode(p)) for p in prompts]
+    assert len(lengths) == 4
+    assert all(90 <= n <= 100 for n in lengths)
+    source = set(" ".join(texts).split())
+    assert all(set(p.split()) <= source for p in prompts)
+
+
+def test_prompts_never_exceed_the_limit_of_prompt_tokens() -> None:
+    shape = PromptShape(4, 30, 40, 120, 64)
+    assert all(len(Words().encode(p)) <= 30 for p in build(shape=shape, context=None)[PREFILL])
+
+
+def test_short_prompts_are_the_beginnings_of_documents() -> None:
+    texts = documents()
+    prompts = build(texts)[DECODE]
+    assert all(any(t.startswith(p) for t in texts) and 30 <= len(p) <= 40 for p in prompts)
+    assert len(set(prompts)) == 4
+
+
+def test_mixed_prompts_are_passages_of_other_documents_and_then_a_beginning() -> None:
+    texts = documents()
+    for prompt, opening in zip(*(build(texts)[name] for name in (MIXED, DECODE)), strict=True):
+        *passages, last = prompt.split("\n\n")
+        assert last == opening
+        assert len(passages) == 3
+        assert all(any(t.startswith(p) for t in texts) and not p.startswith(opening) for p in passages)
+        assert 80 <= len("".join(passages)) <= 120
+
+
+def test_mixed_prompts_leave_room_for_the_answer() -> None:
+    shape = PromptShape(4, None, 40, 100_000, 64)
+    for prompt in build(shape=shape, context=128)[MIXED]:
+        assert len(Words().encode(prompt)) + 32 <= 128
+
+
+@pytest.mark.parametrize("texts", [["", " \n"], []])
+def test_a_corpus_of_empty_lines_is_one_clear_line(texts: list[str]) -> None:
+    with pytest.raises(CorpusError, match="no text to make prompts from; pass held-out documents as --corpus"):
+        build(texts)
+
+
+def test_a_small_corpus_gives_fewer_prompts_if_they_fill_the_load() -> None:
+    assert len(build(["only this"])[PREFILL]) == 1
+    with pytest.raises(CorpusError, match="text for 1 prefill prompts, but prefill x8 needs 16"):
+        build(["only this"], points=(Point(PREFILL, 8),))
+    with pytest.raises(CorpusError, match="text for 1 decode prompts, but decode 3/s needs 30"):
+        build(["only this"], points=(Point(DECODE, None, 3.0),))
+
+
+def test_what_does_not_fit_into_the_context_is_refused_with_both_numbers() -> None:
+    with pytest.raises(UsageError, match="--prompt-tokens 5000 does not fit into the context of 512 tokens; use at"):
+        build(shape=PromptShape(4, 5000, 40, 120, 64))
+    with pytest.raises(UsageError, match="--output-characters 64 may need 32 tokens, which leaves too little of the"):
+        build(context=48)
+
+
+# -- answers of equal length --------------------------------------------------------------------------------------
+
+def planted(monkeypatch: pytest.MonkeyPatch, characters_per_token: float) -> list[int]:
+    """A server whose tokens have so many characters; returns the lengths it is asked for."""
+    asked: list[int] = []
+
+    def complete(server: Server, model: str, prompt: str, tokens: int) -> dict[str, object]:
+        asked.append(tokens)
+        offsets = [len(prompt) + int(i * characters_per_token) for i in range(tokens)]
+        return {"text": "x" * int(tokens * characters_per_token), "logprobs": {"text_offset": offsets}}
+
+    monkeypatch.setattr(answers, "_complete", complete)
+    return asked
+
+
+@pytest.mark.parametrize(("per_token", "tokens", "characters"), [(4.0, 25, 100), (6.5, 16, 104), (2.0, 50, 100)])
+def test_each_server_gets_the_tokens_that_its_characters_take(
+    monkeypatch: pytest.MonkeyPatch, per_token: float, tokens: int, characters: int
+) -> None:
+    planted(monkeypatch, per_token)
+    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100)
+    assert (plan.tokens, plan.characters) == ((tokens,), (characters,))
+    assert plan.num_short(100) == 0
+
+
+def test_a_model_that_writes_nothing_visible_comes_to_an_end_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = planted(monkeypatch, 0.1)
+    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100)
+    assert asked == [34, 50]
+    assert plan.tokens == (50,)
+    assert plan.num_short(100) == 1
+
+
+def test_a_server_without_token_offsets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(answers, "open_url", lambda *_, **__: io.BytesIO(b'{"choices": [{"text": "a"}]}'))
+    with pytest.raises(ServerError, match="the server gave no token offsets; its answer begins"):
+        answers.plan_answers(Server([], "http://127.0.0.1:1", Path("log")), "base", ["a prompt"], 100)

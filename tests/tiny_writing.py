@@ -1,0 +1,30 @@
+"""A tiny random model with a taste, and runs that it may write, for tests of `vocabext.writing`."""
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vocabext.model import FrozenModel
+from vocabext.records import NewToken
+
+NUM_BASE = 30
+
+
+def sharp_model(num_base: int = NUM_BASE) -> FrozenModel:
+    """A random model with a taste: some runs are likely, and some are what greedy decoding writes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=num_base + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+                         eos_token_id=None)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return FrozenModel(model, torch.device("cpu"), torch.float64)
+
+
+def some_tokens(rng: np.random.Generator, count: int, num_base: int = NUM_BASE) -> list[NewToken]:
+    """Random runs of two to four ids; some are the beginnings of others."""
+    runs = {tuple(rng.integers(0, num_base, rng.integers(2, 5)).tolist()) for _ in range(count)}
+    runs |= {run[:2] for run in runs if len(run) > 3}
+    return [NewToken(str(run), str(run), run) for run in sorted(runs)]

@@ -1,0 +1,167 @@
+"""`vocabext serve gateway`, `swap` and `swap-test`: an expanded model under live traffic, and back in one step."""
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vocabext.cli import options, show
+
+_STATE = Path("gateway-state.json")
+_KEY = "VOCABEXT_API_KEY"
+_PERCENT = click.FloatRange(0, 100)
+_state_option = click.option("--state", "state_path", type=click.Path(path_type=Path), default=_STATE,
+                             show_default=True, metavar="PATH", help="The gateway's state, which survives a restart.")
+
+
+@click.command(short_help="Serve base and expanded behind one endpoint, and switch between them.")
+@click.argument("base", metavar="BASE")
+@click.argument("expanded", metavar="EXPANDED")
+@click.argument("vllm_flags", nargs=-1, metavar="[-- VLLM FLAGS...]")
+@click.option("--one-engine", is_flag=True, help="Serve both arms with the expanded engine: half of the memory.")
+@_state_option
+@click.option("--percent", type=_PERCENT, default=0.0, show_default=True,
+              help="Share of requests to the expanded arm, where there is no state yet.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=0,
+              help="Port of the admin endpoint, on loopback only. [default: a free one]")
+@click.option("--model-name", default="", help="What clients call the model. [default: the base arm's name]")
+@click.option("--canary/--no-canary", default=True, show_default=True, help="Roll back if the expanded arm is worse.")
+@click.option("--max-failures", type=click.FloatRange(0, 1), default=0.02, show_default=True,
+              help="Canary: share of failed answers above the base arm's.")
+@click.option("--max-pace", type=click.FloatRange(min=1), default=1.25, show_default=True,
+              help="Canary: seconds per character, times the base arm's.")
+@click.option("--max-first", type=click.FloatRange(min=1), default=1.5, show_default=True,
+              help="Canary: seconds to the first character, times the base arm's.")
+@click.option("--max-length", type=click.FloatRange(min=1), default=2.0, show_default=True,
+              help="Canary: how many times as long, or as short, answers may be.")
+@click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.1, show_default=True,
+              help="Canary: share of a mirrored greedy answer that is the base's, from its beginning.")
+@click.option("--alpha", type=click.FloatRange(1e-9, 0.5), default=0.01, show_default=True,
+              help="Canary: probability of rolling back without reason, however long it runs.")
+@click.option("--pin/--no-pin", default=True, show_default=True, help="Let the header x-vocabext-arm choose the arm.")
+@click.option("--max-body-bytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
+              help="Longest request body.")
+@click.option("--max-header-bytes", type=click.IntRange(min=256), default=32 * 2**10, show_default=True,
+              help="Longest request line and headers together.")
+@click.option("--max-in-flight", type=click.IntRange(min=1), default=256, show_default=True,
+              help="Requests that one arm may have at once; more get status 503.")
+@click.option("--idle-seconds", type=click.FloatRange(min=0.1), default=600.0, show_default=True,
+              help="An engine that sends nothing for so long counts as hanging: status 504.")
+@click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True,
+              help="How long requests in flight may take once the gateway is told to stop.")
+@click.option("--record", type=click.Path(path_type=Path), metavar="PATH",
+              help="Write requests there, with their text, for swap-test. [default: nothing is written down]")
+@click.option("--record-limit", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="Write down so many requests at most.")
+@click.option("--logs", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where the logs of started engines go. [default: a new folder]")
+@click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
+              help="Give up if an engine is not ready by then.")
+@options.trust_remote_code_option
+@options.json_option
+def gateway(
+    base: str, expanded: str, vllm_flags: tuple[str, ...], one_engine: bool, state_path: Path, percent: float,
+    host: str, port: int, admin_port: int, model_name: str, canary: bool, max_failures: float, max_pace: float,
+    max_first: float, max_length: float, min_agreement: float, alpha: float, pin: bool, max_body_bytes: int,
+    max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float, record: Path | None,
+    record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool, as_json: bool,
+) -> None:
+    """Serve BASE and EXPANDED behind one OpenAI-compatible endpoint, until Ctrl-C.
+
+    Each is the URL of a vLLM server that runs already, or a folder or hub id, for which one is started.
+    With --one-engine, only the expanded engine runs (EXPANDED is a folder, or FOLDER@URL), and BASE is the
+    base model, for its tokenizer.
+
+    `serve swap` changes which arm answers, while requests are in flight. An API key in the environment
+    variable VOCABEXT_API_KEY is asked of clients and passed on to the engines. Flags of vLLM's server go after
+    --, for the engines that are started.
+    """
+    from serve.gateway.canary import Bounds
+    from serve.gateway.guard import Limits
+    from serve.gateway.policy import Policy
+    from serve.gateway.run import GatewayConfig, run_gateway
+    from vocabext.errors import MissingExtraError
+
+    try:
+        import aiohttp  # noqa: F401  (one of what `serve` brings stands for all)
+    except ImportError:
+        raise MissingExtraError("aiohttp", "serve") from None
+    folder = logs or Path(tempfile.mkdtemp(prefix="vocabext-gateway-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    bounds = Bounds(max_failures, max_pace, max_first, max_length, min_agreement, alpha) if canary else None
+    config = GatewayConfig(
+        base, expanded, one_engine, state_path, Policy(percent), host, port, admin_port, model_name,
+        Limits(max_body_bytes, max_header_bytes, max_in_flight, idle_seconds), bounds, os.environ.get(_KEY) or None,
+        pin, record, record_limit, drain_seconds, start_timeout_seconds, folder, vllm_flags, trust_remote_code)
+
+    def ready(document: dict[str, Any]) -> None:
+        show.emit(document, as_json, lambda: show.table(
+            [("URL", document["url"]), ("model name", document["model"]), ("policy", document["policy"]),
+             ("state", document["state"]), ("logs", folder)], ("", "serving")))
+        show.note("ready; Ctrl-C stops it, `vocabext serve swap` switches")
+        sys.stdout.flush()
+
+    signal.raise_signal(run_gateway(config, on_ready=ready, note=show.note, progress=show.progress))
+
+
+@click.command(short_help="Switch a running gateway: to an arm, to a share, or back.")
+@click.option("--to", "arm", type=click.Choice(["base", "expanded"]), help="The arm that gets the share.")
+@click.option("--percent", type=_PERCENT, help="Its share of requests; the rest goes to the other. [default: 100]")
+@click.option("--mirror", type=_PERCENT, help="Share of requests to send to both arms, to compare them; one answers.")
+@click.option("--rollback", is_flag=True, help="All requests to the base arm, nothing mirrored.")
+@click.option("--reason", default="", help="Why; kept with the change.")
+@_state_option
+@options.json_option
+def swap(
+    arm: str | None, percent: float | None, mirror: float | None, rollback: bool, reason: str, state_path: Path,
+    as_json: bool,
+) -> None:
+    """Switch a running gateway; without options, show where it stands.
+
+    Requests in flight end on the arm that they began on. The new policy is on disk before this returns.
+    """
+    from serve.gateway.admin import send_order
+    from serve.gateway.state import read_state
+    from vocabext.errors import UsageError
+
+    if rollback and (arm or percent is not None or mirror is not None):
+        raise UsageError("--rollback goes without --to, --percent and --mirror")
+    if percent is not None and arm is None:
+        raise UsageError("--percent needs --to: whose share is it?")
+    order: dict[str, Any] | None = {"reason": reason}
+    if rollback:
+        order = {"rollback": True, "reason": reason}
+    elif arm is not None or mirror is not None:
+        order = {"to": arm, "percent": percent, "mirror_percent": mirror, "reason": reason}
+    else:
+        order = None
+    status = send_order(read_state(state_path), order)
+    show.emit(status, as_json, lambda: _show_status(status))
+
+
+def _show_status(status: dict[str, Any]) -> None:
+    rows: list[tuple[str, object]] = [("policy", status["policy"])]
+    rows += [(f"{name} engine", f"{health}, {status['in_flight'][name]} in flight")
+             for name, health in status["arms"].items()]
+    if status["changes"]:
+        last = status["changes"][-1]
+        rows.append(("last change", f"{last['time']} by {last['by']}" + (f": {last['reason']}" if last["reason"] else "")
+                     ))
+    show.table(rows, ("", "gateway"))
+    if status["canary"] is None:
+        return
+    show.table([(f["measure"], _number(f["base"]), _number(f["expanded"]),
+                 f"{_number(f['low'])} to {_number(f['high'])}", f"{f['bound']:g}",
+                 f"{f['values']['base']} / {f['values']['expanded']}", "WORSE" if f["worse"] else "")
+                for f in status["canary"]["findings"]],
+               ("canary", "base", "expanded", "always-valid limits", "bound", "values", ""))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,55 @@
+"""`vocabext serve start`."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from vocabext.cli import options, show
+
+
+@click.command(short_help="Serve a model with vLLM in the foreground.")
+@click.argument("model", metavar="MODEL")
+@click.argument("vllm_flags", nargs=-1, metavar="[-- VLLM FLAGS...]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
+@click.option("--log", type=click.Path(path_type=Path), metavar="PATH", help="The server's log. [default: a new file]")
+@click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
+              help="Give up if the server is not ready by then.")
+@click.option("--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed.")
+@options.json_option
+def start(
+    model: str, vllm_flags: tuple[str, ...], host: str, port: int, log: Path | None, start_timeout_seconds: float,
+    unverified: bool, as_json: bool,
+) -> None:
+    """Serve MODEL with vLLM in the foreground; Ctrl-C stops it.
+
+    MODEL is a folder or a hub id, base or expanded: plain vLLM serves both. An expanded folder must have
+    passed `vocabext verify`. Flags of vLLM's server go after --, such as:
+    vocabext serve start MODEL -- --max-model-len 4096
+    """
+    from serve.card import card_of, require_verified
+    from serve.engine import require_vllm, vllm_server, wait_until_ready
+    from vocabext.checkpoint import resolve_model
+    from vocabext.records import check_output
+
+    require_vllm()
+    if log is not None:
+        check_output(log, force=True)
+    folder = resolve_model(model)
+    if not unverified:
+        require_verified(folder)
+    card = card_of(folder)
+    log = log or Path(tempfile.mkdtemp(prefix="vocabext-serve-")) / "server.log"
+    show.note(f"starting vLLM for {model}; its log is {log}")
+    with vllm_server(folder, log, host=host, port=port, served_name=model, flags=vllm_flags) as server:
+        wait_until_ready([server], timeout_seconds=start_timeout_seconds, progress=show.progress)
+        document = {"url": f"{server.url}/v1", "model": model, "process_id": server.process.pid, "log": log,
+                    "card": dict(card)}
+        show.emit(document, as_json, lambda: show.table(
+            [("URL", document["url"]), ("model name", model), *card, ("log", log)], ("", "serving")))
+        show.note("ready; Ctrl-C stops it")
+        sys.stdout.flush()
+        server.process.wait()
+        server.check_alive()

@@ -1,0 +1,254 @@
+"""From snippets to output rows: what to read, how cautious to be, and which tokens stay silent.
+
+Shape suffixes: N new tokens, D hidden size, P places.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from vocabext.config import DistillConfig
+from vocabext.expansion import Expansion, Ids
+from vocabext.model import FrozenModel
+from vocabext.progress import Progress, no_progress
+from vocabext.records import TokenSnippets
+from vocabext.rows import mean_rows
+from vocabext.writing.fit import Fit, Task, longest_runs
+from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
+from vocabext.writing.places import Places, concatenate, find_places
+from vocabext.writing.runs import RunTree
+
+# One window in this many judges rows that the others made.
+HELD_OUT_EVERY = 8
+# Windows that are read between two reports of progress.
+WINDOWS_AT_ONCE = 256
+# Passes over the places: at first, for each try of another caution, and at the end.
+FIRST_EPOCHS, TRY_EPOCHS = 6.0, 3.0
+TRIES = 3
+# How wrong use falls as caution grows: with this power of it, roughly. And the highest caution that is tried.
+POWER, MOST_CAUTION = 0.9, 64.0
+# A row is at most so many times as long as the longest base row: longer ones are loud wherever a state is unusual.
+LONGEST = 3.5
+# What stands for zero: a row of exact zeros cannot be told from one that was forgotten.
+ALMOST_ZERO = 1e-4
+# Steps in which the silent row is found, and places that they look at.
+SILENCE_STEPS, SILENCE_PLACES = 300, 32_768
+ROWS_AT_ONCE = 32_768
+
+
+@dataclass(frozen=True)
+class TokenWriting:
+    """How one token is written, on held-out places.
+
+    Attributes:
+        token: The text of the token.
+        deserved: Places where base's greedy continuation writes its run.
+        right: Places where it is on top and base writes its run.
+        wrong: Places where it is on top and base writes something else.
+        silent: Why it is never written; None if it is.
+    """
+
+    token: str
+    deserved: int
+    right: int
+    wrong: int
+    silent: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """Output rows of all tokens, and what is known about them.
+
+    Attributes:
+        output_ND: The rows, float32.
+        kind: `fit`, `mean`, `zero` or `none`.
+        held_out: How they write on held-out places; None where nothing was fitted.
+        tokens: The same for each token.
+        caution: Weight of places where nothing new should be written.
+        places: Places that were read.
+        leak: Largest probability that one silent row took at a place; None without silent rows.
+        read_seconds: Time for reading the places.
+        fit_seconds: Time for the fit.
+    """
+
+    output_ND: torch.Tensor
+    kind: str
+    held_out: Writing | None = None
+    tokens: tuple[TokenWriting, ...] = ()
+    caution: float | None = None
+    places: int = 0
+    leak: float | None = None
+    read_seconds: float = 0.0
+    fit_seconds: float = 0.0
+
+    def summary(self) -> dict[str, object]:
+        """Return what a reader wants to know, as JSON-ready values."""
+        return {"kind": self.kind, "held_out": None if self.held_out is None else self.held_out.to_json(),
+                "written": sum(t.silent is None for t in self.tokens) if self.tokens else None,
+                "silent": [asdict(t) for t in self.tokens if t.silent is not None], "caution": self.caution,
+                "places": self.places, "leak": self.leak, "read_seconds": self.read_seconds,
+                "fit_seconds": self.fit_seconds}  # fmt: skip
+
+
+def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
+    """Tell whether new tokens get output rows of their own.
+
+    The mean of pieces as input rows is the quick baseline, made without text: nothing is fitted then. And some
+    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix. A head
+    with a bias is left to `patch`, which gives new tokens the bias of their pieces.
+    """
+    from vocabext.patch_plan import TIED_IN_VLLM
+
+    tied_for_good = model.tied and type(model.model).__name__ in TIED_IN_VLLM
+    biased = getattr(model.model.get_output_embeddings(), "bias", None) is not None
+    return config.method == "distill" and config.output_rows != "input" and not tied_for_good and not biased
+
+
+def make_output_rows(
+    kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
+    prefix_ids: Sequence[int] = (), places_per_token: int = 200, false_use: float = 0.01, seed: int = 0,
+    progress: Progress = no_progress,
+) -> OutputRows:  # fmt: skip
+    """Make the output rows of all new tokens.
+
+    Args:
+        kind: `fit`, `mean`, `zero`, or `none` for rows that stay silent.
+        records: The tokens that get a row, with their snippets.
+        model: The frozen base model.
+        expansion: The new tokens that the snippets are written in; at least those of `records`.
+        prefix_ids: What the tokenizer puts in front of a prompt.
+        places_per_token: How much of the snippets is read, in base ids per token.
+        false_use: Share of held-out places at which a new token may be on top where base writes something else.
+        seed: Of every choice.
+        progress: Where to report.
+    """
+    tokens = [record.new_token for record in records]
+    mean_ND = mean_rows(model.head_VD, tokens).cpu()
+    if kind in ("mean", "zero"):
+        return OutputRows(mean_ND if kind == "mean" else ALMOST_ZERO * mean_ND, kind)
+    began = time.perf_counter()
+    train, held_out = _windows(records, expansion, prefix_ids, places_per_token)
+    tree = RunTree.of(tokens)
+    places, judged = (_read(model, windows, tree, expansion.first_new_id, len(prefix_ids), progress)
+                      for windows in (train, held_out))  # fmt: skip
+    read_seconds = time.perf_counter() - began
+    if not len(places) or not len(judged):  # nothing is known: nothing is written
+        return OutputRows(ALMOST_ZERO * mean_ND, "zero")
+    began = time.perf_counter()
+    lengths_N = torch.tensor([len(token.run) for token in tokens])
+    longest = LONGEST * max(float(part_VD.float().norm(dim=1).max()) for part_VD in model.head_VD.split(ROWS_AT_ONCE))
+    silent_D, leak = silent_row(concatenate([places, judged]), longest, model.device)
+    if kind == "none":
+        return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, (), None, len(places) + len(judged),
+                          leak, read_seconds, time.perf_counter() - began)  # fmt: skip
+    task = Task(places, longest_runs(places, lengths_N), model.logit_cap)
+    rows_ND, caution = _fit(task, judged, len(tokens), false_use, model, seed, progress)
+    rows_ND *= (longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=longest))
+    uses = find_uses(judged, rows_ND, model.logit_cap)
+    reports = _reports(records, judged, uses)
+    rows_ND[[i for i, report in enumerate(reports) if report.silent is not None]] = silent_D
+    final = measure_writing(judged, find_uses(judged, rows_ND, model.logit_cap), lengths_N)
+    return OutputRows(rows_ND, kind, final, reports, caution, len(places) + len(judged),
+                      leak if any(r.silent for r in reports) else None, read_seconds,
+                      time.perf_counter() - began)  # fmt: skip
+
+
+def _windows(
+    records: Sequence[TokenSnippets], expansion: Expansion, prefix_ids: Sequence[int], places_per_token: int
+) -> tuple[list[Ids], list[Ids]]:
+    """Choose snippets of each token, in base ids: those to fit to, and those to judge by."""
+    prefix = np.asarray(prefix_ids, np.int64)
+    train: list[Ids] = []
+    held_out: list[Ids] = []
+    for record in records:
+        wanted = places_per_token
+        for number, ids in enumerate(expansion.unmerge_batch(record.snippets)):
+            (held_out if number % HELD_OUT_EVERY == 1 else train).append(np.concatenate((prefix, ids)))
+            wanted -= len(ids)
+            if wanted <= 0:
+                break
+    return train, held_out
+
+
+def _read(
+    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, num_base: int, first: int, progress: Progress
+) -> Places:
+    order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
+    parts = []
+    with progress("reading what the base writes", len(windows), "snippets") as task:
+        for at in range(0, len(order), WINDOWS_AT_ONCE):
+            some = [windows[s] for s in order[at : at + WINDOWS_AT_ONCE]]
+            parts.append(find_places(model, some, tree, num_base=num_base, first=max(0, first - 1)))
+            task.advance(len(some))
+    return concatenate(parts)
+
+
+def _fit(
+    task: Task, judged: Places, num_tokens: int, false_use: float, model: FrozenModel, seed: int, progress: Progress
+) -> tuple[torch.Tensor, float]:
+    """Fit rows, with as little caution as keeps wrong use on held-out places below the bound."""
+    fit, caution = Fit(task, num_tokens, model.device, seed), 1.0
+    with progress("fitting output rows", fit.steps(FIRST_EPOCHS) + TRIES * fit.steps(TRY_EPOCHS), "steps") as bar:
+        fit.train(FIRST_EPOCHS, caution, bar.advance)
+        for _ in range(TRIES):
+            uses = find_uses(judged, fit.rows_ND, task.cap)
+            wrong = int((uses.on_top_P & ~uses.right_P).sum()) / len(judged)
+            factor = (max(wrong, 1e-6) / false_use) ** (1 / POWER)
+            caution = min(MOST_CAUTION, max(1.0, caution * factor))
+            bar.note(f"wrong at {wrong:.2%} of places")
+            fit.train(TRY_EPOCHS, caution, bar.advance)
+    return fit.rows_ND.cpu(), caution
+
+
+def _reports(records: Sequence[TokenSnippets], judged: Places, uses: Uses) -> tuple[TokenWriting, ...]:
+    right_N, wrong_N = per_token(uses, len(records))
+    deserved_N = torch.bincount(judged.token_R[judged.greedy_R], minlength=len(records))
+    return tuple(
+        TokenWriting(record.new_token.token, deserved, right, wrong, _why_silent(deserved, right, wrong))
+        for record, deserved, right, wrong in zip(
+            records, deserved_N.tolist(), right_N.tolist(), wrong_N.tolist(), strict=True))  # fmt: skip
+
+
+def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
+    """Say why a token should not be written: on held-out places it is more often wrong than right, or never right."""
+    if not right:
+        return f"never right at {deserved} held-out places that deserve it" if deserved else "no place to judge it by"
+    return f"wrong at {wrong} held-out places, right at {right}" if wrong > right else None
+
+
+def silent_row(places: Places, longest: float, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Find the row that is least likely at any place.
+
+    Where no bias can be given to a row, its logit depends on the state: a zero row has the logit 0 everywhere,
+    which is little next to confident states and not next to others. The row minimises the largest share of the
+    probability that it has anywhere (a smooth maximum over all places).
+
+    Args:
+        places: The places.
+        longest: How long the row may be.
+        device: Where to compute.
+
+    Returns:
+        The row (D,), and the largest probability that it has at one of the places.
+    """
+    at = torch.linspace(0, len(places) - 1, min(len(places), SILENCE_PLACES)).long()
+    hidden_PD, normaliser_P = places.hidden_PD[at].to(device).float(), places.normaliser_P[at].to(device)
+    mean_D = hidden_PD.mean(0)
+    scale = min(longest, float(normaliser_P.mean() / mean_D.norm().clamp(min=1e-6)))
+    row_D = (-mean_D / mean_D.norm().clamp(min=1e-6)).requires_grad_(True)
+    optimizer = torch.optim.Adam([row_D], lr=0.05 / math.sqrt(len(row_D)))
+    for _ in range(SILENCE_STEPS):
+        optimizer.zero_grad()
+        loss = torch.logsumexp((hidden_PD @ row_D) * scale - normaliser_P, 0)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            row_D *= min(1.0, longest / max(scale * float(row_D.norm()), 1e-12))
+    row_D = (row_D.detach() * scale).cpu()
+    worst = max(float((part_CD.float() @ row_D - normaliser_C).max()) for part_CD, normaliser_C in zip(
+        places.hidden_PD.split(SILENCE_PLACES), places.normaliser_P.split(SILENCE_PLACES), strict=True))  # fmt: skip
+    return row_D, math.exp(worst)
