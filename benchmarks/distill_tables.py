@@ -155,7 +155,8 @@ def scale(found: Found) -> str:
         f"{found['cpu_seconds']:.1f} s), {where(found)}; {found['before_bytes'] / MIB:,.0f} MiB in use before", "",
         table(("part", "tokens", "seconds", "CPU seconds", "CPU seconds per token", "peak MiB"), [
             (part["stage"], f"{part['tokens']:,}", f"{part['seconds']:.1f}", f"{part['cpu_seconds']:.1f}",
-             f"{part['cpu_seconds'] / part['tokens']:.4f}", f"{part['peak_bytes'] / MIB:,.0f}")
+             f"{part['cpu_seconds'] / part['tokens']:.4f}" if part["tokens"] else "",
+             f"{part['peak_bytes'] / MIB:,.0f}")
             for part in found["parts"]])))  # fmt: skip
 
 

@@ -312,7 +312,7 @@ def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch
     records = distill_reference.random_records(6, 4, 512)
     expansion = Expansion([record.new_token for record in records], 512)
     task = distill_reference.Task("tiny", records, expansion, (1,), CPU)
-    timed = distill_reference.time_ours(task, "").result
+    timed = distill_reference.time_ours(task, "").made
     everything = distill_reference.count_ours(task, timed)
     monkeypatch.setattr(distill_reference, "COUNTED_TOKENS", 3)
     sample = distill_reference.count_ours(task, timed)

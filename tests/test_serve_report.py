@@ -22,8 +22,8 @@ from serve.summary import summarize
 from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError
 
-SECTIONS = ("shorter", "examples", "faster", "faithful", "tokens", "verified", "worse", "method")
-WITH_PREDICTION = ("shorter", "examples", "faster", "predicted", "faithful", "tokens", "verified", "worse", "method")
+SECTIONS = ("shorter", "examples", "faster", "faithful", "writing", "tokens", "verified", "worse", "method")
+WITH_PREDICTION = (*SECTIONS[:3], "predicted", *SECTIONS[3:])
 SCHEMA = Path(report.__file__).with_name("report.schema.json")
 HOSTILE = "<script>alert('&')</script>"
 
@@ -113,7 +113,21 @@ def eval_result() -> dict[str, Any]:
     return {"artifact": "eval", "version": 1, "documents": 200, "bytes": 9100,
             "rows": [row("base", 1.0, 1.0), row("mean", 1.8, 0.1), row("distilled", 1.04, 0.6)],
             "gap_recovered": 0.95, "gap_recovered_interval": [0.93, 0.97],
-            "shorter": {"base_tokens": 2500, "expanded_tokens": 1800, "ratio": 1.39}}
+            "shorter": {"base_tokens": 2500, "expanded_tokens": 1800, "ratio": 1.39}, "writing": writing_result()}
+
+
+def writing_result() -> dict[str, Any]:
+    def row(name: str, adoption: float | None, false_use: float, per_step: float) -> dict[str, Any]:
+        return {"name": name, "merged": {"adoption": None, "false_use": 0.003},
+                "places": {"places": 5000, "deserved": 700, "adoption": adoption, "false_use": false_use,
+                           "nll_rise_nats": 0.0125},
+                "greedy": {"characters_per_step": per_step, "share_of_possible_gain": 0.4321, "identical": 3,
+                           "similar": 5, "worse": 8, "examples": [
+                               {"kind": "similar", "prompt": HOSTILE, "base": "one", "expanded": "two"}]},
+                "sampling": {"kl_nats_per_piece": 0.0421}}
+
+    return {"base": {"prompts": 16, "characters_per_step": 3.25, "characters_per_step_if_all_adopted": 5.5},
+            "rows": [row("mean", 0.0, 0.0, 3.3), row("distilled", 0.815, 0.0095, 4.75)]}
 
 
 def verify_result(*, passed: bool = True) -> dict[str, Any]:
@@ -173,6 +187,22 @@ def test_a_full_report_has_every_section_and_picture(folder: Path) -> None:
     assert structure.tags.count("svg") == 2 + 1 + 3 + 1 + 4
     assert page.missing == ()
     assert "Not measured" not in page.html
+
+
+def test_reading_and_writing_are_shown_apart(folder: Path) -> None:
+    page = report.render_report(folder, everything())
+    for value in (*map(report.percent, (0.28, 0.4321, 0.815)), "+0.0400", "700", "3.25", "5.50", "4.75", "0.95%",
+                  "0.0125", "3 / 5 / 8", "0.0421"):
+        assert value in page.html, value
+        assert value in page.markdown, value
+    assert page.document["writing"] == writing_result()
+    assert any("0.95% of held-out places the model writes a new token" in line for line in page.document["worse"])
+    results = everything()
+    del (results["eval"] or {})["writing"]
+    page = report.render_report(folder, results)
+    assert "how the model writes new tokens" in page.html
+    assert "## Reading and writing" not in page.markdown
+    assert page.document["writing"] is None
 
 
 def test_a_report_needs_nothing_but_itself(folder: Path) -> None:
