@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 from base_logits import same_over_base_rows
+from planted import detail, draw_fewer_texts, edit_tensor, failed, set_row
 from safetensors.torch import load_file, save_file
 from test_patch import EMBEDDING, HEAD, WEIGHTS, Case, make_case, make_rows, rewrite, stored
 from tiny_checkpoints import edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vocabext import patch_plan
-from vocabext.checkpoint import INDEX_NAME, load_rows, open_checkpoint
+from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
 from vocabext.errors import CheckpointError
 from vocabext.manifest import read_manifest
 from vocabext.rows import mean_rows
+from vocabext.verify import verify
 
 
 def check_untied(case: Case, output_ND: torch.Tensor) -> None:
@@ -138,3 +140,40 @@ def test_a_quantisation_that_would_take_the_head_is_refused(tmp_path: Path) -> N
     assert not case.output.exists()
     case.patch()
     assert WEIGHTS in {path.name for path in case.output.iterdir()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_belong_to_no_id_are_hardly_ever_drawn(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """290 ids and 292 rows grow to 296: three rows of the head have no id, and would score 0 as zeros."""
+    draw_fewer_texts(monkeypatch)
+    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 20)
+    case = make_case(tmp_path, tied=tied, num_rows=292, dtype=torch.bfloat16)
+    make_rows(case.base, case.rows, output=True, writing={"silent_ids": [7, 11]})
+    tokens, rows, header = load_rows(case.rows)
+    save_rows(case.rows, tokens, Rows(rows.input_ND, -rows.input_ND), header)
+    case.patch()
+    new = stored(case.output)
+    between_D = new[HEAD][[7, 11]].float().mean(0).bfloat16()
+    assert torch.equal(new[HEAD][293:], between_D.expand(3, -1))
+    assert not new[EMBEDDING][293:].any()
+    records = read_manifest(case.output).tensors
+    assert (records[HEAD].surplus, records[EMBEDDING].surplus) == ((7, 11), ())
+    hidden_PD = torch.randn(1_000, 64)
+    logits_PV = hidden_PD @ new[HEAD].float().T
+    assert int(logits_PV.argmax(1).max()) < 293  # never on top
+    result = verify(case.output, str(case.base))
+    assert failed(result) == []
+    edit_tensor(case.output, HEAD, set_row(294, 0.0))
+    assert "row 294 of lm_head.weight belongs to no id and is not the mean of the rows 7 and 11" in detail(
+        verify(case.output, str(case.base)), "new rows plausible")
+
+
+@pytest.mark.parametrize("ids", [[7, 290], [7, "11"], "7", [], None])
+def test_silent_ids_that_cannot_be_leave_zeros(tmp_path: Path, ids: Any) -> None:
+    case = make_case(tmp_path, tied=False, num_rows=292)
+    make_rows(case.base, case.rows, output=True, writing={"silent_ids": ids})
+    case.patch()
+    assert not stored(case.output)[HEAD][293:].any()
+    assert read_manifest(case.output).tensors[HEAD].surplus == ()

@@ -109,7 +109,8 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     hidden_PD = torch.randn(600, 16, generator=generator) + torch.ones(16)
     logits_PV = hidden_PD @ head_VD[:39].T
     places = replace(made_places(hidden_PD, []), normaliser_P=logits_PV.logsumexp(1))
-    row_D, leak = silent_row(head_VD, places, 39)
+    row_D, leak, ids = silent_row(head_VD, places, 39)
+    assert torch.allclose(row_D, head_VD[list(ids)].mean(0))
     assert torch.allclose(row_D, head_VD[[7, 21]].mean(0))
     shares = torch.exp(hidden_PD @ row_D - places.normaliser_P)
     assert leak == pytest.approx(float(shares.max()), rel=1e-3)
@@ -175,7 +176,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert made.held_out.false_use < 0.03
     assert made.held_out.adoption > 0.1
     assert [token.silent is None for token in made.tokens] == [True, True, False]
-    silent_D, leak = silent_row(model.head_VD, blurred, 4)
+    silent_D, leak, _ = silent_row(model.head_VD, blurred, 4)
     assert torch.equal(made.output_ND[2], silent_D)
     assert made.leak == pytest.approx(leak, rel=1e-2)
     summary = made.summary()

@@ -115,6 +115,7 @@ class TensorRecord:
         num_rows_before: Rows in the base; 0 for a head that was separated from its embedding (`--untie`).
         num_rows: Rows in the new folder. Those behind the last new token are as in the base, or surplus.
         file: Its shard, the same in base and new folder.
+        surplus: Base ids whose mean row the surplus rows hold; empty for zeros (a bias: far below all others).
     """
 
     role: str
@@ -122,6 +123,7 @@ class TensorRecord:
     num_rows_before: int
     num_rows: int
     file: str
+    surplus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,8 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
 
 def _tensors_from(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
     return {name: TensorRecord(str(t["role"]), str(t["rows"]), int(t["num_rows_before"]), int(t["num_rows"]),
-                               str(t["file"])) for name, t in tensors.items()}
+                               str(t["file"]), tuple(int(i) for i in t.get("surplus") or ()))
+            for name, t in tensors.items()}
 
 
 def _originals_from(document: Mapping[str, Any]) -> Originals:

@@ -98,7 +98,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
         _refuse_untying(checkpoint, forced=untie)
     # Stored under one name only, a tied matrix gets a second one.
     first = checkpoint.vocab_tensors[0]
-    draft = _Draft(checkpoint, file, num_used)
+    draft = _Draft(checkpoint, file, num_used, untied=untied)
     head_rows = "none: the model has no output head"
     for name, tensor in checkpoint.row_tensors.items():
         is_head = tensor.role == HEAD and (untied or not checkpoint.tied)
@@ -138,8 +138,9 @@ def _new_name(checkpoint: Checkpoint, role: str) -> str:
 class _Draft:
     """The plan as it grows."""
 
-    def __init__(self, checkpoint: Checkpoint, file: RowsFile, num_used: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untied: bool) -> None:
         self.checkpoint, self.num_used, self.num_new = checkpoint, num_used, len(file.tokens)
+        self.silent_ids, self.untied = _silent_ids(file, num_used), untied
         self.growths: dict[str, Growth] = {}
         self.added: dict[str, Copied] = {}
         self.records: dict[str, TensorRecord] = {}
@@ -152,22 +153,46 @@ class _Draft:
         rows = self.growths[name].num_rows
         if rows != info.shape[0]:
             self.sizes[tensor.size_key] = rows
-        self.records[name] = TensorRecord(tensor.role, said, info.shape[0], rows, info.file)
+        self.records[name] = TensorRecord(tensor.role, said, info.shape[0], rows, info.file,
+                                          self._surplus_ids(self.growths[name], tensor.role, info.shape[0]))
 
     def add(self, name: str, role: str, like: str, source: Any, said: str) -> None:
         """Add a copy of a stored tensor that gets rows from another source."""
         self.added[name] = Copied(like, self._growth(like, source, role))
-        self.records[name] = TensorRecord(role, said, 0, self.added[name].growth.num_rows,
-                                          self.checkpoint.tensors[like].file)
+        info, growth = self.checkpoint.tensors[like], self.added[name].growth
+        self.records[name] = TensorRecord(role, said, 0, growth.num_rows, info.file,
+                                          self._surplus_ids(growth, role, info.shape[0]))
 
     def _growth(self, name: str, source: Any, role: str) -> Growth:
-        from vocabext.rows import as_bytes, check_rows, constant_row
+        from vocabext.rows import as_bytes, check_rows, constant_row, mean_row
 
         info = self.checkpoint.tensors[name]
         check_rows(source, self.num_new, info)
         rows = grown_rows(info.shape[0], self.num_used + self.num_new)
         surplus = constant_row(info, SILENT_BIAS) if role == HEAD_BIAS else None
+        if self.silent_ids and self._writes(role):
+            surplus = mean_row(self.checkpoint, name, self.silent_ids)
         return Growth(self.num_used, self.num_new, rows, as_bytes(source, info.dtype), surplus)
+
+
+    def _writes(self, role: str) -> bool:
+        """Tell whether rows of a role are output rows."""
+        return role == HEAD or (role == EMBEDDING and self.checkpoint.tied and not self.untied)
+
+    def _surplus_ids(self, growth: Growth, role: str, num_rows: int) -> tuple[int, ...]:
+        has_surplus = growth.num_rows > max(num_rows, growth.end_row)
+        return self.silent_ids if has_surplus and self._writes(role) else ()
+
+
+def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
+    """Return the base ids between whose rows a row is hardly ever drawn and never on top; empty if nobody looked.
+
+    Rows that belong to no id score 0 where they are zero, which a sample may draw.
+    """
+    writing = file.header.get("writing")
+    ids = writing.get("silent_ids") if isinstance(writing, dict) else None
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < num_used for i in ids)
+    return tuple(ids) if known and ids else ()
 
 
 def _check_room(checkpoint: Checkpoint, file: RowsFile, num_used: int) -> None:

@@ -127,6 +127,18 @@ def same_rows(one: RowSource, other: RowSource, num_new: int, row_bytes: int) ->
                for first in range(0, num_new, step))
 
 
+def mean_row(checkpoint: Checkpoint, name: str, ids: Sequence[int]) -> bytes:
+    """Return the bytes of the mean of some rows of a stored tensor, in its dtype.
+
+    Args:
+        checkpoint: The base.
+        name: Stored name of the tensor.
+        ids: Which rows.
+    """
+    source = mean_of_pieces(checkpoint, name, [NewToken("", "", tuple(ids))])
+    return as_bytes(source, checkpoint.tensors[name].dtype)(0, 1)
+
+
 def constant_row(info: TensorInfo, value: float) -> bytes:
     """Return the bytes of one row of a tensor that holds one value everywhere."""
     return torch.full(info.shape[1:], value, dtype=DTYPES[info.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -12,7 +12,7 @@ import torch
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.extent import Extent, first_difference, in_parallel, same_inode
-from vocabext.rows import DTYPES
+from vocabext.rows import DTYPES, mean_row
 from vocabext.shards import CHUNK_BYTES
 
 SILENT = -1000.0  # exp of a bias below that is 0
@@ -114,7 +114,8 @@ def _compare_rows(pair: Pair, source: str, name: str, start: int, stop: int) -> 
 def new_rows(pair: Pair, max_norm_ratio: float) -> str:
     """Look for new rows that are no numbers, zero, or so long that they would win every softmax.
 
-    Rows behind the last id and behind the base's own must be zero, or in a bias far below all others.
+    Rows behind the last id and behind the base's own must be zero, or between two base rows that the manifest names, or
+    in a bias far below all others.
 
     Args:
         pair: The checkpoints.
@@ -141,11 +142,26 @@ def new_rows(pair: Pair, max_norm_ratio: float) -> str:
 def _check_surplus(pair: Pair, name: str) -> None:
     info = pair.new.tensors[name]
     begin = max(pair.expansion.end_id, pair.base.tensors[_source(pair, name)].shape[0])
+    expected, said = _surplus_row(pair, name)
     for start, rows in _rows(pair.new, name, begin, info.shape[0]):
-        odd = (rows > SILENT if len(info.shape) == 1 else rows != 0).any(dim=1).nonzero()
+        odd = (rows > SILENT if len(info.shape) == 1 else rows != expected).any(dim=1).nonzero()
         if len(odd):
             raise FaultError(f"row {start + int(odd[0])} of {name} belongs to no id and is not "
-                             f"{'silent' if len(info.shape) == 1 else 'zero'}")
+                             f"{'silent' if len(info.shape) == 1 else said}")
+
+
+def _surplus_row(pair: Pair, name: str) -> tuple[torch.Tensor, str]:
+    """Return what rows without an id must be, and in words."""
+    record, source = pair.manifest.tensors.get(name), _source(pair, name)
+    if record is None or not record.surplus:
+        return torch.zeros(1), "zero"
+    if not all(0 <= i < pair.expansion.first_new_id for i in record.surplus):
+        raise FaultError(f"the manifest names the rows {list(record.surplus)} for the surplus of {name}, the base has "
+                         f"{pair.expansion.first_new_id} ids")
+    info = pair.base.tensors[source]
+    raw = bytearray(mean_row(pair.base, source, record.surplus))
+    row = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).float()
+    return row, f"the mean of the rows {' and '.join(map(str, record.surplus))}"
 
 
 def _norms(checkpoint: Checkpoint, name: str, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:

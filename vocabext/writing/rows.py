@@ -71,6 +71,7 @@ class OutputRows:
         caution: Weight of places where nothing new should be written.
         places: Places that were read.
         leak: Largest probability that one silent row took at a place; None without silent rows.
+        silent_ids: The base ids whose mean row the silent row is; empty where no text was read.
         read_seconds: Time for reading the places.
         fit_seconds: Time for the fit.
     """
@@ -82,6 +83,7 @@ class OutputRows:
     caution: float | None = None
     places: int = 0
     leak: float | None = None
+    silent_ids: tuple[int, ...] = ()
     read_seconds: float = 0.0
     fit_seconds: float = 0.0
 
@@ -90,8 +92,8 @@ class OutputRows:
         return {"kind": self.kind, "held_out": None if self.held_out is None else self.held_out.to_json(),
                 "written": sum(t.silent is None for t in self.tokens) if self.tokens else None,
                 "silent": [asdict(t) for t in self.tokens if t.silent is not None], "caution": self.caution,
-                "places": self.places, "leak": self.leak, "read_seconds": self.read_seconds,
-                "fit_seconds": self.fit_seconds}  # fmt: skip
+                "places": self.places, "leak": self.leak, "silent_ids": list(self.silent_ids),
+                "read_seconds": self.read_seconds, "fit_seconds": self.fit_seconds}  # fmt: skip
 
 
 def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
@@ -142,10 +144,11 @@ def make_output_rows(
     began = time.perf_counter()
     lengths_N = torch.tensor([len(token.run) for token in tokens])
     head_VD = model.head_VD
-    silent_D, leak = silent_row(head_VD, concatenate([places, judged]), expansion.first_new_id, model.logit_cap)
+    silent_D, leak, silent_ids = silent_row(head_VD, concatenate([places, judged]), expansion.first_new_id,
+                                            model.logit_cap)  # fmt: skip
     if kind == "none":
         return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, (), None, len(places) + len(judged),
-                          leak, read_seconds, time.perf_counter() - began)  # fmt: skip
+                          leak, silent_ids, read_seconds, time.perf_counter() - began)  # fmt: skip
     task = Task(places, longest_runs(places, lengths_N), model.logit_cap)
     rows_ND, caution = _fit(task, judged, len(tokens), false_use, model, seed, progress)
     longest = LONGEST * float(torch.linalg.vector_norm(head_VD, dim=1, dtype=torch.float32).max())
@@ -155,7 +158,7 @@ def make_output_rows(
     rows_ND[[i for i, report in enumerate(reports) if report.silent is not None]] = silent_D
     final = measure_writing(judged, find_uses(judged, rows_ND, model.logit_cap), lengths_N)
     return OutputRows(rows_ND, kind, final, reports, caution, len(places) + len(judged),
-                      leak if any(r.silent for r in reports) else None, read_seconds,
+                      leak if any(r.silent for r in reports) else None, silent_ids, read_seconds,
                       time.perf_counter() - began)  # fmt: skip
 
 
@@ -224,7 +227,7 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
 
 def silent_row(
     head_VD: torch.Tensor, places: Places, num_base: int, cap: float | None = None
-) -> tuple[torch.Tensor, float]:  # fmt: skip
+) -> tuple[torch.Tensor, float, tuple[int, ...]]:  # fmt: skip
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
     Its logit is the mean of theirs at every state that there is, so the larger of the two is above it: greedy decoding
@@ -238,7 +241,7 @@ def silent_row(
         cap: Bound that the model puts on logits.
 
     Returns:
-        The row (D,), float32, and the largest probability that it has at one of the places.
+        The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
     """
     at = torch.linspace(0, len(places) - 1, min(len(places), SILENCE_PLACES)).long()
     worst_V = torch.full((num_base,), -math.inf)
@@ -246,7 +249,8 @@ def silent_row(
         logits_CV = places.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
         share_CV = capped(logits_CV, cap).cpu() - places.normaliser_P[some, None]
         worst_V = torch.maximum(worst_V, share_CV.amax(0))
-    row_D = head_VD[worst_V.topk(min(2, num_base), largest=False).indices.to(head_VD.device)].float().mean(0).cpu()
+    least = worst_V.topk(min(2, num_base), largest=False).indices
+    row_D = head_VD[least.to(head_VD.device)].float().mean(0).cpu()
     leak = max(float((capped(part_CD.float() @ row_D, cap) - normaliser_C).max()) for part_CD, normaliser_C in zip(
         places.hidden_PD.split(8_192), places.normaliser_P.split(8_192), strict=True))  # fmt: skip
-    return row_D, math.exp(leak)
+    return row_D, math.exp(leak), tuple(least.tolist())
