@@ -113,12 +113,12 @@ def test_a_second_interrupt_while_stopping_leaves_no_orphan(tmp_path: Path, monk
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
 from serve.engine import Server, wait_until_ready
 port, log, fake, handle = sys.argv[1:]
 if handle == "handled":
-    import signal
     def stop(number, frame):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, stop)
@@ -142,7 +142,10 @@ def test_no_signal_to_the_parent_leaves_a_server_behind(
         server = int(parent.stdout.readline())
         helpers = [pid for pid in members(server) if pid != server]
         parent.send_signal(number)
-        parent.wait(timeout=30)
+        try:
+            parent.wait(timeout=30)
+        finally:
+            parent.kill()  # leaving the block waits without a limit
     try:
         # Without a chance to act, the parent cannot end the server's own children; the server can and vLLM's does.
         left = [server] if (number, handle) in ((signal.SIGTERM, "plain"), (signal.SIGKILL, "plain")) else [
