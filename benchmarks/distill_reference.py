@@ -34,11 +34,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from distill_tables import render, section, write_section
+from distill_tables import render, section
 from kept import Kept, Made, Run
 from machine import Clock, PeakMemory, describe, matrix_peak, release_memory
 from quality import measure
 from reference_step import ReferenceConfig, lay_out, run_reference, schedule
+from sections import put_section
 from transformers.utils import logging as transformers_logging
 from work import BodyShape, Floor, WorkCounter, floor_of, reference_work
 
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     arguments = _parse(argv)
     if arguments.docs:
-        write_section(arguments.docs, section(Path(__file__).parent))
+        put_section(arguments.docs, section(Path(__file__).parent))
         return
     device = pick_device(arguments.device)
     transformers_logging.disable_progress_bar()

@@ -11,7 +11,6 @@ from typing import Any
 MIB = 2**20
 TIMES = ("seconds", "CPU seconds", "times faster")
 MEMORY = ("peak MiB", "beyond the start")
-BEGIN, END = "<!-- distillation: written by benchmarks/distill_reference.py --docs -->", "<!-- distillation: end -->"
 Found = dict[str, Any]
 SCRIPT = "python benchmarks/distill_reference.py"
 # The JSON files of the section: what each is about, and how it is made.
@@ -181,20 +180,3 @@ def _times(run: Found, reference: Found) -> tuple[str, str, str]:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def write_section(path: Path, section: str) -> None:
-    """Put a section between its marks, at the end of the file if it is not there yet; the rest stays.
-
-    Args:
-        path: The file; made if it is not there.
-        section: Markdown, without the marks.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
-    block = f"{BEGIN}\n\n{section.strip()}\n\n{END}"
-    if BEGIN in text:
-        before, rest = text.split(BEGIN, 1)
-        text = before + block + rest.split(END, 1)[1]
-    else:
-        text = f"{text.rstrip()}\n\n{block}\n"
-    path.write_text(text, encoding="utf-8")

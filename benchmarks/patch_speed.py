@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
-from patch_tables import WAYS, table, write_section
+from patch_tables import WAYS, section, table
+from sections import put_section
 from synthetic_checkpoint import write_checkpoint, write_rows
 
 from vocabext.checkpoint import open_checkpoint
@@ -69,7 +70,7 @@ def main() -> None:
     arguments = _parse()
     if arguments.docs:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("patch_speed*.json"))]
-        write_section(arguments.docs, results)
+        put_section(arguments.docs, section(results))
         return
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

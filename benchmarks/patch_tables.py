@@ -5,7 +5,6 @@ Measured once, shown in several places: nothing here measures anything.
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 GIB, MIB = 2**30, 2**20
@@ -16,7 +15,6 @@ SAID = {
     "read": "`cat` of all files", "verify": "`vocabext verify --skip-weights`",
     "verify-link": "the same, of hard links", "revert": "`vocabext revert --link copy`"}  # fmt: skip
 WRITING = ("copy", "link", "transformers", "revert")  # what is compared with cp
-BEGIN, END = "<!-- checkpoints: written by benchmarks/patch_speed.py --docs -->", "<!-- checkpoints: end -->"
 TEXT = """## Checkpoints
 
 How long it takes to make, prove and undo an expanded checkpoint, next to copying its base. The base has random
@@ -77,20 +75,4 @@ def section(results: Sequence[Found]) -> str:
     """Return the section of docs/benchmarks.md."""
     ordered = sorted(results, key=lambda found: float(found["checkpoint"]["bytes"]))
     parts = (f"{title(found)}:\n\n{table(found)}\n" for found in ordered)
-    return "\n".join((BEGIN, "", TEXT, *parts, END, ""))
-
-
-def write_section(path: Path, results: Sequence[Found]) -> None:
-    """Write the section into a Markdown file, in the place of the one that is there; other sections stay.
-
-    Args:
-        path: The file; made if it is not there.
-        results: What `patch_speed.py -o` wrote.
-    """
-    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
-    if BEGIN in text and END in text:
-        before, _, rest = text.partition(BEGIN)
-        head, tail = before.rstrip("\n"), rest.partition(END)[2].lstrip("\n")
-    else:
-        head, tail = text.rstrip("\n"), ""
-    path.write_text(f"{head}\n\n{section(results)}" + (f"\n{tail}" if tail else ""), encoding="utf-8")
+    return "\n".join((TEXT, *parts)).rstrip() + "\n"

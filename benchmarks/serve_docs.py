@@ -1,17 +1,15 @@
 """Write the section "Serving" of docs/benchmarks.md from the committed JSON: `python benchmarks/serve_docs.py`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from sections import DOCS, put_section
 from serve_false_alarms import table as false_alarm_table
 
 from serve.report_speed import METRIC_NAMES, shown_metrics
-from vocabext.records import atomic_file
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "benchmarks.md"
 BIOMED, ALARMS, LENGTHS = (ROOT / "benchmarks" / f"{name}.json"
                            for name in ("serve_biomed", "serve_false_alarms", "lengths_speed"))  # fmt: skip
 TITLE = "## Serving"
@@ -19,17 +17,7 @@ TITLE = "## Serving"
 
 def main() -> None:
     """Replace the section, or append it."""
-    text = DOCS.read_text(encoding="utf-8") if DOCS.is_file() else "# Benchmarks\n"
-    with atomic_file(DOCS) as file:
-        file.write(with_section(text, section()))
-
-
-def with_section(text: str, new: str) -> str:
-    """Put a section into a document: in the place of the one with its title, or at the end."""
-    pattern = re.compile(rf"^{TITLE}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: f"{new}\n", text).rstrip("\n") + "\n"
-    return f"{text.rstrip()}\n\n{new}"
+    put_section(DOCS, section())
 
 
 def section() -> str:

@@ -1,15 +1,13 @@
 """Write the section "Tokenizers" of docs/benchmarks.md from the JSON: `python benchmarks/tokenizer_docs.py`."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.records import atomic_file
+from sections import DOCS, put_section
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs" / "benchmarks.md"
 LENGTHS, SPEED = (ROOT / "benchmarks" / f"tokenizer_{name}.json" for name in ("lengths", "speed"))
 TITLE = "## Tokenizers"
 ABOUT = ("Tokens are mined from four fifths of the documents of a corpus; shown is by which share the other fifth gets "
@@ -22,17 +20,7 @@ ABOUT_SPEED = ("Seconds of the extended tokenizer over seconds of its base, the 
 
 def main() -> None:
     """Replace the section, or append it."""
-    text = DOCS.read_text(encoding="utf-8") if DOCS.is_file() else "# Benchmarks\n"
-    with atomic_file(DOCS) as file:
-        file.write(with_section(text, section()))
-
-
-def with_section(text: str, new: str) -> str:
-    """Put a section into a document: in the place of the one with its title, or at the end."""
-    pattern = re.compile(rf"^{TITLE}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: f"{new}\n", text).rstrip("\n") + "\n"
-    return f"{text.rstrip()}\n\n{new}"
+    put_section(DOCS, section())
 
 
 def section() -> str:

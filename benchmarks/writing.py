@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe
+from sections import put_section
 
 from vocabext.checkpoint import Rows, load_rows
 from vocabext.corpus import read_documents
@@ -47,7 +48,6 @@ CONTEXT = 256
 WRONG = 0.01
 EPOCHS = 6.0
 CAUTIONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-MARK = "<!-- writing -->"
 LIKELY = 0.05  # runs below it are not followed unless greedy decoding writes them
 
 
@@ -469,14 +469,6 @@ def as_markdown(result: dict[str, Any]) -> str:
         "Rows that should not be written: the probability that the likeliest of them takes at a held-out place.",
         table(("row", "largest", "mean", "on top"), leaks),
     ])  # fmt: skip
-
-
-def put_section(path: Path, text: str) -> None:
-    """Write the section between its marks, at the end where there is none yet."""
-    old = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
-    parts = old.split(MARK)
-    before, after = (parts[0], parts[2]) if len(parts) == 3 else (old.rstrip() + "\n\n", "\n")
-    path.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}", encoding="utf-8")
 
 
 def say(text: str) -> None:

@@ -92,28 +92,30 @@ def test_the_table_compares_what_is_on_the_disk() -> None:
 
 
 def test_the_section_takes_the_place_of_the_old_one_and_no_other(tmp_path: Path) -> None:
-    from patch_tables import write_section
+    from patch_tables import section
+    from sections import put_section
 
     path = tmp_path / "benchmarks.md"
     path.write_text("# Benchmarks\n\n## Before\n\ntext\n")
-    write_section(path, [found(3e10, cp=1.0), found(1e10, cp=1.0)])
+    put_section(path, section([found(3e10, cp=1.0), found(1e10, cp=1.0)]))
     with path.open("a") as file:
         file.write("\n## Behind\n\nmore\n")
     once = path.read_text()
     assert once.index("## Before") < once.index("## Checkpoints") < once.index("10.0 GB") < once.index("30.0 GB")
-    write_section(path, [found(3e10, cp=1.0), found(1e10, cp=1.0)])
+    put_section(path, section([found(3e10, cp=1.0), found(1e10, cp=1.0)]))
     assert path.read_text() == once
-    write_section(path, [found(2e10, cp=5.0)])
+    put_section(path, section([found(2e10, cp=5.0)]))
     assert "30.0 GB" not in path.read_text()
     assert path.read_text().endswith("\n## Behind\n\nmore\n")
-    assert path.read_text().startswith("# Benchmarks\n\n## Before\n\ntext\n\n<!--")
+    assert path.read_text().startswith("# Benchmarks\n\n## Before\n\ntext\n\n## Checkpoints\n")
 
 
 def test_the_published_section_is_what_the_results_say(tmp_path: Path) -> None:
-    from patch_tables import BEGIN, END, section
+    from patch_tables import section
+    from sections import section_of
 
     results = [json.loads(path.read_text()) for path in sorted(BENCHMARKS.glob("patch_speed*.json"))]
     if not results:
         pytest.skip("nothing was measured yet")
     text = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert text[text.index(BEGIN):text.index(END) + len(END)] == section(results).rstrip("\n")
+    assert section_of(text, "Checkpoints") == section(results)
