@@ -17,9 +17,11 @@ def limited_protocol(header_bytes: int) -> type[HttpToolsProtocol]:
 
     class Limited(HttpToolsProtocol):
         _head_bytes = 0
+        _part_bytes = 0
         _in_head = True
 
         def data_received(self, data: bytes) -> None:
+            self._part_bytes = len(data)
             if self._in_head:
                 self._head_bytes += len(data)
             super().data_received(data)
@@ -32,7 +34,8 @@ def limited_protocol(header_bytes: int) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head_bytes, self._in_head = 0, True
+            # The part in which it begins counts as a whole: where in it the message begins is not told.
+            self._head_bytes, self._in_head = self._part_bytes, True
 
         def on_headers_complete(self) -> None:
             self._in_head = False
