@@ -2,8 +2,10 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
+from gateway_rig import fake_engine, gateway
 
 from serve.gateway.canary import Bounds, Canary, agreement
 from serve.gateway.observe import Observation, observe
@@ -124,3 +126,28 @@ def test_answers_are_read_after_they_were_passed_on() -> None:
     assert observe("base", 200, [(0, b"<html>")], 9.0, streamed=False).failed
     assert not observe("base", 404, [(0, b"{}")], 9.0, streamed=False).failed
     assert observe("base", 503, [(0, b"{}")], 9.0, streamed=False).failed
+
+
+@pytest.mark.parametrize(("prompt", "rolled_back"), [("differ, number ", True), ("the same, number ", False)])
+def test_a_running_gateway_takes_back_an_arm_whose_answers_are_others(
+    tmp_path: Path, prompt: str, rolled_back: bool
+) -> None:
+    with (fake_engine(tmp_path, "base", "--delay", "0") as base,
+          fake_engine(tmp_path, "expanded", "--delay", "0") as expanded,
+          gateway(tmp_path, base.url, expanded.url, "--model-name", "m", "--min-agreement", "0.5") as running,
+          running.client() as client):  # fmt: skip
+        running.order(to="expanded", percent=20, mirror_percent=100)
+        for number in range(120):
+            answer = client.post("/v1/completions", json={"model": "m", "prompt": f"{prompt}{number}",
+                                                          "temperature": 0})
+            assert answer.status_code == 200
+            if running.state.read_text().count('"canary"'):
+                break
+        changes = running.status()["changes"]
+        assert (changes[-1]["by"] == "canary") == rolled_back
+        assert (number < 119) == rolled_back
+        if rolled_back:
+            assert "agree with the base's over" in changes[-1]["reason"]
+            assert (changes[-1]["policy"]["expanded_percent"], changes[-1]["policy"]["mirror_percent"]) == (0, 0)
+            answer = client.post("/v1/completions", json={"model": "m", "prompt": "x"})
+            assert answer.headers["x-vocabext-arm"] == "base"
