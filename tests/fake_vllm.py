@@ -3,7 +3,8 @@
 Every token of an answer carries the server's name and the request's number, so that an answer made of two shows.
 What a prompt says is done: `fault:hang` (no answer), `fault:hang-later` (stops in mid-stream), `fault:die-later`
 (the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`,
-`fault:drop-once` (closes the connection of the first such request without an answer).
+`fault:drop-once` (closes the connection of the first such request without an answer). The log-probability of a prompt's
+ids is -1 each, and -2 where the prompt says `misread` and the server's name is `expanded`.
 """
 
 import argparse
@@ -65,6 +66,11 @@ async def generate(request: Request) -> Response:
     document = json.loads(body)
     seen.append({"path": request.url.path, "document": document, "headers": dict(request.headers)})
     del seen[:-50]
+    if document.get("prompt_logprobs") is not None:
+        ids = document["prompt"]
+        misread = NAME == "expanded" and "misread" in "".join(map(chr, ids))
+        steps = [None, *({str(i): {"logprob": -2.0 if misread else -1.0}} for i in ids[1:])]
+        return JSONResponse({**frame(False, 0, False), "choices": [{"text": "x", "prompt_logprobs": steps}]})
     number, fault, chat = next(numbers), fault_of(document), "chat" in request.url.path
     if OPTIONS.share_failing and number * OPTIONS.share_failing % 1 < OPTIONS.share_failing:
         fault = fault or "500"

@@ -128,9 +128,11 @@ def test_answers_are_read_after_they_were_passed_on() -> None:
     assert observe("base", 503, [(0, b"{}")], 9.0, streamed=False).failed
 
 
-@pytest.mark.parametrize(("prompt", "rolled_back"), [("differ, number ", True), ("the same, number ", False)])
-def test_a_running_gateway_takes_back_an_arm_whose_answers_are_others(
-    tmp_path: Path, prompt: str, rolled_back: bool
+@pytest.mark.parametrize(("prompt", "temperature", "reason"), [
+    ("differ, number ", 0.0, "agree with the base's over"), ("the same, number ", 0.0, ""),
+    ("misread, number ", 1.0, "less likely by 1.000 nats per character in 30 pairs")])
+def test_a_running_gateway_takes_back_an_arm_that_reads_or_answers_otherwise(
+    tmp_path: Path, prompt: str, temperature: float, reason: str
 ) -> None:
     with (fake_engine(tmp_path, "base", "--delay", "0") as base,
           fake_engine(tmp_path, "expanded", "--delay", "0") as expanded,
@@ -139,15 +141,14 @@ def test_a_running_gateway_takes_back_an_arm_whose_answers_are_others(
         running.order(to="expanded", percent=20, mirror_percent=100)
         for number in range(120):
             answer = client.post("/v1/completions", json={"model": "m", "prompt": f"{prompt}{number}",
-                                                          "temperature": 0})
+                                                          "temperature": temperature})
             assert answer.status_code == 200
             if running.state.read_text().count('"canary"'):
                 break
         changes = running.status()["changes"]
-        assert (changes[-1]["by"] == "canary") == rolled_back
-        assert (number < 119) == rolled_back
-        if rolled_back:
-            assert "agree with the base's over" in changes[-1]["reason"]
+        assert (changes[-1]["by"] == "canary") == (number < 119) == bool(reason)
+        if reason:
+            assert reason in changes[-1]["reason"]
             assert (changes[-1]["policy"]["expanded_percent"], changes[-1]["policy"]["mirror_percent"]) == (0, 0)
             answer = client.post("/v1/completions", json={"model": "m", "prompt": "x"})
             assert answer.headers["x-vocabext-arm"] == "base"

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve.gateway.answers import Headers, Refusal, error_body, error_event
-from serve.gateway.arms import Arm, other
+from serve.gateway.arms import BASE, Arm, other
 from serve.gateway.calls import (
     ARM_HEADER,
     CHAT,
@@ -37,6 +37,7 @@ from serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, che
 from serve.gateway.metrics import Metrics
 from serve.gateway.observe import KEPT_BYTES, Observation, failure, observe
 from serve.gateway.policy import Choice, Policy
+from serve.gateway.reading import reading_loss
 from serve.gateway.record import Recorder
 from serve.gateway.state import State
 from serve.gateway.upstream import Upstream, forwarded, returned
@@ -232,9 +233,15 @@ class Proxy:
             mirrored = failure(arm.name, time.perf_counter() - request.started)
         gateway.saw(mirrored, mirrored=True)
         original = await seen
-        if original is not None and gateway.canary is not None and request.is_greedy:
-            gateway.canary.compare(original, mirrored)
-            gateway.judge()
+        if original is None or gateway.canary is None:
+            return
+        canary = gateway.canary
+        if request.is_greedy:
+            canary.compare(original, mirrored)
+        of_base = original if original.arm == BASE else mirrored
+        if of_base.counted and (loss := await reading_loss(gateway, request, of_base.text)) is not None:
+            canary.read(loss)
+        gateway.judge()
 
 
 class Relay:

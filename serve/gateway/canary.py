@@ -6,8 +6,9 @@ slower than the bound allows, with an error probability of `alpha` over all meas
 A trial begins anew with every change of the policy.
 
 What is compared: failures, seconds per character, seconds to the first character, characters per answer,
-and, for requests at temperature 0 that both arms answered, how far the two texts agree. Seconds per request
-are reported, not judged: `max_tokens` counts tokens, so the same number means more text on the expanded arm.
+for requests at temperature 0 that both arms answered, how far the two texts agree, and for all that both
+answered, how much less likely the expanded arm finds the base's answer (reading.py). Seconds per request are
+reported, not judged: `max_tokens` counts tokens, so the same number means more text on the expanded arm.
 """
 
 import math
@@ -19,9 +20,10 @@ from serve.gateway.observe import Observation
 from serve.gateway.sequential import BoundedMean, Mean, Sequence
 from vocabext.errors import UsageError
 
-FAILURES, PACE, FIRST, LENGTH, AGREEMENT = (
-    "failures", "seconds per character", "seconds to the first character", "characters per answer", "agreement")
-MEASURES = (FAILURES, PACE, FIRST, LENGTH, AGREEMENT)
+FAILURES, PACE, FIRST, LENGTH, AGREEMENT, READING = (
+    "failures", "seconds per character", "seconds to the first character", "characters per answer", "agreement",
+    "nats lost per character of the base's answer")
+MEASURES = (FAILURES, PACE, FIRST, LENGTH, AGREEMENT, READING)
 ALWAYS_BROKEN = 0.5  # an arm that fails more often than this is given up without anything to compare it with
 
 
@@ -35,6 +37,7 @@ class Bounds:
         first_ratio: Its seconds to the first character may be this many times the base's.
         length_ratio: Its answers may be this many times as long, or as short.
         min_agreement: Share of a greedy answer, from its beginning, that must be the base's on average.
+        reading_nats: It may find the base's answers less likely by so many nats per character on average.
         alpha: Probability of a rollback without reason, over all measures and all times together.
     """
 
@@ -43,6 +46,7 @@ class Bounds:
     first_ratio: float = 1.5
     length_ratio: float = 2.0
     min_agreement: float = 0.1
+    reading_nats: float = 0.1
     alpha: float = 0.01
 
     def __post_init__(self) -> None:
@@ -50,7 +54,8 @@ class Bounds:
         for name, value, low, high in (
             ("failure share", self.failure_share, 0, 1), ("pace ratio", self.pace_ratio, 1, math.inf),
             ("first-character ratio", self.first_ratio, 1, math.inf), ("length ratio", self.length_ratio, 1, math.inf),
-            ("least agreement", self.min_agreement, 0, 1), ("alpha", self.alpha, 1e-9, 0.5),
+            ("least agreement", self.min_agreement, 0, 1), ("reading loss", self.reading_nats, 0, math.inf),
+            ("alpha", self.alpha, 1e-9, 0.5),
         ):
             if not low <= value <= high:
                 raise UsageError(f"the {name} is {value:g}; it must be from {low:g} to {high:g}")
@@ -83,6 +88,9 @@ class Finding:
     def reason(self) -> str:
         """Say why the expanded arm is worse, with all numbers."""
         n, m = self.values
+        if self.measure == READING:
+            return (f"it finds the base's answers less likely by {self.expanded or 0:.3f} nats per character in {m} "
+                    f"pairs: at least {self.low:.3f}, the bound is {self.bound:.3f}")
         if self.measure == FAILURES:
             return (f"{self.expanded or 0:.1%} of its {m} answers failed, {self.base or 0:.1%} of {n} on the base arm: "
                     f"at least {self.low:+.1%}, the bound is {self.bound:+.1%}")
@@ -111,13 +119,14 @@ class Canary:
 
     def restart(self) -> None:
         """Forget everything, and start a trial."""
-        # Two sequences for each measure (one for agreement) share its part of alpha.
+        # Two sequences for each measure (one for agreement and for reading) share its part of alpha.
         self._alpha = self.bounds.alpha / len(MEASURES) / 2
         self._failures: dict[str, Sequence] = {arm: BoundedMean(self._alpha) for arm in ARMS}
         self._logs: dict[str, dict[str, Sequence]] = {
             measure: {arm: Mean() for arm in ARMS} for measure in (PACE, FIRST, LENGTH)}
         self._seconds = {arm: Mean() for arm in ARMS}
         self._agreement = BoundedMean(self._alpha)
+        self._reading: Sequence = Mean()
 
     def add(self, seen: Observation) -> None:
         """Take one answer into account; refusals of a client's mistake say nothing about an arm."""
@@ -138,11 +147,16 @@ class Canary:
         if one.counted and another.counted:
             self._agreement.add(agreement(one.text, another.text))
 
+    def read(self, loss: float) -> None:
+        """Take into account how much less likely the expanded arm found an answer of the base, nats per character."""
+        self._reading.add(loss)
+
     def findings(self) -> list[Finding]:
         """Return what is known of each measure."""
         return [self._failures_found(), self._ratio(PACE, self.bounds.pace_ratio),
                 self._ratio(FIRST, self.bounds.first_ratio),
-                self._ratio(LENGTH, self.bounds.length_ratio, both_ways=True), self._agreement_found()]
+                self._ratio(LENGTH, self.bounds.length_ratio, both_ways=True),
+                self._agreement_found(), self._reading_found()]
 
     def reason_to_stop(self) -> str:
         """Return why the expanded arm must be taken back, empty as long as there is no reason."""
@@ -177,6 +191,13 @@ class Canary:
         low, high = found.limits(self._alpha)
         return Finding(AGREEMENT, 1.0 if count else None, found.mean if count else None, low, high,
                        self.bounds.min_agreement, high < self.bounds.min_agreement, (count, count))
+
+
+    def _reading_found(self) -> Finding:
+        found, count = self._reading, self._reading.count
+        low, high = found.limits(self._alpha)
+        return Finding(READING, 0.0 if count else None, found.mean if count else None, low, high,
+                       self.bounds.reading_nats, low > self.bounds.reading_nats, (count, count))
 
 
 def agreement(one: str, another: str) -> float:

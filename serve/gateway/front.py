@@ -33,7 +33,7 @@ ARM_ARGUMENT = "vocabext_arm"
 # Fields of a chat request that are used up by its rendering.
 _RENDERED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
              "chat_template_kwargs", "add_special_tokens", "documents", "media_io_kwargs", "mm_processor_kwargs")
-_TOKENIZE_FIELDS = tuple(name for name in _RENDERED if name != "documents")
+TOKENIZE_FIELDS = tuple(name for name in _RENDERED if name != "documents")
 # Fields of a chat request that a completion does not have.
 _CHAT_ONLY = ("tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "max_completion_tokens",
               "reasoning_effort", "include_reasoning", "echo", "store", "metadata", "service_tier", "modalities")
@@ -126,7 +126,7 @@ class BaseFront:
         self, document: Mapping[str, Any], request: Request, arm: Arm, gateway: "Gateway"
     ) -> tuple[list[int], int]:
         """Return the base ids of a chat, and the length of the model's context."""
-        body = {key: document[key] for key in (*_TOKENIZE_FIELDS, "model") if document.get(key) is not None}
+        body = {key: document[key] for key in (*TOKENIZE_FIELDS, "model") if document.get(key) is not None}
         if document.get("tool_choice") == "none":
             body.pop("tools", None)
         status, answer = await gateway.upstream.post_json(

@@ -42,6 +42,8 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
               help="Canary: how many times as long, or as short, answers may be.")
 @click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="Canary: share of a mirrored greedy answer that is the base's, from its beginning.")
+@click.option("--max-reading-loss", type=click.FloatRange(min=0), default=0.1, show_default=True, metavar="NATS",
+              help="Canary: how much less likely, per character, the expanded arm may find mirrored base answers.")
 @click.option("--alpha", type=click.FloatRange(1e-9, 0.5), default=0.01, show_default=True,
               help="Canary: probability of rolling back without reason, however long it runs.")
 @click.option("--pin/--no-pin", default=True, show_default=True, help="Let the header x-vocabext-arm choose the arm.")
@@ -68,9 +70,9 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
 def gateway(
     base: str, expanded: str, vllm_flags: tuple[str, ...], one_engine: bool, state_path: Path, percent: float,
     host: str, port: int, admin_port: int, model_name: str, canary: bool, max_failures: float, max_pace: float,
-    max_first: float, max_length: float, min_agreement: float, alpha: float, pin: bool, max_body_bytes: int,
-    max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float, record: Path | None,
-    record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool, as_json: bool,
+    max_first: float, max_length: float, min_agreement: float, max_reading_loss: float, alpha: float, pin: bool,
+    max_body_bytes: int, max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float,
+    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool, as_json: bool,
 ) -> None:
     """Serve BASE and EXPANDED behind one OpenAI-compatible endpoint, until Ctrl-C.
 
@@ -94,7 +96,8 @@ def gateway(
         raise MissingExtraError("aiohttp", "serve") from None
     folder = logs or Path(tempfile.mkdtemp(prefix="vocabext-gateway-"))
     folder.mkdir(parents=True, exist_ok=True)
-    bounds = Bounds(max_failures, max_pace, max_first, max_length, min_agreement, alpha) if canary else None
+    bounds = Bounds(max_failures, max_pace, max_first, max_length, min_agreement, max_reading_loss,
+                    alpha) if canary else None
     config = GatewayConfig(
         base, expanded, one_engine, state_path, Policy(percent), host, port, admin_port, model_name,
         Limits(max_body_bytes, max_header_bytes, max_in_flight, idle_seconds), bounds, os.environ.get(_KEY) or None,
