@@ -72,7 +72,8 @@ def gateway(
     host: str, port: int, admin_port: int, model_name: str, canary: bool, max_failures: float, max_pace: float,
     max_first: float, max_length: float, min_agreement: float, max_reading_loss: float, alpha: float, pin: bool,
     max_body_bytes: int, max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float,
-    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool, as_json: bool,
+    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Serve BASE and EXPANDED behind one OpenAI-compatible endpoint, until Ctrl-C.
 
