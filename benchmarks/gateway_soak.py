@@ -242,10 +242,13 @@ def engines(folder: Path, models: dict[str, Path], flags: Sequence[str]) -> dict
     return servers
 
 
-def start_gateway(folder: Path, arms: Sequence[str], *more: str) -> tuple[str, "subprocess.Popen[str]"]:
+def start_gateway(
+    folder: Path, arms: Sequence[str], *more: str, canary: bool = False
+) -> tuple[str, "subprocess.Popen[str]"]:
     """Start `vocabext serve gateway`; returns its URL and its process."""
-    command = [sys.executable, "-m", "vocabext", "serve", "gateway", *arms, "--port", "0", "--json", "--no-canary",
-               "--model-name", "stories", "--state", str(folder / "state.json"), *more]
+    command = [sys.executable, "-m", "vocabext", "serve", "gateway", *arms, "--port", "0", "--json",
+               "--canary" if canary else "--no-canary", "--model-name", "stories", "--state",
+               str(folder / "state.json"), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     text = ""
