@@ -4,8 +4,9 @@
 
 Three trials behind the same gateway, all requests answered by the base and mirrored to the other arm:
 `base` (an identical arm), `expanded` (the model as it is), and `shuffled` (each new token has the input row of another
-one: the planted bad model). Prompts are beginnings of held-out documents. Exit code 3 if the shuffled model stays, or
-another one is taken back.
+one: the planted bad model). Prompts are beginnings of held-out documents. Both engines share the machine, so times are
+not judged here, and the next requests wait for the mirrored ones. Exit code 3 if the shuffled model stays, or another
+one is taken back.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from vocabext.corpus import read_documents
 from vocabext.manifest import read_manifest
 
 PROMPT_CHARACTERS, ANSWER_TOKENS, SHIFT = 300, 32, 7
+TIMES_FREE = ("--max-pace", "1000", "--max-first", "1000")
+MIRROR_SECONDS = 60.0
 
 
 def main() -> int:
@@ -84,7 +88,7 @@ def trial(folder: Path, options: argparse.Namespace, model: Path, prompts: Seque
             stack.enter_context(server)
         wait_until_ready(list(servers.values()))
         url, process = start_gateway(folder, [servers["base"].url, servers["expanded"].url], "--max-reading-loss",
-                                     str(options.max_reading_loss), canary=True)
+                                     str(options.max_reading_loss), *TIMES_FREE, canary=True)
         try:
             return asyncio.run(send(url, folder / "state.json", prompts, options))
         finally:
@@ -116,11 +120,22 @@ async def send(url: str, state: Path, prompts: Sequence[str], options: argparse.
             before = found
             await asyncio.gather(*(ask(sent + i) for i in range(options.clients)))
             sent += options.clients
-            found = await status()
+            found = await settled(status, sent)
         back = found["changes"][-1]["by"] == "canary"
         known = (before if back else found)["canary"]["findings"]  # a trial begins anew once it is over
         return {"requests": sent, "taken_back_after": sent if back else None, "reason": found["changes"][-1]["reason"],
                 "findings": known}
+
+
+async def settled(status: Callable[[], Awaitable[dict[str, Any]]], sent: int) -> dict[str, Any]:
+    """Wait until the mirrored answers of all requests were read by both arms, and return the status."""
+    until = time.monotonic() + MIRROR_SECONDS
+    found = await status()
+    while (time.monotonic() < until and found["changes"][-1]["by"] != "canary"
+           and found["canary"]["findings"][-1]["values"]["expanded"] < sent):  # fmt: skip
+        await asyncio.sleep(0.1)
+        found = await status()
+    return found
 
 
 if __name__ == "__main__":
