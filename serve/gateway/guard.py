@@ -29,7 +29,7 @@ class Limits:
     header_bytes: int = 32 * 2**10
     in_flight: int = 256
     idle_seconds: float = 600.0
-    connect_seconds: float = 5.0
+    connect_seconds: float = 15.0
 
 
 def check_headers(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
