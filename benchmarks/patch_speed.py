@@ -3,7 +3,7 @@
     python benchmarks/patch_speed.py [--gigabytes 10] [--folder DIR] [--ways WAY...] [--turns 3] [-o FILE]
     python benchmarks/patch_speed.py --docs docs/benchmarks.md      writes what benchmarks/patch_speed*.json say
 
-    start         import of torch and transformers, which every command below but cp and read begins with
+    start         import of torch and transformers, which every command below but cp, read and revert begins with
     cp            cp -r of the base
     copy          vocabext patch --link copy
     link          vocabext patch --link auto

@@ -20,8 +20,8 @@ TEXT = """## Checkpoints
 How long it takes to make, prove and undo an expanded checkpoint, next to copying its base. The base has random
 weights in the shape of a Llama, a head of its own, and a matrix that must grow. Every line is a process of its own that
 begins with a cold cache. *Until on disk* adds the time of a `sync` afterwards: `cp` returns before its bytes are there,
-`patch` and `revert` do not. A command of vocabext cannot be faster than its start, which asks the model class for
-the names of its tensors; *without start* leaves that out. With links, what is left are the shards that hold the
+`patch` and `revert` do not. `patch` and `verify` cannot be faster than their start, which asks the model class for
+the names of its tensors; *without start* leaves that out. `revert` imports neither torch nor transformers. With links, what is left are the shards that hold the
 vocabulary, which are written anew: the share of these in the model is what decides.
 """
 Found = dict[str, Any]
@@ -43,7 +43,8 @@ def table(found: Found) -> str:
         ratios = ["", ""]
         if way in WRITING and by_way["cp"]:
             cp = _until_on_disk(by_way["cp"])
-            ratios = [f"{synced / cp:.2f}", "" if start is None else f"{max(0.0, synced - start) / cp:.2f}"]
+            ratios = [f"{synced / cp:.2f}",
+                      "" if start is None or way == "revert" else f"{max(0.0, synced - start) / cp:.2f}"]
         turns = ", ".join(f"{run['wall_seconds']:.1f}" for run in runs)
         lines.append(f"| {SAID[way]} | {_median(runs, 'wall_seconds'):.1f} ({turns}) "
                      f"| {f'{synced:.1f}' if way in (*WRITING, 'cp') else ''} | {' | '.join(ratios)} "

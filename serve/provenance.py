@@ -53,7 +53,7 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": _gpu_names(),
         "load_average_1_minute": round(os.getloadavg()[0], 2),
-        "system": platform.platform(aliased=True, terse=True),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", "),
     }
 
 

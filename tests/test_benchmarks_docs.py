@@ -40,7 +40,7 @@ def test_a_section_is_what_its_script_makes_of_the_json(title: str) -> None:
 
 def test_every_section_has_a_script() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert {line[3:] for line in text.splitlines() if line.startswith("## ")} == {*SECTIONS}
+    assert {line[3:] for line in text.splitlines() if line.startswith("## ")} == {*SECTIONS, "What is measured on"}
 
 
 def test_another_number_in_the_json_is_seen(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """The distillation engine: alignment, the objective, the gate, and what it writes."""
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,6 +332,39 @@ def test_the_next_token_is_part_of_the_objective_if_asked_for(tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"--next-token-weight is 0\.5, but --target-layer is 1"):
         distill(found, frozen(2), DistillConfig(target_layer="1", next_token_weight=0.5), num_used_ids=first)
 
+
+@pytest.mark.parametrize("target", ["1", "2", "last"])
+def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, target: str) -> None:
+    folder, found = collected(tmp_path)
+    model = FrozenModel(tiny_model(layers=3, tied=False), torch.device("cpu"), torch.float32)
+    ran: Counter[str] = Counter()
+    watched = {"head": model.model.get_output_embeddings(),
+               **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}  # fmt: skip
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: ran.update([name]))
+    first = load_tokenizer(folder).num_used_ids
+    distill(found, model, DistillConfig(epochs=1, target_layer=target, output_rows="none"), num_used_ids=first)
+    needed = 3 if target == "last" else int(target)
+    assert {*ran} == {f"layer {i + 1}" for i in range(needed)}
+    assert min(ran.values()) > 2
+
+
+def test_the_head_runs_where_a_loss_needs_it(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    model = FrozenModel(tiny_model(layers=2, tied=False), torch.device("cpu"), torch.float32)
+    seen: list[int] = []
+    model.log_probabilities = _noting(model.log_probabilities, seen)  # type: ignore[method-assign]
+    config = DistillConfig(epochs=1, next_token_weight=0.5, output_rows="none")
+    distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert seen
+
+
+def _noting(function: Callable[..., torch.Tensor], seen: list[int]) -> Callable[..., torch.Tensor]:
+    def call(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(1)
+        return function(*arguments, **options)
+
+    return call
 
 def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)

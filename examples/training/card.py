@@ -21,7 +21,8 @@ tags:
 # The vocabext example model
 
 A small causal language model for trying vocabext on: a Llama of {parameters:,} parameters with a
-byte-level BPE vocabulary of {vocab_size:,} tokens that was trained on **general English only**.
+byte-level BPE vocabulary of {vocab_size:,} tokens. The vocabulary was trained on **general English only**; the model
+read domain text as well (below).
 Domain text (here: CPython's own documentation) is therefore over-tokenized, as it is under the
 vocabulary of a large model: {heldout_domain_bpt:.2f} bytes per token on held-out Python
 documentation, {heldout_general_bpt:.2f} on held-out general English.

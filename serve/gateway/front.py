@@ -5,7 +5,7 @@ meant, together with the ban on new tokens (ban.py). Ids are made in two ways:
 
     a prompt   the base tokenizer, here, with the special tokens that frame a prompt
     a chat     the engine's own `/tokenize`, which applies the chat template exactly as its chat endpoint does,
-               and then `unmerge`: that is what the base tokenizer would have said (design.md, section 1)
+               and then `unmerge`: that is what the base tokenizer would have said (vocabext/expansion.py)
 
 Both go to `/v1/completions`, which has taken ids since vLLM's first versions. vLLM's render servers and
 `/inference/v1/generate` would do the same in one more process, and are switched off by default as unfinished

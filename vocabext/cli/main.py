@@ -186,7 +186,7 @@ def cli() -> None:
     """Give a language model names for the words of your domain, without retraining it.
 
     A new token stands for a fixed run of the model's own tokens, so text without new tokens is
-    untouched. The flow: mine, collect, distill, patch, verify, eval, serve; `run` walks all of it.
+    untouched. The flow: mine, collect, distill, patch, verify, eval; `run` walks all of these. Then serve.
     """
 
 
