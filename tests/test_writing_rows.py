@@ -10,6 +10,7 @@ import torch
 
 from vocabext.expansion import Expansion
 from vocabext.records import NewToken, TokenSnippets
+from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
 from vocabext.writing.measure import find_uses, measure_writing, per_token
@@ -185,3 +186,19 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     quiet = make_output_rows("none", records, model, expansion(records))  # type: ignore[arg-type]
     assert torch.equal(quiet.output_ND[0], quiet.output_ND[2])
     assert not find_uses(blurred, quiet.output_ND).on_top_P.any()
+
+
+def test_rows_are_capped_below_what_verify_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measure is the longest base row in use, and rounding leaves the cap below the limit of `verify`."""
+    places, _ = planted(600, 0)
+    monkeypatch.setattr(module, "_windows", lambda *_: ([1], [2]))
+    monkeypatch.setattr(module, "_read", lambda *_: places)
+    monkeypatch.setattr(module, "_fit", lambda *_: (100 * torch.eye(8)[:2], 1.0))
+    head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0], [50.0]]) * torch.eye(8)[7]  # the last one is not in use
+    model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
+    records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)))]
+    made = make_output_rows("fit", records, model, expansion(records))  # type: ignore[arg-type]
+    assert [token.silent for token in made.tokens] == [None, None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for norm in made.output_ND.to(dtype).float().norm(dim=1).tolist():
+            assert 0.95 * MAX_NORM_RATIO * 2.0 < norm < 0.99 * MAX_NORM_RATIO * 2.0

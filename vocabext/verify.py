@@ -17,10 +17,9 @@ from vocabext.progress import Progress, Task, no_progress
 from vocabext.records import Document
 from vocabext.verdicts import FAIL, PASS, SKIPPED, Check, Verification
 from vocabext.verdicts import VERIFY_NAME as VERIFY_NAME  # where the verdicts go is asked of this module
+from vocabext.vocabulary import MAX_NORM_RATIO
 
 NUM_ADVERSARIAL = 20_000
-# A row this many times longer than the longest base row would win every softmax it is in.
-MAX_NORM_RATIO = 3.0
 NOTED_BYTES = 1_000_000_000
 
 

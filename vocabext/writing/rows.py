@@ -17,6 +17,7 @@ from vocabext.model import FrozenModel
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets
 from vocabext.rows import mean_rows
+from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
 from vocabext.writing.places import Places, concatenate, find_places
@@ -31,8 +32,9 @@ FIRST_EPOCHS, TRY_EPOCHS = 6.0, 3.0
 TRIES = 3
 # How wrong use falls as caution grows: with this power of it, roughly. And the highest caution that is tried.
 POWER, MOST_CAUTION = 0.9, 64.0
-# A row is at most so many times as long as the longest base row: longer ones are loud wherever a state is unusual.
-LONGEST = 3.5
+# A row is at most so many times as long as the longest base row in use: longer ones are loud wherever a state is
+# unusual. Less than what `verify` allows, as rows are rounded to the dtype of the model afterwards.
+LONGEST = 0.97 * MAX_NORM_RATIO
 # What stands for zero: a row of exact zeros cannot be told from one that was forgotten.
 ALMOST_ZERO = 1e-4
 # Places at which the least likely base rows are looked for.
@@ -151,7 +153,8 @@ def make_output_rows(
                           leak, silent_ids, read_seconds, time.perf_counter() - began)  # fmt: skip
     task = Task(places, longest_runs(places, lengths_N), model.logit_cap)
     rows_ND, caution = _fit(task, judged, len(tokens), false_use, model, seed, progress)
-    longest = LONGEST * float(torch.linalg.vector_norm(head_VD, dim=1, dtype=torch.float32).max())
+    longest = LONGEST * float(torch.linalg.vector_norm(head_VD[:expansion.first_new_id], dim=1,
+                                                       dtype=torch.float32).max())
     rows_ND *= (longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=longest))
     uses = find_uses(judged, rows_ND, model.logit_cap)
     reports = _reports(records, judged, uses)
