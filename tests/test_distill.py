@@ -302,6 +302,29 @@ def test_what_a_row_takes_is_what_the_base_tokens_lose() -> None:
     assert float(background.taken(row[None])) > 0.1
 
 
+def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    first = load_tokenizer(folder).num_used_ids
+    whole = tiny_model()
+    head = torch.nn.Linear(64, whole.config.vocab_size)
+    head.weight, head.bias.data[:] = whole.get_input_embeddings().weight, 4.0
+    whole.set_output_embeddings(head)
+    model = FrozenModel(whole, torch.device("cpu"), torch.float32)
+    background = sample_background(model, [build_examples(records(), EXPANSION, [0, 1])], 290, torch.Generator())
+    row, bias = background.hidden_PD[0], torch.tensor([2.0])
+    before, after = (model.log_probabilities(background.hidden_PD, num_base=290, **new)[:, :290]
+                     for new in ({}, {"new_rows_ND": row[None], "new_bias_N": bias}))  # fmt: skip
+    assert float(background.taken(row[None], bias)) == pytest.approx(float((before - after).mean()), rel=1e-4)
+    seen: list[float] = []
+    for loud in (4.0, -4.0):  # of the pieces: they are what new tokens get the mean of
+        head.bias.data[:] = 0.0
+        head.bias.data[[piece for r in found for piece in r.new_token.run]] = loud
+        result = distill(found, model, DistillConfig(epochs=1), num_used_ids=first)
+        assert result.taken_nats_start is not None
+        seen.append(result.taken_nats_start)
+    assert seen[0] > 10 * seen[1]
+
+
 def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     first = load_tokenizer(folder).num_used_ids

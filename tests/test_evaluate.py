@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
+from tiny_families import tiny_family
 
+from vocabext.checkpoint import Rows, save_rows
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.evaluate import (
@@ -21,9 +23,13 @@ from vocabext.evaluate import (
     evaluate_folder,
 )
 from vocabext.model import load_model
+from vocabext.patch import patch
 from vocabext.records import Document
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import extend, load_tokenizer
+from vocabext.writing.measure import find_uses
+from vocabext.writing.places import find_places
+from vocabext.writing.runs import RunTree
 
 
 def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> None:
@@ -129,3 +135,36 @@ def test_another_model_than_the_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"was made from {base} with 290 token ids, but {other} has 280; pass"):
         evaluate_folder(folder, str(other), DOCUMENTS, EvalConfig(dtype="float32"))
     assert not (folder / "eval.json").exists()
+
+
+@torch.no_grad()
+def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> None:
+    """Rows that are not written on a head with a bias: their logits are what the patched folder computes."""
+    base = tiny_family(tmp_path / "base", "phi")
+    tokens, model = new_tokens(base), load_model(base, device="cpu", dtype="float32")
+    mean = mean_rows(model.embedding_VD, tokens)
+    facts = {"model": str(base), "num_used_ids": 290, "hidden_size": 64, "tokenizer_sha256": None}
+    save_rows(tmp_path / "rows.safetensors", tokens, Rows(mean, 1e-4 * mean), {
+        "base": facts, "method": "distill", "options": {}, "writing": {"kind": "none"}})  # fmt: skip
+    folder = tmp_path / "expanded"
+    patch(tmp_path / "rows.safetensors", str(base), folder)
+    config = EvalConfig(prompts=2, continuation=8, context=64, dtype="float32", device="cpu")
+    found = evaluate_folder(folder, str(base), DOCUMENTS, config)["writing"]["rows"]  # type: ignore[index]
+    rows = {row["name"]: row for row in found}
+    assert rows["distilled"]["greedy"]["new_tokens"] == 0
+    assert rows["distilled"]["sampling"]["kl_nats_per_piece"] == pytest.approx(0.0, abs=1e-6)
+    assert rows["distilled"]["places"]["nll_rise_everywhere_nats"] == rows["distilled"]["places"]["false_use"] == 0
+    assert rows["mean"]["places"]["nll_rise_everywhere_nats"] > 1e-4
+
+    whole, new = load_model(folder, device="cpu", dtype="float32"), slice(290, 290 + len(tokens))
+    ids = torch.tensor([load_tokenizer(base).encode("the heart of the muscle")])
+    states = model.hidden(model.embed(ids))[0]
+    assert whole.head_bias_V is not None
+    wanted = whole.logits(whole.hidden(whole.embed(ids))[0], num_base=new.stop)
+    bias_N = whole.head_bias_V[new]
+    assert bool((bias_N == -10_000).all())
+    logits = model.logits(states, num_base=290, new_rows_ND=whole.head_VD[new], new_bias_N=bias_N)
+    assert torch.allclose(logits, wanted, atol=1e-4)
+    places = find_places(model, [ids[0].numpy()], RunTree.of(tokens), num_base=290)
+    ahead_P = find_uses(places, whole.head_VD[new], None, bias_N).ahead_P
+    assert torch.allclose(ahead_P, wanted[:, new].amax(1) - wanted[:, :290].amax(1), atol=2e-3)

@@ -44,10 +44,12 @@ class Rows:
     Attributes:
         input_ND: Rows for the input embedding, float32.
         output_ND: Rows for an untied output head, float32; None if it was not trained.
+        bias_N: Entries for the bias of the head, where it has one; no rows file holds them, `patch` makes them.
     """
 
     input_ND: "torch.Tensor"
     output_ND: "torch.Tensor | None" = None
+    bias_N: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,7 @@ def save_rows(path: Path, tokens: Sequence[NewToken], rows: Rows, header: Mappin
     import torch
     from safetensors.torch import save
 
+    assert rows.bias_N is None, "a rows file holds no bias"
     tensors = {"input": rows.input_ND} if rows.output_ND is None else {"input": rows.input_ND, "output": rows.output_ND}
     for name, tensor in tensors.items():
         assert tensor.dim() == 2, f"{name}: {list(tensor.shape)}"

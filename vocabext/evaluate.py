@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vocabext.checkpoint import Rows, open_checkpoint, resolve_model
+from vocabext.checkpoint import Checkpoint, Rows, open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
@@ -32,6 +32,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, write_json
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
+from vocabext.vocabulary import HEAD_BIAS
 from vocabext.writing.held_out import IDENTICAL, HeldOut, measure_held_out
 
 EVAL_NAME = "eval.json"
@@ -48,11 +49,13 @@ class RowSet:
         name: Such as `mean` or `distilled`.
         input_ND: Input rows.
         output_ND: Output rows.
+        bias_N: Entries of the head's bias; None for a head without one.
     """
 
     name: str
     input_ND: torch.Tensor
     output_ND: torch.Tensor
+    bias_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def evaluate(
         held_out = HeldOut([w.expanded for w in windows], prompts, len(base.prefix_ids), config.continuation,
                            expanded.decode)  # fmt: skip
         written = measure_held_out(model, expanded.expansion, held_out, {
-            rows.name: Rows(rows.input_ND, rows.output_ND) for rows in row_sets}, progress)  # fmt: skip
+            rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress)  # fmt: skip
     return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, written)
 
 
@@ -161,13 +164,22 @@ def evaluate_folder(
     new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
     input_ND, output_ND = (checkpoint.read(n)[new] for n in (checkpoint.vocab_tensors[0], checkpoint.vocab_tensors[-1]))
     model = load_model(base_folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
-    mean = RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens))
-    row_sets = [mean] if manifest.method == "mean" else [mean, RowSet("distilled", input_ND, output_ND)]
+    base_bias_V = model.head_bias_V
+    mean_N = None if base_bias_V is None else mean_rows(base_bias_V, tokens)
+    mean = RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens), mean_N)
+    own = RowSet("distilled", input_ND, output_ND, _new_bias(checkpoint, new))
+    row_sets = [mean] if manifest.method == "mean" else [mean, own]
     found = evaluate(documents, model, base, expanded, row_sets, config, progress)
     result = {"artifact": "eval", "version": 1, "model": str(folder), "against": against,
               "options": asdict(config), **found}  # fmt: skip
     write_json(folder / EVAL_NAME, result)
     return result
+
+
+def _new_bias(checkpoint: Checkpoint, new: slice) -> torch.Tensor | None:
+    """Read the new entries of the head's bias: they may keep tokens from being written whatever their rows say."""
+    names = [name for name, tensor in checkpoint.row_tensors.items() if tensor.role == HEAD_BIAS]
+    return checkpoint.read(names[0])[new] if names else None
 
 
 def _texts(documents: Iterable[Document], max_bytes: int) -> list[str]:
@@ -225,7 +237,7 @@ def _expanded_nats(
     first = max(1, window.num_prefix)
     stem = len(window.expanded)
     logs = model.log_probabilities(hidden_TD[first - 1 : stem - 1], num_base=base.num_used_ids,
-                                   new_rows_ND=rows.output_ND.to(model.device))  # fmt: skip
+                                   new_rows_ND=rows.output_ND.to(model.device), new_bias_N=rows.bias_N)  # fmt: skip
     # A new id's column: the base rows in the softmax are exactly the ids below the first new one.
     return reading, -float(logs.gather(1, ids[first:stem, None]).sum())
 

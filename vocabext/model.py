@@ -190,15 +190,22 @@ class FrozenModel:
             return bool(self.model.config.get_text_config().tie_word_embeddings)
         return bool(into.data_ptr() == out.data_ptr())
 
-    def _weight(self, module: nn.Module) -> torch.Tensor:
-        """Return a module's weight, fetching it where it is offloaded."""
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    @property
+    def head_bias_V(self) -> torch.Tensor | None:  # noqa: N802
+        """The bias of the output head as stored; None if it has none."""
+        head = self.model.get_output_embeddings()
+        return None if getattr(head, "bias", None) is None else self._weight(head, "bias")
+
+    def _weight(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        """Return a module's weight, or its bias, fetching it where it is offloaded."""
+        weight: torch.Tensor = getattr(module, name)
         if not weight.is_meta:
             return weight
         from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
         with align_module_device(module):
-            return module.weight.detach().clone()  # type: ignore[operator]
+            fetched: torch.Tensor = getattr(module, name).detach().clone()
+        return fetched
 
     @property
     def weight_bytes(self) -> int:
@@ -347,27 +354,33 @@ class FrozenModel:
         return int(window) if window and ("sliding_attention" in kinds or not self._has_layer_types) else None
 
     def log_probabilities(
-        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
+        new_bias_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Return next-token log probabilities over the ids in use.
 
         Args:
             hidden_PD: Final hidden states at P positions.
             num_base: How many base ids are in use; rows beyond them are padding and left out.
             new_rows_ND: Output rows of the new tokens; None predicts base tokens only.
+            new_bias_N: Their entries of the head's bias; None for a head without one.
 
         Returns:
             Log probabilities (P, num_base + N), float32.
         """
-        return torch.log_softmax(self.logits(hidden_PD, num_base=num_base, new_rows_ND=new_rows_ND), dim=-1)
+        return torch.log_softmax(
+            self.logits(hidden_PD, num_base=num_base, new_rows_ND=new_rows_ND, new_bias_N=new_bias_N), dim=-1)
 
     def logits(
-        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
+        new_bias_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Return what `log_probabilities` normalises, (P, num_base + N), float32."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base]
         if new_rows_ND is not None:
-            logits = torch.cat((logits, hidden_PD @ new_rows_ND.to(hidden_PD.dtype).T), dim=1)
+            bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
+            new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD.dtype), bias_N)
+            logits = torch.cat((logits, new_PN), dim=1)
         logits = logits.float()
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 

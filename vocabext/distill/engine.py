@@ -37,6 +37,7 @@ class Objective:
         num_base: How many base ids are in use.
         background: Places where the rows should not be written, for a model whose matrices are tied.
         silence: Weight of that, per nat that a row takes from the base tokens.
+        bias_G: Entries of the head's bias that the tokens get; None for a head without one.
         others_ND: Rows of all new tokens, for snippets in which others are merged, too.
     """
 
@@ -51,6 +52,7 @@ class Objective:
     num_base: int = 0
     background: Background | None = None
     silence: float = 0.0
+    bias_G: torch.Tensor | None = None
     others_ND: torch.Tensor | None = None
 
 
@@ -202,14 +204,17 @@ def _train_round(
             gradient_GD += torch.autograd.grad(loss / objective.batch_snippets, rows_GD)[0]
         gradient_AD = gradient_GD[active]
         if objective.background is not None and objective.silence:
-            gradient_AD += _silence_gradient(objective, clocks.rows_GD[active], generators[int(active[0])])
+            gradient_AD += _silence_gradient(objective, clocks.rows_GD[active], active, generators[int(active[0])])
         clocks.step(active, gradient_AD, decayed(objective.learning_rate, step, steps))
 
 
-def _silence_gradient(objective: Objective, rows_AD: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _silence_gradient(
+    objective: Objective, rows_AD: torch.Tensor, active: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     assert objective.background is not None
     rows_AD = rows_AD.detach().requires_grad_()
-    taken = objective.background.sample(generator).taken(rows_AD).sum()
+    bias_A = None if objective.bias_G is None else objective.bias_G[active.to(objective.bias_G.device)]
+    taken = objective.background.sample(generator).taken(rows_AD, bias_A).sum()
     return torch.autograd.grad(objective.silence * taken, rows_AD)[0]
 
 

@@ -39,9 +39,16 @@ class Background:
         at = torch.randint(len(self.hidden_PD), (PLACES_PER_STEP,), generator=generator).to(self.hidden_PD.device)
         return Background(self.hidden_PD[at], self.normaliser_P[at])
 
-    def taken(self, rows_GD: torch.Tensor) -> torch.Tensor:
-        """Return, for each row, how much it lowers the base tokens' log probability on average, (G,), in nats."""
+    def taken(self, rows_GD: torch.Tensor, bias_G: torch.Tensor | None = None) -> torch.Tensor:
+        """Return, for each row, how much it lowers the base tokens' log probability on average, (G,), in nats.
+
+        Args:
+            rows_GD: The rows.
+            bias_G: Their entries of the head's bias; None for a head without one.
+        """
         logits_GP = rows_GD.to(self.hidden_PD.dtype) @ self.hidden_PD.T
+        if bias_G is not None:
+            logits_GP = logits_GP + bias_G.to(logits_GP)[:, None]
         return torch.nn.functional.softplus(logits_GP.float() - self.normaliser_P).mean(1)
 
 

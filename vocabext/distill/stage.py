@@ -212,6 +212,8 @@ class _Work:
         # Tokens with about the same number of snippets go together, so that nobody waits for the others.
         self.trainable.sort(key=lambda i: -len(records[i].snippets))
         self.background = self._background() if model.tied else None
+        # `patch` gives tokens that share their rows with the head the mean of their pieces' bias.
+        self.bias_N = None if model.head_bias_V is None else mean_rows(model.head_bias_V, self.expansion.tokens)
         self.memory = self._plan()
         self.finished = None
         if finished_folder is not None:
@@ -221,7 +223,9 @@ class _Work:
 
     def taken(self, rows_ND: torch.Tensor) -> float | None:
         """Return how many nats all rows together take from the base tokens."""
-        return None if self.background is None else float(self.background.taken(rows_ND.to(self.model.device)).sum())
+        if self.background is None:
+            return None
+        return float(self.background.taken(rows_ND.to(self.model.device), self.bias_N).sum())
 
     def run(
         self, title: str, rows_ND: torch.Tensor, progress: Progress, *, merge_all: bool
@@ -264,12 +268,15 @@ class _Work:
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
         loud = self.model.tied and self.config.silence > 0
         last_GD = self.last_piece_ND[group] if others_ND is None and not loud else None
-        fit = fit_rows(self.model, train, held_out, start_GD, self._objective(rounds, others_ND), generators, last_GD)
+        objective = self._objective(rounds, others_ND, group)
+        fit = fit_rows(self.model, train, held_out, start_GD, objective, generators, last_GD)
         if self.finished is not None:
             self.finished.save(name, fit)
         return fit
 
-    def _objective(self, rounds: Sequence[tuple[int, int]], others_ND: torch.Tensor | None) -> Objective:
+    def _objective(
+        self, rounds: Sequence[tuple[int, int]], others_ND: torch.Tensor | None, group: Sequence[int]
+    ) -> Objective:
         return Objective(
             layer=self.layer, first_new_id=self.expansion.first_new_id, rounds=rounds,
             learning_rate=self.rate if others_ND is None else self.rate / 2,
@@ -279,6 +286,7 @@ class _Work:
             background=self.background,
             # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
             silence=self.config.silence * len(self.records), others_ND=others_ND,
+            bias_G=None if self.bias_N is None else self.bias_N[group],
         )  # fmt: skip
 
     def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:

@@ -60,6 +60,7 @@ def _write(
                                              batch_first=True).to(model.device)  # fmt: skip
     input_ND = None if rows is None else rows.input_ND.to(model.device)
     output_ND = None if rows is None or rows.output_ND is None else rows.output_ND.to(model.device)
+    bias_N = None if rows is None else rows.bias_N
     first, stops = expansion.first_new_id, set(model.stop_ids)
     hidden_BPD, past = model.hidden_and_past(model.embed(ids_BP, input_ND, first))
     last_BD = hidden_BPD[torch.arange(len(prompts)), lengths_B - 1]
@@ -69,7 +70,7 @@ def _write(
     count = [0] * len(prompts)
     done = [False] * len(prompts)
     while True:
-        logits_BV = model.logits(last_BD, num_base=first, new_rows_ND=output_ND)
+        logits_BV = model.logits(last_BD, num_base=first, new_rows_ND=output_ND, new_bias_N=bias_N)
         chosen_B = _choose(logits_BV, generator)
         for b, token_id in enumerate(chosen_B.tolist()):
             if not done[b]:

@@ -79,7 +79,7 @@ def measure_held_out(
         for name, rows in row_sets.items():
             assert rows.output_ND is not None
             lost = lost_nats(model, texts, [len(p) for p in base_prompts], tree, rows.output_ND,
-                             num_base=expansion.first_new_id)  # fmt: skip
+                             num_base=expansion.first_new_id, bias_N=rows.bias_N)  # fmt: skip
             found.append({"name": name, **at_places[name], "greedy": greedy.compare(rows),
                           "sampling": {"texts": len(texts), "pieces": pieces, "kl_nats_per_piece": sum(lost) / pieces}})
             task.advance(len(held_out.prompts))
@@ -109,7 +109,7 @@ def _at_places(
         found[name] = {}
         for key, some in zip(("places", "merged"), parts[name], strict=True):
             every = concatenate(some)
-            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_cap)
+            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_cap, rows.bias_N)
             found[name][key] = measure_writing(every, uses, lengths_N).to_json()
     return found
 

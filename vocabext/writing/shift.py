@@ -21,7 +21,7 @@ from vocabext.writing.runs import ROOT, RunTree
 @torch.no_grad()
 def lost_nats(
     model: FrozenModel, texts: Sequence[Ids], starts: Sequence[int], tree: RunTree, output_ND: torch.Tensor, *,
-    num_base: int,
+    num_base: int, bias_N: torch.Tensor | None = None,
 ) -> list[float]:  # fmt: skip
     """Return for each text how much less likely it is than with the base, in nats.
 
@@ -35,16 +35,20 @@ def lost_nats(
         tree: The runs.
         output_ND: Output rows of the new tokens.
         num_base: How many base ids are in use.
+        bias_N: Entries of the head's bias for the new tokens; None for a head without one.
     """
-    return [_lost(model, text, start, tree, output_ND, num_base) for text, start in zip(texts, starts, strict=True)]
+    return [_lost(model, text, start, tree, output_ND, num_base, bias_N)
+            for text, start in zip(texts, starts, strict=True)]
 
 
 def _lost(
-    model: FrozenModel, text: Ids, start: int, tree: RunTree, output_ND: torch.Tensor, num_base: int
+    model: FrozenModel, text: Ids, start: int, tree: RunTree, output_ND: torch.Tensor, num_base: int,
+    bias_N: torch.Tensor | None,
 ) -> float:  # fmt: skip
     ids = torch.from_numpy(text.copy()).to(model.device)
     hidden_PD = model.hidden(model.embed(ids[None]))[0][start - 1 : -1]
-    logits = model.logits(hidden_PD, num_base=num_base, new_rows_ND=output_ND.to(model.device)).double()
+    logits = model.logits(hidden_PD, num_base=num_base, new_rows_ND=output_ND.to(model.device),
+                          new_bias_N=bias_N).double()  # fmt: skip
     taken_P = torch.nn.functional.softplus(logits[:, num_base:].logsumexp(1) - logits[:, :num_base].logsumexp(1))
     piece_P = torch.log_softmax(logits[:, :num_base], 1).gather(1, ids[start:, None]).flatten().tolist()
     new_PN = torch.log_softmax(logits, 1)[:, num_base:].cpu()
