@@ -128,7 +128,7 @@ async def send(url: str, state: Path, prompts: Sequence[str], options: argparse.
 
 
 async def settled(status: Callable[[], Awaitable[dict[str, Any]]], sent: int) -> dict[str, Any]:
-    """Wait until the mirrored answers of all requests were read by both arms, and return the status."""
+    """Wait until the answers to all requests were compared, and return the status."""
     until = time.monotonic() + MIRROR_SECONDS
     found = await status()
     while (time.monotonic() < until and found["changes"][-1]["by"] != "canary"

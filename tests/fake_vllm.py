@@ -3,8 +3,9 @@
 Every token of an answer carries the server's name and the request's number, so that an answer made of two shows.
 What a prompt says is done: `fault:hang` (no answer), `fault:hang-later` (stops in mid-stream), `fault:die-later`
 (the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`,
-`fault:drop-once` (closes the connection of the first such request without an answer). The log-probability of a prompt's
-ids is -1 each, and -2 where the prompt says `misread` and the server's name is `expanded`.
+`fault:drop-once` (closes the connection of the first such request without an answer). A server named `expanded` has
+the new tokens of `NEW`, and writes them gladly: a prompt's ids have log-probability -1.5 each there, and -1 elsewhere;
+behind `misread` it is 1 less.
 """
 
 import argparse
@@ -36,6 +37,7 @@ numbers = itertools.count()
 running: dict[str, int] = {"now": 0, "begun": 0, "aborted": 0}
 seen: list[dict[str, Any]] = []
 dropped: list[int] = []
+NEW = {"misread": 0xE000, "well read": 0xE001}
 
 
 def said(document: dict[str, Any]) -> str:
@@ -68,8 +70,8 @@ async def generate(request: Request) -> Response:
     del seen[:-50]
     if document.get("prompt_logprobs") is not None:
         ids = document["prompt"]
-        misread = NAME == "expanded" and "misread" in "".join(map(chr, ids))
-        steps = [None, *({str(i): {"logprob": -2.0 if misread else -1.0}} for i in ids[1:])]
+        found = -1.0 - 0.5 * (NAME == "expanded") - (NEW["misread"] in ids)
+        steps = [None, *({str(i): {"logprob": found}} for i in ids[1:])]
         return JSONResponse({**frame(False, 0, False), "choices": [{"text": "x", "prompt_logprobs": steps}]})
     number, fault, chat = next(numbers), fault_of(document), "chat" in request.url.path
     if OPTIONS.share_failing and number * OPTIONS.share_failing % 1 < OPTIONS.share_failing:
@@ -146,7 +148,10 @@ async def health(_: Request) -> Response:
 
 async def tokenize(request: Request) -> Response:
     document = json.loads(await request.body())
-    ids = [ord(c) for c in document.get("prompt") or said(document)]
+    text = document.get("prompt") or said(document)
+    for token, new_id in NEW.items() if NAME == "expanded" else ():
+        text = text.replace(token, chr(new_id))
+    ids = [ord(c) for c in text]
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": 128, "token_strs": None})
 
 

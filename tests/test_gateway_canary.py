@@ -1,16 +1,28 @@
 """Confidence sequences and the canary: it fires on what it should, and on nothing else."""
 
+import asyncio
+import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gateway_rig import fake_engine, gateway
 
+from serve.gateway.app import Gateway
+from serve.gateway.arms import Arm
+from serve.gateway.calls import Request
 from serve.gateway.canary import Bounds, Canary, agreement
+from serve.gateway.guard import Limits
+from serve.gateway.metrics import Metrics
 from serve.gateway.observe import Observation, observe
+from serve.gateway.reading import reading_loss
 from serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.errors import UsageError
+from vocabext.expansion import Expansion
+from vocabext.records import NewToken
 
 
 def trial(seed: int, *, pace: float = 1.0, failing: float = 0.0, first: float = 1.0, length: float = 1.0,
@@ -130,7 +142,7 @@ def test_answers_are_read_after_they_were_passed_on() -> None:
 
 @pytest.mark.parametrize(("prompt", "temperature", "reason"), [
     ("differ, number ", 0.0, "agree with the base's over"), ("the same, number ", 0.0, ""),
-    ("misread, number ", 1.0, "less likely by 1.000 nats per character in 30 pairs")])
+    ("misread, number ", 1.0, "less likely by 1.000 nats per character in 30 pairs"), ("well read, number ", 1.0, "")])
 def test_a_running_gateway_takes_back_an_arm_that_reads_or_answers_otherwise(
     tmp_path: Path, prompt: str, temperature: float, reason: str
 ) -> None:
@@ -152,3 +164,51 @@ def test_a_running_gateway_takes_back_an_arm_that_reads_or_answers_otherwise(
             assert (changes[-1]["policy"]["expanded_percent"], changes[-1]["policy"]["mirror_percent"]) == (0, 0)
             answer = client.post("/v1/completions", json={"model": "m", "prompt": "x"})
             assert answer.headers["x-vocabext-arm"] == "base"
+
+
+class Engines:
+    """Both engines, in place of connections to them: a merged `ab` is id 200; what they were asked."""
+
+    def __init__(self, *, lost: float) -> None:
+        self.lost, self.asked = lost, []
+
+    async def post_json(self, url: str, value: bytes, *, arm: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        document = json.loads(value)
+        self.asked.append((arm, url.rpartition("/")[2]))
+        if url.endswith("/tokenize"):
+            text = document["prompt"].replace("ab", "\u00c8") if arm == "expanded" else document["prompt"]
+            return 200, json.dumps({"tokens": [ord(c) for c in text]}).encode()
+        # All rows: the new ones take half a nat from every base id, whatever the prompt.
+        found = (-1.5 if arm == "expanded" else -1.0) - self.lost * (200 in document["prompt"])
+        steps = [None, *({str(i): {"logprob": found}} for i in document["prompt"][1:])]
+        return 200, json.dumps({"choices": [{"prompt_logprobs": steps}]}).encode()
+
+
+def read(engines: Engines, prompt: str, *, one_engine: bool = False, busy: int = 0) -> float | None:
+    """Let the expanded engine read a prompt and the base's answer `hello`."""
+    front = SimpleNamespace(encode=lambda text, special: [ord(c) for c in text],
+                            expansion=Expansion([NewToken("ab", "ab", (97, 98))], 200))
+    arms = {"base": Arm("base", "http://base", "b", front if one_engine else None),  # type: ignore[arg-type]
+            "expanded": Arm("expanded", "http://expanded", "e")}
+    found = Gateway(arms, None, engines, Limits(in_flight=2), Metrics())  # type: ignore[arg-type]
+    found.in_flight["expanded"] = busy
+    document = {"prompt": prompt}
+    loss = asyncio.run(reading_loss(found, Request("/v1/completions", [], b"", document, 0.0), "hello"))
+    assert found.in_flight["expanded"] == busy
+    return loss
+
+
+@pytest.mark.parametrize("one_engine", [False, True])
+@pytest.mark.parametrize("lost", [0.0, 0.25])
+def test_what_new_tokens_take_from_base_ids_is_not_taken_for_bad_reading(one_engine: bool, lost: float) -> None:
+    engines = Engines(lost=lost)
+    assert read(engines, "ab c", one_engine=one_engine) == pytest.approx(lost)
+    assert [what for what in engines.asked if what[1] == "completions"] == [("expanded", "completions")] * 2
+    assert (("base", "tokenize") in engines.asked) == (not one_engine)
+
+
+@pytest.mark.parametrize(("prompt", "busy", "loss"), [("c", 0, 0.0), ("ab" + "c" * 2_050, 0, None), ("ab", 2, None)])
+def test_what_need_not_or_must_not_be_read_costs_no_pass(prompt: str, busy: int, loss: float | None) -> None:
+    engines = Engines(lost=1.0)
+    assert read(engines, prompt, busy=busy) == loss
+    assert "completions" not in {path for _, path in engines.asked}

@@ -12,7 +12,7 @@
     chat.py        chat answers from the completions of ids
     ban.py         runs inside vLLM: a base request cannot be answered with a new token
     sequential.py  confidence sequences: intervals that hold however often one looks
-    reading.py     how likely the expanded arm finds the base's answers
+    reading.py     how likely the expanded model finds the base's answers behind its own reading of the prompts
     canary.py      arms compared while they serve; rolls back by itself, with a reason
     metrics.py     Prometheus
     admin.py       loopback only: swap, roll back, status

@@ -7,8 +7,9 @@ A trial begins anew with every change of the policy.
 
 What is compared: failures, seconds per character, seconds to the first character, characters per answer,
 for requests at temperature 0 that both arms answered, how far the two texts agree, and for all that both
-answered, how much less likely the expanded arm finds the base's answer (reading.py). Seconds per request are
-reported, not judged: `max_tokens` counts tokens, so the same number means more text on the expanded arm.
+answered, how much less likely the expanded model finds the base's answer behind its own reading of the prompt
+than behind the base's (reading.py). Seconds per request are reported, not judged: `max_tokens` counts tokens,
+so the same number means more text on the expanded arm.
 """
 
 import math
@@ -37,7 +38,8 @@ class Bounds:
         first_ratio: Its seconds to the first character may be this many times the base's.
         length_ratio: Its answers may be this many times as long, or as short.
         min_agreement: Share of a greedy answer, from its beginning, that must be the base's on average.
-        reading_nats: It may find the base's answers less likely by so many nats per character on average.
+        reading_nats: Behind prompts as it reads them, it may find the base's answers less likely by so many nats
+            per character on average than behind prompts as the base reads them.
         alpha: Probability of a rollback without reason, over all measures and all times together.
     """
 
@@ -90,7 +92,8 @@ class Finding:
         n, m = self.values
         if self.measure == READING:
             return (f"it finds the base's answers less likely by {self.expanded or 0:.3f} nats per character in {m} "
-                    f"pairs: at least {self.low:.3f}, the bound is {self.bound:.3f}")
+                    "pairs, behind prompts as it reads them: "
+                    f"at least {self.low:.3f}, the bound is {self.bound:.3f}")
         if self.measure == FAILURES:
             return (f"{self.expanded or 0:.1%} of its {m} answers failed, {self.base or 0:.1%} of {n} on the base arm: "
                     f"at least {self.low:+.1%}, the bound is {self.bound:+.1%}")
@@ -148,7 +151,7 @@ class Canary:
             self._agreement.add(agreement(one.text, another.text))
 
     def read(self, loss: float) -> None:
-        """Take into account how much less likely the expanded arm found an answer of the base, nats per character."""
+        """Take into account how much less likely one reading made an answer of the base, nats per character."""
         self._reading.add(loss)
 
     def findings(self) -> list[Finding]:

@@ -1,15 +1,20 @@
-"""How well the expanded arm reads: how likely it finds the base's own answers, after the same prompt.
+"""How well the expanded model reads: how likely it finds the base's own answers behind its own reading of the prompt.
 
 Two greedy texts part at the first near tie, so how far they agree says little about an arm that misreads its
-prompts. The probability of one given text says more: both engines are asked for the log-probabilities of the same
-base ids, the answer, behind the prompt as each of them reads it. What the expanded arm finds less likely, in nats
-per character, is what its new rows lose. Written tokens play no part, since the answer is given in base ids.
+prompts. The probability of one given text says more. The expanded engine is asked twice for the log-probability of the
+same base ids, the answer: behind the prompt as the base tokenizer reads it, and behind the prompt as the expanded
+tokenizer reads it. What is less likely behind new tokens, in nats per character, is what their input rows lose.
 
-One answer costs each engine one more forward pass over prompt and answer, without decoding; prefix caching saves
-most of it.
+Both terms come from the expanded engine, because log-probabilities are taken over all of an engine's rows: wherever a
+model likes to write a new token, the base id in its place loses as much, and a model that writes well would look like
+one that reads badly. In the difference of the two terms that cancels but for what reading changes of it. The price:
+whatever else may be wrong with the expanded model is in both terms, and is left to the other measures and to `verify`.
+
+One answer costs the expanded engine two forward passes over prompt and answer without a cache (vLLM computes whole
+prompts anew where their log-probabilities are asked for), one after the other, in one place among the arm's requests.
+The base engine turns texts into ids and computes nothing.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,31 +30,39 @@ if TYPE_CHECKING:
 
 # Of one answer; its beginning says enough.
 MOST_CHARACTERS = 1_000
+# Of prompt and answer. vLLM holds a row of logits for each id whose log-probability it is asked for: 2,048 rows of
+# 150,000 ids are 1.2 GB, twice, and nobody has set that aside.
+MOST_IDS = 2_048
 
 
 async def reading_loss(gateway: "Gateway", request: Request, answer: str) -> float | None:
-    """Return how much less likely the expanded arm finds an answer of the base, in nats per character.
+    """Return how much less likely an answer of the base is behind the prompt as the expanded tokenizer reads it.
 
     Args:
-        gateway: Its two engines are asked.
+        gateway: Its expanded engine is asked.
         request: A completion of one text, or a chat.
         answer: What the base arm answered.
 
     Returns:
-        The loss, negative if the answer is likelier; None where it cannot be asked for.
+        The loss in nats per character, negative if the answer is likelier, 0 if both read the prompt alike; None
+        where it cannot be asked for: no text, more than `MOST_IDS` ids, no place free, or an engine that refuses.
     """
     question, answer = _question(request), answer[:MOST_CHARACTERS]
     if question is None or not answer:
         return None
     base, expanded, headers = gateway.arms[BASE], gateway.arms[EXPANDED], forwarded(request.headers)
     try:
-        read_by_expanded, answer_ids = await asyncio.gather(
-            _ids(gateway, expanded, question, headers), _answer_ids(gateway, base, answer, headers))
-        read_by_base = (await _ids(gateway, base, question, headers) if base.front is None
-                        else base.front.expansion.unmerge(read_by_expanded).tolist())
-        before, after = await asyncio.gather(
-            _log_probability(gateway, base, read_by_base, answer_ids, headers),
-            _log_probability(gateway, expanded, read_by_expanded, answer_ids, headers))
+        with gateway.slot(EXPANDED):
+            by_expanded = await _ids(gateway, expanded, question, headers)
+            by_base = (await _ids(gateway, base, question, headers) if base.front is None
+                       else base.front.expansion.unmerge(by_expanded).tolist())
+            answer_ids = await _answer_ids(gateway, base, answer, headers)
+            if max(len(by_base), len(by_expanded)) + len(answer_ids) > MOST_IDS:
+                return None
+            if by_base == by_expanded:
+                return 0.0
+            before, after = [await _log_probability(gateway, expanded, prompt, answer_ids, headers)
+                             for prompt in (by_base, by_expanded)]
     except (Refusal, ValueError, KeyError, TypeError, IndexError):
         return None  # the request itself was answered; what cannot be compared is not counted
     return (before - after) / len(answer)

@@ -43,7 +43,8 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
 @click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="Canary: share of a mirrored greedy answer that is the base's, from its beginning.")
 @click.option("--max-reading-loss", type=click.FloatRange(min=0), default=0.05, show_default=True, metavar="NATS",
-              help="Canary: how much less likely, per character, the expanded arm may find mirrored base answers.")
+              help="Canary: how much less likely, per character, mirrored base answers may be behind prompts as the "
+                   "expanded arm reads them.")
 @click.option("--alpha", type=click.FloatRange(1e-9, 0.5), default=0.01, show_default=True,
               help="Canary: probability of rolling back without reason, however long it runs.")
 @click.option("--pin/--no-pin", default=True, show_default=True, help="Let the header x-vocabext-arm choose the arm.")
