@@ -183,15 +183,15 @@ class Proxy:
     async def _answer(self, request: Request, choice: Choice, send: Send) -> int:
         """Answer from the chosen arm, and let the other one answer too if it is to be compared."""
         gateway, arm = self._gateway, self._gateway.arms[choice.arm]
-        call = await self._call(request, arm)
-        if gateway.recorder is not None and request.is_generation:
-            gateway.recorder.write(request)
         loop = asyncio.get_running_loop()
         seen: asyncio.Future[Observation | None] = loop.create_future()
-        if choice.mirrored and request.is_generation:
-            self._mirror(request, gateway.arms[other(arm.name)], seen)
-        relay = Relay(gateway, arm, request, call, send)
         try:
+            call = await self._call(request, arm)
+            if gateway.recorder is not None and request.is_generation:
+                gateway.recorder.write(request)
+            if choice.mirrored and request.is_generation:
+                self._mirror(request, gateway.arms[other(arm.name)], seen)
+            relay = Relay(gateway, arm, request, call, send)
             observation = await relay.run()
             if request.is_generation:
                 gateway.saw(observation)
