@@ -190,6 +190,21 @@ def test_a_shard_without_a_digest_is_said_unless_verify_has_seen_it(pair: tuple[
         revert(pair[1], tmp_path / "three")
 
 
+def test_a_verify_that_fails_for_another_reason_keeps_the_digests(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for template in (True, False):
+        if not template:
+            (pair[1] / "generation_config.json").unlink()
+        result = verify(pair[1], str(pair[0]), load_weights=False)
+        write_json(pair[1] / "verify.json", result.to_json())
+        assert result.passed == template
+    shutil.copy(pair[0] / "generation_config.json", pair[1])
+    assert revert(pair[1], tmp_path / "one").unproven == ()
+    edit_tensor(pair[1], UNTOUCHED, flip_last_bit(0))
+    write_json(pair[1] / "verify.json", verify(pair[1], str(pair[0]), load_weights=False).to_json())
+    with pytest.raises(CheckpointError, match=f"{shard_of(pair[1], UNTOUCHED).name} has changed since it was made"):
+        revert(pair[1], tmp_path / "two")
+
+
 def test_places_where_nothing_is_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, folder = pair
     (tmp_path / "other").mkdir()
@@ -213,6 +228,22 @@ def test_a_full_disk_is_said_before_the_first_byte(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, but .* has 1,000 bytes free"):
         revert(pair[1], tmp_path / "back")
+
+
+def test_what_is_linked_takes_no_space(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = contents(pair[0])
+    linked = sum(len(wanted[name]) for name in json.loads((pair[1] / "vocabext.json").read_text())
+                 ["originals"]["carried_over"] if name.endswith(".safetensors"))  # fmt: skip
+    assert linked
+    monkeypatch.setattr("vocabext.revert.MARGIN_BYTES", 0)
+    free = sum(map(len, wanted.values())) - linked
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free}))
+    with pytest.raises(CheckpointError, match=f"needs {free + linked:,} bytes, but .* has {free:,} bytes free"):
+        revert(pair[1], tmp_path / "back", link="copy")
+    revert(pair[1], tmp_path / "back", link="hard")
+    assert contents(tmp_path / "back") == wanted
 
 
 def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -85,11 +85,12 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
              for name, original in part.items()}  # fmt: skip
-    _check_space(place.parent, sum(sizes.values()) + MARGIN_BYTES)
-    with new_folder(place, force=force) as target, progress(
-            "restoring", sum(sizes.values()), "bytes") as task:
-        restoration = _Restoration(folder, target, originals, link, task.advance)
-        restoration.run()
+    with new_folder(place, force=force) as target:
+        restoration = _Restoration(folder, target, originals)
+        restoration.link_weights(link)
+        _check_space(place.parent, sum(sizes.values()) - restoration.linked_bytes + MARGIN_BYTES)
+        with progress("restoring", sum(sizes.values()), "bytes") as task:
+            restoration.run(task.advance)
     return RevertResult(output, manifest.base.model, len(sizes), sum(sizes.values()), dict(originals.lost),
                         tuple(restoration.unproven), time.perf_counter() - began)
 
@@ -138,30 +139,41 @@ def _check_space(parent: Path, needed: int) -> None:
 class _Restoration:
     """Writes every file of the base into a folder, and checks each."""
 
-    def __init__(self, folder: Path, target: Path, originals: Originals, link: str, advance: Advance) -> None:
+    def __init__(self, folder: Path, target: Path, originals: Originals) -> None:
         self._folder, self._target, self._originals = folder, target, originals
-        self._link, self._advance = link, advance
+        self._files = dict(sorted({**originals.carried_over, **originals.files}.items()))
+        self._linked: set[str] = set()
         self._verified = verified_sha256(folder)
         self.unproven: list[str] = []
 
-    def run(self) -> None:
-        """Write all files."""
-        originals = self._originals
-        for name, original in sorted({**originals.carried_over, **originals.files}.items()):
-            source, target = self._folder / original.stored, self._target / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Weights alone are linked: they are replaced and not edited.
-            linked = name.endswith(WEIGHTS_SUFFIX) and link_file(source, target, self._link) is not None
-            self._write(name, original, Extent.whole(source).chunks(), linked=linked)
-        if not originals.shards:
+    def link_weights(self, how: str) -> None:
+        """Link what can be linked; that takes no space, so it comes before the question for it."""
+        for name, original in self._files.items():
+            if name.endswith(WEIGHTS_SUFFIX):  # weights alone are linked: they are replaced and not edited
+                target = self._target / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if link_file(self._folder / original.stored, target, how) is not None:
+                    self._linked.add(name)
+
+    @property
+    def linked_bytes(self) -> int:
+        """Size of what was linked."""
+        return sum(self._files[name].num_bytes for name in self._linked)
+
+    def run(self, advance: Advance) -> None:
+        """Write all other files, and check every one."""
+        for name, original in self._files.items():
+            (self._target / name).parent.mkdir(parents=True, exist_ok=True)
+            self._write(name, original, Extent.whole(self._folder / original.stored).chunks(), advance)
+        if not self._originals.shards:
             return
         shards = _read_shards(self._folder)
-        for name, original in sorted(originals.shards.items()):
-            self._write(name, original, self._shard(name, original, shards))
+        for name, original in sorted(self._originals.shards.items()):
+            self._write(name, original, self._shard(name, original, shards), advance)
 
-    def _write(self, name: str, original: Original, chunks: Iterator[bytes], *, linked: bool = False) -> None:
+    def _write(self, name: str, original: Original, chunks: Iterator[bytes], advance: Advance) -> None:
         """Write one file, or only read it where it is linked already; refuse it if it is not what the base had."""
-        path = self._target / name
+        path, linked = self._target / name, name in self._linked
         digest, count = hashlib.sha256(), 0
         with open(path, "rb" if linked else "xb") as file:
             for chunk in chunks:
@@ -169,7 +181,7 @@ class _Restoration:
                 count += len(chunk)
                 if not linked:
                     file.write(chunk)
-                self._advance(len(chunk))
+                advance(len(chunk))
         wanted = original.sha256 or self._verified.get(name)
         if count != original.num_bytes:
             raise CheckpointError(f"{original.stored} has changed since it was made: {name} of the base had "
