@@ -34,7 +34,8 @@ def manifest() -> Manifest:
         base=BaseRecord("org/base", 300, 290, "c0", None, {"model.embed_tokens.weight": "e0"}),
         tokens=token_records(TOKENS, 290, [{"loss": 0.5}, {"loss": 0.25}]), method="mean", options={"seed": 0},
         head_rows="tied", files=FileRecord(("README.md",), ("config.json",), {"a.bin": "pickled"}), untied=True,
-        tensors={"model.embed_tokens.weight": TensorRecord("embedding", "given", 300, 320, "model.safetensors")},
+        tensors={"model.embed_tokens.weight": TensorRecord("embedding", "given", 300, 320, "model.safetensors",
+                                                           (3, 5), "d4")},
         originals=Originals(
             carried_over={"README.md": Original(5, "d0", "README.md")},
             files={"config.json": Original(7, "d1", "vocabext_base/config.json.base")},

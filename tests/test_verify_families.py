@@ -3,20 +3,30 @@
 from pathlib import Path
 
 import pytest
-from planted import HEAD, edit_tensor, failed, set_row, skipped
+import torch
+import transformers
+from planted import HEAD, detail, edit_tensor, failed, set_row, skipped
 from test_patch import make_rows
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import FAMILIES, GAP_IN_TABLE, tiny_family
 
+from vocabext.checkpoint import Rows, load_rows, save_rows
 from vocabext.checks import behaviour
 from vocabext.diff import diff
+from vocabext.expansion import Expansion
 from vocabext.inspect_model import inspect_model
 from vocabext.manifest import read_manifest
+from vocabext.model import load_model
 from vocabext.patch import patch
+from vocabext.records import TokenSnippets
 from vocabext.revert import revert
 from vocabext.verify import verify
+from vocabext.vocabulary import PER_LAYER
+from vocabext.writing.rows import make_output_rows
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
 LOGITS = "loads in transformers, same logits"
+OLD, NEW = "old rows bit-identical", "new rows plausible"
+BIAS = HEAD.replace("weight", "bias")
 NOT_RUN = {"llava"}  # transformers has no causal model for it
 
 
@@ -31,9 +41,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def expanded(tmp_path: Path, family: str) -> tuple[Path, Path]:
+def expanded(tmp_path: Path, family: str, texts: tuple[str, ...] = TEXTS) -> tuple[Path, Path]:
     base = tiny_family(tmp_path / "base", family)
-    make_rows(base, tmp_path / "rows.safetensors", TEXTS)
+    make_rows(base, tmp_path / "rows.safetensors", texts)
     patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
     return base, tmp_path / "new"
 
@@ -52,9 +62,42 @@ def test_a_family_goes_there_and_back(tmp_path: Path, family: str) -> None:
     assert changed == roles
 
 
+def test_rows_of_base_ids_that_a_table_lacks_must_be_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "gap", GAP_IN_TABLE)
+    base, folder = expanded(tmp_path, "gap", (" so of", " muscle of"))
+    assert failed(verify(folder, str(base), load_weights=False)) == []
+    revert(folder, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(base)
+    (name,) = (name for name, record in read_manifest(folder).tensors.items() if record.role == PER_LAYER)
+    assert read_manifest(folder).tensors[name].num_rows_before == 289 < read_manifest(folder).first_new_id
+    edit_tensor(folder, name, set_row(289, 0.5))
+    result = verify(folder, str(base), load_weights=False)
+    assert failed(result) == [OLD]
+    assert detail(result, OLD).startswith(f"row 289 of {name} is not zero; the table of the base has 289 rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_keeps_new_tokens_silent_is_plausible(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = tiny_family(tmp_path / "base", "phi")
+    transformers.PhiForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    tokens = make_rows(base, tmp_path / "mean.safetensors", TEXTS)
+    _, rows, header = load_rows(tmp_path / "mean.safetensors")
+    model, records = load_model(base, device="cpu", dtype="float32"), [TokenSnippets(token) for token in tokens]
+    made = make_output_rows("fit", records, model, Expansion(tokens, 290))
+    assert made.kind == "none"
+    save_rows(tmp_path / "rows.safetensors", tokens, Rows(rows.input_ND, made.output_ND), {
+        **header, "writing": made.summary()})  # fmt: skip
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    assert failed(verify(tmp_path / "new", str(base), load_weights=False)) == []
+    edit_tensor(tmp_path / "new", BIAS, set_row(291, 10_000.0))
+    result = verify(tmp_path / "new", str(base), load_weights=False)
+    assert failed(result) == [NEW]
+    assert "times as long as the longest base row" in detail(result, NEW)
+
+
 def test_a_bias_of_no_id_must_be_silent(tmp_path: Path) -> None:
     base, folder = expanded(tmp_path, "phi")
     assert failed(verify(folder, str(base), load_weights=False)) == []
-    edit_tensor(folder, HEAD.replace("weight", "bias"), set_row(300, 0.0))
+    edit_tensor(folder, BIAS, set_row(300, 0.0))
     result = verify(folder, str(base), load_weights=False)
-    assert failed(result) == ["new rows plausible"]
+    assert failed(result) == [NEW]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import EMBEDDING, detail, draw_fewer_texts, edit_tensor, failed, opened
+from planted import EMBEDDING, detail, draw_fewer_texts, edit_tensor, failed, opened, skipped
 from tiny_expanded import expanded_pair
 
 from vocabext.checks import engine
@@ -72,6 +72,21 @@ def test_what_prevents_the_check_is_said(pair: Pair, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotCheckedError, match="vLLM is not installed"):
         engine.same_greedy(pair, True)
+
+
+def test_an_engine_that_does_not_answer_in_time_is_no_verdict(
+    sound: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_fewer_texts(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+    def hangs(command: list[str], **options: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    result = verify(sound[1], str(sound[0]), load_weights=False, use_vllm=True)
+    assert failed(result) == []
+    assert skipped(result)[VLLM] == f"vLLM did not answer within 3,600 s with {sound[0]}"
 
 
 @pytest.mark.vllm

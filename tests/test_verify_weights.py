@@ -24,14 +24,14 @@ from planted import (
     skipped,
 )
 from tiny_checkpoints import edit_json
-from tiny_expanded import TOKENS, expanded_pair
+from tiny_expanded import TOKENS, expanded_pair, patched
 
 from vocabext import model as models
 from vocabext.checks import logits, tensors
 from vocabext.checks.pair import NotCheckedError
 from vocabext.errors import CheckpointError
 from vocabext.records import write_json
-from vocabext.verdicts import VERIFY_NAME
+from vocabext.verdicts import VERIFY_NAME, Verification
 from vocabext.verify import verify
 
 SHARDS, CONFIG, TENSORS = "shards complete", "config agrees", "untouched tensors equal"
@@ -115,6 +115,13 @@ def in_file(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return lambda folder: edit_tensors(shard_of(folder, UNTOUCHED), change)
 
 
+def swap(row: int, other: int) -> Callable[[torch.Tensor], None]:
+    def change(matrix: torch.Tensor) -> None:
+        matrix[[row, other]] = matrix[[other, row]]
+
+    return change
+
+
 def in_config(**changes: object) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
@@ -170,6 +177,14 @@ FAULTS = {
         in_tensor(EMBEDDING, lambda matrix: matrix[FIRST].mul_(100)), NEW, "times as long as the longest base row"),
     "a row of no id is not zero": Fault(
         in_tensor(HEAD, set_row(END + 2, 0.5)), NEW, f"row 295 of {HEAD} belongs to no id and is not zero", "grown"),
+    "two new rows change places": Fault(
+        in_tensor(EMBEDDING, swap(FIRST, END - 1)), NEW, f"the new rows of {EMBEDDING} were changed after they were"),
+    "the last bit of a new row": Fault(
+        in_tensor(EMBEDDING, flip_last_bit(FIRST)), NEW, "digest is [0-9a-f]{12}, recorded is [0-9a-f]{12}; patch"),
+    "the last bit of a new row of the separated head": Fault(
+        in_tensor(HEAD, flip_last_bit(END - 1)), NEW, f"the new rows of {HEAD} were changed", "untied by us"),
+    "the last bit of a new row that grew": Fault(
+        in_tensor(HEAD, flip_last_bit(END - 1)), NEW, f"the new rows of {HEAD} were changed", "grown"),
     "the chat template is lost": Fault(
         lambda folder: (folder / "chat_template.jinja").unlink(), PROMPTS, "the chat template differs from the base"),
     "the generation config is lost": Fault(
@@ -197,6 +212,43 @@ def test_each_fault_makes_its_own_check_fail(
     assert failed(result) == [fault.check], [(c.name, c.detail) for c in result.checks if c.verdict == "fail"]
     with pytest.raises(AssertionError, match=fault.words):
         raise AssertionError(detail(result, fault.check))
+
+
+def test_new_rows_that_an_older_version_wrote_have_no_digest(
+    sound: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, folder = copied(sound["sharded"], tmp_path)
+    document = json.loads((folder / "vocabext.json").read_text())
+    assert {len(record.pop("new_rows_sha256")) for record in document["tensors"].values()} == {64}
+    (folder / "vocabext.json").write_text(json.dumps(document))
+    edit_tensor(folder, HEAD, flip_last_bit(FIRST))
+    result = verify(folder, str(base), load_weights=False)
+    assert result.passed
+    assert detail(result, NEW).endswith(f"; the bits of those in {EMBEDDING}, {HEAD} were not checked: no digest was "
+                                        "recorded")  # fmt: skip
+
+
+def test_a_check_that_breaks_off_takes_no_other_verdict_along(
+    sound: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = sound["tied"]
+
+    def broken(error: Exception) -> Callable[..., str]:
+        def check(*_: object) -> str:
+            raise error
+
+        return check
+
+    monkeypatch.setattr("vocabext.checks.files.carried_over", broken(KeyError("odd")))
+    monkeypatch.setattr("vocabext.checks.tensors.new_rows", broken(OSError("unreadable\nand more")))
+    monkeypatch.setattr("vocabext.checks.tensors.old_rows", broken(MemoryError()))
+    monkeypatch.setattr("vocabext.checks.config.config_agrees", broken(torch.OutOfMemoryError("CUDA out of memory")))
+    result = verify(folder, str(base), load_weights=False)
+    assert failed(result) == [NEW, FILES]
+    assert detail(result, FILES) == "the check broke off with KeyError: 'odd'"
+    assert detail(result, NEW) == "the check broke off with OSError: unreadable"
+    assert skipped(result)[OLD] == "the memory is too small for it: MemoryError"
+    assert skipped(result)[CONFIG] == "the memory is too small for it: CUDA out of memory"
 
 
 def test_what_cannot_be_looked_into_is_not_checked(sound: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
@@ -250,6 +302,49 @@ def test_a_shared_shard_that_was_edited_has_another_digest_than_at_the_first_ver
     result = verify(folder, str(base), load_weights=False)
     assert failed(result) == [TENSORS]
     assert "(a hard link), and was changed after it was linked" in detail(result, TENSORS)
+
+
+def verify_and_write(base: Path, folder: Path) -> Verification:
+    result = verify(folder, str(base), load_weights=False)
+    write_json(folder / VERIFY_NAME, result.to_json())
+    return result
+
+
+def test_a_shared_shard_that_was_edited_fails_however_often_it_is_verified(linked: tuple[Path, Path]) -> None:
+    base, folder = linked
+    first = verify_and_write(base, folder)
+    edit_in_place(folder / max(first.carried_sha256))
+    for _ in range(3):
+        result = verify_and_write(base, folder)
+        assert failed(result) == [TENSORS]
+        assert result.carried_sha256 == first.carried_sha256
+
+
+def test_copies_that_were_edited_on_both_sides_have_another_digest(
+    sound: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, folder = (Path(shutil.copytree(path, tmp_path / path.name)) for path in sound["sharded"])
+    first = verify_and_write(base, folder)
+    assert first.passed
+    file = min(first.carried_sha256)
+    for path in (base, folder):
+        edit_in_place(path / file)
+    for _ in range(2):
+        result = verify_and_write(base, folder)
+        assert failed(result) == [TENSORS]
+        assert f"{file} is equal to the base's, but both were changed since" in detail(result, TENSORS)
+        assert result.carried_sha256 == first.carried_sha256
+
+
+def test_a_folder_that_is_made_anew_has_no_digests_of_the_old_one(linked: tuple[Path, Path]) -> None:
+    base, folder = linked
+    file = min(verify_and_write(base, folder).carried_sha256)
+    edit_in_place(base / file)  # another base now, as far as anybody knows
+    patched(base, folder.parent, link="hard", force=True)
+    assert not (folder / VERIFY_NAME).exists()
+    assert verify_and_write(base, folder).passed
+    twice = patched(folder.rename(folder.with_name("first")), folder.parent, [" muscles of"], link="hard")
+    assert not (twice / VERIFY_NAME).exists()
 
 
 # -- in chunks ----------------------------------------------------------------------------------------------------
@@ -326,6 +421,40 @@ def test_weights_that_transformers_refuses(
     result = verify(folder, str(base))
     assert failed(result) == [LOGITS]
     assert detail(result, LOGITS) == f"transformers cannot load {folder}: it says why"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_memory_is_that_of_the_numbers_it_computes_in(
+    sound: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int
+) -> None:
+    """Weights stored in bfloat16 take twice their size on a processor that does not multiply it."""
+    pair = opened(*sound["untied by us"])
+    needed = int(logits.MEMORY_FACTOR * size * pair.new.weight_bytes / 2)
+    monkeypatch.setattr(models, "pick_dtype", lambda name, device: dtype)
+    monkeypatch.setattr(logits, "_available_bytes", lambda: needed - 1)
+    with pytest.raises(NotCheckedError, match=f"takes {needed:,} bytes of memory, and {needed - 1:,} are available"):
+        logits.same_logits(pair, True)
+    monkeypatch.setattr(logits, "_available_bytes", lambda: needed)
+    logits._check_memory(pair)
+
+
+def test_memory_that_is_too_small_for_the_second_model_is_no_fault(
+    sound: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = sound["tied"]
+    real, calls = logits._logits, 0
+
+    def compute(loaded: object, pair: object, rows: object) -> list[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the base is asked twice
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(loaded, pair, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(logits, "_logits", compute)
+    result = verify(folder, str(base))
+    assert failed(result) == []
+    assert skipped(result)[LOGITS] == "the memory is too small for it: CUDA out of memory"
 
 
 @pytest.mark.parametrize("broken", ["base", "expanded"])

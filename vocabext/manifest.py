@@ -116,6 +116,7 @@ class TensorRecord:
         num_rows: Rows in the new folder. Those behind the last new token are as in the base, or surplus.
         file: Its shard, the same in base and new folder.
         surplus: Base ids whose mean row the surplus rows hold; empty for zeros (a bias: far below all others).
+        new_rows_sha256: Digest of the bytes of its new rows; None where an older version wrote the file.
     """
 
     role: str
@@ -124,6 +125,7 @@ class TensorRecord:
     num_rows: int
     file: str
     surplus: tuple[int, ...] = ()
+    new_rows_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,8 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
 
 def _tensors_from(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
     return {name: TensorRecord(str(t["role"]), str(t["rows"]), int(t["num_rows_before"]), int(t["num_rows"]),
-                               str(t["file"]), tuple(int(i) for i in t.get("surplus") or ()))
+                               str(t["file"]), tuple(int(i) for i in t.get("surplus") or ()),
+                               str(t["new_rows_sha256"]) if t.get("new_rows_sha256") else None)
             for name, t in tensors.items()}
 
 

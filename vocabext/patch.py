@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from vocabext.manifest import (
     Original,
     Originals,
     OverwrittenRows,
+    TensorRecord,
     file_sha256,
     has_manifest,
     token_records,
@@ -146,7 +147,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
             base=_base_record(model, checkpoint, base, writer.tensors_sha256),
             tokens=token_records(file.tokens, base.num_used_ids, file.header.get("per_token") or ()),
             method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
-            head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=tensors.records,
+            head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=writer.records(),
             originals=writer.originals))
         writer.write_config()
         _check_new(folder, checkpoint, tensors, trust_remote_code=trust_remote_code)
@@ -236,6 +237,7 @@ class _Writer:
         link: How weights come over.
         linked: Weight files that were linked, and how.
         tensors_sha256: Digests of the base's vocabulary tensors, once its shards are read.
+        new_rows_sha256: Digests of the new rows of each tensor, once they are written.
         originals: What restores the base.
     """
 
@@ -247,6 +249,7 @@ class _Writer:
     link: str = COPY
     linked: dict[str, str] = field(default_factory=dict)
     tensors_sha256: dict[str, str] = field(default_factory=dict)
+    new_rows_sha256: dict[str, str] = field(default_factory=dict)
     originals: Originals = field(default_factory=Originals)
 
     def link_weights(self) -> None:
@@ -308,6 +311,11 @@ class _Writer:
         rewritten = there | {CONFIG_NAME} if CONFIG_NAME in self.files.kept else there  # it comes last
         return FileRecord(carried, tuple(sorted(rewritten)), self.files.left_out)
 
+    def records(self) -> dict[str, TensorRecord]:
+        """Return what became of the tensors with a row per token."""
+        return {name: replace(record, new_rows_sha256=self.new_rows_sha256[name])
+                for name, record in self.tensors.records.items()}
+
     def _keep_files(self) -> None:
         for name in self.files.kept:
             stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
@@ -325,6 +333,7 @@ class _Writer:
             kept_path.unlink()
         advance(self.checkpoint.shards[name].data_start)
         self.tensors_sha256.update(old.tensors_sha256)
+        self.new_rows_sha256.update(old.new_rows_sha256)
         stored = f"{ORIGINALS_FOLDER}/{name}.header{ORIGINAL_SUFFIX}"
         (self.folder / stored).write_bytes(old.header)
         self.originals.shards[name] = Original(old.num_bytes, old.sha256, stored)

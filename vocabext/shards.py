@@ -231,6 +231,7 @@ class Rewritten:
         sha256: Digest of the whole file.
         tensors_sha256: Digests of the old bytes of every tensor that has changed.
         overwritten: For each of them, offset and size of its overwritten rows in the file `kept`, and their digest.
+        new_rows_sha256: Digests of the new rows as they were written, of tensors that were added as well.
     """
 
     header: bytes
@@ -238,6 +239,7 @@ class Rewritten:
     sha256: str
     tensors_sha256: dict[str, str]
     overwritten: dict[str, tuple[int, int, str]]
+    new_rows_sha256: dict[str, str]
 
 
 def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mapping[str, Growth],
@@ -263,17 +265,17 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
         digests.file.update(header)
         out.write(raw)
         copy = _ShardCopy(source, shard, out, kept, digests, advance)
-        changed: dict[str, tuple[str, tuple[int, int, str]]] = {}
+        changed: dict[str, tuple[str, tuple[int, int, str], str]] = {}
         for name, info in shard.tensors.items():
             if name in growths:
                 changed[name] = copy.grow(info, growths[name])
             else:
                 copy.plain(info)
-        for tensor in added.values():
-            copy.duplicate(shard.tensors[tensor.source], tensor.growth)
+        copied = {name: copy.duplicate(shard.tensors[tensor.source], tensor.growth) for name, tensor in added.items()}
         size = os.fstat(source.fileno()).st_size
     return Rewritten(header, size, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
-                     {name: found[1] for name, found in changed.items()})
+                     {name: found[1] for name, found in changed.items()},
+                     {**{name: found[2] for name, found in changed.items()}, **copied})
 
 
 def new_header(shard: Shard, growths: Mapping[str, Growth], added: Mapping[str, Copied]) -> bytes:
@@ -335,29 +337,30 @@ class _ShardCopy:
         self._read(info, 0, info.num_bytes, self._out)
         self._digests.wait()
 
-    def grow(self, info: TensorInfo, growth: Growth) -> tuple[str, tuple[int, int, str]]:
-        """Copy a tensor with its new rows; returns its old digest, and where the overwritten rows are."""
+    def grow(self, info: TensorInfo, growth: Growth) -> tuple[str, tuple[int, int, str], str]:
+        """Copy a tensor with its new rows; returns its old digest, where overwritten rows are, and the rows' digest."""
         whole, overwritten = hashlib.sha256(), hashlib.sha256()
         first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
         offset = self._kept.tell()
         self._read(info, 0, first, self._out, whole)
         self._write_gap(info, growth)
-        self._write_rows(info, growth)
+        new_rows = self._write_rows(info, growth)
         self._read(info, first, last, self._kept, whole, overwritten)
         self._read(info, last, info.num_bytes, self._out, whole)
         self._write_surplus(info, growth)
         self._digests.wait()
-        return whole.hexdigest(), (offset, last - first, overwritten.hexdigest())
+        return whole.hexdigest(), (offset, last - first, overwritten.hexdigest()), new_rows
 
-    def duplicate(self, info: TensorInfo, growth: Growth) -> None:
-        """Write a copy of a tensor that has been read before, with rows of its own."""
+    def duplicate(self, info: TensorInfo, growth: Growth) -> str:
+        """Write a copy of a tensor that has been read before, with rows of its own; returns their digest."""
         first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
         start = self._shard.data_start + info.start
         self._out.writelines(byte_range(self._source, start, first))
         self._write_gap(info, growth)
-        self._write_rows(info, growth)
+        new_rows = self._write_rows(info, growth)
         self._out.writelines(byte_range(self._source, start + last, info.num_bytes - last))
         self._write_surplus(info, growth)
+        return new_rows
 
     def _read(self, info: TensorInfo, first: int, last: int, out: BinaryIO, *digests: Any) -> None:
         for chunk in byte_range(self._source, self._shard.data_start + info.start + first, last - first):
@@ -370,13 +373,17 @@ class _ShardCopy:
         for _ in range(growth.first_row - info.shape[0]):
             self._out.write(bytes(info.row_bytes))
 
-    def _write_rows(self, info: TensorInfo, growth: Growth) -> None:
+    def _write_rows(self, info: TensorInfo, growth: Growth) -> str:
+        """Write the new rows; returns their digest."""
+        digest = hashlib.sha256()
         step = max(1, CHUNK_BYTES // (4 * info.row_bytes))  # they are made in float32, in a few copies
         for first in range(0, growth.num_new, step):
             last = min(first + step, growth.num_new)
             rows = growth.rows(first, last)
             assert len(rows) == (last - first) * info.row_bytes, f"{len(rows)} bytes for rows {first} to {last}"
+            digest.update(rows)
             self._out.write(rows)
+        return digest.hexdigest()
 
     def _write_surplus(self, info: TensorInfo, growth: Growth) -> None:
         surplus = growth.surplus or bytes(info.row_bytes)

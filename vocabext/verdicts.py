@@ -34,7 +34,7 @@ class Verification:
         against: The base.
         checks: The verdicts.
         seconds: Time it took.
-        carried_sha256: Digests of the shards that were found equal to the base's.
+        carried_sha256: Digests of the shards that were found equal to the base's, now or by an earlier `verify`.
     """
 
     model: str
@@ -56,11 +56,13 @@ class Verification:
 
 
 def verified_sha256(folder: Path) -> dict[str, str]:
-    """Return the digests of the shards that a `verify` which passed has found equal to the base's.
+    """Return the digests of the shards that a `verify` has found equal to the base's.
+
+    A `verify` that failed for another reason counts as well: what it found equal was equal.
 
     Args:
         folder: The expanded checkpoint.
     """
     document = read_json_or(folder / VERIFY_NAME, {})
-    found = document.get("carried_sha256") if isinstance(document, dict) and document.get("passed") is True else None
+    found = document.get("carried_sha256") if isinstance(document, dict) else None
     return {str(name): str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}

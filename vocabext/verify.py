@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from vocabext.checks import behaviour, config, engine, files, logits, pipeline, tensors
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.errors import CheckpointError, TokenizerError
+from vocabext.errors import CheckpointError, TokenizerError, VocabextError
 from vocabext.manifest import read_manifest
 from vocabext.progress import Progress, Task, no_progress
 from vocabext.records import Document
@@ -77,7 +79,9 @@ def verify(
         failed = any(check.verdict == FAIL for check in verdicts)
         verdicts.insert(0, _verdict("made from this base", lambda: files.recorded_base(pair, others_failed=failed)))
         task.advance()
-    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, pair.carried_sha256)
+    # A digest that is known is never given up: what is found later may be what went wrong.
+    carried = {**pair.carried_sha256, **pair.earlier_sha256}
+    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, carried)
 
 
 def _counted(name: str, task: Task) -> Callable[[int], None]:
@@ -102,3 +106,13 @@ def _verdict(name: str, check: Callable[[], str]) -> Check:
         return Check(name, SKIPPED, str(reason))
     except (FaultError, CheckpointError, TokenizerError) as fault:
         return Check(name, FAIL, str(fault))
+    except VocabextError:
+        raise  # a corpus that cannot be read, or a package that is missing, is no fault of the checkpoint
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return Check(name, SKIPPED, f"the memory is too small for it: {_one_line(error)}")
+    except Exception as error:  # a check that breaks must not take the verdicts of the others along
+        return Check(name, FAIL, f"the check broke off with {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -63,9 +63,12 @@ def _written(pair: Pair, folder: Path, rows: Sequence[list[int]]) -> list[dict[s
         asked, answer, log = (Path(scratch) / name for name in ("request.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         with open(log, "wb") as file:
-            code = subprocess.run([sys.executable, "-m", "vocabext.checks.greedy", str(asked), str(answer)],
-                                  stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False,
-                                  timeout=TIMEOUT_SECONDS).returncode
+            try:
+                code = subprocess.run([sys.executable, "-m", "vocabext.checks.greedy", str(asked), str(answer)],
+                                      stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False,
+                                      timeout=TIMEOUT_SECONDS).returncode
+            except subprocess.TimeoutExpired:
+                raise NotCheckedError(f"vLLM did not answer within {TIMEOUT_SECONDS:,} s with {folder}") from None
         if code or not answer.is_file():
             raise FaultError(f"vLLM cannot load {folder}: {_cause(log.read_text('utf-8', 'replace'), code)}")
         found: list[dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))

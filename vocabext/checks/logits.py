@@ -1,15 +1,19 @@
 """What the two models compute for text without new tokens."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import prompts
 
+DEVICE = DTYPE = "auto"
 MEMORY_FACTOR = 1.2  # what loading takes, in units of the weights
+LOADED_AS_NUMBERS = ("F64", "F32", "F16", "BF16")  # what a model computes in another dtype than it is stored in
 
 
 def same_logits(pair: Pair, load_weights: bool) -> str:
@@ -35,6 +39,8 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
     model = _load(pair, new=True)
     try:
         after = _logits(model, pair, texts.values())
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the folder
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise FaultError(f"the base can be run on text, this folder cannot: {_first_line(error)}") from None
     for text, old, new in zip(texts, before, after, strict=True):
@@ -63,10 +69,19 @@ def _all_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> b
 
 def _check_memory(pair: Pair) -> None:
     """Refuse to begin what would be killed for its memory."""
-    needed = int(MEMORY_FACTOR * pair.new.weight_bytes)
+    needed = int(MEMORY_FACTOR * _loaded_bytes(pair.new))
     available = _available_bytes()
     if available is not None and needed > available:
         raise NotCheckedError(f"a loaded model takes {needed:,} bytes of memory, and {available:,} are available")
+
+
+def _loaded_bytes(checkpoint: Checkpoint) -> int:
+    """Return how much memory the weights take in the dtype they are loaded in, which need not be the stored one."""
+    from vocabext.model import pick_device, pick_dtype
+
+    size = pick_dtype(DTYPE, pick_device(DEVICE)).itemsize
+    return sum(size * math.prod(info.shape) if info.dtype in LOADED_AS_NUMBERS else info.num_bytes
+               for info in checkpoint.tensors.values())
 
 
 def _available_bytes() -> int | None:
@@ -85,7 +100,8 @@ def _available_bytes() -> int | None:
 def _load(pair: Pair, *, new: bool) -> Any:
     from vocabext.model import load_model
 
-    loaded = load_model(pair.folder if new else pair.base_folder, trust_remote_code=pair.trust_remote_code)
+    loaded = load_model(pair.folder if new else pair.base_folder, device=DEVICE, dtype=DTYPE,
+                        trust_remote_code=pair.trust_remote_code)
     for parameter in loaded.model.parameters():
         # Weights that stay in their file lie at any address, and matrix products may round by the address.
         parameter.data = parameter.data.clone()

@@ -40,7 +40,7 @@ class Pair:
         seed: Seed of everything that is drawn.
         seen: Ids that the new tokenizer produced in any text so far.
         advance: Told how many bytes were compared.
-        carried_sha256: Digests of the shards that were found equal to the base's.
+        carried_sha256: Digests of the shards that were found equal to the base's, and to what was recorded of them.
     """
 
     folder: Path
@@ -54,13 +54,18 @@ class Pair:
     _said: set[str] = field(default_factory=set)
 
     @cached_property
+    def earlier_sha256(self) -> dict[str, str]:
+        """The digests of carried-over shards that earlier runs of `verify` have recorded."""
+        return verified_sha256(self.folder)
+
+    @cached_property
     def recorded_shards(self) -> dict[str, str | None]:
         """The shards that were carried over, with their digests where `patch` or an earlier `verify` computed them."""
         originals = self.manifest.originals
         kept = {} if originals is None else originals.carried_over
         shards = {name: original.sha256 for name, original in kept.items() if name.endswith(".safetensors")}
-        earlier = verified_sha256(self.folder)
-        return {name: digest or earlier.get(name) for name, digest in shards.items()}
+        earlier = self.earlier_sha256
+        return {**earlier, **{name: digest or earlier.get(name) for name, digest in shards.items()}}
 
     @cached_property
     def base_folder(self) -> Path:

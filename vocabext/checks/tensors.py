@@ -4,16 +4,22 @@ Shapes: V rows as stored, N new rows, D what is stored per row (any shape, taken
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import torch
 
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.extent import Extent, first_difference, in_parallel, same_inode
+from vocabext.patch_plan import SILENT_BIAS
 from vocabext.rows import DTYPES, mean_row
 from vocabext.shards import CHUNK_BYTES
+from vocabext.vocabulary import PER_LAYER, TABLE
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 SILENT = -1000.0  # exp of a bias below that is 0
 
@@ -31,8 +37,11 @@ def untouched_tensors(pair: Pair) -> str:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             raise FaultError(f"{name} is {a.dtype} {list(a.shape)} in the base and {b.dtype} {list(b.shape)} here")
     shared = _shared_shards(pair)
-    _compare_digests(pair, shared)
-    alike = {*shared, *_equal_shards(pair, shared)}
+    _note_digests(pair, _digests(pair, shared), "is one file with the base's (a hard link), and was changed after it "
+                                                "was linked")
+    copies = _equal_shards(pair, shared)
+    _note_digests(pair, copies, "is equal to the base's, but both were changed since a digest was recorded")
+    alike = {*shared, *copies}
     for name in names:
         a, b = pair.base.tensors[name], pair.new.tensors[name]
         if a.file == b.file and a.file in alike:
@@ -53,8 +62,8 @@ def _shared_shards(pair: Pair) -> list[str]:
                   and same_inode(pair.base.folder / file, pair.new.folder / file))  # fmt: skip
 
 
-def _equal_shards(pair: Pair, shared: list[str]) -> list[str]:
-    """Return the shards that are copies of the base's, and note their digests: `revert` wants to know them."""
+def _equal_shards(pair: Pair, shared: list[str]) -> dict[str, str]:
+    """Return the digests of the shards that are copies of the base's."""
     copies = sorted((pair.recorded_shards.keys() & pair.base.shards.keys() & pair.new.shards.keys()) - set(shared))
 
     def digest_if_equal(file: str) -> str | None:
@@ -63,17 +72,25 @@ def _equal_shards(pair: Pair, shared: list[str]) -> list[str]:
         return digest.hexdigest() if first_difference(*extents, pair.advance, digest) is None else None
 
     digests = dict(zip(copies, in_parallel(digest_if_equal, copies), strict=True))
-    pair.carried_sha256.update({file: digest for file, digest in digests.items() if digest is not None})
-    return [file for file, digest in digests.items() if digest is not None]
+    return {file: digest for file, digest in digests.items() if digest is not None}
 
 
-def _compare_digests(pair: Pair, shared: list[str]) -> None:
-    """Compare the digests of shared shards with those that were recorded, where there are any."""
-    digests = in_parallel(lambda file: Extent.whole(pair.new.folder / file).sha256(pair.advance), shared)
-    for file, digest in zip(shared, digests, strict=True):
-        if pair.recorded_shards.get(file) not in (None, digest):
-            raise FaultError(f"{file} is one file with the base's (a hard link), and was changed after it was linked")
-        pair.carried_sha256[file] = digest
+def _digests(pair: Pair, files: list[str]) -> dict[str, str]:
+    digests = in_parallel(lambda file: Extent.whole(pair.new.folder / file).sha256(pair.advance), files)
+    return dict(zip(files, digests, strict=True))
+
+
+def _note_digests(pair: Pair, digests: Mapping[str, str], said: str) -> None:
+    """Compare digests with those that were recorded, where there are any, and note them: `revert` wants to know them.
+
+    A digest that was recorded stays the one to compare with, however often the shard is found to have another.
+    """
+    changed = [file for file, digest in digests.items() if pair.recorded_shards.get(file) not in (None, digest)]
+    pair.carried_sha256.update({file: digest for file, digest in digests.items() if file not in changed})
+    if changed:
+        file = changed[0]
+        raise FaultError(f"{file} {said}: its digest is {digests[file][:12]}, recorded is "
+                         f"{str(pair.recorded_shards[file])[:12]}; get the base again, and patch it again")
 
 
 def old_rows(pair: Pair) -> str:
@@ -87,14 +104,15 @@ def old_rows(pair: Pair) -> str:
             raise FaultError(f"a row of {name} is {before.dtype} {list(before.shape[1:])} in the base, "
                              f"{after.dtype} {list(after.shape[1:])} here")
         num_old, num_new = before.shape[0], after.shape[0]
-        if num_old < first:
+        if num_old < first and pair.new.row_tensors[name].role not in (PER_LAYER, TABLE):
             raise FaultError(f"{source} has {num_old} rows in the base, but the new ids begin at {first}")
         if num_new < max(num_old, end):
             raise FaultError(f"{name} has {num_new} rows; {max(num_old, end)} are needed")
-        for start, stop in ((0, first), (end, num_old)):
+        for start, stop in ((0, min(first, num_old)), (end, num_old)):
             if stop > start:
                 _compare_rows(pair, source, name, start, stop)
                 kept += stop - start
+        _check_gap(pair, name, num_old)
     return f"{kept:,} rows in {', '.join(pair.new.row_tensors)}"
 
 
@@ -111,8 +129,17 @@ def _compare_rows(pair: Pair, source: str, name: str, start: int, stop: int) -> 
         raise FaultError(f"row {row} of {name} differs from the base")
 
 
+def _check_gap(pair: Pair, name: str, num_old: int) -> None:
+    """Look at the rows of base ids that a further table has none for: `patch` writes zeros there."""
+    for start, rows in _rows(pair.new, name, num_old, pair.expansion.first_new_id):
+        odd = (rows != 0).any(dim=1).nonzero()
+        if len(odd):
+            raise FaultError(f"row {start + int(odd[0])} of {name} is not zero; the table of the base has {num_old} "
+                             "rows, and none for this id")
+
+
 def new_rows(pair: Pair, max_norm_ratio: float) -> str:
-    """Look for new rows that are no numbers, zero, or so long that they would win every softmax.
+    """Look for new rows that are no numbers, zero, so long that they would win every softmax, or not what was written.
 
     Rows behind the last id and behind the base's own must be zero, or between two base rows that the manifest names, or
     in a bias far below all others.
@@ -121,22 +148,46 @@ def new_rows(pair: Pair, max_norm_ratio: float) -> str:
         pair: The checkpoints.
         max_norm_ratio: How many times the length of the longest base row is too long.
     """
-    first, end = pair.expansion.first_new_id, pair.expansion.end_id
     worst = 0.0
     for name in pair.new.row_tensors:
-        longest = max((float(norms.max()) for _, norms in _norms(pair.new, name, 0, first)), default=0.0)
-        bias = len(pair.new.tensors[name].shape) == 1  # one number per token may well be zero
-        for start, norms in _norms(pair.new, name, first, end):
-            for i, norm in enumerate(norms.tolist(), start - first):
-                token = pair.expansion.tokens[i].token
-                if not math.isfinite(norm) or (norm == 0 and not bias):
-                    raise FaultError(f"the row of {token!r} in {name} has norm {norm}")
-                if norm > max_norm_ratio * longest:
-                    times = f"{norm / longest:.1f} times as long as" if longest else "longer than"
-                    raise FaultError(f"the row of {token!r} in {name} is {times} the longest base row")
-                worst = max(worst, norm / longest if longest else 0.0)
+        worst = max(worst, _check_new_rows(pair, name, max_norm_ratio))
         _check_surplus(pair, name)
-    return f"{pair.expansion.num_new:,} rows, the longest {worst:.2f} times the longest base row"
+    unproven = [name for name in pair.new.row_tensors if _new_rows_sha256(pair, name) is None]
+    note = f"; the bits of those in {', '.join(unproven)} were not checked: no digest was recorded" if unproven else ""
+    return f"{pair.expansion.num_new:,} rows, the longest {worst:.2f} times the longest base row{note}"
+
+
+def _check_new_rows(pair: Pair, name: str, max_norm_ratio: float) -> float:
+    """Check the new rows of one tensor; returns the length of the longest, in units of the longest base row."""
+    first, end, info = pair.expansion.first_new_id, pair.expansion.end_id, pair.new.tensors[name]
+    if info.shape[0] < end:
+        raise NotCheckedError("rows are missing")  # another check names them
+    longest = max((float(rows.norm(dim=1).max()) for _, rows in _rows(pair.new, name, 0, first)), default=0.0)
+    bias, worst, digest = len(info.shape) == 1, 0.0, sha256()
+    silent = torch.tensor(SILENT_BIAS).to(DTYPES[info.dtype]).float()
+    for start, rows in _rows(pair.new, name, first, end, digest):
+        norms = rows.norm(dim=1)
+        if bias:  # one number per token may well be zero, or keep a token from ever being written
+            norms[rows[:, 0] == silent] = 0.0
+        for i, norm in enumerate(norms.tolist(), start - first):
+            token = pair.expansion.tokens[i].token
+            if not math.isfinite(norm) or (norm == 0 and not bias):
+                raise FaultError(f"the row of {token!r} in {name} has norm {norm}")
+            if norm > max_norm_ratio * longest:
+                times = f"{norm / longest:.1f} times as long as" if longest else "longer than"
+                raise FaultError(f"the row of {token!r} in {name} is {times} the longest base row")
+            worst = max(worst, norm / longest if longest else 0.0)
+    recorded = _new_rows_sha256(pair, name)
+    if recorded not in (None, digest.hexdigest()):
+        raise FaultError(f"the new rows of {name} were changed after they were written: their digest is "
+                         f"{digest.hexdigest()[:12]}, recorded is {str(recorded)[:12]}; patch again")
+    return worst
+
+
+def _new_rows_sha256(pair: Pair, name: str) -> str | None:
+    """Return the digest of new rows as they were written; None if an older `patch` has recorded none."""
+    record = pair.manifest.tensors.get(name)
+    return None if record is None else record.new_rows_sha256
 
 
 def _check_surplus(pair: Pair, name: str) -> None:
@@ -164,20 +215,17 @@ def _surplus_row(pair: Pair, name: str) -> tuple[torch.Tensor, str]:
     return row, f"the mean of the rows {' and '.join(map(str, record.surplus))}"
 
 
-def _norms(checkpoint: Checkpoint, name: str, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the lengths of some rows, and the number of the first of them, a chunk at a time."""
-    for start, rows in _rows(checkpoint, name, first, end):
-        yield start, rows.norm(dim=1)
-
-
-def _rows(checkpoint: Checkpoint, name: str, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield some rows, and the number of the first of them, a chunk at a time."""
+def _rows(checkpoint: Checkpoint, name: str, first: int, end: int, digest: "_Hash | None" = None
+          ) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
+    """Yield some rows, and the number of the first of them, a chunk at a time; `digest` gets their bytes."""
     info = checkpoint.tensors[name]
     size = info.row_bytes
     step = max(1, CHUNK_BYTES // size)
     for start in range(first, min(end, info.shape[0]), step):
         stop = min(start + step, end, info.shape[0])
         raw = bytearray().join(_extent(checkpoint, name, start, stop).chunks())
+        if digest is not None:
+            digest.update(raw)
         yield start, torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(stop - start, -1).float()
 
 
