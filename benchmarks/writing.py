@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     lengths_N, head_VD = bench.lengths_N, model.head_VD
     mean_ND = mean_rows(head_VD, tokens)
     texts = {piece: len(base.decode([piece]).strip()) or 1 for token in tokens for piece in token.run}
-    silent_D, leak, _ = silent_row(head_VD, bench.train, base.num_used_ids)
+    silent_D, leak, _ = silent_row(head_VD, [bench.train], base.num_used_ids)
     ways = {
         "ours (default)": given.output_ND,
         "zero": torch.zeros_like(mean_ND),

@@ -5,17 +5,23 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
+from vocabext.config import DistillConfig
+from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
+from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
-from vocabext.writing.measure import find_uses, measure_writing, per_token
+from vocabext.writing.measure import Writing, find_uses, measure_writing, per_token
 from vocabext.writing.places import Places
 from vocabext.writing.rows import _reports, make_output_rows, silent_row
+from vocabext.writing.runs import RunTree
 
 LENGTHS = torch.tensor([2, 3])
 
@@ -110,7 +116,7 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     hidden_PD = torch.randn(600, 16, generator=generator) + torch.ones(16)
     logits_PV = hidden_PD @ head_VD[:39].T
     places = replace(made_places(hidden_PD, []), normaliser_P=logits_PV.logsumexp(1))
-    row_D, leak, ids = silent_row(head_VD, places, 39)
+    row_D, leak, ids = silent_row(head_VD, [places], 39)
     assert torch.allclose(row_D, head_VD[list(ids)].mean(0))
     assert torch.allclose(row_D, head_VD[[7, 21]].mean(0))
     shares = torch.exp(hidden_PD @ row_D - places.normaliser_P)
@@ -145,8 +151,7 @@ def expansion(records: list[TokenSnippets]) -> Expansion:
 
 def fake_model() -> Any:
     weight = torch.arange(12.0).view(4, 3)
-    head = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(bias=None))
-    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None, model=head)
+    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None, head_bias_V=None)
 
 
 def test_the_baselines_need_no_text() -> None:
@@ -174,10 +179,11 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert made.caution > 1
     assert made.held_out is not None
     assert made.held_out.adoption is not None
-    assert made.held_out.false_use < 0.03
+    assert made.held_out.false_use <= made.bound == 0.02
+    assert made.bound_met
     assert made.held_out.adoption > 0.1
     assert [token.silent is None for token in made.tokens] == [True, True, False]
-    silent_D, leak, _ = silent_row(model.head_VD, blurred, 4)
+    silent_D, leak, _ = silent_row(model.head_VD, [blurred], 4)
     assert torch.equal(made.output_ND[2], silent_D)
     assert made.leak == pytest.approx(leak, rel=1e-2)
     summary = made.summary()
@@ -193,7 +199,7 @@ def test_rows_are_capped_below_what_verify_allows(monkeypatch: pytest.MonkeyPatc
     places, _ = planted(600, 0)
     monkeypatch.setattr(module, "_windows", lambda *_: ([1], [2]))
     monkeypatch.setattr(module, "_read", lambda *_: places)
-    monkeypatch.setattr(module, "_fit", lambda *_: (100 * torch.eye(8)[:2], 1.0))
+    monkeypatch.setattr(module, "_fit", lambda fit, judge, *_: judge(100 * torch.eye(8)[:2], 1.0))
     head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0], [50.0]]) * torch.eye(8)[7]  # the last one is not in use
     model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
     records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)))]
@@ -202,3 +208,149 @@ def test_rows_are_capped_below_what_verify_allows(monkeypatch: pytest.MonkeyPatc
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for norm in made.output_ND.to(dtype).float().norm(dim=1).tolist():
             assert 0.95 * MAX_NORM_RATIO * 2.0 < norm < 0.99 * MAX_NORM_RATIO * 2.0
+
+
+class Scripted:
+    """A fit whose rows are wrong and adopted as a script says: its rows are the number of trainings."""
+
+    def __init__(self) -> None:
+        self.cautions: list[float] = []
+
+    @property
+    def rows_ND(self) -> torch.Tensor:
+        return torch.full((1, 1), float(len(self.cautions)))
+
+    def steps(self, epochs: float) -> int:
+        return 1
+
+    def train(self, epochs: float, caution: float, note: object) -> None:
+        self.cautions.append(caution)
+
+
+def scripted(script: list[tuple[float, float]]) -> tuple[Any, list[float]]:
+    """Fit by a script of (wrong use, adoption) after each training; returns what was chosen and all cautions."""
+    fit = Scripted()
+
+    def judge(rows_ND: torch.Tensor, caution: float) -> module._Try:
+        wrong, adoption = script[int(rows_ND) - 1]
+        return module._Try(rows_ND, (), Writing(100, 50, adoption, wrong, 0.0, 0.0, 0, 0), caution)
+
+    made = module._fit(fit, judge, 0.01, no_progress)  # type: ignore[arg-type]
+    return made, fit.cautions
+
+
+def test_the_rows_that_write_most_within_the_bound_are_taken() -> None:
+    made, cautions = scripted([(0.07, 0.9), (0.008, 0.4), (0.009, 0.5), (0.012, 0.6)])  # the last training breaks it
+    assert (made.writing.adoption, made.writing.false_use, made.caution) == (0.5, 0.009, cautions[2])
+    assert len(cautions) == 1 + module.TRIES
+    assert cautions[0] == 1.0 < cautions[2] < cautions[1]  # it went back as well
+
+
+def test_caution_grows_until_the_bound_is_kept() -> None:
+    made, cautions = scripted([(0.07, 0.9), (0.03, 0.8), (0.02, 0.7), (0.011, 0.6), (0.0101, 0.5), (0.005, 0.3)])
+    assert (made.writing.adoption, made.meets(0.01)) == (0.3, True)
+    assert len(cautions) == 1 + module.TRIES + 2
+    assert cautions == sorted(cautions)
+    assert cautions[-1] >= 1.5**2 * cautions[-3]
+
+
+def test_rows_that_cannot_keep_the_bound_are_the_nearest_to_it_and_said_to_be() -> None:
+    count = 1 + module.TRIES + module.RAISES
+    made, cautions = scripted([(0.03, 0.5)] * (count - 2) + [(0.02, 0.4), (0.04, 0.6)])
+    assert (made.writing.false_use, made.meets(0.01)) == (0.02, False)
+    assert len(cautions) == count
+
+
+def snippets(per_token: int) -> tuple[list[TokenSnippets], Expansion]:
+    rng = np.random.default_rng(0)
+    every = Expansion(some_tokens(rng, 4), NUM_BASE)
+    return [TokenSnippets(token, tuple((*rng.integers(0, NUM_BASE, 6).tolist(), NUM_BASE + i) for _ in range(per_token)),
+                          (6,) * per_token) for i, token in enumerate(every.tokens)], every  # fmt: skip
+
+
+@pytest.mark.parametrize(("per_token", "places"), [(1, 200), (0, 200), (9, 1)])
+@pytest.mark.parametrize("kind", ["fit", "none"])
+def test_where_nothing_is_held_out_all_tokens_are_silent(kind: str, per_token: int, places: int) -> None:
+    records, every = snippets(per_token)
+    model = sharp_model()
+    made = make_output_rows(kind, records, model, every, prefix_ids=[3], places_per_token=places)
+    assert made.kind == kind
+    assert made.output_ND.shape == (len(records), 32)
+    assert torch.equal(made.output_ND, model.head_VD[list(made.silent_ids)].float().mean(0).expand(len(records), -1))
+    assert made.leak is not None
+    assert made.places > 0
+    assert [token.silent for token in made.tokens] == (
+        ["no place to judge it by"] * len(records) if kind == "fit" else [])  # fmt: skip
+
+
+def test_states_are_kept_once_and_stated_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, every = snippets(3)
+    model, seen = sharp_model(), list[int]()
+    monkeypatch.setattr(module, "WINDOWS_AT_ONCE", 2)
+    join = module.concatenate
+
+    def counted(parts: list[Places]) -> Places:
+        seen.append(sum(part.hidden_PD.nbytes for part in parts))
+        return join(parts)
+
+    monkeypatch.setattr(module, "concatenate", counted)
+    made = make_output_rows("none", records, model, every, prefix_ids=[3, 4])
+    assert seen == [0, 0]  # training and held-out snippets, whose states are in their place already
+    stated = module.states_bytes("none", records, model, every, prefix_ids=[3, 4])
+    assert stated == made.places * 32 * 8
+    assert module.states_bytes("mean", records, model, every) == 0
+
+
+def test_places_of_many_batches_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    records, every = snippets(3)
+    model, tree = sharp_model(), RunTree.of(every.tokens)
+    windows = [every.unmerge(ids) for made in records for ids in made.snippets]
+    read = []
+    for at_once in (2, 1_000):
+        monkeypatch.setattr(module, "WINDOWS_AT_ONCE", at_once)
+        read.append(module._read(model, windows, tree, NUM_BASE, 2, no_progress))
+    order = [torch.argsort(places.top_P + places.normaliser_P) for places in read]
+    assert len(read[0]) == sum(len(window) - 1 for window in windows)
+    for name in ("hidden_PD", "top_P", "top_id_P"):
+        ours, whole = (getattr(places, name)[at] for places, at in zip(read, order, strict=True))
+        assert torch.allclose(ours.double(), whole.double(), atol=1e-9)
+
+
+def chosen(**options: Any) -> module.OutputChoice:
+    facts = {name: options.pop(name) for name in ("architecture", "tied", "biased") if name in options}
+    return module.choose_output_rows(DistillConfig(**options), **{
+        "architecture": "LlamaForCausalLM", "tied": True, "biased": False, **facts})  # fmt: skip
+
+
+def test_what_was_asked_for_is_made_where_the_model_can_have_it() -> None:
+    assert chosen() == chosen(output_rows="fit") == module.OutputChoice("fit")
+    for kind in ("mean", "zero", "none", "input"):
+        assert chosen(output_rows=kind) == module.OutputChoice(kind)
+    assert chosen(output_rows="none", biased=True) == module.OutputChoice("none")
+    assert chosen(architecture="Gemma2ForCausalLM", tied=False) == module.OutputChoice("fit")
+    assert chosen(architecture="Gemma2ForCausalLM", output_rows="input") == module.OutputChoice("input")
+
+
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "Gemma3nForCausalLM", "CohereForCausalLM"])
+def test_output_rows_that_an_engine_would_not_read_are_refused_or_said_to_be_missing(name: str) -> None:
+    for kind in ("fit", "mean", "zero", "none"):
+        with pytest.raises(UsageError, match=f"--output-rows is '{kind}', but vLLM ties the head of {name} to its emb"):
+            chosen(output_rows=kind, architecture=name)
+    fallen = chosen(architecture=name)
+    assert fallen.kind == "input"
+    assert fallen.why is not None
+    assert "no output rows of their own" in fallen.why
+
+
+def test_other_fallbacks_are_said_or_refused() -> None:
+    with pytest.raises(UsageError, match="--output-rows is 'fit', but the head of PhiForCausalLM has a bias"):
+        chosen(output_rows="fit", architecture="PhiForCausalLM", tied=False, biased=True)
+    fallen = chosen(architecture="PhiForCausalLM", tied=False, biased=True)
+    assert (fallen.kind, "read and not written" in str(fallen.why)) == ("none", True)
+    assert "is a matrix of its own" in str(chosen(output_rows="input", tied=False).why)
+    assert "--method mean makes no output rows" in str(chosen(method="mean").why)
+    for kind in ("fit", "zero", "none"):
+        with pytest.raises(UsageError, match=f"--output-rows is '{kind}', but --method is 'mean'"):
+            DistillConfig(method="mean", output_rows=kind)
+    with pytest.raises(UsageError, match="--output-rows is 'some'"):
+        DistillConfig(output_rows="some")

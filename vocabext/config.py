@@ -103,11 +103,13 @@ class DistillConfig:
     # A second pass with all new tokens merged in the snippets, as text arrives in production.
     second_pass: bool = False
     # Output rows: `fit` makes the model write the new tokens, `none` keeps them silent, `mean` and `zero` are
-    # baselines, and `input` shares the input rows (tied models) or leaves the choice to `patch`.
-    output_rows: str = "fit"
+    # baselines, and `input` shares the input rows (tied models) or leaves the choice to `patch`. None is `fit` where
+    # the model can have such rows, and says so where it cannot; what was asked for is refused there.
+    output_rows: str | None = None
     # Text that output rows are fitted to: base ids of snippets per token.
     writing_places: int = 200
-    # Share of held-out places where a new token may be written and base writes something else.
+    # Share of held-out places where a new token may be written and base writes something else: the rows with the best
+    # adoption within it are taken.
     false_use: float = 0.01
     # Leave a token out if its held-out error is this many times the median's, and training did not halve it;
     # 0 keeps all.
@@ -133,8 +135,12 @@ class DistillConfig:
             _require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be a number from 0 on")
         _require(self.cache_gib is None or 0 <= self.cache_gib < math.inf,
                  f"--cache-gib is {self.cache_gib}; it must be a number from 0 on")
-        _require(self.output_rows in OUTPUT_ROWS,
+        _require(self.output_rows in (None, *OUTPUT_ROWS),
                  f"--output-rows is {self.output_rows!r}; it must be one of {', '.join(OUTPUT_ROWS)}")
+        # The mean of the pieces makes no output rows, and `patch` then takes their mean.
+        _require(self.method != "mean" or self.output_rows in (None, "mean", "input"),
+                 f"--output-rows is {self.output_rows!r}, but --method is 'mean', which reads no text and makes no "
+                 "output rows; leave the option out, or pass --method distill")
         _require(self.writing_places >= 1, f"--writing-places is {self.writing_places}; it must be at least 1")
         _require(0 < self.false_use < 1, f"--false-use is {self.false_use}; it must lie between 0 and 1")
         _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")

@@ -183,10 +183,14 @@ class _Work:
         """Refuse at once what a later stage would refuse after much work."""
         from vocabext.model import layer_number, pick_device
         from vocabext.patch import check_places
+        from vocabext.writing.rows import choose_output_rows
 
         c = self.config
         check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
-        config = open_checkpoint(self.base_folder, trust_remote_code=c.trust_remote_code).config
+        base = open_checkpoint(self.base_folder, trust_remote_code=c.trust_remote_code)
+        config = base.config
+        choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
+                           biased=base.names.head_bias is not None)  # fmt: skip
         pick_device(c.distill.device)
         num_layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(num_layers, int) and c.distill.method == "distill":
@@ -233,7 +237,8 @@ class _Work:
         from vocabext.distill import distill_file
 
         distill_file(source, self.config.model, output, self.config.distill, force=True,
-                     trust_remote_code=self.config.trust_remote_code, progress=self.progress)  # fmt: skip
+                     trust_remote_code=self.config.trust_remote_code, progress=self.progress,
+                     say=self.say)  # fmt: skip
 
     def _patch(self) -> None:
         from vocabext.patch import patch

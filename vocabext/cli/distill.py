@@ -27,13 +27,15 @@ def distill_options(command: Command) -> Command:
                      help="Tied models with --output-rows input: weight of not being written where the base would "
                           "write something else."),
         click.option("--false-use", type=float, default=DEFAULTS.false_use, show_default=True, metavar="SHARE",
-                     help="Share of places where fitted rows may write a new token and the base writes something "
-                          "else. More of it makes the model write more new tokens."),
+                     help="Share of held-out places where fitted rows may write a new token and the base writes "
+                          "something else. The rows that write most within it are taken; more of it makes the model "
+                          "write more new tokens."),
         click.option("--writing-places", type=int, default=DEFAULTS.writing_places, show_default=True, metavar="N",
                      help="Text that output rows are fitted to: base ids of snippets per token."),
-        click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows, show_default=True,
+        click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows,
                      help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
-                          "'zero' are baselines; 'input' takes the input rows (tied models)."),
+                          "'zero' are baselines; 'input' takes the input rows (tied models).  [default: 'fit' where "
+                          "the model can have such rows]"),
         click.option("--next-token-weight", type=float, default=DEFAULTS.next_token_weight, show_default=True,
                      help="Weight of predicting the next base token, per nat; costs the output head."),
         click.option("--second-pass", is_flag=True, default=DEFAULTS.second_pass,
@@ -83,19 +85,20 @@ def compute_options(command: Command) -> Command:
 def _show_writing(output: "OutputRows") -> None:
     """Say what the output rows are good for."""
     click.echo(f"\noutput rows: {output.kind}")
+    silent = [token for token in output.tokens if token.silent is not None]
     if (found := output.held_out) is not None:
-        silent = [token for token in output.tokens if token.silent is not None]
         show.table([
             ("written", f"{len(output.tokens) - len(silent):,}"),
             ("read, not written", f"{len(silent):,}"),
             ("adopted where the base writes the run", "-" if found.adoption is None else f"{found.adoption:.1%}"),
-            ("written where the base writes something else", f"{found.false_use:.2%} of places"),
+            ("written where the base writes something else",
+             f"{found.false_use:.2%} of places (--false-use {output.bound:.2%})"),
             ("loss of base targets elsewhere", f"{found.nll_rise_nats:.4f} nats"),
             ("seconds", f"{output.read_seconds:.0f} to read, {output.fit_seconds:.0f} to fit"),
         ], ("on held-out snippets", ""))  # fmt: skip
-        if silent:
-            click.echo("\nthe model reads these tokens and does not write them")
-            show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
+    if silent:
+        click.echo(f"\nthe model reads these tokens and does not write them ({len(silent):,} of {len(output.tokens):,})")
+        show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
     if output.leak is not None:
         click.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")
 
@@ -122,7 +125,7 @@ def distill(
 
     config = DistillConfig(seed=seed, **settings)  # type: ignore[arg-type]
     result = distill_file(snippets, model, output, config, force=force, trust_remote_code=trust_remote_code,
-                          progress=show.progress)
+                          progress=show.progress, say=show.note)
 
     def render() -> None:
         worst = sorted((r for r in result.reports if r.start_error), key=lambda r: -r.ratio)[:10]

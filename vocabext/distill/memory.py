@@ -32,6 +32,7 @@ class MemoryPlan:
         step_bytes: What one step computes (an estimate).
         group: Tokens that train together.
         keep_past: Whether keys and values are kept.
+        writing_bytes: States that output rows are made from, on the host, once all groups are finished.
     """
 
     weights_bytes: int
@@ -41,18 +42,21 @@ class MemoryPlan:
     step_bytes: int
     group: int
     keep_past: bool
+    writing_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Everything together."""
+        """Everything that is there while groups are trained."""
         return self.weights_bytes + self.rows_bytes + self.states_bytes + self.past_bytes + self.step_bytes
 
     def describe(self) -> str:
         """Say it in one line."""
         parts = {"model": self.weights_bytes, "rows": self.rows_bytes, "states to match": self.states_bytes,
                  "text before the tokens": self.past_bytes, "a step": self.step_bytes}  # fmt: skip
+        after = f"; for the output rows, afterwards and on the host: states {_size(self.writing_bytes)}"
         return (f"{_size(self.total_bytes)} of memory for {self.group:,} tokens at a time: "
-                + ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count))
+                + ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
+                + (after if self.writing_bytes else ""))
 
 
 def _size(count: int) -> str:

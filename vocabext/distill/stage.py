@@ -1,6 +1,6 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
-from vocabext.writing.rows import OutputRows, make_output_rows, writes_with_own_rows
+from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
 HELD_OUT_EVERY = 8
@@ -41,6 +41,8 @@ POSITIONS_AT_ONCE = {"cpu": 4_000, "cuda": 16_000}
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
+# Options that no group depends on: they decide what becomes of finished input rows, and about the output rows.
+AFTERWARDS = ("output_rows", "writing_places", "false_use", "leave_out")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class DistillResult:
         taken_nats_start: The same for the mean-of-pieces rows.
         memory: What the work needed; None for `mean`.
         output: Output rows of the tokens that are shipped; None where they are the input rows, or the base's choice.
+        choice: Why these output rows; None where nobody chose.
     """
 
     input_ND: torch.Tensor
@@ -65,6 +68,7 @@ class DistillResult:
     taken_nats_start: float | None = None
     memory: MemoryPlan | None = None
     output: OutputRows | None = None
+    choice: OutputChoice | None = None
 
     @property
     def rows(self) -> Rows:
@@ -90,9 +94,15 @@ class DistillResult:
                 "taken_nats_start": self.taken_nats_start, "taken_nats": self.taken_nats,
                 "memory": None if self.memory is None else asdict(self.memory),
                 "left_out": [asdict(r) for r in self.reports if r.left_out is not None],
-                "writing": None if self.output is None else self.output.summary(),
+                "writing": self._writing(),
                 "per_token": [{**asdict(self.reports[i]), **facts} for i, facts in zip(
                     self.kept, self._writing_facts(), strict=True)]}  # fmt: skip
+
+    def _writing(self) -> dict[str, object] | None:
+        """Return what is said about the writing of all tokens."""
+        if self.output is not None:
+            return {**self.output.summary(), "why": None if self.choice is None else self.choice.why}
+        return None if self.choice is None else asdict(self.choice)
 
     def _writing_facts(self) -> list[dict[str, object]]:
         """Return what is said about the writing of each shipped token."""
@@ -103,7 +113,7 @@ class DistillResult:
 
 def distill_file(
     path: Path, model: str, output: Path, config: DistillConfig, *, force: bool = False,
-    trust_remote_code: bool = False, progress: Progress = no_progress,
+    trust_remote_code: bool = False, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
 ) -> DistillResult:  # fmt: skip
     """Read snippets, make the rows of their tokens, and write them to `output`.
 
@@ -118,9 +128,11 @@ def distill_file(
         force: Replace `output`.
         trust_remote_code: Run code that comes with the model.
         progress: Where to report.
+        say: Told what a user should know, a line at a time.
 
     Raises:
-        UsageError: If the file is damaged or empty, or was made for a model with other token ids.
+        UsageError: If the file is damaged or empty, or was made for a model with other token ids; or if the model
+            cannot have the output rows that were asked for.
     """
     check_output(output, force=force)
     accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
@@ -138,18 +150,28 @@ def distill_file(
     beside = output.with_name(f".{output.name}.groups")
     frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
                         max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
-    own_head = writes_with_own_rows(frozen, config)
+    choice = choose_output_rows(config, architecture=type(frozen.model).__name__, tied=frozen.tied,
+                                biased=frozen.head_bias_V is not None)  # fmt: skip
+    if choice.why is not None:
+        say(choice.why)
+    own_head = choice.kind != "input"
     # Input rows that are nothing else need not be kept silent.
     reading = replace(config, silence=0.0) if own_head else config
+    expansion = Expansion([record.new_token for record in records], base.num_used_ids)
+    writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids,
+                                 places_per_token=config.writing_places)  # fmt: skip
     result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
-                     progress=progress, finished_folder=beside)  # fmt: skip
+                     progress=progress, finished_folder=beside, writing_bytes=writing_bytes)  # fmt: skip
+    result = replace(result, choice=choice)
     if own_head:
-        expansion = Expansion([record.new_token for record in records], base.num_used_ids)
-        output_rows = make_output_rows(
-            config.output_rows, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
+        made = make_output_rows(
+            choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
             places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
             progress=progress)  # fmt: skip
-        result = replace(result, output=output_rows, taken_nats=None, taken_nats_start=None)
+        result = replace(result, output=made, taken_nats=None, taken_nats_start=None)
+        if made.held_out is not None and not made.bound_met:
+            say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
+                f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
     made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": result.input_ND.shape[1],
                  "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}  # fmt: skip
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
@@ -163,6 +185,7 @@ def distill_file(
 def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
+    writing_bytes: int = 0,
 ) -> DistillResult:  # fmt: skip
     """Make the input rows of all new tokens.
 
@@ -174,6 +197,7 @@ def distill(
         prefix_ids: What the tokenizer puts in front of a prompt.
         progress: Where to report.
         finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
+        writing_bytes: What the output rows need afterwards, to be stated with the rest.
     """
     tokens = [record.new_token for record in records]
     rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
@@ -181,7 +205,8 @@ def distill(
         return DistillResult(rows_ND, _reports(records, rows_ND, {}, {}, config, model, num_used_ids), 0)
     work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
     taken_start = work.taken(rows_ND)
-    with progress(work.memory.describe()):
+    memory = replace(work.memory, writing_bytes=writing_bytes)
+    with progress(memory.describe()):
         pass  # stated before the work starts
     errors, shown = work.run("distilling", rows_ND, progress, merge_all=False)
     if config.second_pass:
@@ -189,7 +214,7 @@ def distill(
         _, more = work.run("distilling with all new tokens merged", rows_ND, progress, merge_all=True)
         shown = {token: count + more.get(token, 0) for token, count in shown.items()}
     return DistillResult(rows_ND, _reports(records, rows_ND, errors, shown, config, model, num_used_ids), work.layer,
-                         work.taken(rows_ND), taken_start, work.memory)  # fmt: skip
+                         work.taken(rows_ND), taken_start, memory)  # fmt: skip
 
 
 class _Work:
@@ -217,7 +242,8 @@ class _Work:
         self.memory = self._plan()
         self.finished = None
         if finished_folder is not None:
-            facts = {"options": asdict(config), "model": model_facts(model), "group": self.memory.group,
+            options = {name: value for name, value in asdict(config).items() if name not in AFTERWARDS}
+            facts = {"options": options, "model": model_facts(model), "group": self.memory.group,
                      "keep_past": self.memory.keep_past, "prefix_ids": list(prefix_ids), "first": num_used_ids}
             self.finished = FinishedGroups(finished_folder, work_digest(records, facts))
 

@@ -6,15 +6,17 @@ Shape suffixes: N new tokens, D hidden size, P places.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from vocabext.config import DistillConfig
+from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.model import FrozenModel
 from vocabext.progress import Progress, no_progress
+from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
 from vocabext.rows import mean_rows
 from vocabext.vocabulary import MAX_NORM_RATIO
@@ -27,11 +29,17 @@ from vocabext.writing.runs import RunTree
 HELD_OUT_EVERY = 8
 # Windows that are read between two reports of progress.
 WINDOWS_AT_ONCE = 256
-# Passes over the places: at first, for each try of another caution, and at the end.
+# The kind of output rows where nobody asked for another.
+DEFAULT = "fit"
+# Passes over the places: at first, and for each try of another caution, which goes on from the rows before it.
 FIRST_EPOCHS, TRY_EPOCHS = 6.0, 3.0
 TRIES = 3
-# How wrong use falls as caution grows: with this power of it, roughly. And the highest caution that is tried.
+# How wrong use falls as caution grows: with this power of it, roughly. And the highest caution that is aimed at.
 POWER, MOST_CAUTION = 0.9, 64.0
+# Share of the bound on wrong use that a try aims at: one that aims at all of it misses it half of the time.
+AIM = 0.85
+# Further tries if none keeps the bound, and by how much each raises the caution at least.
+RAISES, RAISE = 4, 1.5
 # A row is at most so many times as long as the longest base row in use: longer ones are loud wherever a state is
 # unusual. Less than what `verify` allows, as rows are rounded to the dtype of the model afterwards.
 LONGEST = 0.97 * MAX_NORM_RATIO
@@ -40,6 +48,7 @@ ALMOST_ZERO = 1e-4
 # Places at which the least likely base rows are looked for.
 SILENCE_PLACES = 4_096
 ROWS_AT_ONCE = 256
+UNJUDGED = "no place to judge it by"
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class OutputRows:
         silent_ids: The base ids whose mean row the silent row is; empty where no text was read.
         read_seconds: Time for reading the places.
         fit_seconds: Time for the fit.
+        bound: Share of held-out places at which they may be wrong; None where nothing was fitted.
+        bound_met: Whether they are wrong at no more.
     """
 
     output_ND: torch.Tensor
@@ -88,6 +99,8 @@ class OutputRows:
     silent_ids: tuple[int, ...] = ()
     read_seconds: float = 0.0
     fit_seconds: float = 0.0
+    bound: float | None = None
+    bound_met: bool | None = None
 
     def summary(self) -> dict[str, object]:
         """Return what a reader wants to know, as JSON-ready values."""
@@ -95,19 +108,59 @@ class OutputRows:
                 "written": sum(t.silent is None for t in self.tokens) if self.tokens else None,
                 "silent": [asdict(t) for t in self.tokens if t.silent is not None], "caution": self.caution,
                 "places": self.places, "leak": self.leak, "silent_ids": list(self.silent_ids),
-                "read_seconds": self.read_seconds, "fit_seconds": self.fit_seconds}  # fmt: skip
+                "read_seconds": self.read_seconds, "fit_seconds": self.fit_seconds, "bound": self.bound,
+                "bound_met": self.bound_met}  # fmt: skip
 
 
-def writes_with_own_rows(model: FrozenModel, config: DistillConfig) -> bool:
-    """Tell whether new tokens get output rows of their own.
+@dataclass(frozen=True)
+class OutputChoice:
+    """Which output rows new tokens get.
 
-    The mean of pieces as input rows is the quick baseline, made without text: nothing is fitted then. And some
-    engines multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix.
+    Attributes:
+        kind: `fit`, `mean`, `zero` or `none`; `input` where they get none of their own.
+        why: Why these and no others; None where they are what was asked for, or the default.
+    """
+
+    kind: str
+    why: str | None = None
+
+
+def choose_output_rows(config: DistillConfig, *, architecture: str, tied: bool, biased: bool) -> OutputChoice:
+    """Choose the kind of output rows that a model can have.
+
+    The mean of pieces as input rows is the quick baseline, made without text: nothing is fitted then. Some engines
+    multiply with the embedding whatever a checkpoint says: there a tied model keeps its one matrix. And nothing is
+    fitted to a head with a bias; `patch` gives `none` a bias there that no logit comes up to.
+
+    Args:
+        config: Method and options.
+        architecture: Name of the model's class.
+        tied: Whether its head is its embedding.
+        biased: Whether its head has a bias.
+
+    Raises:
+        UsageError: If other rows than these were asked for.
     """
     from vocabext.patch_plan import TIED_IN_VLLM
 
-    tied_for_good = model.tied and type(model.model).__name__ in TIED_IN_VLLM
-    return config.method == "distill" and config.output_rows != "input" and not tied_for_good
+    asked = config.output_rows
+    if config.method == "mean":  # which other rows are refused with, by the options themselves
+        return OutputChoice("input", "--method mean makes no output rows: `patch` takes the mean of each token's run, "
+                                     "in the head as well")  # fmt: skip
+    if asked == "input":
+        return OutputChoice(asked, None if tied else "the head is a matrix of its own, and --output-rows input makes "
+                                                     "no rows for it: `patch` takes the mean of each token's run")
+    if tied and architecture in TIED_IN_VLLM:
+        why = f"vLLM ties the head of {architecture} to its embedding whatever the config says"
+        if asked is not None:
+            raise UsageError(f"--output-rows is {asked!r}, but {why}; leave the option out, or pass 'input'")
+        return OutputChoice("input", f"{why}: new tokens get no output rows of their own")
+    if biased and asked in (None, "fit"):
+        why = f"the head of {architecture} has a bias, to which no rows are fitted"
+        if asked is not None:
+            raise UsageError(f"--output-rows is {asked!r}, but {why}; pass 'none', 'mean' or 'zero'")
+        return OutputChoice("none", f"{why}: new tokens are read and not written")
+    return OutputChoice(asked or DEFAULT)
 
 
 def make_output_rows(
@@ -117,8 +170,10 @@ def make_output_rows(
 ) -> OutputRows:  # fmt: skip
     """Make the output rows of all new tokens.
 
+    Where no snippet is left to judge by, fitted rows would be written blindly: then all tokens stay silent.
+
     Args:
-        kind: `fit`, `mean`, `zero`, or `none` for rows that stay silent.
+        kind: `fit`, `mean`, `zero`, or `none` for rows that stay silent. On a head with a bias `fit` is `none`.
         records: The tokens that get a row, with their snippets.
         model: The frozen base model.
         expansion: The new tokens that the snippets are written in; at least those of `records`.
@@ -132,43 +187,53 @@ def make_output_rows(
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
     if kind in ("mean", "zero"):
         return OutputRows(mean_ND if kind == "mean" else ALMOST_ZERO * mean_ND, kind)
-    if getattr(model.model.get_output_embeddings(), "bias", None) is not None:
-        # A head with a bias is not fitted to. `patch` gives `none` a bias that no logit comes up to.
+    if model.head_bias_V is not None:
         return OutputRows(ALMOST_ZERO * mean_ND, "none", leak=0.0)
     began = time.perf_counter()
     train, held_out = _windows(records, expansion, prefix_ids, places_per_token)
     tree = RunTree.of(tokens)
-    places, judged = (_read(model, windows, tree, expansion.first_new_id, len(prefix_ids), progress)
-                      for windows in (train, held_out))  # fmt: skip
+    parts = [_read(model, windows, tree, expansion.first_new_id, len(prefix_ids), progress)
+             for windows in (train, held_out) if windows]  # fmt: skip
     read_seconds = time.perf_counter() - began
-    if not len(places) or not len(judged):  # nothing is known: a row between base rows is never on top
-        return OutputRows(mean_ND, "mean")
     began = time.perf_counter()
-    lengths_N = torch.tensor([len(token.run) for token in tokens])
-    head_VD = model.head_VD
-    silent_D, leak, silent_ids = silent_row(head_VD, concatenate([places, judged]), expansion.first_new_id,
-                                            model.logit_cap)  # fmt: skip
-    if kind == "none":
-        return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, (), None, len(places) + len(judged),
-                          leak, silent_ids, read_seconds, time.perf_counter() - began)  # fmt: skip
-    task = Task(places, longest_runs(places, lengths_N), model.logit_cap)
-    rows_ND, caution = _fit(task, judged, len(tokens), false_use, model, seed, progress)
+    head_VD, lengths_N = model.head_VD, torch.tensor([len(token.run) for token in tokens])
+    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_cap)
+    size = sum(map(len, parts))
+    if kind == "none" or not held_out:
+        reports = tuple(TokenWriting(token.token, 0, 0, 0, UNJUDGED) for token in tokens) if kind == "fit" else ()
+        return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, reports, None, size, leak, silent_ids,
+                          read_seconds, time.perf_counter() - began)  # fmt: skip
+    places, judged = parts
     longest = LONGEST * float(torch.linalg.vector_norm(head_VD[:expansion.first_new_id], dim=1,
                                                        dtype=torch.float32).max())
-    rows_ND *= (longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=longest))
-    uses = find_uses(judged, rows_ND, model.logit_cap)
-    reports = _reports(records, judged, uses)
-    rows_ND[[i for i, report in enumerate(reports) if report.silent is not None]] = silent_D
-    final = measure_writing(judged, find_uses(judged, rows_ND, model.logit_cap), lengths_N)
-    return OutputRows(rows_ND, kind, final, reports, caution, len(places) + len(judged),
-                      leak if any(r.silent for r in reports) else None, silent_ids, read_seconds,
-                      time.perf_counter() - began)  # fmt: skip
+    judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_cap)
+    fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_cap), len(tokens), model.device, seed)
+    best = _fit(fit, judge, false_use, progress)
+    return OutputRows(best.rows_ND, kind, best.writing, best.tokens, best.caution, size,
+                      leak if any(t.silent for t in best.tokens) else None, silent_ids, read_seconds,
+                      time.perf_counter() - began, false_use, best.meets(false_use))  # fmt: skip
+
+
+def states_bytes(
+    kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
+    prefix_ids: Sequence[int] = (), places_per_token: int = 200,
+) -> int:  # fmt: skip
+    """Return how much memory the states take that `make_output_rows` reads, on the host; 0 if it reads none."""
+    if kind not in ("fit", "none") or model.head_bias_V is not None:
+        return 0
+    skipped = max(0, len(prefix_ids) - 1)
+    sizes = (len(window) - skipped for windows in _windows(records, expansion, prefix_ids, places_per_token)
+             for window in windows)  # fmt: skip
+    return sum(sizes) * model.head_VD.shape[1] * model.dtype.itemsize
 
 
 def _windows(
     records: Sequence[TokenSnippets], expansion: Expansion, prefix_ids: Sequence[int], places_per_token: int
 ) -> tuple[list[Ids], list[Ids]]:
-    """Choose snippets of each token, in base ids: those to fit to, and those to judge by."""
+    """Choose snippets of each token, in base ids: those to fit to, and those to judge by.
+
+    Without any snippet the runs themselves are text: enough to find rows that are silent.
+    """
     prefix = np.asarray(prefix_ids, np.int64)
     train: list[Ids] = []
     held_out: list[Ids] = []
@@ -179,37 +244,103 @@ def _windows(
             wanted -= len(ids)
             if wanted <= 0:
                 break
-    return train, held_out
+    runs = [np.asarray([*prefix_ids, *record.new_token.run], np.int64) for record in records]
+    return train or runs, held_out
 
 
 def _read(
     model: FrozenModel, windows: Sequence[Ids], tree: RunTree, num_base: int, first: int, progress: Progress
 ) -> Places:
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
+    skipped = max(0, first - 1)
+    hidden_PD, done = torch.empty(0), 0
     parts = []
     with progress("reading what the base writes", len(windows), "snippets") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
             some = [windows[s] for s in order[at : at + WINDOWS_AT_ONCE]]
-            parts.append(find_places(model, some, tree, num_base=num_base, first=max(0, first - 1)))
+            part = find_places(model, some, tree, num_base=num_base, first=skipped)
+            # States are nearly all there is: they go to their place at once, so that they are never there twice.
+            if not parts:
+                size = sum(len(window) - skipped for window in windows)
+                hidden_PD = part.hidden_PD.new_empty(size, part.hidden_PD.shape[1])
+            hidden_PD[done : done + len(part)] = part.hidden_PD
+            done += len(part)
+            parts.append(replace(part, hidden_PD=part.hidden_PD.new_empty(0)))
             task.advance(len(some))
-    return concatenate(parts)
+    return replace(concatenate(parts), hidden_PD=hidden_PD)
 
 
-def _fit(
-    task: Task, judged: Places, num_tokens: int, false_use: float, model: FrozenModel, seed: int, progress: Progress
-) -> tuple[torch.Tensor, float]:
-    """Fit rows, with as little caution as keeps wrong use on held-out places below the bound."""
-    fit, caution = Fit(task, num_tokens, model.device, seed), 1.0
+@dataclass(frozen=True)
+class _Try:
+    """Rows after one training, as they would be shipped, and what they do on held-out places."""
+
+    rows_ND: torch.Tensor
+    tokens: tuple[TokenWriting, ...]
+    writing: Writing
+    caution: float
+
+    def meets(self, false_use: float) -> bool:
+        return self.writing.false_use <= false_use
+
+    def worth(self, false_use: float) -> tuple[bool, float]:
+        """Return what tries are compared by: within the bound their adoption, outside how near to it they are."""
+        meets = self.meets(false_use)
+        return meets, (self.writing.adoption or 0.0) if meets else -self.writing.false_use
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Held-out places, and what is done with rows before they are shipped: too long ones shortened, bad ones silent."""
+
+    records: Sequence[TokenSnippets]
+    places: Places
+    lengths_N: torch.Tensor
+    silent_D: torch.Tensor
+    longest: float
+    cap: float | None
+
+    def __call__(self, rows_ND: torch.Tensor, caution: float) -> _Try:
+        shipped_ND = rows_ND * (self.longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=self.longest))
+        tokens = _reports(self.records, self.places, find_uses(self.places, shipped_ND, self.cap))
+        shipped_ND[[i for i, token in enumerate(tokens) if token.silent is not None]] = self.silent_D.to(rows_ND)
+        uses = find_uses(self.places, shipped_ND, self.cap)
+        return _Try(shipped_ND.cpu(), tokens, measure_writing(self.places, uses, self.lengths_N), caution)
+
+
+def _fit(fit: Fit, judge: _Judge, false_use: float, progress: Progress) -> _Try:
+    """Fit rows, and return those with the best adoption among the ones that are wrong at no more places than allowed.
+
+    Every training is measured. If none of the planned ones keeps the bound, caution grows until one does, or
+    until there were enough.
+    """
     with progress("fitting output rows", fit.steps(FIRST_EPOCHS) + TRIES * fit.steps(TRY_EPOCHS), "steps") as bar:
-        fit.train(FIRST_EPOCHS, caution, bar.advance)
+        fit.train(FIRST_EPOCHS, 1.0, bar.advance)
+        last = best = judge(fit.rows_ND, 1.0)
         for _ in range(TRIES):
-            uses = find_uses(judged, fit.rows_ND, task.cap)
-            wrong = int((uses.on_top_P & ~uses.right_P).sum()) / len(judged)
-            factor = (max(wrong, 1e-6) / false_use) ** (1 / POWER)
-            caution = min(MOST_CAUTION, max(1.0, caution * factor))
-            bar.note(f"wrong at {wrong:.2%} of places")
-            fit.train(TRY_EPOCHS, caution, bar.advance)
-    return fit.rows_ND.cpu(), caution
+            bar.note(f"wrong at {last.writing.false_use:.2%} of places")
+            caution = min(MOST_CAUTION, max(1.0, last.caution * _more_caution(last, false_use)))
+            last = _train_on(fit, judge, caution, bar)
+            best = max(best, last, key=lambda made: made.worth(false_use))
+        bar.note(f"wrong at {best.writing.false_use:.2%} of places")
+    for _ in range(RAISES):
+        if best.meets(false_use):
+            break
+        with progress("fitting output rows with more caution", fit.steps(TRY_EPOCHS), "steps") as bar:
+            last = _train_on(fit, judge, last.caution * max(RAISE, _more_caution(last, false_use)), bar)
+            best = max(best, last, key=lambda made: made.worth(false_use))
+            bar.note(f"wrong at {last.writing.false_use:.2%} of places")
+    return best
+
+
+def _train_on(fit: Fit, judge: _Judge, caution: float, bar: ProgressTask) -> _Try:
+    """Train rows on from where they are, and judge them."""
+    fit.train(TRY_EPOCHS, caution, bar.advance)
+    return judge(fit.rows_ND, caution)
+
+
+def _more_caution(made: _Try, false_use: float) -> float:
+    """Return by which factor the caution should change so that wrong use comes to lie just below the bound."""
+    return float((max(made.writing.false_use, 1e-6) / (AIM * false_use)) ** (1 / POWER))
 
 
 def _reports(records: Sequence[TokenSnippets], judged: Places, uses: Uses) -> tuple[TokenWriting, ...]:
@@ -224,12 +355,12 @@ def _reports(records: Sequence[TokenSnippets], judged: Places, uses: Uses) -> tu
 def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
     """Say why a token should not be written: on held-out places it is more often wrong than right, or never right."""
     if not right:
-        return f"never right at {deserved} held-out places that deserve it" if deserved else "no place to judge it by"
+        return f"never right at {deserved} held-out places that deserve it" if deserved else UNJUDGED
     return f"wrong at {wrong} held-out places, right at {right}" if wrong > right else None
 
 
 def silent_row(
-    head_VD: torch.Tensor, places: Places, num_base: int, cap: float | None = None
+    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, cap: float | None = None
 ) -> tuple[torch.Tensor, float, tuple[int, ...]]:  # fmt: skip
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
@@ -239,21 +370,26 @@ def silent_row(
 
     Args:
         head_VD: The base's output rows.
-        places: Places at which to look.
+        parts: Places at which to look, some in each part.
         num_base: How many of the rows are in use.
         cap: Bound that the model puts on logits.
 
     Returns:
         The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
     """
-    at = torch.linspace(0, len(places) - 1, min(len(places), SILENCE_PLACES)).long()
+    size, begin = sum(map(len, parts)), 0
+    at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
     worst_V = torch.full((num_base,), -math.inf)
-    for some in at.split(ROWS_AT_ONCE):
-        logits_CV = places.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
-        share_CV = capped(logits_CV, cap).cpu() - places.normaliser_P[some, None]
-        worst_V = torch.maximum(worst_V, share_CV.amax(0))
+    for part in parts:
+        own = at[(at >= begin) & (at < begin + len(part))] - begin
+        begin += len(part)
+        for some in own.split(ROWS_AT_ONCE) if len(own) else ():
+            logits_CV = part.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
+            share_CV = capped(logits_CV, cap).cpu() - part.normaliser_P[some, None]
+            worst_V = torch.maximum(worst_V, share_CV.amax(0))
     least = worst_V.topk(min(2, num_base), largest=False).indices
     row_D = head_VD[least.to(head_VD.device)].float().mean(0).cpu()
-    leak = max(float((capped(part_CD.float() @ row_D, cap) - normaliser_C).max()) for part_CD, normaliser_C in zip(
-        places.hidden_PD.split(8_192), places.normaliser_P.split(8_192), strict=True))  # fmt: skip
+    leak = max(float((capped(hidden_CD.float() @ row_D, cap) - normaliser_C).max())
+               for part in parts for hidden_CD, normaliser_C in zip(
+                   part.hidden_PD.split(8_192), part.normaliser_P.split(8_192), strict=True))  # fmt: skip
     return row_D, math.exp(leak), tuple(least.tolist())
