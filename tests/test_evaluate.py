@@ -1,16 +1,18 @@
 """The measures of `eval`: the branches are exact, and a perfect row recovers the whole gap."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import tiny_folder
-from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
+from tiny_checkpoints import tiny_folder, tiny_model
+from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens, patched
 from tiny_families import tiny_family
 
 from vocabext.checkpoint import Rows, save_rows
-from vocabext.config import EvalConfig
+from vocabext.config import DistillConfig, EvalConfig
+from vocabext.distill import distill_file
 from vocabext.errors import CorpusError, UsageError
 from vocabext.evaluate import (
     RowSet,
@@ -22,9 +24,9 @@ from vocabext.evaluate import (
     evaluate,
     evaluate_folder,
 )
-from vocabext.model import load_model
+from vocabext.model import FrozenModel, load_model
 from vocabext.patch import patch
-from vocabext.records import Document
+from vocabext.records import Document, TokenSnippets, write_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import extend, load_tokenizer
 from vocabext.writing.measure import find_uses
@@ -168,3 +170,41 @@ def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> Non
     places = find_places(model, [ids[0].numpy()], RunTree.of(tokens), num_base=290)
     ahead_P = find_uses(places, whole.head_VD[new], None, bias_N).ahead_P
     assert torch.allclose(ahead_P, wanted[:, new].amax(1) - wanted[:, :290].amax(1), atol=2e-3)
+
+
+def test_a_model_that_is_offloaded_is_measured_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_folder(tmp_path / "base")
+    tiny_model(layers=3).save_pretrained(base)
+    folder = patched(base, tmp_path)
+    loaded: list[FrozenModel] = []
+
+    def load(*inputs: Any, **options: Any) -> FrozenModel:
+        loaded.append(load_model(*inputs, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("vocabext.evaluate.load_model", load)
+    found = []
+    for limits in (None, "cpu=150KB"):
+        config = EvalConfig(prompts=2, continuation=4, context=64, dtype="float32", device="cpu", max_memory=limits)
+        found.append(evaluate_folder(folder, str(base), DOCUMENTS, config))
+    assert [model.offloaded for model in loaded] == [False, True]
+    assert found[1]["options"]["max_memory"] == "cpu=150KB"  # type: ignore[index]
+    for ours, whole in zip(found[1]["rows"], found[0]["rows"], strict=True):  # type: ignore[call-overload]
+        assert ours["bits_per_byte_writing"] == pytest.approx(whole["bits_per_byte_writing"], rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expanded", "rows.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_a_model_that_looks_up_token_ids_in_its_layers_is_refused(tmp_path: Path, family: str) -> None:
+    base = tiny_family(tmp_path / "base", family)
+    write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [TokenSnippets(t).to_json() for t in new_tokens(base)])
+    rows, folder = tmp_path / "rows.safetensors", tmp_path / "expanded"
+    with pytest.raises(UsageError, match="has hidden_size_per_layer_input 16: its layers look up token ids"):
+        distill_file(tmp_path / "snippets.jsonl", str(base), rows, DistillConfig(dtype="float32", device="cpu"))
+    # The mean of the pieces needs no run of the model.
+    config = DistillConfig(method="mean", dtype="float32", device="cpu")
+    distill_file(tmp_path / "snippets.jsonl", str(base), rows, config)
+    patch(rows, str(base), folder)
+    with pytest.raises(UsageError, match="so distill and eval cannot run it on new rows; `distill --method mean`"):
+        evaluate_folder(folder, str(base), DOCUMENTS, EvalConfig(dtype="float32", device="cpu"))
+    assert not (folder / "eval.json").exists()

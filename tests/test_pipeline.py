@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS
+from tiny_families import tiny_family
 
 from vocabext import pipeline
 from vocabext.cli.run import run as command
@@ -21,6 +22,7 @@ from vocabext.errors import (
     TokenizerError,
     UsageError,
 )
+from vocabext.model import FrozenModel, load_model
 from vocabext.pipeline import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
 from vocabext.records import Document
 
@@ -205,6 +207,49 @@ def test_the_base_itself_is_never_the_output(config: RunConfig) -> None:
     assert not Path(config.model + "-work").exists()
 
 
+def test_a_limit_of_memory_holds_for_every_stage_or_is_said_not_to(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[object] = []
+
+    def load(*inputs: object, **options: object) -> FrozenModel:
+        limits.append(options.get("max_memory"))
+        return load_model(*inputs, **options)  # type: ignore[arg-type]
+
+    for place in ("vocabext.model", "vocabext.evaluate", "vocabext.distill.stage"):
+        monkeypatch.setattr(f"{place}.load_model", load)
+    said: list[str] = []
+    run(replace(config, collect=replace(config.collect, generate_missing=True, snippets=40, min_snippets=40),
+                distill=replace(config.distill, max_memory="cpu=1GiB"),
+                evaluate=replace(config.evaluate, max_memory="cpu=1GiB")), say=said.append)  # fmt: skip
+    assert [limits[0], limits[1], limits[-1]] == ["cpu=1GiB"] * 3
+    assert limits[2:-1] == [None, None]  # the two models that `verify` compares
+    assert [line for line in said if "--max-memory" in line] == [
+        "--max-memory is cpu=1GiB, but verify loads each model whole; where that does not fit, it says that logits were "
+        "not compared"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "change", "words"), [
+    ("gemma2", DistillConfig(output_rows="none"), "--output-rows is 'none', but vLLM ties"),
+    ("gemma3n", DistillConfig(), "hidden_size_per_layer_input 16"),
+    ("gemma2", DistillConfig(max_memory="much"), "--max-memory is 'much'"),
+])  # fmt: skip
+def test_what_distill_would_refuse_is_refused_before_mining(
+    config: RunConfig, tmp_path: Path, family: str, change: DistillConfig, words: str
+) -> None:
+    base = tiny_family(tmp_path / family, family)
+    with pytest.raises(UsageError, match=words):
+        run(replace(config, model=str(base), distill=change))
+    assert not config.output.with_name("new-work").exists()
+
+
+def test_a_model_that_cannot_be_measured_is_made_all_the_same(config: RunConfig, tmp_path: Path) -> None:
+    base = tiny_family(tmp_path / "gemma3n", "gemma3n")
+    outcomes = run(replace(config, model=str(base), distill=replace(config.distill, method="mean")))
+    assert states(outcomes)["verify"] == "made"
+    assert states(outcomes)["eval"].startswith("not made: Gemma3nForCausalLM has hidden_size_per_layer_input 16")
+
+
 def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
     arguments = [*config.corpus, "--heldout", config.heldout[0], "--model", config.model, "-o", str(config.output),
                  "--budget", "4", "--min-count", "4", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",
@@ -219,4 +264,4 @@ def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
 def test_no_two_stages_share_an_option_by_accident() -> None:
     """`run` takes all options of all stages: a shared name means a shared value."""
     names = [f.name for config in (MineConfig, CollectConfig, DistillConfig, EvalConfig) for f in fields(config)]
-    assert {name for name in names if names.count(name) > 1} == {"seed", "device", "dtype"}
+    assert {name for name in names if names.count(name) > 1} == {"seed", "device", "dtype", "max_memory"}

@@ -161,6 +161,8 @@ class EvalConfig:
     prompts: int = 64
     # Length of each continuation in base tokens.
     continuation: int = 64
+    # Spread the model over devices, such as `0=20GiB,cpu=60GiB`; None puts it on one.
+    max_memory: str | None = None
     device: str = "auto"
     dtype: str = "auto"
 

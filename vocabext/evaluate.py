@@ -27,9 +27,15 @@ from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.manifest import read_manifest
-from vocabext.model import FrozenModel, load_model
+from vocabext.model import (
+    FrozenModel,
+    check_folder_runs_on_rows,
+    check_runs_on_rows,
+    load_model,
+    offloading,
+)
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, write_json
+from vocabext.records import Document, NewToken, write_json
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
 from vocabext.vocabulary import HEAD_BIAS
@@ -96,7 +102,9 @@ def evaluate(
 
     Raises:
         CorpusError: If no document is long enough to be measured.
+        UsageError: If the model cannot be run on rows.
     """
+    check_runs_on_rows(model.model.config)
     texts = _texts(documents, config.max_bytes)
     pairs = list(zip(base.encode_batch(texts), expanded.encode_batch(texts), strict=True))
     windows = [w for i, (text, (_, ids)) in enumerate(zip(texts, pairs, strict=True))
@@ -150,11 +158,13 @@ def evaluate_folder(
         The content of eval.json.
 
     Raises:
-        UsageError: If `against` has other token ids than the base that the folder was made from.
+        UsageError: If `against` has other token ids than the base that the folder was made from, or cannot be run
+            on rows.
     """
     manifest = read_manifest(folder)
     tokens = [record.new_token for record in manifest.tokens]
     base_folder = resolve_model(against)
+    check_folder_runs_on_rows(base_folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(base_folder, trust_remote_code=trust_remote_code)
     if manifest.first_new_id != base.num_used_ids:
         raise UsageError(f"{folder} was made from {manifest.base.model} with {manifest.first_new_id} token ids, but "
@@ -163,17 +173,22 @@ def evaluate_folder(
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
     input_ND, output_ND = (checkpoint.read(n)[new] for n in (checkpoint.vocab_tensors[0], checkpoint.vocab_tensors[-1]))
-    model = load_model(base_folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
-    base_bias_V = model.head_bias_V
-    mean_N = None if base_bias_V is None else mean_rows(base_bias_V, tokens)
-    mean = RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens), mean_N)
     own = RowSet("distilled", input_ND, output_ND, _new_bias(checkpoint, new))
-    row_sets = [mean] if manifest.method == "mean" else [mean, own]
-    found = evaluate(documents, model, base, expanded, row_sets, config, progress)
+    with offloading(folder) as elsewhere:
+        model = load_model(base_folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
+                           max_memory=config.max_memory, offload_folder=elsewhere)  # fmt: skip
+        row_sets = [_mean_rows(model, tokens)] if manifest.method == "mean" else [_mean_rows(model, tokens), own]
+        found = evaluate(documents, model, base, expanded, row_sets, config, progress)
     result = {"artifact": "eval", "version": 1, "model": str(folder), "against": against,
               "options": asdict(config), **found}  # fmt: skip
     write_json(folder / EVAL_NAME, result)
     return result
+
+
+def _mean_rows(model: FrozenModel, tokens: Sequence[NewToken]) -> RowSet:
+    bias_V = model.head_bias_V
+    return RowSet("mean", mean_rows(model.embedding_VD, tokens), mean_rows(model.head_VD, tokens),
+                  None if bias_V is None else mean_rows(bias_V, tokens))  # fmt: skip
 
 
 def _new_bias(checkpoint: Checkpoint, new: slice) -> torch.Tensor | None:

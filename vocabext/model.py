@@ -11,7 +11,9 @@ This is the only module that imports the models of transformers.
 
 import math
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +342,7 @@ class FrozenModel:
                 setattr(self._body, norm, final)
         else:  # a body of another shape: run all of it and pick
             hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
-        return hidden_BTD
+        return hidden_BTD.to(inputs_BTD.device)  # of a model that is spread the last layer may be elsewhere
 
     def sliding_window(self, layer: int | None = None) -> int | None:
         """Return how far the first `layer` layers look back at least: None for all the way, 0 where it is unknown.
@@ -376,10 +378,10 @@ class FrozenModel:
         new_bias_N: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Return what `log_probabilities` normalises, (P, num_base + N), float32."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base]
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base].to(hidden_PD.device)
         if new_rows_ND is not None:
             bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
-            new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD.dtype), bias_N)
+            new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
             logits = torch.cat((logits, new_PN), dim=1)
         logits = logits.float()
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
@@ -397,6 +399,61 @@ class FrozenModel:
             pad_token_id=getattr(self.model.config, "pad_token_id", None) or 0,
         )  # fmt: skip
         return [row[len(prompts[0]) :].tolist() for row in out]
+
+
+def check_runs_on_rows(config: Any) -> None:
+    """Refuse a model whose layers look token ids up in tables of their own (Gemma 3n, Gemma 4).
+
+    It is run on embeddings here, from which no layer can know the ids: transformers then leaves their part out, or
+    fails.
+
+    Args:
+        config: The model's configuration, as transformers reads it.
+
+    Raises:
+        UsageError: If it has such tables.
+    """
+    size = getattr(config.get_text_config(), "hidden_size_per_layer_input", None)
+    if size:
+        name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise UsageError(
+            f"{name} has hidden_size_per_layer_input {size}: its layers look up token ids themselves, so distill and "
+            "eval cannot run it on new rows; `distill --method mean` and `patch` extend it without running it")
+
+
+def check_folder_runs_on_rows(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Do what `check_runs_on_rows` does, before any weight is read.
+
+    Raises:
+        CheckpointError: If transformers cannot read the configuration.
+        UsageError: As there.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, as below
+        raise _cannot_load(folder, error) from error
+    check_runs_on_rows(config)
+
+
+def _cannot_load(folder: str | Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(f"transformers cannot load {folder}: {reason}")
+
+
+@contextmanager
+def offloading(beside: Path) -> Iterator[Path]:
+    """Name a folder beside a path for weights that fit nowhere; it is removed at the end.
+
+    `load_model` makes it when it is needed.
+    """
+    beside = beside.resolve()
+    folder = beside.with_name(f".{beside.name}.offloaded")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_model(
@@ -431,8 +488,7 @@ def load_model(
             str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+        raise _cannot_load(folder, error) from error
     if model.get_output_embeddings() is None:
         raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
                               "a causal language model is needed")

@@ -181,7 +181,7 @@ class _Work:
 
     def check_inputs(self) -> None:
         """Refuse at once what a later stage would refuse after much work."""
-        from vocabext.model import layer_number, pick_device
+        from vocabext.model import check_folder_runs_on_rows, layer_number, parse_max_memory, pick_device
         from vocabext.patch import check_places
         from vocabext.writing.rows import choose_output_rows
 
@@ -192,6 +192,10 @@ class _Work:
         choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
                            biased=base.names.head_bias is not None)  # fmt: skip
         pick_device(c.distill.device)
+        if c.distill.max_memory is not None:
+            parse_max_memory(c.distill.max_memory)
+        if c.distill.method == "distill":
+            check_folder_runs_on_rows(self.base_folder, trust_remote_code=c.trust_remote_code)
         num_layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(num_layers, int) and c.distill.method == "distill":
             layer_number(c.distill.target_layer, num_layers)
@@ -226,11 +230,14 @@ class _Work:
         header, tokens = read_candidates(candidates)
         records = collect(self._mining_documents(), base, tokens, config, self.progress)
         if config.generate_missing and short_of_snippets(records, config):
-            from vocabext.model import load_model
+            from vocabext.model import load_model, offloading
 
-            model = load_model(self.base_folder, device=self.config.distill.device, dtype=self.config.distill.dtype,
-                               trust_remote_code=self.config.trust_remote_code)  # fmt: skip
-            records = generate_missing(records, model, base, config, self.progress)
+            compute = self.config.distill
+            with offloading(output) as elsewhere:
+                model = load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
+                                   trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
+                                   offload_folder=elsewhere)  # fmt: skip
+                records = generate_missing(records, model, base, config, self.progress)
         write_snippets(output, records, header, config=config, corpus=self.config.corpus)
 
     def _distill(self, source: Path, output: Path) -> None:
@@ -253,6 +260,9 @@ class _Work:
     def _verify(self) -> None:
         from vocabext.verify import VERIFY_NAME, verify
 
+        if self.config.distill.max_memory is not None:
+            self.say(f"--max-memory is {self.config.distill.max_memory}, but verify loads each model whole; where that "
+                     "does not fit, it says that logits were not compared")  # fmt: skip
         result = verify(self.output, self.config.model, self._all_documents(), progress=self.progress,
                         trust_remote_code=self.config.trust_remote_code)  # fmt: skip
         write_json(self.output / VERIFY_NAME, result.to_json())
@@ -262,7 +272,12 @@ class _Work:
 
     def _evaluate(self) -> str | None:
         from vocabext.evaluate import evaluate_folder
+        from vocabext.model import check_folder_runs_on_rows
 
+        try:
+            check_folder_runs_on_rows(self.base_folder, trust_remote_code=self.config.trust_remote_code)
+        except UsageError as error:  # the mean of the pieces can be made, but not measured
+            return str(error)
         if next(self._held_out_documents(), None) is None:
             return "the corpus is too small to hold a document out; pass --heldout"
         evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,

@@ -45,8 +45,6 @@ def distill_options(command: Command) -> Command:
                           "halved by training; 0 keeps all."),
         click.option("--cache-gib", type=float, default=DEFAULTS.cache_gib, metavar="GIB",
                      help="Memory for what is kept of a group of tokens.  [default: an eighth of the device's]"),
-        click.option("--max-memory", default=DEFAULTS.max_memory, metavar="LIMITS",
-                     help="Spread the model over devices, such as '0=20GiB,cpu=60GiB'; the rest stays on disk."),
         click.option("--reach", default="all" if DEFAULTS.reach is None else str(DEFAULTS.reach), show_default=True,
                      metavar="N", callback=_reach, help="Positions compared behind the token, or 'all'."),
         click.option("--epochs", type=int, default=DEFAULTS.epochs, show_default=True,
@@ -76,6 +74,9 @@ def _reach(context: click.Context, parameter: click.Parameter, value: str) -> in
 
 def compute_options(command: Command) -> Command:
     """Add the options of everything that runs a model."""
+    command = click.option("--max-memory", metavar="LIMITS",
+                           help="Spread the model over devices, such as '0=20GiB,cpu=60GiB'; the rest stays on "
+                                "disk.")(command)  # fmt: skip
     command = click.option("--dtype", default="auto", show_default=True, metavar="TYPE",
                            help="auto, bfloat16, float16 or float32.")(command)  # fmt: skip
     return click.option("--device", default="auto", show_default=True, metavar="DEVICE",

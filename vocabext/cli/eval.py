@@ -31,7 +31,7 @@ def evaluate_options(command: Command) -> Command:
 @options.json_option
 def evaluate(
     folder: Path, against: str, corpus: tuple[str, ...], text_field: str, max_bytes: int, prompts: int, device: str,
-    dtype: str, trust_remote_code: bool, as_json: bool,
+    dtype: str, max_memory: str | None, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how well NEWDIR reads and writes held-out text, and write NEWDIR/eval.json.
 
@@ -42,7 +42,7 @@ def evaluate(
     from vocabext.evaluate import evaluate_folder
 
     documents = read_documents(corpus, text_field=text_field)
-    config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype)
+    config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype, max_memory=max_memory)
     result = evaluate_folder(folder, against, documents, config, trust_remote_code=trust_remote_code,
                              progress=show.progress)
     show.emit(result, as_json, lambda: render_evaluation(result))

@@ -19,7 +19,7 @@ from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import file_sha256
-from vocabext.model import FrozenModel, load_model
+from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
@@ -132,7 +132,7 @@ def distill_file(
 
     Raises:
         UsageError: If the file is damaged or empty, or was made for a model with other token ids; or if the model
-            cannot have the output rows that were asked for.
+            cannot be run on rows, or cannot have the output rows that were asked for.
     """
     check_output(output, force=force)
     accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
@@ -144,6 +144,8 @@ def distill_file(
     if not records:
         raise UsageError(f"{path} holds no tokens; mine again")
     folder = resolve_model(model)
+    if config.method != "mean":
+        check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
@@ -225,6 +227,7 @@ class _Work:
         prefix_ids: Sequence[int], finished_folder: Path | None,
     ) -> None:  # fmt: skip
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
+        check_runs_on_rows(model.model.config)
         self.layer = model.layer_number(config.target_layer)
         if config.next_token_weight and self.layer != model.num_layers:
             raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "

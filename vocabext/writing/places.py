@@ -222,7 +222,7 @@ def _run_branches(
     sees_branch = (slot_W == slot_W[:, None]) & (step_W <= step_W[:, None])
     sees = torch.cat((sees_window, sees_branch.expand(len(windows), -1, -1)), 2)[:, None].to(model.device)
     mask = torch.zeros((), dtype=model.dtype, device=model.device).where(sees, torch.finfo(model.dtype).min)
-    kept = windows.to(past[0][0].device)
     hidden = model.hidden(model.embed(ids.view(len(windows), -1).to(model.device)), position_ids=positions.to(
-        model.device), mask=mask, past=[(keys[kept], values[kept]) for keys, values in past])  # fmt: skip
+        model.device), mask=mask, past=[(keys[windows.to(keys.device)], values[windows.to(values.device)])
+                                    for keys, values in past])  # fmt: skip
     return hidden.view(len(windows), slots, depth, -1)[row_F.to(hidden.device), slot_F.to(hidden.device), -1]
