@@ -19,10 +19,10 @@ from vocabext.collect import collect
 from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill, distill_file
 from vocabext.distill.contexts import Contexts, teach
-from vocabext.distill.engine import Objective, _schedule, next_token_nats, snippet_errors
+from vocabext.distill.engine import Objective, Taught, _schedule, held_out_errors, next_token_nats, snippet_errors
 from vocabext.distill.examples import build_examples
 from vocabext.distill.silence import sample_background
-from vocabext.distill.stage import _rounds
+from vocabext.distill.stage import _rounds, _split, _Work
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, pick_device
@@ -402,6 +402,33 @@ def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -
         contexts = teach(model, examples, 2, keep_past=False)
         errors.append(float(snippet_errors(model, examples, contexts, rows, merged)[0].mean()))
     assert errors[1] < errors[0]
+
+
+def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    first, model = load_tokenizer(folder).num_used_ids, frozen(2)
+    expansion = Expansion([r.new_token for r in found], first)
+    held_out = build_examples([_split(r)[1] for r in found], expansion, range(len(found)), reach=8)
+    once, result = (distill(found, model, DistillConfig(epochs=2, learning_rate=0.3, second_pass=second),
+                            num_used_ids=first) for second in (False, True))  # fmt: skip
+    changed = (once.input_ND != result.input_ND).any(1).tolist()
+    assert any(changed)
+    judged, alone = Taught(), Objective(2, first, ((1, 1),), 0.1)
+    judged.add(model, held_out, alone)
+    for made in (once, result):
+        errors = held_out_errors(model, judged, made.input_ND, alone)
+        assert [report.end_error for report in made.reports] == pytest.approx(errors.tolist(), rel=1e-4)
+    assert [r.start_error for r in result.reports] == [r.start_error for r in once.reports]
+    assert [a.end_error != b.end_error for a, b in zip(once.reports, result.reports, strict=True)] == changed
+    assert all(report.method == "distill" for report, moved in zip(result.reports, changed, strict=True) if moved)
+
+
+def test_the_gate_judges_the_rows_of_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, found = collected(tmp_path)
+    monkeypatch.setattr(_Work, "errors", lambda work, *_: {i: 50.0 if i == 1 else 0.1 for i in work.trainable})
+    config = DistillConfig(epochs=1, second_pass=True)
+    result = distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert [report.left_out is not None for report in result.reports] == [i == 1 for i in range(len(found))]
 
 
 def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vocabext.distill.contexts import chunks, sharing_is_exact, teach
-from vocabext.distill.engine import Objective, fit_rows, snippet_errors
+from vocabext.distill.engine import Objective, Taught, fit_rows, held_out_errors, snippet_errors
 from vocabext.distill.examples import Examples, build_examples
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel
@@ -183,3 +183,35 @@ def test_chunks_hold_every_snippet_once_and_are_bounded() -> None:
     assert all(len(part) * int(lengths[part].max()) <= 12 or len(part) == 1 for part in parts)
     assert len(parts) == 4
     assert list(chunks(lengths, torch.tensor([], dtype=torch.long), 12)) == []
+
+
+@pytest.mark.parametrize("merge_all", [False, True])
+@pytest.mark.parametrize("keep_past", [False, True])
+def test_no_pass_of_the_student_is_longer_than_planned(
+    keep_past: bool, merge_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And shorter passes give the same rows; the teacher has a bound of its own."""
+    model, records = frozen(llama), snippets()
+    parts = [build_examples(records, EXPANSION, [0, 1, 2], prefix_ids=[0], reach=2, merge_all=merge_all)]
+    sizes, run = list[int](), FrozenModel._run
+
+    def noted(self: FrozenModel, inputs_BTD: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        sizes.append(inputs_BTD.shape[0] * inputs_BTD.shape[1])
+        return run(self, inputs_BTD, *rest, **options)
+
+    rows = []
+    for positions in (30, 4_000):
+        taught = Taught()
+        start_GD = model.embedding_VD[[1, 3, 6]].clone()
+        objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=positions, keep_past=keep_past,
+                              others_ND=start_GD.clone() if merge_all else None)  # fmt: skip
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        rows.append(fit_rows(model, parts, parts[0], start_GD, objective, generators).rows_GD)
+        taught.add(model, parts[0], objective)
+        with monkeypatch.context() as patched:
+            patched.setattr(FrozenModel, "_run", noted)
+            sizes.clear()
+            held_out_errors(model, taught, start_GD, objective)
+            assert sizes
+            assert max(sizes) <= positions
+    assert torch.allclose(rows[0], rows[1], rtol=1e-7, atol=1e-10)

@@ -90,7 +90,9 @@ class Taught:
                 ) -> Iterator[tuple[Examples, Contexts]]:  # fmt: skip
         """Yield chosen snippets of each part, in batches of similar length."""
         for examples, contexts, wanted in zip(self.examples, self.contexts, chosen, strict=True):
-            for at in chunks(examples.length_S, wanted, positions):
+            # Without a kept past the student runs over the text before the token as well.
+            length_S = examples.length_S if contexts.past is not None else examples.before_S + examples.length_S
+            for at in chunks(length_S, wanted, positions):
                 part = examples.take(at)
                 yield part.to(device), contexts.take(at, part)
 

@@ -10,7 +10,7 @@ import torch
 from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
-from vocabext.distill.engine import Fit, Objective, fit_rows
+from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
 from vocabext.distill.examples import Examples, build_examples
 from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
@@ -204,7 +204,8 @@ def distill(
     tokens = [record.new_token for record in records]
     rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
     if config.method == "mean":
-        return DistillResult(rows_ND, _reports(records, rows_ND, {}, {}, config, model, num_used_ids), 0)
+        return DistillResult(rows_ND, _reports(records, rows_ND, rows_ND, {}, {}, config, model, num_used_ids), 0)
+    start_ND = rows_ND.clone()
     work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
     taken_start = work.taken(rows_ND)
     memory = replace(work.memory, writing_bytes=writing_bytes)
@@ -215,8 +216,11 @@ def distill(
         # What counts is text with all new tokens merged; the rows of the others are those of the first pass.
         _, more = work.run("distilling with all new tokens merged", rows_ND, progress, merge_all=True)
         shown = {token: count + more.get(token, 0) for token, count in shown.items()}
-    return DistillResult(rows_ND, _reports(records, rows_ND, errors, shown, config, model, num_used_ids), work.layer,
-                         work.taken(rows_ND), taken_start, memory)  # fmt: skip
+        # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
+        final = work.errors(rows_ND, progress)
+        errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
+    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model, num_used_ids)
+    return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
 class _Work:
@@ -281,6 +285,19 @@ class _Work:
                 start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
                 task.note(f"error {end / start:.0%} of the start")
         return errors, shown
+
+    def errors(self, rows_ND: torch.Tensor, progress: Progress) -> dict[int, float]:
+        """Return the held-out error of each trained token, in texts where it alone is merged."""
+        found: dict[int, float] = {}
+        with progress("measuring the final rows", len(self.trainable), "tokens") as task:
+            for at in range(0, len(self.trainable), self.memory.group):
+                group = self.trainable[at : at + self.memory.group]
+                objective, judged = self._objective((), None, group), Taught()
+                judged.add(self.model, self._lay_out([_split(self.records[i])[1] for i in group], group), objective)
+                errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
+                found.update(zip(group, errors_G.tolist(), strict=True))
+                task.advance(len(group))
+        return found
 
     def _group(self, group: list[int], name: str, start_GD: torch.Tensor, others_ND: torch.Tensor | None) -> Fit:
         done = None if self.finished is None else self.finished.load(name)
@@ -394,8 +411,9 @@ def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
 
 
 def _reports(
-    records: Sequence[TokenSnippets], rows_ND: torch.Tensor, errors: Mapping[int, tuple[float, float]],
-    shown: Mapping[int, int], config: DistillConfig, model: FrozenModel, num_used_ids: int,
+    records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
+    errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig, model: FrozenModel,
+    num_used_ids: int,
 ) -> tuple[TokenReport, ...]:  # fmt: skip
     base_VD = model.embedding_VD[:num_used_ids]
     typical = float(base_VD.float().norm(dim=1).median())
@@ -404,11 +422,11 @@ def _reports(
     reports = []
     for i, record in enumerate(records):
         start, end = errors.get(i, (None, None))
-        improved = start is not None and end is not None and end < start
+        unchanged = torch.equal(rows_ND[i], start_ND[i])
         copied = torch.equal(rows_ND[i], base_VD[record.new_token.run[-1]].cpu().float())
         norm = float(rows_ND[i].norm())
         reports.append(TokenReport(
             record.new_token.token, len(record.snippets), start, end, norm,
-            ("piece" if copied else "distill") if improved else "mean",
+            "mean" if unchanged else "piece" if copied else "distill",
             norm / max(typical, 1e-12), nearest[i], shown.get(i, 0), reasons[i]))  # fmt: skip
     return tuple(reports)
