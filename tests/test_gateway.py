@@ -138,6 +138,7 @@ def test_models_health_tokenize_metrics(running: Running, client: httpx.Client) 
 @pytest.mark.parametrize(("send", "status", "message"), [
     ({"content": b"{not json"}, 400, "no JSON document"),
     ({"content": b"[1]"}, 400, "it must be an object"),
+    ({"content": b'{"model": [], "prompt": "a"}'}, 400, "it must be a string"),
     ({"content": b'{"prompt": "' + b"a" * 30_000 + b'"}'}, 413, "the limit is 20000"),
     ({"content": iter([b'{"prompt": "', b"a" * 30_000])}, 413, "more than 20000"),
     ({"json": {"prompt": "a"}, "headers": {"x-long": "a" * 3_990}}, 431, "the limit is 4000"),

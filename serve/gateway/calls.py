@@ -94,7 +94,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        Refusal: 400 if it is none.
+        Refusal: 400 if it is none, or names the model by something else than a string.
     """
     try:
         document = json.loads(body)
@@ -102,6 +102,8 @@ def parse(body: bytes) -> dict[str, Any]:
         raise Refusal(400, "the body is no JSON document") from None
     if not isinstance(document, dict):
         raise Refusal(400, f"the body is a JSON {type(document).__name__}, it must be an object")
+    if not isinstance(model := document.get("model"), str | None):
+        raise Refusal(400, f"model is a JSON {type(model).__name__}, it must be a string")
     return document
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from serve.gateway.logprobs import id_of, text_of
+from serve.gateway.logprobs import id_of, text_of, without_new
 
 
 class ChatConverter:
@@ -16,7 +16,7 @@ class ChatConverter:
         Args:
             decode: The text of one token.
             first_new_id: The first id to leave out of the log-probabilities.
-            top_logprobs: How many alternatives the client asked for; None for no log-probabilities.
+            top_logprobs: How many alternatives the client asked for, -1 for all; None for no log-probabilities.
         """
         self._decode = decode
         self._first = first_new_id
@@ -26,6 +26,8 @@ class ChatConverter:
     def whole(self, body: bytes) -> bytes:
         """Convert an answer that is no stream."""
         document = self._framed(json.loads(body), "chat.completion")
+        if document["choices"] and (rows := document["choices"][0].get("prompt_logprobs")):
+            document["prompt_logprobs"] = without_new(rows, self._first)  # a chat has one prompt
         document["choices"] = [
             {"index": choice["index"], "message": {"role": "assistant", "content": choice["text"], "refusal": None,
                                                    "tool_calls": []},
@@ -63,12 +65,12 @@ class ChatConverter:
 
     def _logprobs(self, logprobs: dict[str, Any]) -> list[dict[str, Any]]:
         assert self._top is not None
-        rows = []
+        rows, shown = [], None if self._top < 0 else self._top
         for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"],
                                      strict=True):
             known = sorted(((t, v) for t, v in (top or {}).items() if id_of(t) < self._first), key=lambda p: -p[1])
             rows.append({**self._entry(token, value),
-                         "top_logprobs": [self._entry(t, v) for t, v in known[: self._top]]})
+                         "top_logprobs": [self._entry(t, v) for t, v in known[:shown]]})
         return rows
 
     def _entry(self, token: str, logprob: float) -> dict[str, Any]:

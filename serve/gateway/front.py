@@ -4,16 +4,20 @@ The engine holds the expanded rows. A base request reaches it as base ids, which
 meant, together with the ban on new tokens (ban.py). Ids are made in two ways:
 
     a prompt   the base tokenizer, here, with the special tokens that frame a prompt
-    a chat     the engine's own `/tokenize`, which applies the chat template exactly as its chat endpoint does,
-               and then `unmerge`: that is what the base tokenizer would have said (vocabext/expansion.py)
+    a chat     the engine's own `/tokenize`, which applies the chat template as its chat endpoint does once it
+               has been told what that endpoint adds by itself (`rendering_of`), and then `unmerge`: that is what
+               the base tokenizer would have said (vocabext/expansion.py)
 
 Both go to `/v1/completions`, which has taken ids since vLLM's first versions. vLLM's render servers and
 `/inference/v1/generate` would do the same in one more process, and are switched off by default as unfinished
 (docs/decisions.md). Text comes back from the engine: base ids decode alike under both tokenizers.
 """
 
+import asyncio
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from serve.gateway.answers import Refusal
@@ -37,26 +41,48 @@ TOKENIZE_FIELDS = tuple(name for name in _RENDERED if name != "documents")
 # Fields of a chat request that a completion does not have.
 _CHAT_ONLY = ("tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "max_completion_tokens",
               "reasoning_effort", "include_reasoning", "echo", "store", "metadata", "service_tier", "modalities")
+# What vLLM's chat endpoint takes as a reasoning_effort, and as a part of a message that is text.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "tool_reference")
+_MEDIA = ("image", "audio", "video", "input_image", "input_audio", "prompt_embeds")
+# Above this, a prompt is encoded beside the event loop: there, it takes longer than a token of a stream.
+LONG_CHARACTERS = 8192
 
 
 class BaseFront:
-    """Turns requests of the base arm into requests of ids, and the answers back."""
+    """Turns requests of the base arm into requests of ids, and the answers back.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", expansion: Expansion) -> None:
+    Attributes:
+        expansion: The new tokens.
+        context: How many tokens the engine's context holds; 0 if it does not say.
+        trouble: Why no request may reach the engine, such as a ban that was not checked; empty if it may.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", expansion: Expansion, *, excludes_tools: bool = False
+    ) -> None:
         """Serve the base arm of an expanded engine.
 
         Args:
             tokenizer: The base's, as transformers loads it.
             expansion: The new tokens.
+            excludes_tools: Whether the engine runs with `--exclude-tools-when-tool-choice-none`.
         """
         self._tokenizer = tokenizer
+        self._excludes_tools = excludes_tools
         self.expansion = expansion
+        self.context = 0
+        self.trouble = ""
+        # One thread, and a tokenizer of its own: the fast ones refuse to be used by two threads at once.
+        self._worker = ThreadPoolExecutor(1, "long-prompts")
+        self._tokenizer_of_worker = copy.deepcopy(tokenizer)
 
     async def call(self, request: Request, arm: Arm, gateway: "Gateway") -> Call:
         """Return what to send to the engine.
 
         Raises:
-            Refusal: 400 if the request asks for something that the base arm of one engine cannot do.
+            Refusal: 400 if the request asks for something that the base arm of one engine cannot do, 502 if the
+                engine's ban on new tokens is not known to hold.
         """
         document = dict(request.document)
         if document.get("model") in gateway.names():
@@ -66,41 +92,54 @@ class BaseFront:
             return Call(request.path, json.dumps(document).encode())
         if not request.is_generation:
             return Call(request.path, json.dumps(document).encode(), UnmergeConverter(self.expansion))
+        if self.trouble:
+            raise Refusal(502, f"the base arm is not served: {self.trouble}")
         self._check(document)
         arguments = document.get("vllm_xargs") or {}
         document["vllm_xargs"] = {**(arguments if isinstance(arguments, dict) else {}), ARM_ARGUMENT: BASE}
         if request.path == COMPLETIONS:
-            return self._completion(document)
+            return await self._completion(document)
         return await self._chat(document, request, arm, gateway)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the base ids of a prompt."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
-        return ids
+        """Return the base ids of a prompt.
+
+        Raises:
+            Refusal: 400 if the text is none that can be written in UTF-8.
+        """
+        return _encode(self._tokenizer, [text], special)[0]
 
     def decode(self, token_id: int) -> str:
         """Return the text of one token, as vLLM writes it into log-probabilities."""
         return str(self._tokenizer.decode([token_id]))
 
-    def _completion(self, document: dict[str, Any]) -> Call:
+    async def _completion(self, document: dict[str, Any]) -> Call:
         special = document.pop("add_special_tokens", True) is not False
-        document["prompt"] = self._ids_of(document.get("prompt"), special=special)
-        if document.get("logprobs") is None or document.get("return_tokens_as_token_ids"):
+        rows, several = await self._rows_of(document.get("prompt"), special=special)
+        longest = max(len(row) for row in rows)
+        # The engine would say the same, after it has read millions of ids.
+        if 0 < self.context < longest and document.get("truncate_prompt_tokens") is None:
+            raise Refusal(400, f"the prompt has {longest} tokens, and the model's context is {self.context}")
+        document["prompt"] = rows if several else rows[0]
+        if document.get("logprobs") is None and document.get("prompt_logprobs") is None:
             return Call(COMPLETIONS, json.dumps(document).encode())
+        as_ids = bool(document.get("return_tokens_as_token_ids"))
         document["return_tokens_as_token_ids"] = True
-        converter = LogprobsConverter(self.decode, self.expansion.first_new_id)
+        converter = LogprobsConverter(self.decode, self.expansion.first_new_id, as_ids=as_ids)
         return Call(COMPLETIONS, json.dumps(document).encode(), converter)
 
-    def _ids_of(self, prompt: Any, *, special: bool) -> Any:
-        """Return a prompt of any form as ids."""
-        if isinstance(prompt, str):
-            return self.encode(prompt, special=special)
-        if isinstance(prompt, list) and prompt and all(isinstance(part, str) for part in prompt):
-            return [self.encode(part, special=special) for part in prompt]
-        rows = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], list) else [prompt]
-        for row in rows:
-            self._check_ids(row, "prompt")
-        return prompt
+    async def _rows_of(self, prompt: Any, *, special: bool) -> tuple[list[list[int]], bool]:
+        """Return a prompt of any form as ids, and whether it is several."""
+        several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+        rows = prompt if several else [prompt]
+        if not all(isinstance(row, str) for row in rows):
+            for row in rows:
+                self._check_ids(row, "prompt")
+            return rows, several
+        if sum(map(len, rows)) <= LONG_CHARACTERS:
+            return _encode(self._tokenizer, rows, special), several
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, _encode, self._tokenizer_of_worker, rows, special), several
 
     async def _chat(self, document: dict[str, Any], request: Request, arm: Arm, gateway: "Gateway") -> Call:
         if document.get("tools") and document.get("tool_choice", "auto") != "none":
@@ -108,6 +147,9 @@ class BaseFront:
                                "of one engine cannot make them; use two engines, or tool_choice 'none'")
         if document.get("echo"):
             raise Refusal(400, "echo is not available for chats on the base arm of one engine")
+        top = document.get("top_logprobs")
+        if top is not None and type(top) is not int:
+            raise Refusal(400, f"top_logprobs is a JSON {type(top).__name__}, it must be a whole number")
         ids, longest = await self._render(document, request, arm, gateway)
         if len(ids) >= longest:
             raise Refusal(400, f"the chat has {len(ids)} tokens, and the model's context is {longest}")
@@ -115,9 +157,8 @@ class BaseFront:
         limit = document.get("max_completion_tokens")
         limit = document.get("max_tokens") if limit is None else limit
         completion.update(prompt=ids, max_tokens=longest - len(ids) if limit is None else limit)
-        top = None
-        if document.get("logprobs"):
-            top = int(document.get("top_logprobs") or 0)
+        top = (top or 0) if document.get("logprobs") else None
+        if top is not None:
             completion.update(logprobs=top, return_tokens_as_token_ids=True)
         return Call(COMPLETIONS, json.dumps(completion).encode(),
                     ChatConverter(self.decode, self.expansion.first_new_id, top))
@@ -126,8 +167,8 @@ class BaseFront:
         self, document: Mapping[str, Any], request: Request, arm: Arm, gateway: "Gateway"
     ) -> tuple[list[int], int]:
         """Return the base ids of a chat, and the length of the model's context."""
-        body = {key: document[key] for key in (*TOKENIZE_FIELDS, "model") if document.get(key) is not None}
-        if document.get("tool_choice") == "none":
+        body = rendering_of(document)
+        if self._excludes_tools and document.get("tool_choice") == "none":
             body.pop("tools", None)
         status, answer = await gateway.upstream.post_json(
             f"{arm.url}/tokenize", json.dumps(body).encode(), arm=arm.name, headers=forwarded(request.headers))
@@ -151,6 +192,9 @@ class BaseFront:
         for name in ("allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
             if document.get(name):
                 self._check_ids(document[name], name)
+        rows = document.get("prompt_logprob_token_ids")
+        for row in rows if isinstance(rows, list) else [rows] if rows else ():
+            self._check_ids(row if isinstance(row, list) else [row], "prompt_logprob_token_ids")
         bias = document.get("logit_bias")
         if isinstance(bias, dict):
             try:
@@ -164,6 +208,69 @@ class BaseFront:
         if unknown := [i for i in ids if not 0 <= i < self.expansion.first_new_id]:
             raise Refusal(400, f"{name} has the token id {unknown[0]}, the vocabulary has "
                                f"{self.expansion.first_new_id} ids")
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], special: bool) -> list[list[int]]:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"the prompt has half of a surrogate pair at character {error.start}; it is no text"
+                      ) from None
+    return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+
+
+def rendering_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to ask of vLLM's `/tokenize`, so that it renders a chat as the chat endpoint does.
+
+    The chat endpoint gives the template three variables that `/tokenize` only takes by `chat_template_kwargs`, and
+    reads a message's `reasoning_content` as its `reasoning`.
+
+    Raises:
+        Refusal: 400 if the chat cannot be said in ids, or the chat endpoint would refuse it.
+    """
+    body = {key: document[key] for key in (*TOKENIZE_FIELDS, "model") if document.get(key) is not None}
+    given, documents = document.get("chat_template_kwargs") or {}, document.get("documents")
+    effort = document.get("reasoning_effort")
+    if not isinstance(given, dict):
+        raise Refusal(400, f"chat_template_kwargs is a JSON {type(given).__name__}, it must be an object")
+    if effort is not None and effort not in _EFFORTS:
+        raise Refusal(400, f"reasoning_effort must be one of {', '.join(_EFFORTS)}")
+    if documents is not None and not _are_documents(documents):
+        raise Refusal(400, "documents must be a list of objects whose values are strings")
+    if isinstance(messages := body.get("messages"), list):
+        body["messages"] = [_read_message(message) for message in messages]
+    told = {"documents": documents, "reasoning_effort": effort,
+            "enable_thinking": None if effort is None or "enable_thinking" in given else effort != "none"}
+    if told := {**given, **{name: value for name, value in told.items() if value is not None}}:
+        body["chat_template_kwargs"] = told
+    return body
+
+
+def _are_documents(documents: Any) -> bool:
+    return isinstance(documents, list) and all(
+        isinstance(one, dict) and all(isinstance(value, str) for value in one.values()) for one in documents)
+
+
+def _read_message(message: Any) -> Any:
+    """Return a message as the chat endpoint reads it.
+
+    Raises:
+        Refusal: 400 if it is more than text.
+    """
+    if not isinstance(message, dict):
+        return message
+    parts = message.get("content")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and (part.get("type", "text") not in _TEXT_PARTS
+                                       or any(name.startswith(_MEDIA) for name in part)):
+            raise Refusal(400, "images, audio and video are not in the ids of a prompt: the base arm of one engine "
+                               "cannot be asked about them; use two engines")
+    if "reasoning_content" not in message:
+        return message
+    rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+    thought = message["reasoning_content"]
+    return rest if thought is None or rest.get("reasoning") is not None else {**rest, "reasoning": thought}
 
 
 class UnmergeConverter:
@@ -202,7 +309,10 @@ async def check_ban(gateway: "Gateway", front: BaseFront, url: str, model: str, 
                                                           arm=arm, headers=headers)
         if status != 200:
             return f"the engine answered a trial request with status {status}: {answer[:200].decode(errors='replace')}"
-        written[arm] = json.loads(answer)["choices"][0].get("token_ids") or []
+        try:
+            written[arm] = json.loads(answer)["choices"][0].get("token_ids") or []
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return "the engine's answer to a trial request cannot be read; is it a vLLM server?"
     if any(i >= first for i in written[BASE]):
         return ("the engine does not ban new tokens from base requests; start it with --logits-processors "
                 "serve.gateway.ban:BanNewTokens")

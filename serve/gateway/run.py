@@ -31,7 +31,10 @@ from vocabext.progress import Progress, no_progress
 
 BAN = "serve.gateway.ban:BanNewTokens"
 HEALTH_SECONDS = 2.0
+BAN_SECONDS = 60.0  # longest time for the trial that the ban holds
 ONE_ENGINE_FLAGS = ("--logits-processors", BAN)
+EXCLUDES_TOOLS = "--exclude-tools-when-tool-choice-none"
+AWAY = "the engine was away, and it is not known yet whether it still bans new tokens; try again in a moment"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class GatewayConfig:
         log_folder: Where the engines' logs go.
         vllm_flags: Further flags of engines that are started.
         trust_remote_code: Whether the base tokenizer may run code of its folder.
+        unverified: Whether an expanded folder that `verify` has not passed is served.
     """
 
     base: str
@@ -82,6 +86,7 @@ class GatewayConfig:
     log_folder: Path = Path()
     vllm_flags: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    unverified: bool = False
 
 
 def is_url(place: str) -> bool:
@@ -106,11 +111,14 @@ def run_gateway(
 
     Raises:
         UsageError: If the state, a model or a combination of options cannot be used.
+        CheckpointError: If an expanded folder was not verified, or failed.
         ServerError: If an engine does not start, or cannot serve its arm.
     """
     if not config.state_path.absolute().parent.is_dir():
         raise UsageError(f"the folder {config.state_path.absolute().parent} does not exist; create it, or name another "
                          "--state")
+    if not config.unverified:
+        check_verified(config)
     with locked(config.state_path), ExitStack() as stack:
         state = open_state(config.state_path, config.initial)
         listeners = [stack.enter_context(_listening(host, port))
@@ -122,6 +130,22 @@ def run_gateway(
         service = Service(config, state, engines, front, listeners, on_ready, note)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(service.run())
+
+
+def check_verified(config: GatewayConfig) -> None:
+    """Refuse what `serve start` refuses: an expanded folder that `verify` has not passed. URLs name no folder.
+
+    Raises:
+        CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
+    """
+    from serve.card import require_verified
+    from vocabext.checkpoint import resolve_model
+
+    # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
+    places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
+    for place in places:
+        if not is_url(place):
+            require_verified(resolve_model(place))
 
 
 def engines_of(config: GatewayConfig) -> dict[str, Server]:
@@ -169,7 +193,8 @@ def load_front(config: GatewayConfig) -> BaseFront:
     if base.num_used_ids != manifest.first_new_id:
         raise UsageError(f"the tokenizer of {config.base} has {base.num_used_ids} ids, but the new tokens of {folder} "
                          f"begin at {manifest.first_new_id}; this is not its base")
-    return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id))
+    excludes = any(flag.replace("_", "-") == EXCLUDES_TOOLS for flag in config.vllm_flags)
+    return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)
 
 
 class Service:
@@ -254,14 +279,27 @@ class Service:
         try:
             if self._front is not None:
                 url = self._url(EXPANDED)
-                model = await _model_of(gateway, url, EXPANDED, headers)
-                if fault := await check_ban(gateway, self._front, url, model, headers):
+                model = str((await _card_of(gateway, url, EXPANDED, headers))["id"])
+                base = Arm(BASE, url, model, self._front)
+                if fault := await self._ban_fault(gateway, base):
                     raise ServerError(fault)
-                return {BASE: Arm(BASE, url, model, self._front), EXPANDED: Arm(EXPANDED, url, model)}
-            return {name: Arm(name, self._url(name), await _model_of(gateway, self._url(name), name, headers))
-                    for name in ARMS}
+                return {BASE: base, EXPANDED: Arm(EXPANDED, url, model)}
+            return {name: Arm(name, self._url(name),
+                              str((await _card_of(gateway, self._url(name), name, headers))["id"])) for name in ARMS}
         except Refusal as refusal:
             raise ServerError(f"{refusal.message}; start it first") from None
+
+    async def _ban_fault(self, gateway: Gateway, base: Arm) -> str:
+        """Return why base requests must not reach the one engine; empty if it bans new tokens from them.
+
+        Raises:
+            Refusal: If the engine cannot be asked.
+        """
+        assert base.front is not None
+        headers = self._headers()
+        card = await _card_of(gateway, base.url, BASE, headers)
+        base.front.context = int(card.get("max_model_len") or 0)
+        return await check_ban(gateway, base.front, base.url, base.model, headers)
 
     def _url(self, arm: str) -> str:
         if arm in self._engines:
@@ -290,19 +328,43 @@ class Service:
             try:
                 async with asyncio.timeout(5.0):
                     async with gateway.upstream.call("GET", f"{arm.url}/health", arm=arm.name) as response:
-                        gateway.healthy[arm.name] = response.status == 200
+                        answers = response.status == 200
             except (Refusal, TimeoutError):
-                gateway.healthy[arm.name] = False
-            gateway.metrics.healthy.labels(arm.name).set(gateway.healthy[arm.name])
+                answers = False
+            if arm.front is not None:
+                answers = await self._may_be_asked(gateway, arm, answers)
+            gateway.healthy[arm.name] = answers
+            gateway.metrics.healthy.labels(arm.name).set(answers)
 
         await asyncio.gather(*(ask(arm) for arm in gateway.arms.values()))
 
+    async def _may_be_asked(self, gateway: Gateway, base: Arm, answers: bool) -> bool:
+        """Tell whether base requests may reach the one engine: after each absence, only once it was tried again.
 
-async def _model_of(gateway: Gateway, url: str, arm: str, headers: Mapping[str, str]) -> str:
+        Whoever started it anew may have left out the logits processor.
+        """
+        front = base.front
+        assert front is not None
+        if not answers:
+            front.trouble = AWAY
+        elif before := front.trouble:
+            try:
+                async with asyncio.timeout(BAN_SECONDS):
+                    front.trouble = await self._ban_fault(gateway, base)
+            except (Refusal, ServerError, TimeoutError):
+                front.trouble = AWAY
+            if front.trouble not in ("", before):
+                self._note(f"the base arm is not served: {front.trouble}")
+        return not front.trouble
+
+
+async def _card_of(gateway: Gateway, url: str, arm: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a server says of the model that it serves."""
     document = await gateway.upstream.get_json(f"{url}/v1/models", arm=arm, headers=headers)
     try:
-        return str(document["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
+        card = dict(document["data"][0])
+        return {**card, "id": str(card["id"])}
+    except (KeyError, IndexError, TypeError, ValueError):
         raise ServerError(f"the server of the {arm} arm at {url} lists no model; is it a vLLM server?") from None
 
 
