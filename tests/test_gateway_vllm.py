@@ -34,8 +34,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def running(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("gateway")
-    with gateway(folder, str(folders[0]), str(folders[1]), "--one-engine", "--model-name", "m", "--logs",
-                 str(folder / "logs"), "--", "--max-num-seqs", "8", "--dtype", "float32", timeout_seconds=240) as found:
+    with gateway(folder, str(folders[0]), str(folders[1]), "--one-engine", "--unverified", "--model-name", "m",
+                 "--logs", str(folder / "logs"), "--", "--max-num-seqs", "8", "--dtype", "float32",
+                 timeout_seconds=240) as found:
         yield found
     if os.environ.get("SHOW_LOGS"):
         subprocess.run(["tail", "-50", str(folder / "logs" / "expanded.log")], check=False)
@@ -92,6 +93,28 @@ def test_the_base_arm_answers_as_the_base_model_does(client: httpx.Client, folde
     talked = chat(client, BASE)["choices"][0]["message"]
     assert talked["role"] == "assistant"
     assert talked["content"] == found["text"]  # the template is the text alone
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"reasoning_effort": "low"}, {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+    {"documents": [{"title": "a", "text": "b"}], "chat_template_kwargs": {"documents": [], "mood": "good"}},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": "none"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}],
+     "add_generation_prompt": False, "continue_final_message": True},
+])
+def test_a_chat_is_rendered_from_what_the_chat_endpoint_takes(more: dict[str, Any]) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+
+    from serve.gateway.front import rendering_of
+
+    document = {"messages": [{"role": "user", "content": "a"}], **more}
+    asked = TokenizeChatRequest(**rendering_of(document))
+    chat = ChatCompletionRequest(**json.loads(json.dumps(document)))
+    names = ("chat_template", "chat_template_kwargs", "media_io_kwargs")
+    one, two = (request.build_chat_params(None, "auto") for request in (asked, chat))
+    assert [getattr(one, name) for name in names] == [getattr(two, name) for name in names]
+    assert (asked.messages, asked.tools) == (chat.messages, chat.tools)
 
 
 def test_the_ban_holds_where_the_engine_wants_a_new_token(
@@ -160,6 +183,8 @@ def test_streams_add_up_to_the_whole(client: httpx.Client) -> None:
 
 
 def test_log_probabilities_name_no_new_token(client: httpx.Client, folders: tuple[Path, Path]) -> None:
+    prompt = complete(client, BASE, prompt_logprobs=5, max_tokens=1)["choices"][0]["prompt_logprobs"]
+    assert max(int(i) for row in prompt[1:] for i in row) < read_manifest(folders[1]).first_new_id
     found = complete(client, BASE, logprobs=5, max_tokens=6)["choices"][0]
     assert "".join(found["logprobs"]["tokens"]) == found["text"]
     assert found["logprobs"]["text_offset"][0] == 0

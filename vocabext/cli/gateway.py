@@ -66,6 +66,7 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
               help="Where the logs of started engines go. [default: a new folder]")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if an engine is not ready by then.")
+@click.option("--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed.")
 @options.trust_remote_code_option
 @options.json_option
 def gateway(
@@ -73,14 +74,14 @@ def gateway(
     host: str, port: int, admin_port: int, model_name: str, canary: bool, max_failures: float, max_pace: float,
     max_first: float, max_length: float, min_agreement: float, max_reading_loss: float, alpha: float, pin: bool,
     max_body_bytes: int, max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float,
-    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, trust_remote_code: bool,
-    as_json: bool,
+    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, unverified: bool,
+    trust_remote_code: bool, as_json: bool,
 ) -> None:
     """Serve BASE and EXPANDED behind one OpenAI-compatible endpoint, until Ctrl-C.
 
     Each is the URL of a vLLM server that runs already, or a folder or hub id, for which one is started.
     With --one-engine, only the expanded engine runs (EXPANDED is a folder, or FOLDER@URL), and BASE is the
-    base model, for its tokenizer.
+    base model, for its tokenizer. An expanded folder must have passed `vocabext verify`.
 
     `serve swap` changes which arm answers, while requests are in flight. An API key in the environment
     variable VOCABEXT_API_KEY is asked of clients and passed on to the engines. Flags of vLLM's server go after
@@ -103,7 +104,8 @@ def gateway(
     config = GatewayConfig(
         base, expanded, one_engine, state_path, Policy(percent), host, port, admin_port, model_name,
         Limits(max_body_bytes, max_header_bytes, max_in_flight, idle_seconds), bounds, os.environ.get(_KEY) or None,
-        pin, record, record_limit, drain_seconds, start_timeout_seconds, folder, vllm_flags, trust_remote_code)
+        pin, record, record_limit, drain_seconds, start_timeout_seconds, folder, vllm_flags, trust_remote_code,
+        unverified)
 
     def ready(document: dict[str, Any]) -> None:
         show.emit(document, as_json, lambda: show.table(
