@@ -93,8 +93,9 @@ def test_text_that_leaves_nothing_to_judge_by_makes_silent_rows(tmp_path: Path) 
 
 def test_the_command_lists_tokens_that_nothing_could_be_judged_of(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
-    arguments = [str(snippets(folder)), "--model", str(folder), "-o", str(tmp_path / "rows.safetensors"), "--epochs", "1",
-                 "--writing-places", "1", "--dtype", "float32", "--device", "cpu", "--leave-out", "0"]  # fmt: skip
+    arguments = [str(snippets(folder)), "--model", str(folder), "-o", str(tmp_path / "rows.safetensors"),
+                 "--epochs", "1", "--writing-places", "1", "--dtype", "float32", "--device", "cpu",
+                 "--leave-out", "0"]  # fmt: skip
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     assert "does not write them (3 of 3)" in result.stdout

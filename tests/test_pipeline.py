@@ -225,8 +225,8 @@ def test_a_limit_of_memory_holds_for_every_stage_or_is_said_not_to(
     assert [limits[0], limits[1], limits[-1]] == ["cpu=1GiB"] * 3
     assert limits[2:-1] == [None, None]  # the two models that `verify` compares
     assert [line for line in said if "--max-memory" in line] == [
-        "--max-memory is cpu=1GiB, but verify loads each model whole; where that does not fit, it says that logits were "
-        "not compared"]  # fmt: skip
+        "--max-memory is cpu=1GiB, but verify loads each model whole; where that does not fit, it says that logits "
+        "were not compared"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "change", "words"), [

@@ -264,8 +264,10 @@ def test_rows_that_cannot_keep_the_bound_are_the_nearest_to_it_and_said_to_be() 
 def snippets(per_token: int) -> tuple[list[TokenSnippets], Expansion]:
     rng = np.random.default_rng(0)
     every = Expansion(some_tokens(rng, 4), NUM_BASE)
-    return [TokenSnippets(token, tuple((*rng.integers(0, NUM_BASE, 6).tolist(), NUM_BASE + i) for _ in range(per_token)),
-                          (6,) * per_token) for i, token in enumerate(every.tokens)], every  # fmt: skip
+    texts = [tuple((*rng.integers(0, NUM_BASE, 6).tolist(), NUM_BASE + i) for _ in range(per_token))
+             for i in range(every.num_new)]  # fmt: skip
+    return [TokenSnippets(token, some, (6,) * per_token)
+            for token, some in zip(every.tokens, texts, strict=True)], every  # fmt: skip
 
 
 @pytest.mark.parametrize(("per_token", "places"), [(1, 200), (0, 200), (9, 1)])

@@ -98,7 +98,8 @@ def _show_writing(output: "OutputRows") -> None:
             ("seconds", f"{output.read_seconds:.0f} to read, {output.fit_seconds:.0f} to fit"),
         ], ("on held-out snippets", ""))  # fmt: skip
     if silent:
-        click.echo(f"\nthe model reads these tokens and does not write them ({len(silent):,} of {len(output.tokens):,})")
+        click.echo("\nthe model reads these tokens and does not write them "
+                   f"({len(silent):,} of {len(output.tokens):,})")  # fmt: skip
         show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
     if output.leak is not None:
         click.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")

@@ -254,7 +254,7 @@ def _read(
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
     skipped = max(0, first - 1)
     hidden_PD, done = torch.empty(0), 0
-    parts = []
+    parts: list[Places] = []
     with progress("reading what the base writes", len(windows), "snippets") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
             some = [windows[s] for s in order[at : at + WINDOWS_AT_ONCE]]
