@@ -5,7 +5,7 @@ Runs against a gateway (both arms are reached by pinning) and never changes its 
 
     pass          both arms keep it
     differs       both keep it, and the numbers differ by nature; says how
-    FAIL          the expanded arm breaks what the base arm keeps
+    FAIL          the expanded arm breaks what the base arm keeps; the base arm's own faults are none
     not checked   the base arm does not do it either, or it needs something that is not there; says what
 """
 
@@ -110,14 +110,25 @@ class Rehearsal:
             return Reply(answer.status_code, {}, _message(answer))
         if "text/event-stream" in answer.headers.get("content-type", ""):
             return Reply(200, {"stream": answer.content})
-        return Reply(200, answer.json())
+        try:
+            document = answer.json()
+        except ValueError:
+            document = None
+        return Reply(200, document if isinstance(document, dict) else {})
 
     def complete(self, arm: str, prompt: Any, **body: Any) -> Reply:
         """Ask for a greedy completion."""
         return self.ask(arm, COMPLETIONS, **{"prompt": prompt, "max_tokens": 16, "temperature": 0, **body})
 
-    def replay(self, arm: str, index: int, **changes: Any) -> Reply:
-        """Send a recorded request, greedy, at most 64 tokens long, and not streamed unless it is said."""
+    def replay(self, arm: str, index: int, *, fresh: bool = False, **changes: Any) -> Reply:
+        """Send a recorded request, greedy, at most 64 tokens long, and not streamed unless it is said.
+
+        Args:
+            arm: Who is asked.
+            index: Which request.
+            fresh: Whether to ask again what was asked before.
+            changes: What to change about it.
+        """
         path, body = self.requests[index]
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 64
         changed = {**body, "temperature": 0, "stream": False, "max_tokens": min(int(limit), 64), "model": self.model,
@@ -126,7 +137,7 @@ class Rehearsal:
                    "max_completion_tokens")} | ({"stream_options": changed["stream_options"]}
                                                 if changed["stream"] and "stream_options" in changed else {})
         key = json.dumps([arm, index, changes], sort_keys=True)
-        if key not in self._cache:
+        if fresh or key not in self._cache:
             self._cache[key] = self.ask(arm, path, **changed)
         return self._cache[key]
 
@@ -220,7 +231,7 @@ def checked(name: str, check: Callable[[Rehearsal], Item], rehearsal: Rehearsal)
     """Check one item; an answer without the parts that it must have is a broken contract, not a crash."""
     try:
         return check(rehearsal)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         return Item(name, FAIL, f"an answer could not be read ({type(error).__name__}: {error})")
 
 
