@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gateway_rig import fake_engine, gateway
@@ -170,13 +171,17 @@ class Engines:
     """Both engines, in place of connections to them: a merged `ab` is id 200; what they were asked."""
 
     def __init__(self, *, lost: float) -> None:
-        self.lost, self.asked = lost, []
+        self.lost = lost
+        self.asked: list[tuple[str, str]] = []
+        self.bodies: list[dict[str, Any]] = []
 
     async def post_json(self, url: str, value: bytes, *, arm: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         document = json.loads(value)
         self.asked.append((arm, url.rpartition("/")[2]))
+        self.bodies.append(document)
         if url.endswith("/tokenize"):
-            text = document["prompt"].replace("ab", "\u00c8") if arm == "expanded" else document["prompt"]
+            text = document["prompt"] if "prompt" in document else document["messages"][-1]["content"]
+            text = text.replace("ab", "\u00c8") if arm == "expanded" else text
             return 200, json.dumps({"tokens": [ord(c) for c in text]}).encode()
         # All rows: the new ones take half a nat from every base id, whatever the prompt.
         found = (-1.5 if arm == "expanded" else -1.0) - self.lost * (200 in document["prompt"])
@@ -184,7 +189,7 @@ class Engines:
         return 200, json.dumps({"choices": [{"prompt_logprobs": steps}]}).encode()
 
 
-def read(engines: Engines, prompt: str, *, one_engine: bool = False, busy: int = 0) -> float | None:
+def read(engines: Engines, prompt: str, *, one_engine: bool = False, busy: int = 0, **chat: Any) -> float | None:
     """Let the expanded engine read a prompt and the base's answer `hello`."""
     front = SimpleNamespace(encode=lambda text, special: [ord(c) for c in text],
                             expansion=Expansion([NewToken("ab", "ab", (97, 98))], 200))
@@ -192,8 +197,9 @@ def read(engines: Engines, prompt: str, *, one_engine: bool = False, busy: int =
             "expanded": Arm("expanded", "http://expanded", "e")}
     found = Gateway(arms, None, engines, Limits(in_flight=2), Metrics())  # type: ignore[arg-type]
     found.in_flight["expanded"] = busy
-    document = {"prompt": prompt}
-    loss = asyncio.run(reading_loss(found, Request("/v1/completions", [], b"", document, 0.0), "hello"))
+    document = {"messages": [{"role": "user", "content": prompt}], **chat} if chat else {"prompt": prompt}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    loss = asyncio.run(reading_loss(found, Request(path, [], b"", document, 0.0), "hello"))
     assert found.in_flight["expanded"] == busy
     return loss
 
@@ -212,3 +218,11 @@ def test_what_need_not_or_must_not_be_read_costs_no_pass(prompt: str, busy: int,
     engines = Engines(lost=1.0)
     assert read(engines, prompt, busy=busy) == loss
     assert "completions" not in {path for _, path in engines.asked}
+
+
+def test_a_chat_is_read_as_the_chat_endpoint_renders_it() -> None:
+    engines = Engines(lost=0.25)
+    assert read(engines, "ab c", model="theirs", reasoning_effort="low") == pytest.approx(0.25)
+    rendered = [body for body in engines.bodies if "messages" in body]
+    assert [body["model"] for body in rendered] == ["e", "b"]
+    assert all(body["chat_template_kwargs"]["reasoning_effort"] == "low" for body in rendered)

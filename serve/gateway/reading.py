@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from serve.gateway.answers import Refusal
 from serve.gateway.arms import BASE, EXPANDED, Arm
 from serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
-from serve.gateway.front import TOKENIZE_FIELDS
+from serve.gateway.front import rendering_of
 from serve.gateway.upstream import forwarded
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ async def reading_loss(gateway: "Gateway", request: Request, answer: str) -> flo
         The loss in nats per character, negative if the answer is likelier, 0 if both read the prompt alike; None
         where it cannot be asked for: no text, more than `MOST_IDS` ids, no place free, or an engine that refuses.
     """
-    question, answer = _question(request), answer[:MOST_CHARACTERS]
-    if question is None or not answer:
-        return None
+    answer = answer[:MOST_CHARACTERS]
     base, expanded, headers = gateway.arms[BASE], gateway.arms[EXPANDED], forwarded(request.headers)
     try:
+        question = _question(request)
+        if question is None or not answer:
+            return None
         with gateway.slot(EXPANDED):
             by_expanded = await _ids(gateway, expanded, question, headers)
             by_base = (await _ids(gateway, base, question, headers) if base.front is None
@@ -69,7 +70,11 @@ async def reading_loss(gateway: "Gateway", request: Request, answer: str) -> flo
 
 
 def _question(request: Request) -> dict[str, Any] | None:
-    """Return what to tokenize, None for requests whose prompt is no text."""
+    """Return what to tokenize, None for requests whose prompt is no text.
+
+    Raises:
+        Refusal: If a chat cannot be said in ids.
+    """
     document = request.document
     if (document.get("n") or 1) != 1 or document.get("echo"):
         return None
@@ -78,7 +83,7 @@ def _question(request: Request) -> dict[str, Any] | None:
         return {"prompt": prompt} if isinstance(prompt, str) and prompt else None
     if request.path != CHAT or not document.get("messages"):
         return None
-    return {name: document[name] for name in TOKENIZE_FIELDS if document.get(name) is not None}
+    return {name: value for name, value in rendering_of(document).items() if name != "model"}
 
 
 async def _post(
