@@ -172,3 +172,11 @@ def test_an_arm_that_cannot_be_reached_stops_the_start(engines: dict[str, Server
                str(tmp_path / "state.json"))
     assert done.returncode == 1
     assert "the engine of the expanded arm cannot be reached; start it first" in done.stderr
+
+
+def test_a_record_on_a_full_disk_is_given_up_and_said_to_be(engines: dict[str, Server], tmp_path: Path) -> None:
+    with between(engines, tmp_path, "--record", "/dev/full") as running, running.client() as client:
+        for _ in range(2):
+            assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+    said = (tmp_path / "gateway.err").read_text()
+    assert said.count("no more requests are recorded: /dev/full cannot be written (No space left on device)") == 1

@@ -7,6 +7,7 @@
     guard.py       limits on headers and body, and the API key
     upstream.py    calls to vLLM, and every way in which they fail
     observe.py     what an answer was: text, length, times; read after it was passed on
+    load.py        how busy the arms are: whose times may be compared
     app.py         the proxy: one request, one arm, from the first byte to the last
     front.py       one engine, two tokenizers: base ids in, the base's answers out
     chat.py        chat answers from the completions of ids

@@ -34,8 +34,11 @@ def admin_application(gateway: Gateway) -> Starlette:
             return _no("the token is missing or wrong", 401)
         try:
             order = json.loads(await request.body())
-            policy = ordered(gateway.state.policy, order)
-            gateway.set_policy(policy, by="operator", reason=str(order.get("reason", "")))
+            reason = str(order.get("reason", ""))
+            if order.get("rollback"):
+                gateway.roll_back(by="operator", reason=reason)
+            else:
+                gateway.set_policy(ordered(gateway.state.policy, order), by="operator", reason=reason)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
         except OSError as error:
@@ -50,22 +53,22 @@ def ordered(policy: Policy, order: dict[str, Any]) -> Policy:
 
     Args:
         policy: The one in force.
-        order: `rollback`, or any of `to` with `percent`, and `mirror_percent`.
+        order: Any of `to` with `percent`, and `mirror_percent`. A new share without it mirrors nothing: copies are a
+            load of their own, and whoever ordered them did it for another share.
 
     Raises:
         UsageError: If it is no order.
     """
-    if order.get("rollback"):
-        return policy.rolled_back()
-    share, to = policy.expanded_percent, order.get("to")
+    share, to, mirror = policy.expanded_percent, order.get("to"), order.get("mirror_percent")
     if to is not None:
         if to not in ARMS:
             raise UsageError(f"the arm is {to!r}; it must be {' or '.join(ARMS)}")
         percent = 100.0 if order.get("percent") is None else order["percent"]
         share = Policy(percent).expanded_percent
         share = share if to == EXPANDED else 100 - share
-    mirror = order.get("mirror_percent")
-    return Policy(share, policy.mirror_percent if mirror is None else mirror, policy.salt)
+    if mirror is None:
+        mirror = policy.mirror_percent if to is None else 0.0
+    return Policy(share, mirror, policy.salt)
 
 
 def report(gateway: Gateway) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def report(gateway: Gateway) -> dict[str, Any]:
     state = gateway.state
     return {**status_of(gateway), "expanded_percent": state.policy.expanded_percent,
             "mirror_percent": state.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
+            "unsaved": state.unsaved,
             "canary": None if gateway.canary is None else gateway.canary.to_json()}
 
 
@@ -85,7 +89,7 @@ def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
 
     Args:
         state: The content of the file.
-        order: As in `ordered`; None to ask for the status.
+        order: As in `ordered`, or `rollback`; None to ask for the status.
 
     Returns:
         The status afterwards.

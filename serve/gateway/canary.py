@@ -9,7 +9,11 @@ What is compared: failures, seconds per character, seconds to the first characte
 for requests at temperature 0 that both arms answered, how far the two texts agree, and for all that both
 answered, how much less likely the expanded model finds the base's answer behind its own reading of the prompt
 than behind the base's (reading.py). Seconds per request are reported, not judged: `max_tokens` counts tokens,
-so the same number means more text on the expanded arm.
+so the same number means more text on the expanded arm. Seconds per character and to the first one are judged
+where both arms bore like loads (load.py), and reported for all answers.
+
+A request that an engine refuses is a failure of its arm in the comparison: clients' mistakes are divided by
+chance between the arms, so they cancel. An arm that is given up without a comparison must have failed itself.
 """
 
 import math
@@ -122,28 +126,39 @@ class Canary:
 
     def restart(self) -> None:
         """Forget everything, and start a trial."""
-        # Two sequences for each measure (one for agreement and for reading) share its part of alpha.
+        # Two sequences for each measure share its part of alpha; agreement and reading have one each, and leave room
+        # for the one of broken answers.
         self._alpha = self.bounds.alpha / len(MEASURES) / 2
         self._failures: dict[str, Sequence] = {arm: BoundedMean(self._alpha) for arm in ARMS}
+        self._broken = BoundedMean(self._alpha)  # of the expanded arm
         self._logs: dict[str, dict[str, Sequence]] = {
             measure: {arm: Mean() for arm in ARMS} for measure in (PACE, FIRST, LENGTH)}
+        self._all = {measure: {arm: Mean() for arm in ARMS} for measure in (PACE, FIRST)}  # under whatever load
         self._seconds = {arm: Mean() for arm in ARMS}
         self._agreement = BoundedMean(self._alpha)
         self._reading: Sequence = Mean()
 
     def add(self, seen: Observation) -> None:
-        """Take one answer into account; refusals of a client's mistake say nothing about an arm."""
-        if not seen.failed and not seen.counted:
+        """Take one answer into account, if it says something about its arm."""
+        if not seen.tells:
             return
-        self._failures[seen.arm].add(float(seen.failed))
-        if seen.failed:
+        self._failures[seen.arm].add(float(seen.failed or seen.refused))
+        if seen.arm == EXPANDED:
+            self._broken.add(float(seen.failed))
+        if not seen.counted:
             return
         self._seconds[seen.arm].add(seen.seconds)
         self._logs[LENGTH][seen.arm].add(math.log1p(seen.characters))
         if seen.characters:
-            self._logs[PACE][seen.arm].add(math.log(max(seen.seconds, 1e-6) / seen.characters))
+            self._add_time(PACE, seen, seen.seconds / seen.characters)
         if seen.first_text_seconds is not None:
-            self._logs[FIRST][seen.arm].add(math.log(max(seen.first_text_seconds, 1e-6)))
+            self._add_time(FIRST, seen, seen.first_text_seconds)
+
+    def _add_time(self, measure: str, seen: Observation, seconds: float) -> None:
+        logarithm = math.log(max(seconds, 1e-9))
+        self._all[measure][seen.arm].add(logarithm)
+        if seen.alike:
+            self._logs[measure][seen.arm].add(logarithm)
 
     def compare(self, one: Observation, another: Observation) -> None:
         """Take two answers to the same greedy request into account, one of each arm."""
@@ -168,13 +183,16 @@ class Canary:
     def to_json(self) -> dict[str, Any]:
         """Return the trial as JSON-ready values."""
         return {"alpha": self.bounds.alpha, "findings": [finding.to_json() for finding in self.findings()],
-                "seconds_per_request": {arm: mean.mean if mean.count else None for arm, mean in self._seconds.items()}}
+                "seconds_per_request": {arm: mean.mean if mean.count else None for arm, mean in self._seconds.items()},
+                "under_any_load": {measure: {arm: math.exp(mean.mean) if mean.count else None
+                                             for arm, mean in means.items()} for measure, means in self._all.items()}}
 
     def _failures_found(self) -> Finding:
         base, expanded = self._failures[BASE], self._failures[EXPANDED]
         base_low, base_high = base.limits(self._alpha)
         low, high = expanded.limits(self._alpha)
-        worse = low - base_high > self.bounds.failure_share or low > max(ALWAYS_BROKEN, self.bounds.failure_share)
+        broken, _ = self._broken.limits(self._alpha)
+        worse = low - base_high > self.bounds.failure_share or broken > max(ALWAYS_BROKEN, self.bounds.failure_share)
         return Finding(FAILURES, base.mean if base.count else None, expanded.mean if expanded.count else None,
                        low - base_high, high - base_low, self.bounds.failure_share, worse,
                        (base.count, expanded.count))
@@ -194,7 +212,6 @@ class Canary:
         low, high = found.limits(self._alpha)
         return Finding(AGREEMENT, 1.0 if count else None, found.mean if count else None, low, high,
                        self.bounds.min_agreement, high < self.bounds.min_agreement, (count, count))
-
 
     def _reading_found(self) -> Finding:
         found, count = self._reading, self._reading.count

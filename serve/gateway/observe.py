@@ -15,12 +15,14 @@ class Observation:
     Attributes:
         arm: Who answered.
         failed: Whether the engine failed: a status from 500 on, silence, an answer that broke off.
+        refused: Whether the engine refused the request: a status from 400 on, but for 429, which is about the client.
         seconds: From the request's arrival to the last byte.
         first_text_seconds: To the first character of the answer; None where it was not streamed, or had no text.
         characters: Of all choices together.
         text: The text of the first choice.
         finish_reason: Of the first choice.
         counted: Whether it was a generation with status 200 that could be read.
+        alike: Whether both arms bore like loads while it was made (load.py): else its times are not compared.
     """
 
     arm: str
@@ -31,6 +33,13 @@ class Observation:
     text: str = ""
     finish_reason: str | None = None
     counted: bool = False
+    refused: bool = False
+    alike: bool = True
+
+    @property
+    def tells(self) -> bool:
+        """Whether it says something about its arm."""
+        return self.failed or self.refused or self.counted
 
 
 def failure(arm: str, seconds: float) -> Observation:
@@ -51,7 +60,7 @@ def observe(
         streamed: Whether the body is a stream of events.
     """
     if status != 200:
-        return Observation(arm, status >= 500, seconds)
+        return Observation(arm, status >= 500, seconds, refused=400 <= status < 500 and status != 429)
     if not streamed:
         return _from_document(arm, b"".join(part for _, part in parts), seconds)
     return _from_events(arm, parts, seconds)

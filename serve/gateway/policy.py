@@ -21,7 +21,7 @@ class Choice:
     Attributes:
         arm: The arm that answers.
         why: `pinned`, `user` or `share`.
-        mirrored: Whether the other arm gets a copy of the request, whose answer nobody sees.
+        mirrored: Whether the other arm gets a copy of the request, whose answer nobody sees; never if it is pinned.
     """
 
     arm: str
@@ -57,9 +57,9 @@ class Policy:
             pin: The arm that the request asks for, if it does.
             user: Who asks, if it is known.
         """
-        mirrored = self.mirror_percent > 0 and random.random() * 100 < self.mirror_percent
         if pin in ARMS:
-            return Choice(pin, "pinned", mirrored)
+            return Choice(pin, "pinned", mirrored=False)
+        mirrored = self.mirror_percent > 0 and random.random() * 100 < self.mirror_percent
         place = random.random() if user is None else self.place_of(user)
         arm = EXPANDED if place * 100 < self.expanded_percent else BASE
         return Choice(arm, "share" if user is None else "user", mirrored)

@@ -215,7 +215,7 @@ class Service:
         recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
         gateway = Gateway({}, self._state, upstream, config.limits, Metrics(),
                           None if config.bounds is None else Canary(config.bounds), recorder, "", config.api_key,
-                          config.allow_pin)
+                          config.allow_pin, note=self._note)
         try:
             gateway.arms = await self._arms(gateway)
             gateway.model = config.model or gateway.arms[BASE].model

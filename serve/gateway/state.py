@@ -1,7 +1,8 @@
 """The gateway's state: its policy, how it got there, and where its admin endpoint listens.
 
 One JSON file, written to a temporary sibling and renamed, readable by its owner alone (it holds the admin
-endpoint's token). A gateway that is killed at any moment finds the last policy that it acknowledged.
+endpoint's token). A gateway that is killed at any moment finds the last policy that it acknowledged, but for a
+rollback that could not be written: going back must not wait for a disk.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ class State:
         changes: The last changes, newest last: when, by whom, why, and the policy that followed.
         admin_url: Where the admin endpoint listens; empty while no gateway runs.
         token: What the admin endpoint wants to be told.
+        unsaved: Why the file does not hold what is in force; empty if it does.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class State:
     changes: list[dict[str, Any]] = field(default_factory=list)
     admin_url: str = ""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    unsaved: str = ""
 
     def change(self, policy: Policy, *, by: str, reason: str = "") -> None:
         """Put a policy in force: on disk first, then here.
@@ -55,11 +58,34 @@ class State:
         Raises:
             OSError: If the file cannot be written; the old policy stays in force.
         """
-        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "by": by, "reason": reason,
-                 "policy": policy.to_json(), "serial": self.serial + 1}
-        changes = [*self.changes, entry][-KEPT_CHANGES:]
+        changes = self._changes(policy, by, reason)
         self._write(policy, self.serial + 1, changes)
         self.policy, self.serial, self.changes = policy, self.serial + 1, changes
+
+    def roll_back(self, *, by: str, reason: str = "") -> None:
+        """Put the policy to go back to in force: here first, then on disk if that can be; `unsaved` says so.
+
+        Args:
+            by: `operator` or `canary`.
+            reason: Why.
+        """
+        policy = self.policy.rolled_back()
+        self.changes = self._changes(policy, by, reason)
+        self.policy, self.serial = policy, self.serial + 1
+        self.try_to_save()
+
+    def try_to_save(self) -> bool:
+        """Write the file as it is, and tell whether that could be done."""
+        try:
+            self.save()
+        except (OSError, UsageError) as error:
+            self.unsaved = f"{self.path} cannot be written ({getattr(error, 'strerror', None) or error})"
+        return not self.unsaved
+
+    def _changes(self, policy: Policy, by: str, reason: str) -> list[dict[str, Any]]:
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "by": by, "reason": reason,
+                 "policy": policy.to_json(), "serial": self.serial + 1}
+        return [*self.changes, entry][-KEPT_CHANGES:]
 
     def save(self) -> None:
         """Write the file as it is."""
@@ -71,6 +97,7 @@ class State:
         with atomic_file(self.path) as file:
             os.fchmod(file.fileno(), 0o600)
             json.dump(document, file, indent=2)
+        self.unsaved = ""
 
 
 def read_state(path: Path) -> State:

@@ -120,7 +120,8 @@ def gateway(
 @click.command(short_help="Switch a running gateway: to an arm, to a share, or back.")
 @click.option("--to", "arm", type=click.Choice(["base", "expanded"]), help="The arm that gets the share.")
 @click.option("--percent", type=_PERCENT, help="Its share of requests; the rest goes to the other. [default: 100]")
-@click.option("--mirror", type=_PERCENT, help="Share of requests to send to both arms, to compare them; one answers.")
+@click.option("--mirror", type=_PERCENT, help="Share of requests to send to both arms, to compare them; one answers. "
+                                                   "[default: 0 with --to]")
 @click.option("--rollback", is_flag=True, help="All requests to the base arm, nothing mirrored.")
 @click.option("--reason", default="", help="Why; kept with the change.")
 @_state_option
@@ -131,7 +132,8 @@ def swap(
 ) -> None:
     """Switch a running gateway; without options, show where it stands.
 
-    Requests in flight end on the arm that they began on. The new policy is on disk before this returns.
+    Requests in flight end on the arm that they began on. The new policy is on disk before this returns; a rollback
+    that cannot be written is in force all the same, and this says so.
     """
     from serve.gateway.admin import send_order
     from serve.gateway.state import read_state
@@ -150,6 +152,8 @@ def swap(
         order = None
     status = send_order(read_state(state_path), order)
     show.emit(status, as_json, lambda: _show_status(status))
+    if status.get("unsaved"):
+        show.note(f"{status['unsaved']}: what is in force is not saved, and a restart would not know of it")
 
 
 def _show_status(status: dict[str, Any]) -> None:

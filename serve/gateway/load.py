@@ -1,0 +1,81 @@
+"""How busy the arms are: whether the times of an answer may be compared.
+
+A request takes longer in a larger batch. Behind shares of 90 and 10 %, two engines carry different loads, and an arm
+that is the same looks several times as slow. So an answer's times are compared only if both arms had about as many
+requests in flight while it was made, or hardly any. The numbers are means over the answer's own time: a request that
+came into an idle engine just before thirty others did not run alone.
+
+The price: an arm that is so slow that requests pile up on it is not compared while they do. That is said in
+docs/gateway.md; the alternative, to take as the arm's own doing whatever piles up where shares are equal, took back
+identical arms in simulation, because a random gap between two busy engines lasts for hundreds of requests.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serve.gateway.arms import ARMS, other
+
+LIKE = 1.5  # times as many requests on one arm as on the other
+FEW = 1.0  # requests beside the one that is looked at
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment, and what had been in flight until then.
+
+    Attributes:
+        when: In seconds.
+        busy: Requests in flight, summed over time, by arm.
+    """
+
+    when: float
+    busy: dict[str, float]
+
+
+class Loads:
+    """Counts what is in flight on each arm.
+
+    Attributes:
+        in_flight: Requests that are being answered now, by arm.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Start without requests.
+
+        Args:
+            clock: Tells the time in seconds.
+        """
+        self.in_flight = dict.fromkeys(ARMS, 0)
+        self._clock, self._last = clock, clock()
+        self._busy = dict.fromkeys(ARMS, 0.0)
+
+    def begin(self, arm: str) -> None:
+        """Count a request that is sent to an arm."""
+        self._sum_up()
+        self.in_flight[arm] += 1
+
+    def end(self, arm: str) -> None:
+        """Count a request that has ended."""
+        self._sum_up()
+        self.in_flight[arm] -= 1
+
+    def mark(self) -> Mark:
+        """Return where things stand, for `alike` to look back at."""
+        self._sum_up()
+        return Mark(self._last, dict(self._busy))
+
+    def alike(self, arm: str, since: Mark) -> bool:
+        """Tell whether a request that was in flight on an arm since a mark ran under a load that both arms bore."""
+        now = self.mark()
+        seconds = max(now.when - since.when, 1e-9)
+        mean = {name: (now.busy[name] - since.busy[name]) / seconds for name in ARMS}
+        beside, there = max(mean[arm] - 1, 0.0), mean[other(arm)]
+        most = max(beside, there)
+        return most <= FEW or most <= LIKE * min(beside, there)
+
+    def _sum_up(self) -> None:
+        now = self._clock()
+        for name in ARMS:
+            self._busy[name] += self.in_flight[name] * (now - self._last)
+        self._last = now
