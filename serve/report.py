@@ -23,6 +23,7 @@ from serve.report_speed import (
     curves,
     goodput_rows,
     headline_points,
+    left_out,
     load_name,
     machine_of,
     round_pictures,
@@ -37,7 +38,7 @@ from vocabext import __version__
 from vocabext.errors import UsageError
 from vocabext.manifest import Manifest, has_manifest, read_manifest
 
-__all__ = ["METRIC_NAMES", "Page", "gather", "read_result", "render_report", "shown_metrics"]
+__all__ = ["METRIC_NAMES", "Page", "gather", "left_out", "read_result", "render_report", "shown_metrics"]
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
 OPTIONAL = ("predict", "swap")

@@ -90,9 +90,15 @@ def speed_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
                 "base": f"{metric['base']:.4g}", "expanded": f"{metric['expanded']:.4g}",
                 "speedup": f"{metric['speedup']:.3f}× ({low:.3f} to {high:.3f})",
                 "noise": f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}",
-                "verdict": metric["verdict"],
+                "left_out": left_out(metric), "verdict": metric["verdict"],
             })
     return rows
+
+
+def left_out(metric: Mapping[str, Any]) -> str:
+    """Say what a comparison leaves out because it failed; `nothing` if it leaves out nothing."""
+    counts = ((metric["lost_rounds"], "round"), (metric["left_out"], "request"))
+    return ", ".join(f"{count:,} {name}{'s' if count > 1 else ''}" for count, name in counts if count) or "nothing"
 
 
 def speed_costs(bench: Mapping[str, Any]) -> list[str]:
@@ -117,7 +123,7 @@ def speed_costs(bench: Mapping[str, Any]) -> list[str]:
             found.append(f"{held_up} runs of the load {load_name(point)} took more than 1.5 times their siblings: "
                          "something else was busy.")
         found += [f"{load_name(point).capitalize()}, {METRIC_NAMES[name]}: {reason}."
-                  for name, reason in point["not_comparable"].items() if name != GOODPUT]
+                  for name, reason in point["not_comparable"].items()]
     if bench["resumed"]:
         found.append(f"The measurement of speed was taken up again {bench['resumed']} time(s), and "
                      f"{bench['dropped_runs']} runs were measured again.")

@@ -6,7 +6,8 @@ Two kinds of measures, told apart by what they compare:
     per run       characters and requests per second, goodput: each run with the run beside it
 
 All are stored so that `speedup` above 1 means that the expanded model is better. Goodput is how many requests
-per second met the latency target; it may be zero, so it is compared only where it never is.
+per second met the latency target. A run that did nothing has no rate to compare: leaving its round out would give
+a verdict on the rounds that went well, so the measure is not compared at that point.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,9 @@ def _summary_of(
     failures: dict[str, str] = {}
     for name in _metrics_of(point, target):
         series = [_series(name, [places[i] for places in rounds], characters, target) for i in range(PLACES)]
+        if name in RUN_METRICS and (idle := _idle_runs(series)):
+            failures[name] = idle
+            continue
         try:
             found = compare(series[0], series[1], series[2], seed=seed)
         except ServerError as error:  # nothing to compare; the reason is part of the result
@@ -119,6 +123,16 @@ def _summary_of(
         **{role: _totals(found, target) for role, found in loads.items()},
         "metrics": metrics, "not_comparable": failures,
     }
+
+
+def _idle_runs(series: Sequence[Series]) -> str:
+    """Say how many runs did none of what a measure counts; nothing if all did some."""
+    first, expanded, second = (int((one.amount_RQ == 0).sum()) for one in series)
+    if not first + expanded + second:
+        return ""
+    rounds = len(series[0].amount_RQ)
+    return (f"{first + second} of {2 * rounds} runs of the base and {expanded} of {rounds} of the expanded model did "
+            "none, so there is no ratio")
 
 
 def _metrics_of(point: Point, target: Mapping[str, float | None]) -> list[str]:

@@ -120,8 +120,23 @@ def test_goodput_counts_requests_that_met_the_target() -> None:
     assert found[EXPANDED]["requests_within_target"] == 20
     assert found[EXPANDED]["goodput_per_run"] == pytest.approx([1 / 0.8] * 5)
     assert "goodput_requests_per_second" in found["not_comparable"]  # nothing to divide by: the base did none
+    reason = "10 of 10 runs of the base and 0 of 5 of the expanded model did none, so there is no ratio"
+    assert found["not_comparable"]["goodput_requests_per_second"] == reason
     both = summary(rounds(lambda role, _: load(0.4 if role == EXPANDED else 0.8)), target=target)
     assert both["metrics"]["goodput_requests_per_second"]["speedup"] == pytest.approx(2)
+
+
+def test_no_verdict_is_given_on_the_rounds_that_went_well() -> None:
+    target = {"ttft_seconds": None, "request_seconds": 1.0}
+    # twice as fast in five rounds of seven, and too late in two
+    found = summary(rounds(lambda role, number: load(0.8 if role != EXPANDED else 1.2 if number > 4 else 0.4), count=7),
+                    target=target)
+    assert "goodput_requests_per_second" not in found["metrics"]
+    assert found["not_comparable"]["goodput_requests_per_second"] == (
+        "0 of 14 runs of the base and 2 of 7 of the expanded model did none, so there is no ratio")
+    lost = summary(rounds(lambda role, number: load(1.0, failed=4 if (role, number) == (EXPANDED, 2) else 0), count=6))
+    assert "1 of 6 of the expanded model did none" in lost["not_comparable"]["requests_per_second"]
+    assert lost["metrics"]["request_seconds"]["lost_rounds"] == 1  # requests are compared with themselves
 
 
 def test_units_are_in_every_name_and_no_rate_of_tokens_is_there() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve import pictures, report
+from serve import pictures, report, report_speed
 from serve.bench import BenchConfig
 from serve.card import card_of
 from serve.client import Load
@@ -19,6 +19,7 @@ from serve.journal import Run
 from serve.predict import Lengths, ModelShape, PredictConfig, measured_beside, predict_loads, predict_memory
 from serve.scenarios import Point
 from serve.summary import summarize
+from vocabext.cli.serve_bench import _show
 from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError
 
@@ -343,6 +344,27 @@ def test_the_markdown_says_the_same_and_has_no_markup(folder: Path) -> None:
     assert len(tables) >= 8
     for lines in tables:
         assert len({line.count("|") - line.count("\\|") for line in lines}) == 1, lines[0]
+
+
+def test_what_a_comparison_leaves_out_is_in_its_row_and_what_has_no_ratio_among_the_costs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = bench_result(failed=1)
+    reading = bench["points"][0]
+    reading["metrics"]["request_seconds"]["lost_rounds"] = 1
+    del reading["metrics"][report_speed.GOODPUT]
+    reading["not_comparable"] = {report_speed.GOODPUT: "0 of 10 runs of the base and 2 of 5 did none"}
+    page = report.render_report(folder, {"bench": bench})
+    rows = {(row["load"], row["measure"]): row["left_out"] for row in report_speed.speed_rows(bench)}
+    assert rows["reading", "seconds per request"] == "1 round, 5 requests"
+    assert rows["reading", "input characters per second"] == "nothing"
+    assert "<td>1 round, 5 requests</td>" in page.html
+    assert "| 1 round, 5 requests |" in page.markdown
+    reason = "Reading, requests per second within the target: 0 of 10 runs of the base and 2 of 5 did none."
+    assert reason in page.document["worse"]
+    jsonschema.validate(page.document, json.loads(SCHEMA.read_text()))
+    _show(bench)
+    assert "1 round, 5 requests" in capsys.readouterr().out
 
 
 def test_prefill_is_not_shown_twice(folder: Path) -> None:

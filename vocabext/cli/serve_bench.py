@@ -90,7 +90,7 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from serve.report import METRIC_NAMES, shown_metrics
+    from serve.report import METRIC_NAMES, left_out, shown_metrics
 
     rows = []
     for point in result["points"]:
@@ -98,8 +98,10 @@ def _show(result: dict[str, Any]) -> None:
             low, high = metric["speedup_interval"]
             rows.append((point["name"], METRIC_NAMES[name], f"{metric['base']:.4g}", f"{metric['expanded']:.4g}",
                          f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f})",
-                         f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}", metric["verdict"]))
-    show.table(rows, ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "expanded is"))
+                         f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}", left_out(metric),
+                         metric["verdict"]))
+    show.table(rows, ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out",
+                      "expanded is"))
     for line in remarks(result):
         click.echo(line)
 
