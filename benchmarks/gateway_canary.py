@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--corpus", action="append", required=True)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--max-reading-loss", type=float, default=0.05)
+    parser.add_argument("--max-reading-loss", type=float, default=0.03)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     prompts = [document.text[:PROMPT_CHARACTERS].rsplit(" ", 1)[0] for document in read_documents(options.corpus)]

@@ -52,7 +52,7 @@ class Bounds:
     first_ratio: float = 1.5
     length_ratio: float = 2.0
     min_agreement: float = 0.1
-    reading_nats: float = 0.05
+    reading_nats: float = 0.03
     alpha: float = 0.01
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
               help="Canary: how many times as long, or as short, answers may be.")
 @click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="Canary: share of a mirrored greedy answer that is the base's, from its beginning.")
-@click.option("--max-reading-loss", type=click.FloatRange(min=0), default=0.05, show_default=True, metavar="NATS",
+@click.option("--max-reading-loss", type=click.FloatRange(min=0), default=0.03, show_default=True, metavar="NATS",
               help="Canary: how much less likely, per character, mirrored base answers may be behind prompts as the "
                    "expanded arm reads them.")
 @click.option("--alpha", type=click.FloatRange(1e-9, 0.5), default=0.01, show_default=True,
