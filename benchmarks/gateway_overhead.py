@@ -2,7 +2,8 @@
 
     python benchmarks/gateway_overhead.py [--model biomed-13m] [--json benchmarks/gateway_overhead.json]
 
-Two upstreams: a fake one that takes 20 ms (the gateway's own cost, without an engine that competes for the cores), and vLLM. Two
+Two upstreams: a fake one that takes 20 ms (the gateway's own cost, without an engine that competes for the
+cores), and vLLM. Two
 loads: one request at a time, not streamed (what is added to the median), and 32 streams at once (what is left of the
 throughput). Everything shares this machine's cores, as the gateway's budget has to be met there.
 """
