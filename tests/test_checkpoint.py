@@ -24,7 +24,7 @@ from vocabext.checkpoint import (
 )
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken
-from vocabext.shards import read_ahead, read_shard
+from vocabext.shards import read_shard
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
@@ -379,15 +379,3 @@ def test_damaged_rows_are_refused(tmp_path: Path, metadata: dict[str, str], erro
     save_file({"input": torch.zeros(2, 4)}, tmp_path / "r.safetensors", metadata=metadata)
     with pytest.raises((UsageError, CheckpointError), match=error):
         load_rows(tmp_path / "r.safetensors")
-
-
-def test_only_shards_with_a_vocabulary_matrix_are_read_ahead(tmp_path: Path) -> None:
-    for name, rows in (("a", 300), ("b", 64), ("c", 300)):
-        save_file({"weight": torch.zeros(rows, 4)}, tmp_path / f"{name}.safetensors")
-    size = (tmp_path / "a.safetensors").stat().st_size
-    assert read_ahead(tmp_path, 300, 10 * size) == ["a.safetensors", "c.safetensors"]
-    assert read_ahead(tmp_path, 300, size) == ["a.safetensors"]
-    assert read_ahead(tmp_path, 300, size - 1) == []
-    (tmp_path / "b.safetensors").write_bytes(b"no shard")
-    assert read_ahead(tmp_path, 300, 10 * size) == ["a.safetensors"]
-    assert read_ahead(tmp_path / "nowhere", 300, size) == []

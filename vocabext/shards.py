@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -113,35 +112,6 @@ def read_shard(folder: Path, file: str) -> Shard:
     _check_ranges(path, ordered, data_bytes)
     return Shard(file, 8 + length, metadata, ordered)
 
-
-def read_ahead(folder: Path, num_rows: int, limit_bytes: int) -> list[str]:
-    """Ask the kernel for the shards that hold a matrix of so many rows, so that they are in memory when they are read.
-
-    Importing torch and transformers takes seconds in which the disk has nothing to do. It is a hint: whatever is wrong
-    with the folder is left to those who read it.
-
-    Args:
-        folder: The model folder.
-        num_rows: Rows of the vocabulary, as the config says.
-        limit_bytes: Ask for no more than so many bytes.
-
-    Returns:
-        The shards that were asked for.
-    """
-    asked: list[str] = []
-    if not hasattr(os, "posix_fadvise"):
-        return asked
-    with suppress(OSError, CheckpointError):
-        for path in sorted(folder.glob("*.safetensors")):
-            if not any(info.shape[:1] == (num_rows,) for info in read_shard(folder, path.name).tensors.values()):
-                continue
-            limit_bytes -= path.stat().st_size
-            if limit_bytes < 0:
-                break
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            asked.append(path.name)
-    return asked
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)

@@ -1,9 +1,5 @@
 """`vocabext patch`: write a new model folder with the new tokens and rows."""
 
-import json
-import os
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -34,7 +30,6 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
     free rows first, and every other file is carried over. vocabext.json says what was made from what, and with
     vocabext_base/ `vocabext revert` gets MODEL back. Weights are never loaded; the folder appears when it is whole.
     """
-    threading.Thread(target=_read_ahead, args=(Path(model),), daemon=True).start()
     from vocabext.patch import patch as run_patch
 
     result = run_patch(rows, model, output, force=force, link=link, untie=untie, trust_remote_code=trust_remote_code,
@@ -55,16 +50,3 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
         ], ("", str(output)))
 
     show.emit(result, as_json, render)
-
-
-def _read_ahead(folder: Path) -> None:
-    """Read what will be rewritten while torch and transformers are imported; up to a quarter of the free memory."""
-    from vocabext.architecture import vocabulary_sizes
-    from vocabext.shards import read_ahead
-
-    with suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        nested = config.get("text_config")
-        sizes = {**vocabulary_sizes(config), **(vocabulary_sizes(nested) if isinstance(nested, dict) else {})}
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        read_ahead(folder, sizes.get("vocab_size", 0), free // 4)
