@@ -76,8 +76,9 @@ def canary(found: Found) -> list[str]:
         low, high = (_number(loss[end]) for end in ("low", "high"))
         rows.append((MODELS[arm], trial["requests"], "no" if after is None else f"after {after} requests",
                      f"{_number(loss['expanded'])} ({low} to {high})"))  # fmt: skip
-    return [f"The canary, {found['base']} against its expansion by 1,000 tokens, {found['requests']} requests mirrored "
-            f"to the other arm, bound {found['max_reading_loss']:g} nats per character of the base's answer:", "",
+    return [f"The canary, {found['base']} against its expansion ({found['expanded']}), {found['requests']} requests "
+            f"mirrored to the other arm, bound {found['max_reading_loss']:g} nats per character of the base's answer; "
+            "the base itself reads every prompt alike, so that its loss is 0:", "",
             *_table(("other arm", "requests", "taken back", "nats lost per character (confidence sequence)"), rows), "",
             _measured("gateway_canary.py", found), ""]  # fmt: skip
 

@@ -30,7 +30,7 @@ from serve.gateway.observe import Observation
 from serve.gateway.policy import Policy
 from serve.gateway.record import Recorder
 from serve.gateway.state import State, read_state
-from vocabext.cli.gateway import swap
+from vocabext.cli.main import cli
 
 Answer = Callable[[], Awaitable[tuple[int, list[bytes]]]]
 TEXT = json.dumps({"choices": [{"text": "hello", "finish_reason": "stop"}]}).encode()
@@ -310,7 +310,7 @@ def test_an_operators_rollback_succeeds_without_a_disk_and_a_swap_does_not(
         assert answer.json()["changes"][-1]["reason"] == "now"
     monkeypatch.undo()
     monkeypatch.setattr("serve.gateway.admin.send_order", lambda *_: {**answer.json(), "canary": None})
-    done = CliRunner().invoke(swap, ["--rollback", "--state", str(tmp_path / "state.json")])
+    done = CliRunner().invoke(cli, ["serve", "swap", "--rollback", "--state", str(tmp_path / "state.json")])
     assert done.exit_code == 0
     assert "a restart would not know of it" in done.output
 

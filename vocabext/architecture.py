@@ -69,7 +69,7 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
     Raises:
         CheckpointError: If transformers does not know the architecture, or it has no input embedding.
     """
-    config = _config(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     model = _meta_model(folder, config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
     try:
@@ -192,7 +192,12 @@ def _parts(config: Any) -> Iterator[Any]:
 
 # -- building the class -------------------------------------------------------------------------------------------
 
-def _config(folder: Path, *, trust_remote_code: bool) -> Any:
+def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Read the configuration of a model folder as transformers does.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
     # Imported here and below: --help must not pay for torch and transformers.
     import transformers
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vocabext.architecture import read_config
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
 
@@ -428,18 +429,7 @@ def check_folder_runs_on_rows(folder: Path, *, trust_remote_code: bool = False) 
         CheckpointError: If transformers cannot read the configuration.
         UsageError: As there.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # of many kinds, as below
-        raise _cannot_load(folder, error) from error
-    check_runs_on_rows(config)
-
-
-def _cannot_load(folder: str | Path, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"transformers cannot load {folder}: {reason}")
+    check_runs_on_rows(read_config(folder, trust_remote_code=trust_remote_code))
 
 
 @contextmanager
@@ -488,7 +478,8 @@ def load_model(
             str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        raise _cannot_load(folder, error) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     if model.get_output_embeddings() is None:
         raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
                               "a causal language model is needed")

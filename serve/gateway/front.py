@@ -37,7 +37,7 @@ ARM_ARGUMENT = "vocabext_arm"
 # Fields of a chat request that are used up by its rendering.
 _RENDERED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
              "chat_template_kwargs", "add_special_tokens", "documents", "media_io_kwargs", "mm_processor_kwargs")
-TOKENIZE_FIELDS = tuple(name for name in _RENDERED if name != "documents")
+_TOKENIZED = tuple(name for name in _RENDERED if name != "documents")
 # Fields of a chat request that a completion does not have.
 _CHAT_ONLY = ("tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", "max_completion_tokens",
               "reasoning_effort", "include_reasoning", "echo", "store", "metadata", "service_tier", "modalities")
@@ -229,7 +229,7 @@ def rendering_of(document: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Refusal: 400 if the chat cannot be said in ids, or the chat endpoint would refuse it.
     """
-    body = {key: document[key] for key in (*TOKENIZE_FIELDS, "model") if document.get(key) is not None}
+    body = {key: document[key] for key in (*_TOKENIZED, "model") if document.get(key) is not None}
     given, documents = document.get("chat_template_kwargs") or {}, document.get("documents")
     effort = document.get("reasoning_effort")
     if not isinstance(given, dict):
