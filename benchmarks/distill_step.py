@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         first, seconds = _time(step, model.device)
         _, teacher_seconds = _time(read, model.device)
-        read_positions = int(part.teacher_length_S.sum())
+        read_positions = int(part.teacher_length_W.sum())
         count = int(part.length_S.sum())
         flops = 2 * shape.linear(count, shape.layers)
         rows.append({"positions": count, "first_seconds": first, "step_seconds": seconds,

@@ -10,6 +10,7 @@ from reference_step import Pair
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vocabext.distill.sharing import share_texts
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel
 from vocabext.records import TokenSnippets
@@ -141,7 +142,7 @@ class Floor:
     """The least work that a run can be done with.
 
     Attributes:
-        teacher: FLOPs of the teacher, once over each snippet.
+        teacher: FLOPs of the teacher, once over each text.
         student: FLOPs of the student, forward and activation-backward, from each snippet's token on.
     """
 
@@ -162,7 +163,8 @@ def floor_of(
 
     Positions before the token are the teacher's, by causality, and are not read again. The student has its
     own token merged, the others as pieces. Nothing above the target layer, nothing beyond the positions that
-    are compared, no head, no padding. The teacher reads as few snippets as can be shown so often.
+    are compared, no head, no padding. The teacher reads as few snippets as can be shown so often, out of texts that
+    the tokens have in common as far as they can (`vocabext.distill.sharing`), each once.
 
     Args:
         shape: Of the model.
@@ -174,26 +176,28 @@ def floor_of(
         epochs: How often it reads the same snippet at most.
         reach: How many positions behind the token are compared; None for all.
     """
-    teacher = student = 0.0
-    for index, (record, times) in enumerate(zip(records, shown, strict=True)):
+    student = 0.0
+    texts: dict[tuple[int, ...], int] = {}  # how much of each the teacher reads
+    ids_of_all = [expansion.first_new_id + index for index in range(len(records))]
+    shared = share_texts(records, ids_of_all, max(1, min(-(-times // epochs) for times in shown)))
+    for index, (record, times) in enumerate(zip(shared, shown, strict=True)):
         if not times:
             continue
         own = [expansion.first_new_id + index]
-        needed, read, compared, seen = 0, 0, 0, 0
-        for snippet, at, ids in zip(record.snippets, record.positions,
-                                    expansion.unmerge_batch(record.snippets, keep=own), strict=True):  # fmt: skip
-            start = int(expansion.edges(snippet[:at], keep=own)[-1])
+        compared, seen, once = 0, 0, -(-times // epochs)
+        for number, (snippet, ids) in enumerate(zip(
+                record.snippets, expansion.unmerge_batch(record.snippets, keep=own), strict=True)):  # fmt: skip
+            start = int((ids == own[0]).argmax())
             stop = len(ids) if reach is None else min(len(ids), start + 1 + reach)
-            full = num_prefix + int(expansion.edges(ids[:stop])[-1])
-            needed, read = needed + full, read + _triangle(full)
+            if number < once:
+                texts[snippet] = max(texts.get(snippet, 0), num_prefix + int(expansion.edges(ids[:stop])[-1]))
             compared += stop - start
             seen += _triangle(num_prefix + stop) - _triangle(num_prefix + start)
         size = len(record.snippets)
-        once = min(1.0, times / epochs / size)
-        teacher += once * (shape.linear(needed, layer) + shape.attention(read, layer))
         # Attention takes two products forward and four back.
         student += times / size * (2 * shape.linear(compared, layer) + 3 * shape.attention(seen, layer))
-    return Floor(round(teacher), round(student))
+    teacher = shape.linear(sum(texts.values()), layer) + shape.attention(sum(map(_triangle, texts.values())), layer)
+    return Floor(teacher, round(student))
 
 
 def _triangle(length: int) -> int:

@@ -1,11 +1,11 @@
 """What the frozen model makes of a group's snippets, once: the states to match, and the past of each token.
 
-Shape suffixes: S snippets, P positions before the token, T positions from the token on, U teacher positions,
+Shape suffixes: S snippets, P positions before the token, T positions from the token on, W texts, U teacher positions,
 H heads, K size of a head, D hidden size.
 
 Teacher and student read the same ids before the token. The teacher's keys and values of these positions are
-kept, so that a training step computes the positions from the token on and nothing else. That is exact, and
-used, where
+kept, once per text, so that a training step computes the positions from the token on and nothing else. That is
+exact, and used, where
 
 - each layer keeps the keys and values of all positions in transformers' own cache, and takes a mask of ours,
 - no layer looks back less far than the longest snippet (sliding windows),
@@ -37,23 +37,22 @@ class Contexts:
 
     Attributes:
         target_STD: States to match, in the model's dtype; `width` of them per snippet, padded on the right.
-        past: Keys and values before the token, (S, H, P, K) per layer, padded on the left; None if not kept.
+        past: Keys and values from the beginning of each text, (W, H, P, K) per layer, padded on the right; None if not
+            kept.
+        text_S: Which of these each snippet reads, up to its token.
     """
 
     target_STD: torch.Tensor
     past: Past | None
+    text_S: torch.Tensor
 
     def take(self, at: torch.Tensor, part: Examples) -> "Contexts":
-        """Return what belongs to some of the snippets, cut to the padding of `part`."""
+        """Return what belongs to some of the snippets, one past for each of them, cut to the padding of `part`."""
         before, width = part.before_SP.shape[1], part.ids_ST.shape[1]
         past = None if self.past is None else tuple(
-            (_last(keys[at.to(keys.device)], before), _last(values[at.to(values.device)], before))
+            (keys[self.text_S[at].to(keys.device), :, :before], values[self.text_S[at].to(values.device), :, :before])
             for keys, values in self.past)  # fmt: skip
-        return Contexts(self.target_STD[at.to(self.target_STD.device), :width], past)
-
-
-def _last(past_SHPK: torch.Tensor, count: int) -> torch.Tensor:
-    return past_SHPK[:, :, past_SHPK.shape[2] - count :]
+        return Contexts(self.target_STD[at.to(self.target_STD.device), :width], past, torch.arange(len(at)))
 
 
 def chunks(length_S: torch.Tensor, at: torch.Tensor, positions: int) -> Iterator[torch.Tensor]:
@@ -82,53 +81,65 @@ def teach(
             past is not the teacher's, and is computed apart.
         first_new_id: The id of `others_ND[0]`.
     """
-    size, width, before = len(examples), examples.ids_ST.shape[1], examples.before_SP.shape[1]
+    keeps_teachers = keep_past and examples.shared
+    size, width, before_W = len(examples), examples.ids_ST.shape[1], examples.before_W
     target_STD: torch.Tensor | None = None
-    past: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for at in chunks(examples.teacher_length_S, torch.arange(size), FORWARD_POSITIONS):
-        part = examples.take(at).to(model.device)
-        inputs_SUD = model.embed(part.teacher_SU)
-        found: Past = ()
-        if keep_past and examples.shared:
-            hidden_SUD, found = model.hidden_and_past(inputs_SUD, layer=layer)
+    kept = _Kept(len(before_W), int(before_W.max()))
+    for at in chunks(examples.teacher_length_W, torch.arange(len(before_W)), FORWARD_POSITIONS):
+        part_S = torch.isin(examples.text_S, at).nonzero().flatten()
+        part = examples.take(part_S).to(model.device)  # its texts are those of `at`, in rising order
+        inputs_WUD = model.embed(part.teacher_WU)
+        if keeps_teachers:
+            hidden_WUD, found = model.hidden_and_past(inputs_WUD, layer=layer)
+            kept.add(found, at.sort().values)
         else:
-            hidden_SUD = model.hidden(inputs_SUD, layer=layer)
-        index = part.aligned_ST.unsqueeze(-1).expand(-1, -1, hidden_SUD.shape[-1])
+            hidden_WUD = model.hidden(inputs_WUD, layer=layer)
         if target_STD is None:
-            target_STD = hidden_SUD.new_zeros(size, width, hidden_SUD.shape[-1])
-        target_STD[at.to(target_STD.device), : part.ids_ST.shape[1]] = hidden_SUD.gather(1, index)
-        if keep_past and not examples.shared:
-            found = _student_past(model, part, layer, others_ND, first_new_id)
-        _keep(past, found, part, at, size, before)
+            target_STD = hidden_WUD.new_zeros(size, width, hidden_WUD.shape[-1])
+        found_STD = hidden_WUD[part.text_S[:, None], part.aligned_ST]
+        target_STD[part_S.to(target_STD.device), : part.ids_ST.shape[1]] = found_STD
     assert target_STD is not None  # a group holds at least one snippet
-    return Contexts(target_STD, tuple(past) if past else None)
+    if not keep_past:
+        return Contexts(target_STD, None, examples.text_S)
+    if not keeps_teachers:
+        return Contexts(target_STD, _students_past(model, examples, layer, others_ND, first_new_id), torch.arange(size))
+    return Contexts(target_STD, tuple(kept.past), examples.text_S)
 
 
-def _student_past(
-    model: FrozenModel, part: Examples, layer: int, others_ND: torch.Tensor | None, first_new_id: int
+def _students_past(
+    model: FrozenModel, examples: Examples, layer: int, others_ND: torch.Tensor | None, first_new_id: int
 ) -> Past:
     """Run the student over what it reads before the token, moved to the left."""
-    count = part.before_SP.shape[1]
-    place = torch.arange(max(count, 1), device=part.before_SP.device) + (count - part.before_S)[:, None]
-    ids = torch.nn.functional.pad(part.before_SP, (0, 1)).gather(1, place.clamp(max=count))
-    return model.hidden_and_past(model.embed(ids, others_ND, first_new_id), layer=layer)[1]
+    kept = _Kept(len(examples), examples.before_SP.shape[1])
+    for at in chunks(examples.before_S, torch.arange(len(examples)), FORWARD_POSITIONS):
+        part = examples.take(at).to(model.device)
+        count = part.before_SP.shape[1]
+        place = torch.arange(max(count, 1), device=part.before_SP.device) + (count - part.before_S)[:, None]
+        ids = torch.nn.functional.pad(part.before_SP, (0, 1)).gather(1, place.clamp(max=count))
+        kept.add(model.hidden_and_past(model.embed(ids, others_ND, first_new_id), layer=layer)[1], at)
+    return tuple(kept.past)
 
 
-def _keep(
-    past: list[tuple[torch.Tensor, torch.Tensor]], found: Past, part: Examples, at: torch.Tensor, size: int,
-    before: int,
-) -> None:  # fmt: skip
-    """Copy keys and values of the positions before the token to the right end of what is kept."""
-    count = part.before_SP.shape[1]
-    for number, pair in enumerate(found):
-        if number == len(past):
-            shapes = [(size, kept.shape[1], before, kept.shape[3]) for kept in pair]
-            past.append((pair[0].new_zeros(shapes[0]), pair[1].new_zeros(shapes[1])))
-        for kept, all_SHUK in zip(past[number], pair, strict=True):
-            place_SP = part.before_S[:, None] - count + torch.arange(count, device=part.before_S.device)
-            index = place_SP.clamp(min=0).to(kept.device)[:, None, :, None]
-            picked = all_SHUK.gather(2, index.expand(-1, all_SHUK.shape[1], -1, all_SHUK.shape[3]))
-            kept[at.to(kept.device), :, before - count :] = picked
+class _Kept:
+    """Keys and values of the first positions of all texts, layer by layer.
+
+    Attributes:
+        past: They, padded on the right.
+    """
+
+    def __init__(self, size: int, before: int) -> None:
+        self.past: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._size, self._before = size, before
+
+    def add(self, found: Past, at: torch.Tensor) -> None:
+        """Keep those of some texts."""
+        for number, pair in enumerate(found):
+            if number == len(self.past):
+                shapes = [(self._size, one.shape[1], self._before, one.shape[3]) for one in pair]
+                self.past.append((pair[0].new_zeros(shapes[0]), pair[1].new_zeros(shapes[1])))
+            for kept, all_WHUK in zip(self.past[number], pair, strict=True):
+                count = min(self._before, all_WHUK.shape[2])
+                kept[at.to(kept.device), :, :count] = all_WHUK[:, :, :count]
 
 
 def student_states(
@@ -140,7 +151,7 @@ def student_states(
     Args:
         model: The frozen model.
         part: The snippets.
-        past: Keys and values before the token; None computes these positions, too.
+        past: For each snippet keys and values from the beginning of its text; None computes these positions, too.
         row_SD: For each snippet the row of its token, float32.
         layer: How many layers to run.
         first_new_id: The id of the first new token.
@@ -181,10 +192,13 @@ def _joined(part: Examples) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _mask(before_S: torch.Tensor, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return which keys each position reads: what is really before the token, and what is not after itself."""
+    """Return which keys each position reads: what is before the token, and what is not after itself.
+
+    A kept past goes on behind the token, and what stands there is padding.
+    """
     place = torch.arange(count + width, device=before_S.device)
     step_T1 = torch.arange(width, device=before_S.device)[:, None]
-    read = (place >= count - before_S[:, None, None]) & (place <= count + step_T1)
+    read = (place < before_S[:, None, None]) | ((place >= count) & (place <= count + step_T1))
     return torch.zeros((), dtype=dtype, device=before_S.device).where(read, torch.finfo(dtype).min)[:, None]
 
 
@@ -202,8 +216,9 @@ def sharing_is_exact(model: FrozenModel, examples: Examples, layer: int, first_n
         contexts = teach(model, some, layer, keep_past=True)
         if contexts.past is None or len(contexts.past) != layer:
             return False
+        own = contexts.take(torch.arange(len(some)), some)
         shared, plain = (student_states(model, some, past, row_SD, layer, first_new_id).float()
-                         for past in (contexts.past, None))  # fmt: skip
+                         for past in (own.past, None))  # fmt: skip
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False  # a model that has no such cache, or takes no such mask, says so in many ways
     width = some.ids_ST.shape[1]

@@ -26,7 +26,7 @@ class MemoryPlan:
 
     Attributes:
         weights_bytes: The model.
-        rows_bytes: The new rows, their gradients and their optimizers, of one group.
+        rows_bytes: The new rows of one group, their gradients and momenta, and the sensitive directions.
         states_bytes: The states to match, of one group.
         past_bytes: Keys and values before the tokens, of one group; 0 if they are not kept.
         step_bytes: What one step computes (an estimate).
@@ -98,7 +98,7 @@ def plan_memory(
     per_snippet = width if keep_past else before + width
     at_once = min(positions, group * batch_snippets * per_snippet)
     return MemoryPlan(
-        weights_bytes=model.weight_bytes, rows_bytes=group * hidden_size * 4 * 5, states_bytes=group * states,
+        weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4, states_bytes=group * states,
         past_bytes=group * past * keep_past, step_bytes=at_once * model.step_bytes(layer), group=group,
         keep_past=keep_past,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Keep the rows of a tied model from being written where the base would write something else.
 
-Shape suffixes: P places, D hidden size, G tokens of a group.
+Shape suffixes: P places, D hidden size, G tokens of a group, W texts, U positions of them.
 
 Where input and output matrix are one, a new input row is an output row as well. Nothing in the
 objective bounds its product with final hidden states, and a few loud rows are then on top nearly
@@ -67,10 +67,9 @@ def sample_background(
     hidden = []
     for examples in groups:
         part = examples.to(model.device)
-        lengths_S = part.teacher_length_S
-        states_SUD = model.hidden(model.embed(part.teacher_SU))
-        real_SU = torch.arange(part.teacher_SU.shape[1], device=model.device) < lengths_S[:, None]
-        hidden.append(states_SUD[real_SU])
+        states_WUD = model.hidden(model.embed(part.teacher_WU))
+        real_WU = torch.arange(part.teacher_WU.shape[1], device=model.device) < part.teacher_length_W[:, None]
+        hidden.append(states_WUD[real_WU])
     every_PD = torch.cat(hidden)
     at = torch.randperm(len(every_PD), generator=generator)[:MAX_PLACES].to(every_PD.device)
     kept_PD = every_PD[at]

@@ -15,6 +15,7 @@ from vocabext.distill.examples import Examples, build_examples
 from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
 from vocabext.distill.resume import FinishedGroups, model_facts, work_digest
+from vocabext.distill.sharing import share_texts
 from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
@@ -293,7 +294,7 @@ class _Work:
             for at in range(0, len(self.trainable), self.memory.group):
                 group = self.trainable[at : at + self.memory.group]
                 objective, judged = self._objective((), None, group), Taught()
-                judged.add(self.model, self._lay_out([_split(self.records[i])[1] for i in group], group), objective)
+                judged.add(self.model, self._lay_out([_split(record)[1] for record in self._shared(group)], group), objective)
                 errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
                 found.update(zip(group, errors_G.tolist(), strict=True))
                 task.advance(len(group))
@@ -303,7 +304,7 @@ class _Work:
         done = None if self.finished is None else self.finished.load(name)
         if done is not None:
             return done
-        parts = [_split(self.records[i]) for i in group]
+        parts = [_split(record) for record in self._shared(group)]
         rounds = _rounds(max(len(train.snippets) for train, _ in parts), self.config.epochs, self.config.rounds)
         added = [[_slice(train, low, high) for train, _ in parts] for low, high in _bounds(rounds)]
         train = [self._lay_out(some, group, merge_all=others_ND is not None) if any(r.snippets for r in some) else None
@@ -334,6 +335,11 @@ class _Work:
             silence=self.config.silence * len(self.records), others_ND=others_ND,
             bias_G=None if self.bias_N is None else self.bias_N[group],
         )  # fmt: skip
+
+    def _shared(self, group: Sequence[int]) -> list[TokenSnippets]:
+        """Return the records of a group, with snippets that many of its tokens have in common."""
+        first = FIRST_SNIPPETS + -(-FIRST_SNIPPETS // (HELD_OUT_EVERY - 1))  # those of the first round, and held out
+        return share_texts([self.records[i] for i in group], [self.expansion.first_new_id + i for i in group], first)
 
     def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
         return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
