@@ -203,10 +203,20 @@ def _mask(before_S: torch.Tensor, count: int, width: int, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def sharing_is_exact(model: FrozenModel, examples: Examples, layer: int, first_new_id: int) -> bool:
-    """Tell whether the kept past gives the states of the plain way, tried on the longest snippets."""
+def sharing_is_exact(
+    model: FrozenModel, examples: Examples, layer: int, first_new_id: int, *, longest: int = 0
+) -> bool:
+    """Tell whether the kept past gives the states of the plain way, tried on the longest snippets.
+
+    Args:
+        model: The frozen model.
+        examples: Some snippets.
+        layer: How many layers to run.
+        first_new_id: The id of the first new token.
+        longest: Positions of the longest text there is, if it is not among the examples.
+    """
     window = model.sliding_window(layer)
-    longest = int((examples.before_S + examples.length_S).max())
+    longest = max(longest, int((examples.before_S + examples.length_S).max()))
     if model.offloaded or (window is not None and longest > window):
         return False
     at = torch.argsort(examples.before_S + examples.length_S, descending=True)[:PROBES]

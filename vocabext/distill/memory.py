@@ -6,7 +6,9 @@ their optimizer, and what one step computes; none of these grow with the number 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -73,6 +75,7 @@ def device_bytes(device: torch.device) -> int:
 def plan_memory(
     model: FrozenModel, *, tokens: int, snippets: int, before: int, width: int, layer: int, positions: int,
     wanted_group: int, budget_bytes: int | None, exact: bool, batch_snippets: int = 1,
+    texts: Callable[[int], int] | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Choose the size of the groups, and whether the past is kept.
 
@@ -80,7 +83,7 @@ def plan_memory(
         model: The frozen model.
         tokens: How many tokens there are.
         snippets: Most snippets of a token.
-        before: Most positions before a token.
+        before: Most positions of a text that are kept.
         width: Most positions from a token on.
         layer: How many layers run.
         positions: Positions of one forward pass.
@@ -88,17 +91,27 @@ def plan_memory(
         budget_bytes: Bound for what is kept of a group; None takes a share of the device's memory.
         exact: Whether keeping the past gives the same result (`contexts.sharing_is_exact`).
         batch_snippets: Snippets of a token per step.
+        texts: How many texts the snippets of the largest group are, for groups of a given size; None takes every
+            snippet for a text of its own.
     """
     item, hidden_size = model.dtype.itemsize, model.embedding_VD.shape[1]
     budget = int(device_bytes(model.device) * SHARE) if budget_bytes is None else budget_bytes
-    states, past = snippets * width * hidden_size * item, snippets * before * model.past_bytes(layer)
-    keep_past = exact and (budget >= (states + past) * min(MIN_GROUP, tokens))
-    kept = states + past * keep_past
-    group = max(1, min(wanted_group, tokens, budget // max(1, kept)))
+    states, past = snippets * width * hidden_size * item, before * model.past_bytes(layer)
+    counted = cache(texts or (lambda size: size * snippets))
+
+    def kept(size: int) -> int:
+        return size * states + past * keep_past * counted(size)
+
+    keep_past = exact  # needed by `kept`
+    keep_past = exact and budget >= kept(min(MIN_GROUP, tokens))
+    group = max(1, min(wanted_group, tokens))
+    while group > 1 and (needed := kept(group)) > budget:
+        group = max(1, group // 2, group * budget // needed)
+    group = -(-tokens // -(-tokens // group))  # none much smaller than the others
     per_snippet = width if keep_past else before + width
     at_once = min(positions, group * batch_snippets * per_snippet)
     return MemoryPlan(
         weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4, states_bytes=group * states,
-        past_bytes=group * past * keep_past, step_bytes=at_once * model.step_bytes(layer), group=group,
+        past_bytes=past * counted(group) * keep_past, step_bytes=at_once * model.step_bytes(layer), group=group,
         keep_past=keep_past,
     )  # fmt: skip

@@ -75,19 +75,25 @@ def _cover(places: Mapping[Snippet, dict[int, int]], need: list[int], chosen: Se
            ) -> None:  # fmt: skip
     """Take texts until no token needs one; what a token takes goes from `places` to `chosen`."""
     texts = list(places)
-    queue = [(-_gain(places[text], need), at) for at, text in enumerate(texts)]
+    holding: list[list[int]] = [[] for _ in need]  # the texts that a token may take
+    gains = []  # how many tokens a text would serve
+    for at, text in enumerate(texts):
+        wanting = [number for number in places[text] if need[number] > 0]
+        gains.append(len(wanting))
+        for number in wanting:
+            holding[number].append(at)
+    queue = [(-gain, at) for at, gain in enumerate(gains) if gain]
     heapq.heapify(queue)
-    while queue and any(count > 0 for count in need):
+    while queue:
         said, at = heapq.heappop(queue)
-        gain = _gain(places[texts[at]], need)
-        if gain < -said:  # others have served some of its tokens since
-            if gain:
-                heapq.heappush(queue, (-gain, at))
+        if gains[at] < -said:  # others have served some of its tokens since
+            if gains[at]:
+                heapq.heappush(queue, (-gains[at], at))
             continue
-        for number in [number for number in places[texts[at]] if need[number] > 0]:
-            chosen[number].append((texts[at], places[texts[at]].pop(number)))
+        here, gains[at] = places[texts[at]], 0
+        for number in [number for number in here if need[number] > 0]:
+            chosen[number].append((texts[at], here.pop(number)))
             need[number] -= 1
-
-
-def _gain(tokens: Mapping[int, int], need: Sequence[int]) -> int:
-    return sum(need[number] > 0 for number in tokens)
+            if not need[number]:
+                for other in holding[number]:
+                    gains[other] -= number in places[texts[other]]

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vocabext.checkpoint import Rows, resolve_model, save_rows
@@ -36,8 +37,11 @@ BACKGROUND_AT_ONCE = 128
 MIN_SNIPPETS = 2
 # Positions that one training step should have at least, to keep the matrix units busy.
 POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
+# Tokens that a group should have at least: the more there are, the fewer texts they need (`sharing.py`), and the better
+# they learn together which directions matter (`clocks.py`).
+TOKENS_PER_GROUP = 512
 # Positions that go through the model at once while gradients are computed: a bound for long snippets.
-POSITIONS_AT_ONCE = {"cpu": 4_000, "cuda": 16_000}
+POSITIONS_AT_ONCE = {"cpu": 5_000, "cuda": 16_000}
 # The first round shows so many snippets of a token, each once; every further round twice as many.
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
@@ -272,12 +276,10 @@ class _Work:
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
         others_ND = rows_ND.clone().to(self.model.device) if merge_all else None
-        size = self.memory.group
         with progress(title, len(self.records), "tokens") as task:
             task.advance(len(self.records) - len(self.trainable))
-            for at in range(0, len(self.trainable), size):
-                group = self.trainable[at : at + size]
-                fit = self._group(group, f"{'all' if merge_all else 'own'}-{at:08d}", rows_ND[group], others_ND)
+            for number, group in enumerate(self._groups(self.memory.group)):
+                fit = self._group(group, f"{'all' if merge_all else 'own'}-{number:08d}", rows_ND[group], others_ND)
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
                 errors.update(zip(group, pairs, strict=True))
@@ -291,10 +293,9 @@ class _Work:
         """Return the held-out error of each trained token, in texts where it alone is merged."""
         found: dict[int, float] = {}
         with progress("measuring the final rows", len(self.trainable), "tokens") as task:
-            for at in range(0, len(self.trainable), self.memory.group):
-                group = self.trainable[at : at + self.memory.group]
+            for group in self._groups(self.memory.group):
                 objective, judged = self._objective((), None, group), Taught()
-                judged.add(self.model, self._lay_out([_split(record)[1] for record in self._shared(group)], group), objective)
+                judged.add(self.model, self._lay_out(self._parts(group)[0], group), objective)
                 errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
                 found.update(zip(group, errors_G.tolist(), strict=True))
                 task.advance(len(group))
@@ -304,12 +305,11 @@ class _Work:
         done = None if self.finished is None else self.finished.load(name)
         if done is not None:
             return done
-        parts = [_split(record) for record in self._shared(group)]
-        rounds = _rounds(max(len(train.snippets) for train, _ in parts), self.config.epochs, self.config.rounds)
-        added = [[_slice(train, low, high) for train, _ in parts] for low, high in _bounds(rounds)]
-        train = [self._lay_out(some, group, merge_all=others_ND is not None) if any(r.snippets for r in some) else None
-                 for some in added]  # fmt: skip
-        held_out = self._lay_out([held_out for _, held_out in parts], group, merge_all=others_ND is not None)
+        merge_all = others_ND is not None
+        parts = self._parts(group)
+        train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
+                 for part in parts[1:]]  # fmt: skip
+        held_out, rounds = self._lay_out(parts[0], group, merge_all=merge_all), self._rounds(group)
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
@@ -336,10 +336,23 @@ class _Work:
             bias_G=None if self.bias_N is None else self.bias_N[group],
         )  # fmt: skip
 
-    def _shared(self, group: Sequence[int]) -> list[TokenSnippets]:
-        """Return the records of a group, with snippets that many of its tokens have in common."""
+    def _groups(self, size: int) -> list[list[int]]:
+        return [self.trainable[at : at + size] for at in range(0, len(self.trainable), size)]
+
+    def _rounds(self, group: Sequence[int]) -> list[tuple[int, int]]:
+        most = max(len(self.records[i].snippets) for i in group)
+        return _rounds(most - len(_held_out(most)), self.config.epochs, self.config.rounds)
+
+    def _parts(self, group: Sequence[int]) -> list[list[TokenSnippets]]:
+        """Return the held-out snippets of a group, and what each round adds to the training ones.
+
+        Many of its tokens have them in common (`sharing.py`).
+        """
         first = FIRST_SNIPPETS + -(-FIRST_SNIPPETS // (HELD_OUT_EVERY - 1))  # those of the first round, and held out
-        return share_texts([self.records[i] for i in group], [self.expansion.first_new_id + i for i in group], first)
+        shared = share_texts([self.records[i] for i in group], [self.expansion.first_new_id + i for i in group], first)
+        split = [_split(record) for record in shared]
+        added = [[_slice(train, low, high) for train, _ in split] for low, high in _bounds(self._rounds(group))]
+        return [[held_out for _, held_out in split], *added]
 
     def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
         return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
@@ -349,21 +362,33 @@ class _Work:
         """State the memory, and choose the size of groups, from the longest snippets there are."""
         snippets = [len(record.snippets) for record in self.records]
         longest = max((len(ids) for record in self.records for ids in record.snippets), default=1)
-        runs = max(len(record.new_token.run) for record in self.records)
-        before = max((at for r in self.records for at in r.positions), default=0) * runs + len(self.prefix_ids)
+        before = self._longest_text()
         some = self.trainable[:: max(1, len(self.trainable) // PROBE_TOKENS)]
         exact = False
         if some:
             probe = self._lay_out([self.records[i] for i in some], some)
-            before = int(probe.before_S.max())
-            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
+            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id, longest=before)
         width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
         wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
         budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
-                           wanted_group=max(1, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets)  # fmt: skip
+                           wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
+                           batch_snippets=self.config.batch_snippets, texts=self._most_texts)  # fmt: skip
+
+    def _longest_text(self) -> int:
+        """Return how many base ids the longest snippet has, with what stands in front of it."""
+        rows = [ids for record in self.records for ids in record.snippets]
+        if not rows:
+            return len(self.prefix_ids) + 1
+        lengths = self.expansion.run_lengths(np.concatenate([np.asarray(ids, np.int64) for ids in rows]))
+        starts = np.cumsum([0, *map(len, rows[:-1])])
+        return len(self.prefix_ids) + int(np.add.reduceat(lengths, starts).max())
+
+    def _most_texts(self, size: int) -> int:
+        """Return how many texts are kept of a group at most, in groups of a size."""
+        return max((sum(len({ids for record in part for ids in record.snippets}) for part in self._parts(group))
+                    for group in self._groups(size)), default=0)  # fmt: skip
 
     def _background(self) -> Background | None:
         """Sample places from one snippet of each of some tokens, spread over all of them."""
@@ -403,8 +428,12 @@ def _bounds(rounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def _split(record: TokenSnippets) -> tuple[TokenSnippets, TokenSnippets]:
     """Set some snippets aside; returns what to train on and what to judge by."""
     size = len(record.snippets)
-    held = set(range(0, size, HELD_OUT_EVERY))
-    return _only(record, [i for i in range(size) if i not in held]), _only(record, sorted(held))
+    held = _held_out(size)
+    return _only(record, [i for i in range(size) if i not in held]), _only(record, held)
+
+
+def _held_out(size: int) -> range:
+    return range(0, size, HELD_OUT_EVERY)
 
 
 def _slice(record: TokenSnippets, low: int, high: int) -> TokenSnippets:
