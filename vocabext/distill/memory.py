@@ -111,7 +111,7 @@ def plan_memory(
     per_snippet = width if keep_past else before + width
     at_once = min(positions, group * batch_snippets * per_snippet)
     return MemoryPlan(
-        weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4, states_bytes=group * states,
-        past_bytes=past * counted(group) * keep_past, step_bytes=at_once * model.step_bytes(layer), group=group,
-        keep_past=keep_past,
+        weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4,
+        states_bytes=group * states, past_bytes=past * counted(group) * keep_past,
+        step_bytes=at_once * model.step_bytes(layer), group=group, keep_past=keep_past,
     )  # fmt: skip
