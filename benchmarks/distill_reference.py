@@ -60,7 +60,8 @@ from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 # What ours is run with beside the defaults, cheapest first: a number of snippets, and options of DistillConfig.
-BUDGETS = ("snippets=6,epochs=1", "snippets=12,epochs=1", "rounds=1", "epochs=1", "epochs=2", "epochs=1,silence=0.02")
+BUDGETS = ("snippets=8,epochs=1", "snippets=12,epochs=1", "epochs=1", "epochs=1,reach=4", "epochs=2",
+           "epochs=1,silence=0.02")
 DEFAULTS = "defaults"
 # The verb gives a tied model a head with rows of their own, and so need not keep input rows silent; nor does ours here.
 # Making output rows is not part of anybody's time.

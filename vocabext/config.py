@@ -93,7 +93,7 @@ class DistillConfig:
     # Rounds at most; the first sees 8 snippets of each token once, each further one twice as many. 1 is quick.
     rounds: int | None = None
     # Peak step size in units of the base embedding's root mean square.
-    learning_rate: float = 0.3
+    learning_rate: float = 0.2
     # Snippets of each token per step. Many small steps beat few large ones at the same cost.
     batch_snippets: int = 1
     # For tied models: weight of not being written where the base would write something else; 0 is off.

@@ -3,7 +3,7 @@
 Shape suffixes: S snippets, T positions from the token on, D hidden size, G tokens of the group, A those still at work.
 
 Every step shows each token that is still at work the same number of its snippets, so that one pass of the
-model serves many optimizers (`clocks.py`). The teacher runs once per snippet (`contexts.py`), and only over
+model serves many optimizers (`clocks.py`). The teacher runs once per text (`contexts.py`), and only over
 those that a round needs: rounds begin with few snippets, and only a token that still gains gets to see more.
 """
 
