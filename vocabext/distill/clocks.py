@@ -5,12 +5,12 @@ Shape suffixes: G tokens of a group, A tokens still at work, D hidden size.
 Tokens are independent problems that share forward passes. A dense optimizer over a matrix keeps moving rows
 that are absent from a batch; here a row moves only in its own steps.
 
-What the rows do share is the space they live in, and it is far from round: the model is a hundred times as
-sensitive in some directions as in others, and in the same ones for every row. So the directions are learned from
-the gradients of all tokens together: a step is taken along C^-1/2 g, with C the mean of g g' over the unit
+What the rows do share is the space they live in, and it is far from round: the model is very sensitive in some
+directions and hardly in most, and in the same ones for every row. So the directions are learned from the gradients
+of all tokens together: a step is taken along C^-1/2 g, with C the mean of g g' over the unit
 gradients seen so far (full-matrix AdaGrad, Duchi et al. 2011, with one matrix for all rows), and its length is the
 step size, whatever the gradient's. A token sees a few dozen gradients; Adam, which must learn the scale of each
-element from these alone, needs twice as many for the same error (docs/decisions.md).
+element from these alone, needs several times as many for the same error (docs/decisions.md).
 
 A token works in rounds. Each round raises its step size to the peak and lets it decay to zero, so that
 every round ends with a finished row: stopping early costs nothing. After a round the held-out snippets
