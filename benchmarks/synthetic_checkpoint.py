@@ -119,5 +119,6 @@ def write_rows(path: Path, base: Path, num_new: int) -> tuple[NewToken, ...]:
     rows = torch.randn(num_new, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)) * SCALE
     save_rows(path, tokens, Rows(rows), {"method": "random", "options": {}, "base": {
         "model": str(base), "num_used_ids": known.num_used_ids, "hidden_size": checkpoint.hidden_size,
-        "tokenizer_sha256": file_sha256(base / "tokenizer.json"), "class": class_record(base, checkpoint.names)}})  # fmt: skip
+        "tokenizer_sha256": file_sha256(base / "tokenizer.json"),
+        "class": class_record(base, checkpoint.names)}})  # fmt: skip
     return tokens

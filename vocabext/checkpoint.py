@@ -228,7 +228,8 @@ def _download(model: str) -> Path:
 
 # -- reading a folder ---------------------------------------------------------------------------------------------
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, names: EmbeddingNames | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False,
+                    names: EmbeddingNames | None = None) -> Checkpoint:
     """Read the config and all safetensors headers of a model folder, and find its vocabulary tensors.
 
     Args:
