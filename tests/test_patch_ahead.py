@@ -1,6 +1,7 @@
 """Writing weights before transformers has been asked: the same folder, the same refusals, and nothing left behind."""
 
 import errno
+import gc
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vocabext.architecture import EmbeddingNames, embedding_names
 from vocabext.checkpoint import load_rows, open_checkpoint, open_rows, save_rows
 from vocabext.class_record import class_record, known_class, names_from_json, names_to_json
 from vocabext.errors import CheckpointError, TokenizerError
+from vocabext.imports import without_collecting
 from vocabext.links import Copier
 from vocabext.manifest import file_sha256
 
@@ -347,6 +349,21 @@ def test_an_error_that_follows_from_the_end_is_not_seen() -> None:
 
     with pytest.raises(ValueError, match="first"):
         end_with(ValueError("first"), Copier(lambda _: None), work, wait=False)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_looked_for_again_afterwards(enabled: bool) -> None:
+    @without_collecting()
+    def fail() -> None:
+        raise ValueError(gc.isenabled())
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ValueError, match="False"):
+            fail()
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_the_record_holds_what_it_depends_on(case: Case) -> None:
