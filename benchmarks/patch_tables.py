@@ -21,7 +21,7 @@ How long it takes to make, prove and undo an expanded checkpoint, next to copyin
 weights in the shape of a Llama, a head of its own, and a matrix that must grow. Every line is a process of its own that
 begins with a cold cache. *Until on disk* adds the time of a `sync` afterwards: `cp` returns before its bytes are there,
 `patch` and `revert` do not. `patch` and `verify` cannot be faster than their start, which asks the model class for
-the names of its tensors; *without start* leaves that out.
+the names of its tensors; *without start* leaves that out. `patch` writes weights during most of it.
 `revert` imports neither torch nor transformers. With links, what is left are the shards that hold the
 vocabulary, which are written anew: the share of these in the model is what decides.
 """

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vocabext.checkpoint import Rows, open_checkpoint, save_rows
+from vocabext.class_record import class_record
 from vocabext.manifest import file_sha256
 from vocabext.records import NewToken, write_json
 from vocabext.tokenizer import load_tokenizer
@@ -118,5 +119,6 @@ def write_rows(path: Path, base: Path, num_new: int) -> tuple[NewToken, ...]:
     rows = torch.randn(num_new, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)) * SCALE
     save_rows(path, tokens, Rows(rows), {"method": "random", "options": {}, "base": {
         "model": str(base), "num_used_ids": known.num_used_ids, "hidden_size": checkpoint.hidden_size,
-        "tokenizer_sha256": file_sha256(base / "tokenizer.json")}})  # fmt: skip
+        "tokenizer_sha256": file_sha256(base / "tokenizer.json"),
+        "class": class_record(base, checkpoint.names)}})  # fmt: skip
     return tokens

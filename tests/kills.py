@@ -29,11 +29,14 @@ from tiny_expanded import DOCUMENTS, new_tokens
 
 from vocabext import verify as verification
 from vocabext.checkpoint import Rows, open_checkpoint, save_rows
+from vocabext.class_record import class_record
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.manifest import file_sha256
 from vocabext.patch import patch
 from vocabext.pipeline import RunConfig, run
 from vocabext.revert import revert
 from vocabext.rows import mean_rows
+from vocabext.tokenizer import load_tokenizer
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree")
 DATED = {"vocabext.json": ("created",), "verify.json": ("seconds",), "eval.json": ("seconds",)}
@@ -59,9 +62,12 @@ class Work:
 
 def _base(folder: Path) -> None:
     base = tiny_folder(folder / "base", sharded=True, tied=False, num_rows=291)
-    tokens = new_tokens(base)
-    matrix = open_checkpoint(base).read("model.embed_tokens.weight")
-    save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(matrix, tokens)), {"method": "mean"})
+    tokens, checkpoint = new_tokens(base), open_checkpoint(base)
+    matrix = checkpoint.read("model.embed_tokens.weight")
+    made_from = {"num_used_ids": load_tokenizer(base).num_used_ids, "class": class_record(base, checkpoint.names),
+                 "tokenizer_sha256": file_sha256(base / "tokenizer.json")}  # so that weights are written at once
+    save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(matrix, tokens)),
+              {"method": "mean", "base": made_from})  # fmt: skip
 
 
 def _expanded(folder: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vocabext.checkpoint import open_checkpoint
+from vocabext.checkpoint import open_checkpoint, open_rows
+from vocabext.class_record import known_class
 from vocabext.tokenizer import load_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -33,6 +34,9 @@ def test_the_synthetic_base_has_its_size_and_a_full_matrix(tmp_path: Path) -> No
     assert len(tokenizer.encode("aB")) == 1
     tokens = write_rows(tmp_path / "rows.safetensors", base, 20)
     assert len({token.token for token in tokens}) == 20
+    known = known_class(open_rows(tmp_path / "rows.safetensors"), base)
+    assert known is not None
+    assert known.names == checkpoint.names
 
 
 def test_a_process_is_measured() -> None:

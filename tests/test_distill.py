@@ -14,17 +14,19 @@ import torch
 from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
 
-from vocabext.checkpoint import load_rows
+from vocabext.architecture import embedding_names
+from vocabext.checkpoint import load_rows, open_rows
+from vocabext.class_record import KnownClass, known_class
 from vocabext.collect import collect
 from vocabext.config import CollectConfig, DistillConfig
-from vocabext.distill import distill, distill_file
+from vocabext.distill import distill, distill_file, stage
 from vocabext.distill.contexts import Contexts, teach
 from vocabext.distill.engine import Objective, Taught, _schedule, held_out_errors, next_token_nats, snippet_errors
 from vocabext.distill.examples import build_examples
 from vocabext.distill.sharing import share_texts
 from vocabext.distill.silence import sample_background
 from vocabext.distill.stage import _rounds, _split, _Work
-from vocabext.errors import UsageError
+from vocabext.errors import CheckpointError, UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, pick_device
 from vocabext.progress import Task
@@ -263,6 +265,27 @@ def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     assert header["options"]["window"] == 24
     assert header["base"]["num_used_ids"] == load_tokenizer(folder).num_used_ids
+    assert known_class(open_rows(tmp_path / "rows.safetensors"), folder) == KnownClass(
+        embedding_names(folder), load_tokenizer(folder).num_used_ids)  # fmt: skip
+
+
+def test_a_class_that_cannot_be_built_fails_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = collected(tmp_path)
+    write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [r.to_json() for r in found])
+
+    def cannot(*_: object, **__: object) -> None:
+        raise CheckpointError("cannot build the model class")
+
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(stage, "embedding_names", cannot)
+    monkeypatch.setattr(stage, "load_model", loaded)
+    with pytest.raises(CheckpointError, match="cannot build"):
+        distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors",
+                     DistillConfig(dtype="float32", device="cpu"))  # fmt: skip
 
 
 def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path) -> None:

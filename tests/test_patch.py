@@ -324,7 +324,7 @@ def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(case: Case, monk
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
-@pytest.mark.parametrize("step", ["write_shard", "write_manifest", "_write_json"])
+@pytest.mark.parametrize("step", ["patch_weights.write_shard", "patch.write_manifest", "patch._write_json"])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_interruption_leaves_nothing_or_the_old_folder(
@@ -337,7 +337,7 @@ def test_an_interruption_leaves_nothing_or_the_old_folder(
     def interrupt(*_: Any, **__: Any) -> None:
         raise stop("stop")
 
-    monkeypatch.setattr(module, step, interrupt)
+    monkeypatch.setattr(f"vocabext.{step}", interrupt)
     with pytest.raises(stop):
         case.patch(force=True)
     assert digests(tmp_path) == before

@@ -91,37 +91,65 @@ def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> N
 
 
 class _StoppedError(Exception):
-    """Another file failed, or the work was interrupted."""
+    """Other work failed, or all of it was interrupted."""
 
 
 class Copier:
     """Copies files in threads of its own while the caller does other work, and syncs each that is complete.
 
-    Leaving the `with` block waits for all of them, and raises the first error; left by an error, it stops them.
+    Leaving the `with` block waits for all of them. The first error, of a thread or of the caller, stops the rest and
+    is the one that is raised; nothing is written any more once the block is left.
 
     Args:
-        advance: Told how many bytes were copied, from any thread.
+        advance: Told how many bytes were copied, from one thread at a time.
     """
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self._advance = advance
-        self._pool = ThreadPoolExecutor(COPY_THREADS)
+        self._lock = threading.Lock()
+        self._pool, self._more = ThreadPoolExecutor(COPY_THREADS), ThreadPoolExecutor(1)
         self._stop = threading.Event()
-        self._copies: list[Future[None]] = []
+        self._error: BaseException | None = None
+        self._work: list[Future[None]] = []
 
     def add(self, source: Path, target: Path) -> None:
         """Copy a file; returns at once."""
-        self._copies.append(self._pool.submit(self._copy, source, target))
+        self._work.append(self._pool.submit(self._guarded, self._copy, source, target))
 
-    def _copy(self, source: Path, target: Path) -> None:
-        copy_file(source, target, self._counted)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+    def run(self, work: Callable[[Callable[[int], object]], object]) -> None:
+        """Do other work in one more thread; returns at once.
 
-    def _counted(self, count: int) -> None:
+        Args:
+            work: Gets a function that it must call often with the number of bytes that it has read: there it is
+                stopped.
+        """
+        self._work.append(self._more.submit(self._guarded, work, self.advance))
+
+    def advance(self, count: int) -> None:
+        """Count bytes; raises if the work is to stop."""
         if self._stop.is_set():
             raise _StoppedError
-        self._advance(count)
+        with self._lock:
+            self._advance(count)
+
+    def check(self) -> None:
+        """Raise the error of a thread, if there is one: the caller need not go on."""
+        if self._error is not None:
+            raise self._error
+
+    def _guarded(self, work: Callable[..., object], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            with self._lock:
+                if self._error is None and not self._stop.is_set():
+                    self._error = error
+                self._stop.set()
+
+    def _copy(self, source: Path, target: Path) -> None:
+        copy_file(source, target, self.advance)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
     def __enter__(self) -> "Copier":
         return self
@@ -130,8 +158,13 @@ class Copier:
                  trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                for copy in self._copies:
-                    copy.result()
+                for work in self._work:
+                    work.result()
+            earlier = self._error
         finally:  # after an error, or an interruption while we wait: nothing may be written any more
             self._stop.set()
-            self._pool.shutdown(cancel_futures=True)
+            for pool in (self._pool, self._more):
+                pool.shutdown(cancel_futures=True)
+        # An interruption is one, whatever else went wrong.
+        if earlier is not None and earlier is not error and (kind is None or issubclass(kind, Exception)):
+            raise earlier

@@ -4,18 +4,22 @@ No weights are loaded. Only the shards that hold vocabulary tensors are written 
 bytes; the other shards are linked or copied, everything else is copied. What it takes to get the base back
 lies in `vocabext_base/` (see `vocabext.manifest`). The folder is built beside its destination and renamed
 last, so it is there whole or not at all.
+
+Half of the time used to go by before the first byte, with the import of transformers, which must be asked about
+the model class and the tokenizer. Where the rows file says what they will answer (see `vocabext.class_record`),
+the weights are written meanwhile; an answer that differs takes it all back.
 """
 
 import hashlib
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vocabext.architecture import EmbeddingNames, embedding_names
 from vocabext.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -25,36 +29,35 @@ from vocabext.checkpoint import (
     open_rows,
     resolve_model,
 )
+from vocabext.class_record import KnownClass, check_class, known_class
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.folders import Syncer, new_folder
-from vocabext.links import AUTO, COPY, LINKS, Copier, link_file
+from vocabext.imports import without_collecting
+from vocabext.links import AUTO, LINKS, Copier
 from vocabext.manifest import (
     ORIGINAL_SUFFIX,
     ORIGINALS_FOLDER,
-    ROWS_ORIGINAL,
     BaseRecord,
     FileRecord,
     Manifest,
     Original,
     Originals,
-    OverwrittenRows,
-    TensorRecord,
     file_sha256,
     has_manifest,
     token_records,
     write_manifest,
 )
 from vocabext.patch_plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
+from vocabext.patch_weights import Advance, WeightWriter
 from vocabext.progress import Progress, no_progress
 from vocabext.records import check_output, real_path
-from vocabext.shards import READ_BYTES, write_shard
+from vocabext.shards import READ_BYTES
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
 
-Advance = Callable[[int], object]
-
 MARGIN_BYTES = 1_000_000  # index, manifest, headers
+LAID_OUT = 3  # by which tokenizer.json may be larger than one without spaces and line breaks
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class PatchResult:
     seconds: float
 
 
+@without_collecting()
 def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
           untie: bool = False, trust_remote_code: bool = False, progress: Progress = no_progress,
           say: Callable[[str], None] = lambda _: None) -> PatchResult:
@@ -117,8 +121,6 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         CheckpointError: If the base is damaged, the rows were made for another model, or the disk is too full.
         TokenizerError: If the tokens cannot be added to the base's tokenizer.
     """
-    from vocabext.tokenizer import extend, load_tokenizer
-
     started = time.perf_counter()
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}; it must be one of {', '.join(LINKS)}")
@@ -128,35 +130,45 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
     check_places(output, base_folder, rows_path)
-    checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
-    base = load_tokenizer(str(base_folder), trust_remote_code=trust_remote_code)
-    _check_rows(file, checkpoint, base.num_used_ids)
-    expanded = extend(base, file.tokens)
-    tensors = plan_tensors(checkpoint, file, base.num_used_ids, untie=untie)
-    files = plan_files(checkpoint, tensors, _stale_files(base_folder))
+    asked = _Asked(file, base_folder, trust_remote_code=trust_remote_code)
+    plan = _plan_ahead(file, base_folder, asked.known, untie=untie)
+    if plan is None:
+        checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
+        asked.heard(checkpoint.names)
+        plan = _plan(checkpoint, file, asked.tokenizers(checkpoint)[0].num_used_ids, untie=untie)
+    checkpoint, tensors, files = plan.checkpoint, plan.tensors, plan.files
     if tensors.untied:
         say(f"the head gets a matrix of its own, so that input and output rows can differ: "
             f"{tensors.untied_bytes / 1e6:,.1f} MB more")
     with new_folder(output, force=force) as folder:
-        writer = _Writer(checkpoint, expanded, tensors, files, folder, link)
-        writer.link_weights()
-        _check_space(output.parent, writer.num_bytes() + MARGIN_BYTES)
-        writer.write(progress)
-        record = writer.record()
+        weights = WeightWriter(checkpoint, tensors, files, folder, link)
+        weights.link_weights()
+        others = _OtherFiles(checkpoint, files, folder, weights.originals)
+        _check_space(output.parent, weights.num_bytes() + others.num_bytes() + asked.tokenizer_bytes() + MARGIN_BYTES)
+        with progress("writing the checkpoint", weights.read_bytes() + others.read_bytes(), "bytes") as task, \
+                Syncer() as syncer, Copier(task.advance) as copier:
+            weights.start(copier, syncer)
+            asked.ask_class()
+            copier.check()
+            base, expanded = asked.tokenizers(checkpoint)
+            copier.check()
+            others.write(expanded, copier)
+        others.write_index(tensors)
+        record = others.record()
         write_manifest(folder, Manifest(
-            base=_base_record(model, checkpoint, base, writer.tensors_sha256),
+            base=_base_record(model, checkpoint, base, weights.tensors_sha256),
             tokens=token_records(file.tokens, base.num_used_ids, file.header.get("per_token") or ()),
             method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
-            head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=writer.records(),
-            originals=writer.originals))
-        writer.write_config()
+            head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=weights.records(),
+            originals=weights.originals))
+        others.write_config(tensors)
         _check_new(folder, checkpoint, tensors, trust_remote_code=trust_remote_code)
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     num_rows = tensors.records[checkpoint.vocab_tensors[0]].num_rows
-    linked = sum(sizes[folder / name] for name in writer.linked)
+    linked = sum(sizes[folder / name] for name in weights.linked)
     return PatchResult(
         output_folder, len(file.tokens), base.num_used_ids, checkpoint.vocab_size, num_rows, tensors.head_rows,
-        tensors.untied_bytes, record, len(writer.linked), next(iter(writer.linked.values()), None),
+        tensors.untied_bytes, record, len(weights.linked), next(iter(weights.linked.values()), None),
         sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started)
 
 
@@ -188,6 +200,72 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
         raise UsageError(f"the output {output} is a file; choose another output")
     if any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
         raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written."""
+
+    checkpoint: Checkpoint
+    tensors: TensorPlan
+    files: FilePlan
+
+
+def _plan(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie: bool) -> _Plan:
+    tensors = plan_tensors(checkpoint, file, num_used, untie=untie)
+    return _Plan(checkpoint, tensors, plan_files(checkpoint, tensors, _stale_files(checkpoint.folder)))
+
+
+def _plan_ahead(file: RowsFile, folder: Path, known: KnownClass | None, *, untie: bool) -> _Plan | None:
+    """Plan by what the rows file says about its base; None if it says nothing, or cannot be right."""
+    if known is None or not file.tokens:
+        return None
+    try:
+        return _plan(open_checkpoint(folder, names=known.names), file, known.num_used, untie=untie)
+    except CheckpointError:  # of the base or of what is said about it: asking the class will tell
+        return None
+
+
+class _Asked:
+    """What only transformers knows about a base, asked when it is needed; each question is answered once.
+
+    Attributes:
+        known: What the rows file says about it in advance.
+    """
+
+    def __init__(self, file: RowsFile, folder: Path, *, trust_remote_code: bool) -> None:
+        self.known = known_class(file, folder)
+        self._file, self._folder, self._trust_remote_code = file, folder, trust_remote_code
+        self._heard = False
+        self._tokenizers: tuple[BaseTokenizer, ExpandedTokenizer] | None = None
+
+    def ask_class(self) -> None:
+        """Ask the model class, if nobody has."""
+        if not self._heard:
+            self.heard(embedding_names(self._folder, trust_remote_code=self._trust_remote_code))
+
+    def heard(self, names: EmbeddingNames) -> None:
+        """Take the answer of the model class, and refuse rows that say something else about it."""
+        self._heard = True
+        if self.known is not None:
+            check_class(self.known, names, self._file, self._folder)
+
+    def tokenizers(self, checkpoint: Checkpoint) -> "tuple[BaseTokenizer, ExpandedTokenizer]":
+        """Load the base's tokenizer and extend it, and refuse rows that were made for another one."""
+        from vocabext.tokenizer import extend, load_tokenizer
+
+        if self._tokenizers is None:
+            base = load_tokenizer(str(self._folder), trust_remote_code=self._trust_remote_code)
+            _check_rows(self._file, checkpoint, base.num_used_ids)
+            self._tokenizers = base, extend(base, self._file.tokens)
+        return self._tokenizers
+
+    def tokenizer_bytes(self) -> int:
+        """Return the size of the new tokenizer.json: generously, where it is not made yet."""
+        if self._tokenizers is not None:
+            return len(self._tokenizers[1].backend.to_str().encode())
+        grown = sum(len(token.key.encode()) for token in self._file.tokens)
+        return LAID_OUT * ((self._folder / "tokenizer.json").stat().st_size + grown)
 
 
 def _check_rows(file: RowsFile, checkpoint: Checkpoint, num_used: int) -> None:
@@ -224,136 +302,58 @@ def _check_space(parent: Path, needed: int) -> None:
 
 # -- writing ------------------------------------------------------------------------------------------------------
 
-@dataclass
-class _Writer:
-    """Fills the new folder.
+class _OtherFiles:
+    """Fills the new folder with everything but weights and vocabext.json."""
 
-    Attributes:
-        checkpoint: The base.
-        expanded: The new tokenizer.
-        tensors: What becomes of the tensors.
-        files: What becomes of the files.
-        folder: Where it all goes.
-        link: How weights come over.
-        linked: Weight files that were linked, and how.
-        tensors_sha256: Digests of the base's vocabulary tensors, once its shards are read.
-        new_rows_sha256: Digests of the new rows of each tensor, once they are written.
-        originals: What restores the base.
-    """
-
-    checkpoint: Checkpoint
-    expanded: "ExpandedTokenizer"
-    tensors: TensorPlan
-    files: FilePlan
-    folder: Path
-    link: str = COPY
-    linked: dict[str, str] = field(default_factory=dict)
-    tensors_sha256: dict[str, str] = field(default_factory=dict)
-    new_rows_sha256: dict[str, str] = field(default_factory=dict)
-    originals: Originals = field(default_factory=Originals)
-
-    def link_weights(self) -> None:
-        """Link what can be linked; that takes no space, so it comes before the question for it."""
-        for name in self.files.weights:
-            how = link_file(self.checkpoint.folder / name, self.folder / name, self.link)
-            if how is not None:
-                self.linked[name] = how
+    def __init__(self, checkpoint: Checkpoint, files: FilePlan, folder: Path, originals: Originals) -> None:
+        self._checkpoint, self._files, self._folder, self._originals = checkpoint, files, folder, originals
 
     def num_bytes(self) -> int:
-        """Return how many bytes are still to be written, a little more than less."""
-        infos, base = self.checkpoint.tensors, self.checkpoint.folder
-        copied = [name for name in (*self.files.weights, *self.files.others) if name not in self.linked]
-        total = sum((base / name).stat().st_size for name in (*copied, *self.files.kept, *self.files.shards))
-        for name, growth in self.tensors.growths.items():
-            overwritten = max(0, min(growth.end_row, infos[name].shape[0]) - growth.first_row)
-            total += growth.num_bytes(infos[name]) - infos[name].num_bytes + overwritten * infos[name].row_bytes
-        total += sum(added.growth.num_bytes(infos[added.source]) for added in self.tensors.added.values())
-        return total + len(self.expanded.backend.to_str().encode()) + 2 * sum(
-            self.checkpoint.shards[name].data_start for name in self.files.shards)
+        """Return how many bytes are to be copied."""
+        return self.read_bytes() + self._size(self._files.kept)
 
-    def write(self, progress: Progress) -> None:
-        """Write everything but config.json and vocabext.json."""
+    def read_bytes(self) -> int:
+        """Return the size of the files that are carried over."""
+        return self._size(self._files.others)
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum((self._checkpoint.folder / name).stat().st_size for name in names)
+
+    def write(self, expanded: "ExpandedTokenizer", copier: Copier) -> None:
+        """Write the tokenizer, and copy what is carried over or kept."""
         from vocabext.tokenizer import save_expanded
 
-        base = self.checkpoint.folder
-        save_expanded(self.expanded, base, self.folder)
-        for name in [name for name in self.files.others if (self.folder / name).exists()]:
-            self.files.others.remove(name)  # the tokenizer has a file of this name as well
-            self.files.kept.append(name)
-        self.originals.lost.update(self.files.lost)
-        work = [name for name in (*self.files.weights, *self.files.others) if name not in self.linked]
-        total = sum((base / name).stat().st_size for name in (*work, *self.files.shards))
-        with progress("writing the checkpoint", total, "bytes") as task, Syncer() as syncer:
-            advance = _locked(task.advance)
-            with Copier(advance) as copier:
-                for name in self.files.weights:
-                    if name not in self.linked:
-                        copier.add(base / name, self.folder / name)
-                    self.originals.carried_over[name] = Original((base / name).stat().st_size, None, name)
-                self._keep_files()
-                for name in self.files.others:
-                    self.originals.carried_over[name] = _copy_small(base / name, self.folder / name, name, advance)
-                for name in self.files.shards:
-                    syncer.add(self._rewrite(name, advance))
-        index = new_index(self.checkpoint, self.tensors) if self.checkpoint.sharded else None
-        if index is not None:
-            _write_json(self.folder / INDEX_NAME, index)
+        base = self._checkpoint.folder
+        save_expanded(expanded, base, self._folder)
+        for name in [name for name in self._files.others if (self._folder / name).exists()]:
+            self._files.others.remove(name)  # the tokenizer has a file of this name as well
+            self._files.kept.append(name)
+        self._originals.lost.update(self._files.lost)
+        for name in self._files.kept:
+            copier.check()
+            stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
+            self._originals.files[name] = _copy_small(base / name, self._folder / stored, stored)
+        for name in self._files.others:
+            copier.check()
+            self._originals.carried_over[name] = _copy_small(base / name, self._folder / name, name, copier.advance)
 
-    def write_config(self) -> None:
+    def write_index(self, tensors: TensorPlan) -> None:
+        """Write the index of the shards, if it changes."""
+        index = new_index(self._checkpoint, tensors) if self._checkpoint.sharded else None
+        if index is not None:
+            _write_json(self._folder / INDEX_NAME, index)
+
+    def write_config(self, tensors: TensorPlan) -> None:
         """Write config.json, without which the folder is no model: last of all."""
-        if CONFIG_NAME in self.files.kept:
-            _write_json(self.folder / CONFIG_NAME, new_config(self.checkpoint, self.tensors))
+        if CONFIG_NAME in self._files.kept:
+            _write_json(self._folder / CONFIG_NAME, new_config(self._checkpoint, tensors))
 
     def record(self) -> FileRecord:
         """Return what became of the base's files."""
-        carried = tuple(sorted(self.originals.carried_over))
-        there = {path.name for path in self.folder.iterdir() if path.is_file()} - {*carried}
-        rewritten = there | {CONFIG_NAME} if CONFIG_NAME in self.files.kept else there  # it comes last
-        return FileRecord(carried, tuple(sorted(rewritten)), self.files.left_out)
-
-    def records(self) -> dict[str, TensorRecord]:
-        """Return what became of the tensors with a row per token."""
-        return {name: replace(record, new_rows_sha256=self.new_rows_sha256[name])
-                for name, record in self.tensors.records.items()}
-
-    def _keep_files(self) -> None:
-        for name in self.files.kept:
-            stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
-            self.originals.files[name] = _copy_small(
-                self.checkpoint.folder / name, self.folder / stored, stored)
-
-    def _rewrite(self, name: str, advance: Advance) -> Path:
-        added = {new: copied for new, copied in self.tensors.added.items() if self.tensors.records[new].file == name}
-        kept_path = self.folder / ROWS_ORIGINAL
-        kept_path.parent.mkdir(exist_ok=True)
-        with open(kept_path, "ab") as kept:
-            old = write_shard(self.checkpoint.folder, self.checkpoint.shards[name], self.folder / name,
-                              self.tensors.growths, added, kept, advance)
-        if not kept_path.stat().st_size:
-            kept_path.unlink()
-        advance(self.checkpoint.shards[name].data_start)
-        self.tensors_sha256.update(old.tensors_sha256)
-        self.new_rows_sha256.update(old.new_rows_sha256)
-        stored = f"{ORIGINALS_FOLDER}/{name}.header{ORIGINAL_SUFFIX}"
-        (self.folder / stored).write_bytes(old.header)
-        self.originals.shards[name] = Original(old.num_bytes, old.sha256, stored)
-        for tensor, (offset, size, sha256) in old.overwritten.items():
-            if size:
-                row_bytes = self.checkpoint.tensors[tensor].row_bytes
-                self.originals.rows[tensor] = OverwrittenRows(
-                    self.tensors.growths[tensor].first_row, size // row_bytes, offset, size, sha256)
-        return self.folder / name
-
-
-def _locked(advance: Advance) -> Advance:
-    """Let several threads count."""
-    lock = threading.Lock()
-
-    def counted(count: int) -> None:
-        with lock:
-            advance(count)
-
-    return counted
+        carried = tuple(sorted(self._originals.carried_over))
+        there = {path.name for path in self._folder.iterdir() if path.is_file()} - {*carried}
+        rewritten = there | {CONFIG_NAME} if CONFIG_NAME in self._files.kept else there  # it comes last
+        return FileRecord(carried, tuple(sorted(rewritten)), self._files.left_out)
 
 
 def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lambda _: None) -> Original:

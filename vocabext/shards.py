@@ -2,16 +2,18 @@
 
 A file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), and
 the bytes. Headers alone tell everything that `inspect` and `patch` must decide. A shard is rewritten in one
-pass over its bytes, chunk by chunk: nothing here holds more than two chunks, however large a matrix is.
+pass over its bytes, chunk by chunk: nothing here holds more than a few chunks, however large a matrix is.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,6 +24,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
 # By which files are read, compared, hashed and written: few enough to stay in the processor's cache between these.
 READ_BYTES = 1024 * 1024
+# By which a shard is rewritten, with two such buffers. Other threads may be busy with Python code meanwhile, and
+# every call into the system then waits for the interpreter, 5 ms at worst: few large calls do not notice.
+REWRITE_BYTES = 32 * 1024 * 1024
 # Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
@@ -159,7 +164,7 @@ def _check_ranges(path: Path, ordered: Mapping[str, TensorInfo], data_bytes: int
         raise CheckpointError(f"{path} has {data_bytes} bytes of data, but its tensors end at byte {position}")
 
 
-def byte_range(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+def byte_range(file: BinaryIO | FileIO, start: int, count: int) -> Iterator[bytes]:
     """Yield `count` bytes of a file from `start` on, in chunks.
 
     Raises:
@@ -259,18 +264,20 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
         What restores the old shard.
     """
     raw = new_header(shard, growths, added)
-    with open(source_folder / shard.file, "rb", buffering=READ_BYTES) as source, \
+    with open(source_folder / shard.file, "rb", buffering=0) as source, \
             open(target, "xb", buffering=READ_BYTES) as out, _Digests() as digests:
         header = b"".join(byte_range(source, 0, shard.data_start))
         digests.file.update(header)
         out.write(raw)
         copy = _ShardCopy(source, shard, out, kept, digests, advance)
         changed: dict[str, tuple[str, tuple[int, int, str], str]] = {}
+        done = 0  # everything between two tensors that change is copied as one piece
         for name, info in shard.tensors.items():
             if name in growths:
+                copy.plain(done, info.start)
                 changed[name] = copy.grow(info, growths[name])
-            else:
-                copy.plain(info)
+                done = info.end
+        copy.plain(done, max((info.end for info in shard.tensors.values()), default=0))
         copied = {name: copy.duplicate(shard.tensors[tensor.source], tensor.growth) for name, tensor in added.items()}
         size = os.fstat(source.fileno()).st_size
     return Rewritten(header, size, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
@@ -308,12 +315,12 @@ class _Digests:
                  trace: TracebackType | None) -> None:
         self._pool.shutdown()
 
-    def update(self, chunk: bytes, *more: Any) -> None:
+    def update(self, chunk: bytes | memoryview, *more: Any) -> None:
         """Add a chunk to the digest of the file and to others; waits until the chunk before is done."""
         self.wait()
         self._pending = self._pool.submit(self._update, chunk, *more)
 
-    def _update(self, chunk: bytes, *more: Any) -> None:
+    def _update(self, chunk: bytes | memoryview, *more: Any) -> None:
         for digest in (self.file, *more):
             digest.update(chunk)
 
@@ -327,46 +334,69 @@ class _Digests:
 class _ShardCopy:
     """The pass over the bytes of one shard."""
 
-    def __init__(self, source: BinaryIO, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
+    def __init__(self, source: FileIO, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
                  advance: Callable[[int], object]) -> None:
         self._source, self._shard, self._out, self._kept = source, shard, out, kept
         self._digests, self._advance = digests, advance
+        # While one is written and counted in digests, the other is filled.
+        size = min(REWRITE_BYTES, max((info.end for info in shard.tensors.values()), default=0))
+        self._buffers = itertools.cycle([memoryview(bytearray(size)) for _ in range(2)])
 
-    def plain(self, info: TensorInfo) -> None:
-        """Copy a tensor as it is."""
-        self._read(info, 0, info.num_bytes, self._out)
+    def plain(self, first: int, last: int) -> None:
+        """Copy bytes of the data as they are."""
+        self._read(first, last, self._out)
         self._digests.wait()
 
     def grow(self, info: TensorInfo, growth: Growth) -> tuple[str, tuple[int, int, str], str]:
         """Copy a tensor with its new rows; returns its old digest, where overwritten rows are, and the rows' digest."""
         whole, overwritten = hashlib.sha256(), hashlib.sha256()
-        first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
+        first, last = (info.start + min(row, info.shape[0]) * info.row_bytes
+                       for row in (growth.first_row, growth.end_row))
         offset = self._kept.tell()
-        self._read(info, 0, first, self._out, whole)
+        self._read(info.start, first, self._out, whole)
         self._write_gap(info, growth)
         new_rows = self._write_rows(info, growth)
-        self._read(info, first, last, self._kept, whole, overwritten)
-        self._read(info, last, info.num_bytes, self._out, whole)
+        self._read(first, last, self._kept, whole, overwritten)
+        self._read(last, info.end, self._out, whole)
         self._write_surplus(info, growth)
         self._digests.wait()
         return whole.hexdigest(), (offset, last - first, overwritten.hexdigest()), new_rows
 
     def duplicate(self, info: TensorInfo, growth: Growth) -> str:
         """Write a copy of a tensor that has been read before, with rows of its own; returns their digest."""
-        first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
-        start = self._shard.data_start + info.start
-        self._out.writelines(byte_range(self._source, start, first))
+        first, last = (info.start + min(row, info.shape[0]) * info.row_bytes
+                       for row in (growth.first_row, growth.end_row))
+        self._again(info.start, first)
         self._write_gap(info, growth)
         new_rows = self._write_rows(info, growth)
-        self._out.writelines(byte_range(self._source, start + last, info.num_bytes - last))
+        self._again(last, info.end)
         self._write_surplus(info, growth)
         return new_rows
 
-    def _read(self, info: TensorInfo, first: int, last: int, out: BinaryIO, *digests: Any) -> None:
-        for chunk in byte_range(self._source, self._shard.data_start + info.start + first, last - first):
+    def _read(self, first: int, last: int, out: BinaryIO, *digests: Any) -> None:
+        for chunk in self._chunks(first, last):
             self._digests.update(chunk, *digests)
             out.write(chunk)
             self._advance(len(chunk))
+
+    def _again(self, first: int, last: int) -> None:
+        for chunk in self._chunks(first, last):
+            self._out.write(chunk)
+            self._advance(0)  # the bytes are counted already, but the work may be stopped here
+
+    def _chunks(self, first: int, last: int) -> Iterator[memoryview]:
+        """Yield bytes of the data, in a buffer that is filled anew at the next chunk but one."""
+        self._source.seek(self._shard.data_start + first)
+        while first < last:
+            chunk = next(self._buffers)[: last - first]
+            filled = 0
+            while filled < len(chunk):
+                count = self._source.readinto(chunk[filled:])
+                if not count:
+                    raise CheckpointError(f"{self._source.name} became shorter while it was read")
+                filled += count
+            first += filled
+            yield chunk
 
     def _write_gap(self, info: TensorInfo, growth: Growth) -> None:
         """Write empty rows for ids of the base that a further table has none for."""

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vocabext.architecture import embedding_names
 from vocabext.checkpoint import Rows, resolve_model, save_rows
+from vocabext.class_record import class_record
 from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
 from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
@@ -151,6 +153,8 @@ def distill_file(
     folder = resolve_model(model)
     if config.method != "mean":
         check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
+    # Before the work: a class without a vocabulary to extend is one that `patch` would refuse.
+    known_class = class_record(folder, embedding_names(folder, trust_remote_code=trust_remote_code))
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
@@ -180,7 +184,7 @@ def distill_file(
             say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
                 f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
     made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": result.input_ND.shape[1],
-                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}  # fmt: skip
+                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json"), "class": known_class}  # fmt: skip
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
