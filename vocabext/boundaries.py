@@ -118,7 +118,7 @@ class MergeTable:
 
 def escape(text: str) -> str:
     """Escape a literal for the Oniguruma regex engine of the tokenizers library."""
-    return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):X}}}" for c in text)
+    return "".join(c if c.isalnum() or c == SPACE_MARK else rf"\x{{{ord(c):X}}}" for c in text)
 
 
 def character_class(characters: Iterable[str]) -> str:
@@ -127,12 +127,41 @@ def character_class(characters: Iterable[str]) -> str:
     return f"[{inside}]" if inside else ""
 
 
-def prefix_tree(guards: Mapping[str, str], refused: Mapping[str, str] | None = None, behind_first: str = "") -> str:
+class Definitions:
+    """Expressions that are written once and called by name wherever they are needed.
+
+    Thousands of copies of a few guards take most of the time of reading a folder.
+    """
+
+    def __init__(self, written: str = "") -> None:
+        """Begin with none.
+
+        Args:
+            written: What the expression holds already; the names in it are not used again.
+        """
+        self._names: dict[str, str] = {}
+        self._free = (name for i in itertools.count() if f"<{(name := f'x{i}')}>" not in written)
+
+    def call(self, expression: str) -> str:
+        """Return a call of an expression; nothing for nothing."""
+        if not expression:
+            return ""
+        if expression not in self._names:
+            self._names[expression] = next(self._free)
+        return rf"\g<{self._names[expression]}>"
+
+    def __str__(self) -> str:
+        """Return the definitions, which match nothing; they may stand in front of any expression."""
+        return "".join(f"(?<{name}>{expression}){{0}}" for expression, name in self._names.items())
+
+
+def prefix_tree(guards: Mapping[str, str], refused: "Mapping[str, Refused] | None" = None,
+                behind_first: str = "") -> str:  # fmt: skip
     """Return a regex that matches the longest of the given strings whose guard holds.
 
     Args:
         guards: String to a zero-width assertion that must hold at its end (may be empty).
-        refused: First character to a character class; no match begins behind one of the class.
+        refused: First character to what no match may begin behind.
         behind_first: An expression to put behind the first character of every string.
     """
     root = _Node()
@@ -161,7 +190,7 @@ class _Node:
     guard: str | None = None
 
 
-def _render(node: _Node, prefix: str, refused: Mapping[str, str], behind_first: str = "") -> str:
+def _render(node: _Node, prefix: str, refused: "Mapping[str, Refused]", behind_first: str = "") -> str:
     # Where many strings go on, much text does.
     children = sorted(node.children.items(), key=lambda item: (-item[1].count, item[0]))
     branches = [_branch(character, child, prefix, refused, behind_first) for character, child in children]
@@ -173,7 +202,7 @@ def _render(node: _Node, prefix: str, refused: Mapping[str, str], behind_first: 
 
 
 def _branch(
-    literal: str, node: _Node, prefix: str, refused: Mapping[str, str], behind_first: str
+    literal: str, node: _Node, prefix: str, refused: "Mapping[str, Refused]", behind_first: str
 ) -> tuple[str, str, int]:
     """Return the first character of a branch, its expression, and how many strings are in it."""
     first, count = literal, node.count
@@ -185,10 +214,26 @@ def _branch(
     return first, escape(first) + behind_first + escape(literal[1:]) + behind + _render(node, text, refused), count
 
 
-def _behind(refused: Mapping[str, str], text: str) -> str:
-    """Return the assertion, at the end of a text, that a refused character does not stand in front of it."""
-    characters = refused.get(text[:1])
-    return f"(?<!{characters}{escape(text)})" if characters else ""
+@dataclass(frozen=True)
+class Refused:
+    """Characters behind which a string is not looked for.
+
+    Attributes:
+        characters: A class of them; empty for none.
+        definitions: Where the assertions are written once.
+    """
+
+    characters: str
+    definitions: Definitions
+
+    def before(self, length: int) -> str:
+        """Return the assertion, at the end of a text of that length, that none stands in front of it."""
+        # Whatever these characters are, they are the text.
+        return self.definitions.call(f"(?<!{self.characters}(?m:.{{{length}}}))") if self.characters else ""
+
+
+def _behind(refused: Mapping[str, Refused], text: str) -> str:
+    return refused[text[0]].before(len(text)) if text and text[0] in refused else ""
 
 
 def _choice(branches: Sequence[tuple[str, str, int]]) -> str:
@@ -219,18 +264,22 @@ def whole_text_expression(keys: Sequence[str], table: MergeTable, *, drops_unkno
     """
     known = {token for token in table.vocabulary if len(token) == 1} if drops_unknown else None
     unknown = _all_but(known) if known is not None else ""
+    definitions = Definitions()
     # In front of each key: what no key with its first character may stand behind, and what this one may not.
     before = {key: {text[-1] for text in table.hazards(key).left} for key in keys}
     shared: dict[str, set[str]] = {}
     for key in keys:
         shared[key[0]] = shared.get(key[0], before[key]) & before[key]
-    guards = {key: _refuse_following(key, table.hazards(key).right, unknown)
-              + _behind({key[0]: character_class(before[key] - shared[key[0]])}, key) for key in keys}  # fmt: skip
-    found = _at_start(guards) if at_start else _anywhere(guards, shared, known)
+    # Characters that the model deletes may stand between those of a hazard.
+    between = f"{definitions.call(unknown)}*+" if unknown else ""
+    guards = {key: definitions.call(_refuse_following(key, table.hazards(key).right, between))
+              + Refused(character_class(before[key] - shared[key[0]]), definitions).before(len(key))
+              for key in keys}  # fmt: skip
+    found = _at_start(guards) if at_start else _anywhere(guards, shared, known, definitions)
     if not found:
         return r"(?!)"
     front, back = (f"(?<!{unknown})", f"(?!{unknown})") if unknown else ("", "")
-    return f"{front}(?:{found}){WORD_END}{back}"
+    return f"{definitions}{front}(?:{found}){WORD_END}{back}"
 
 
 def _at_start(guards: Mapping[str, str]) -> str:
@@ -238,36 +287,38 @@ def _at_start(guards: Mapping[str, str]) -> str:
     return rf"\A{prefix_tree(words)}" if words else ""
 
 
-def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: Set[str] | None) -> str:
+def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: Set[str] | None,
+              definitions: Definitions) -> str:  # fmt: skip
     """Join the trees such that most places of a text, spaces first of all, are done with after few steps.
 
     Args:
         guards: Key to the assertion at its end.
         shared: First character of keys to the characters behind which none of them is looked for.
         known: The characters that the model does not delete, if it deletes some.
+        definitions: Where to write what is needed more than once.
     """
-    refused = {first: character_class(characters) for first, characters in shared.items()}
+    refused = {first: Refused(character_class(characters), definitions) for first, characters in shared.items()}
     spaced = {key: guard for key, guard in guards.items() if key[0] == SPACE_MARK}
     words = {key: guard for key, guard in guards.items() if in_word(key[0])}
     others = {key: guard for key, guard in guards.items() if key not in spaced and key not in words}
-    behind_mark = {key: guard for key, guard in words.items() if SPACE_MARK not in shared[key[0]]}
+    word = definitions.call(prefix_tree(words, refused)) if words else ""
+    behind_mark = character_class(key[0] for key in words if SPACE_MARK not in shared[key[0]])
     opening = character_class(c for c in SIGNS if (known is None or c in known)
                               and any(c not in shared[key[0]] for key in words))  # fmt: skip
     found = []
     if behind_mark and any(key[-1] == SPACE_MARK for key in guards):
         # The mark in front of a word may be the end of the string that was found just before.
-        found.append(rf"\G(?<={escape(SPACE_MARK)}){prefix_tree(behind_mark)}")
+        found.append(rf"\G(?<={SPACE_MARK})(?={behind_mark}){word}")
     if others:
         firsts = character_class(key[0] for key in others)
         found.append(f"(?={firsts})(?:{prefix_tree(others, refused, NO_FURTHER)})")
     if opening:
         firsts = character_class(key[0] for key in words)
-        found.append(rf"{opening}(?={firsts})\K{NO_FURTHER}{prefix_tree(words, refused)}")
+        found.append(rf"{opening}(?={firsts})\K{NO_FURTHER}{word}")
     if spaced:
         found.append(prefix_tree(spaced, refused))
     if behind_mark:
-        firsts = character_class(key[0] for key in behind_mark)
-        found.append(rf"{escape(SPACE_MARK)}{NO_FURTHER}(?={firsts})\K{prefix_tree(behind_mark)}")
+        found.append(rf"{SPACE_MARK}{NO_FURTHER}(?={behind_mark})\K{word}")
     return "|".join(found)
 
 
@@ -275,9 +326,7 @@ def _all_but(characters: Set[str]) -> str:
     return f"[^{character_class(characters)}]" if characters else r"[\x{0}-\x{10FFFF}]"
 
 
-def _refuse_following(key: str, hazards: Iterable[str], unknown: str) -> str:
-    # Characters that the model deletes may stand between those of a hazard.
-    between = f"{unknown}*+" if unknown else ""
+def _refuse_following(key: str, hazards: Iterable[str], between: str) -> str:
     # WORD_END covers the ASCII ones; for others the two Unicode tables might disagree.
     rest = {text for text in hazards if not (in_word(key[-1]) and text[0].isascii() and text[0].isalnum())}
     minimal = {text for text in rest if not any(text[:n] in rest for n in range(1, len(text)))}
