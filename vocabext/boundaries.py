@@ -28,7 +28,7 @@ every letter. What all strings share is asserted once, at the end; what is rarel
 import itertools
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -51,7 +51,10 @@ SPACE_MARK = "\u2581"
 # behind this, distances are unknown, so that it looks for what stands in front.
 NO_FURTHER = r"[^\x{0}-\x{10FFFF}]*"
 # Alternatives that are tried one after the other; more are halved, and each half looks at the next character first.
-MAX_BRANCHES = 6
+# Not where few strings go on: hardly any text comes there, and nesting is what the engine takes long to read.
+MAX_BRANCHES, MIN_HALVED = 6, 30
+# How many expressions get a name.
+MAX_DEFINITIONS = 4
 # How many characters are compared before the look-behind: most places of a text have failed by then.
 LOOK_BEHIND_AT = 4
 
@@ -130,7 +133,8 @@ def character_class(characters: Iterable[str]) -> str:
 class Definitions:
     """Expressions that are written once and called by name wherever they are needed.
 
-    Thousands of copies of a few guards take most of the time of reading a folder.
+    Thousands of copies of a few guards take most of the time of reading a folder. But the engine clears the
+    memory of every group before every place that it tries, so only what saves most gets a name.
     """
 
     def __init__(self, written: str = "") -> None:
@@ -139,6 +143,7 @@ class Definitions:
         Args:
             written: What the expression holds already; the names in it are not used again.
         """
+        self._expressions: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._free = (name for i in itertools.count() if f"<{(name := f'x{i}')}>" not in written)
 
@@ -147,21 +152,33 @@ class Definitions:
         if not expression:
             return ""
         if expression not in self._names:
-            self._names[expression] = next(self._free)
+            name = self._names[expression] = next(self._free)
+            self._expressions[name] = expression
         return rf"\g<{self._names[expression]}>"
 
-    def __str__(self) -> str:
-        """Return the definitions, which match nothing; they may stand in front of any expression."""
-        return "".join(f"(?<{name}>{expression}){{0}}" for expression, name in self._names.items())
+    def written_out(self, expression: str) -> str:
+        """Return an expression with the definitions that it calls in front, of which it is a part afterwards."""
+        if not self._expressions:
+            return expression
+        calls = re.compile(r"\\g<(" + "|".join(self._expressions) + ")>")
+        counts = Counter(calls.findall("".join((expression, *self._expressions.values()))))
+        saved = {name: (count - 1) * len(self._expressions[name]) for name, count in counts.items()}
+        kept = sorted(filter(saved.get, saved), key=lambda name: (-saved[name], name))[:MAX_DEFINITIONS]
+
+        def inline(text: str) -> str:
+            return calls.sub(lambda m: m[0] if m[1] in kept else inline(self._expressions[m[1]]), text)
+
+        written = "".join(f"(?<{name}>{inline(self._expressions[name])})" for name in kept)
+        # What stands in a group that is never entered is skipped in one step.
+        return (f"(?:{written}){{0}}" if written else "") + inline(expression)
 
 
-def prefix_tree(guards: Mapping[str, str], refused: "Mapping[str, Refused] | None" = None,
-                behind_first: str = "") -> str:  # fmt: skip
+def prefix_tree(guards: Mapping[str, str], refused: Mapping[str, str] | None = None, behind_first: str = "") -> str:
     """Return a regex that matches the longest of the given strings whose guard holds.
 
     Args:
         guards: String to a zero-width assertion that must hold at its end (may be empty).
-        refused: First character to what no match may begin behind.
+        refused: First character to a character class; no match begins behind one of the class.
         behind_first: An expression to put behind the first character of every string.
     """
     root = _Node()
@@ -190,7 +207,7 @@ class _Node:
     guard: str | None = None
 
 
-def _render(node: _Node, prefix: str, refused: "Mapping[str, Refused]", behind_first: str = "") -> str:
+def _render(node: _Node, prefix: str, refused: Mapping[str, str], behind_first: str = "") -> str:
     # Where many strings go on, much text does.
     children = sorted(node.children.items(), key=lambda item: (-item[1].count, item[0]))
     branches = [_branch(character, child, prefix, refused, behind_first) for character, child in children]
@@ -202,7 +219,7 @@ def _render(node: _Node, prefix: str, refused: "Mapping[str, Refused]", behind_f
 
 
 def _branch(
-    literal: str, node: _Node, prefix: str, refused: "Mapping[str, Refused]", behind_first: str
+    literal: str, node: _Node, prefix: str, refused: Mapping[str, str], behind_first: str
 ) -> tuple[str, str, int]:
     """Return the first character of a branch, its expression, and how many strings are in it."""
     first, count = literal, node.count
@@ -214,31 +231,15 @@ def _branch(
     return first, escape(first) + behind_first + escape(literal[1:]) + behind + _render(node, text, refused), count
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Characters behind which a string is not looked for.
-
-    Attributes:
-        characters: A class of them; empty for none.
-        definitions: Where the assertions are written once.
-    """
-
-    characters: str
-    definitions: Definitions
-
-    def before(self, length: int) -> str:
-        """Return the assertion, at the end of a text of that length, that none stands in front of it."""
-        # Whatever these characters are, they are the text.
-        return self.definitions.call(f"(?<!{self.characters}(?m:.{{{length}}}))") if self.characters else ""
-
-
-def _behind(refused: Mapping[str, Refused], text: str) -> str:
-    return refused[text[0]].before(len(text)) if text and text[0] in refused else ""
+def _behind(refused: Mapping[str, str], text: str) -> str:
+    """Return the assertion, at the end of a text, that a refused character does not stand in front of it."""
+    characters = refused.get(text[:1])
+    return f"(?<!{characters}{escape(text)})" if characters else ""
 
 
 def _choice(branches: Sequence[tuple[str, str, int]]) -> str:
     """Return alternatives of which at most one can match, by the first character; the likeliest come first."""
-    if len(branches) <= MAX_BRANCHES:
+    if len(branches) <= MAX_BRANCHES or sum(count for *_, count in branches) < MIN_HALVED:
         return "|".join(expression for _, expression, _ in branches)
     total, before, at = sum(count for *_, count in branches), 0, 0
     while at == 0 or (at < len(branches) - 1 and 2 * before + branches[at][2] < total):
@@ -273,13 +274,12 @@ def whole_text_expression(keys: Sequence[str], table: MergeTable, *, drops_unkno
     # Characters that the model deletes may stand between those of a hazard.
     between = f"{definitions.call(unknown)}*+" if unknown else ""
     guards = {key: definitions.call(_refuse_following(key, table.hazards(key).right, between))
-              + Refused(character_class(before[key] - shared[key[0]]), definitions).before(len(key))
-              for key in keys}  # fmt: skip
-    found = _at_start(guards) if at_start else _anywhere(guards, shared, known, definitions)
+              + _behind({key[0]: character_class(before[key] - shared[key[0]])}, key) for key in keys}  # fmt: skip
+    found = _at_start(guards) if at_start else _anywhere(guards, shared, known)
     if not found:
         return r"(?!)"
     front, back = (f"(?<!{unknown})", f"(?!{unknown})") if unknown else ("", "")
-    return f"{definitions}{front}(?:{found}){WORD_END}{back}"
+    return definitions.written_out(f"{front}(?:{found}){WORD_END}{back}")
 
 
 def _at_start(guards: Mapping[str, str]) -> str:
@@ -287,38 +287,36 @@ def _at_start(guards: Mapping[str, str]) -> str:
     return rf"\A{prefix_tree(words)}" if words else ""
 
 
-def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: Set[str] | None,
-              definitions: Definitions) -> str:  # fmt: skip
+def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: Set[str] | None) -> str:
     """Join the trees such that most places of a text, spaces first of all, are done with after few steps.
 
     Args:
         guards: Key to the assertion at its end.
         shared: First character of keys to the characters behind which none of them is looked for.
         known: The characters that the model does not delete, if it deletes some.
-        definitions: Where to write what is needed more than once.
     """
-    refused = {first: Refused(character_class(characters), definitions) for first, characters in shared.items()}
+    refused = {first: character_class(characters) for first, characters in shared.items()}
     spaced = {key: guard for key, guard in guards.items() if key[0] == SPACE_MARK}
     words = {key: guard for key, guard in guards.items() if in_word(key[0])}
     others = {key: guard for key, guard in guards.items() if key not in spaced and key not in words}
-    word = definitions.call(prefix_tree(words, refused)) if words else ""
-    behind_mark = character_class(key[0] for key in words if SPACE_MARK not in shared[key[0]])
+    behind_mark = {key: guard for key, guard in words.items() if SPACE_MARK not in shared[key[0]]}
     opening = character_class(c for c in SIGNS if (known is None or c in known)
                               and any(c not in shared[key[0]] for key in words))  # fmt: skip
     found = []
     if behind_mark and any(key[-1] == SPACE_MARK for key in guards):
         # The mark in front of a word may be the end of the string that was found just before.
-        found.append(rf"\G(?<={SPACE_MARK})(?={behind_mark}){word}")
+        found.append(rf"\G(?<={SPACE_MARK}){prefix_tree(behind_mark)}")
     if others:
         firsts = character_class(key[0] for key in others)
         found.append(f"(?={firsts})(?:{prefix_tree(others, refused, NO_FURTHER)})")
     if opening:
         firsts = character_class(key[0] for key in words)
-        found.append(rf"{opening}(?={firsts})\K{NO_FURTHER}{word}")
+        found.append(rf"{opening}(?={firsts})\K{NO_FURTHER}{prefix_tree(words, refused)}")
     if spaced:
         found.append(prefix_tree(spaced, refused))
     if behind_mark:
-        found.append(rf"{SPACE_MARK}{NO_FURTHER}(?={behind_mark})\K{word}")
+        firsts = character_class(key[0] for key in behind_mark)
+        found.append(rf"{SPACE_MARK}{NO_FURTHER}(?={firsts})\K{prefix_tree(behind_mark)}")
     return "|".join(found)
 
 
