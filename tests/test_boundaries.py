@@ -1,12 +1,13 @@
 import re
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
 
+from vocabext import boundaries
 from vocabext.boundaries import (
-    MAX_DEFINITIONS,
     Definitions,
     MergeTable,
     character_class,
@@ -115,14 +116,15 @@ def test_where_the_guard_of_the_longest_fails_a_shorter_one_is_tried() -> None:
     assert matches(tree, "abcx") == ["ab", "cx"]
 
 
-def test_what_is_needed_often_is_written_once() -> None:
+def test_what_is_needed_often_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundaries, "MAX_DEFINITIONS", 4)
     definitions = Definitions("(?<x0>a)")  # a name that is taken
     inner = definitions.call("[xyz]*+")
     guards = [definitions.call(f"(?!{inner}{c})") for c in "abcdefgh"]
     words = {f"{c}{i}": guards[i] for c in "stuvw" for i in range(8)}
     expression = definitions.written_out(prefix_tree({**words, "only once": definitions.call("(?=!)")}))
     assert definitions.call("") == ""
-    assert expression.count("(?<") == MAX_DEFINITIONS
+    assert expression.count("(?<") == 4
     assert "<x0>" not in expression
     assert expression.count("(?=!)") == 1
     written = {text: guard.replace(inner, "[xyz]*+") for text, guard in zip(

@@ -54,7 +54,7 @@ NO_FURTHER = r"[^\x{0}-\x{10FFFF}]*"
 # Not where few strings go on: hardly any text comes there, and nesting is what the engine takes long to read.
 MAX_BRANCHES, MIN_HALVED = 6, 30
 # How many expressions get a name.
-MAX_DEFINITIONS = 4
+MAX_DEFINITIONS = 16
 # How many characters are compared before the look-behind: most places of a text have failed by then.
 LOOK_BEHIND_AT = 4
 
