@@ -1,11 +1,14 @@
 import re
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
 
+from vocabext import boundaries
 from vocabext.boundaries import (
+    Definitions,
     MergeTable,
     character_class,
     escape,
@@ -113,6 +116,31 @@ def test_where_the_guard_of_the_longest_fails_a_shorter_one_is_tried() -> None:
     assert matches(tree, "abcx") == ["ab", "cx"]
 
 
+def test_what_is_needed_often_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundaries, "MAX_DEFINITIONS", 4)
+    definitions = Definitions("(?<x0>a)")  # a name that is taken
+    inner = definitions.call("[xyz]*+")
+    guards = [definitions.call(f"(?!{inner}{c})") for c in "abcdefgh"]
+    words = {f"{c}{i}": guards[i] for c in "stuvw" for i in range(8)}
+    expression = definitions.written_out(prefix_tree({**words, "only once": definitions.call("(?=!)")}))
+    assert definitions.call("") == ""
+    assert expression.count("(?<") == 4
+    assert "<x0>" not in expression
+    assert expression.count("(?=!)") == 1
+    written = {text: guard.replace(inner, "[xyz]*+") for text, guard in zip(
+        words, [f"(?![xyz]*+{'abcdefgh'[int(text[1])]})" for text in words], strict=True)}
+    plain = prefix_tree({**written, "only once": "(?=!)"})
+    for text in ("s0a s0b s0xxa s0xxc", "t7h t7 w3yd w3y only once! only once", "u1bv1v1"):
+        assert matches(expression, text) == matches(plain, text)
+    assert Definitions().written_out("a|b") == "a|b"
+
+
+def test_where_few_strings_go_on_the_tree_is_not_halved() -> None:
+    few, many = ([f"{a}{b}" for a in "abcdefgh" for b in letters] for letters in ("xy", "uvwxyz"))
+    assert "(?=" not in prefix_tree(dict.fromkeys(few, ""))
+    assert "(?=" in prefix_tree(dict.fromkeys(many, ""))
+
+
 # ---- guards of whole texts -----------------------------------------------------------------------
 
 
@@ -148,3 +176,15 @@ def test_next_to_a_character_that_vanishes_nothing_is_cut() -> None:
     longer = Bpe(".,;", [(1, 2), (0, 3)])  # ,; and .,;
     guard = guarded(longer, ["."], drops_unknown=True)
     assert [p for chunk in matches(guard, ".,?;") for p in longer(chunk)] == longer(".,?;") == [".,;"]
+
+
+def test_what_the_model_deletes_is_written_a_few_times_however_many_keys_there_are() -> None:
+    alphabet = "".join(map(chr, range(0x61, 0x7B))) + ".,"
+    merges = [(a, b) for a in alphabet for b in ".," if a != b]
+    table = MergeTable([*merges, *((a, b + c) for a in alphabet for b, c in merges)],
+                       {c: i for i, c in enumerate(alphabet)})  # fmt: skip
+    keys = [a + b for a in alphabet[:26] for b in alphabet[:26]]
+    few, many = (whole_text_expression(keys[:count], table, drops_unknown=True) for count in (52, 676))
+    unknown = f"[^{character_class(alphabet)}]"
+    assert many.count(unknown) <= few.count(unknown) + 1
+    assert few.count(unknown) < 10

@@ -28,7 +28,7 @@ every letter. What all strings share is asserted once, at the end; what is rarel
 import itertools
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -51,7 +51,10 @@ SPACE_MARK = "\u2581"
 # behind this, distances are unknown, so that it looks for what stands in front.
 NO_FURTHER = r"[^\x{0}-\x{10FFFF}]*"
 # Alternatives that are tried one after the other; more are halved, and each half looks at the next character first.
-MAX_BRANCHES = 6
+# Not where few strings go on: hardly any text comes there, and nesting is what the engine takes long to read.
+MAX_BRANCHES, MIN_HALVED = 6, 30
+# How many expressions get a name.
+MAX_DEFINITIONS = 16
 # How many characters are compared before the look-behind: most places of a text have failed by then.
 LOOK_BEHIND_AT = 4
 
@@ -118,13 +121,56 @@ class MergeTable:
 
 def escape(text: str) -> str:
     """Escape a literal for the Oniguruma regex engine of the tokenizers library."""
-    return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):X}}}" for c in text)
+    return "".join(c if c.isalnum() or c == SPACE_MARK else rf"\x{{{ord(c):X}}}" for c in text)
 
 
 def character_class(characters: Iterable[str]) -> str:
     """Return a class that matches any of the characters, or an empty string for none."""
     inside = "".join(escape(c) for c in sorted(set(characters)))
     return f"[{inside}]" if inside else ""
+
+
+class Definitions:
+    """Expressions that are written once and called by name wherever they are needed.
+
+    Thousands of copies of a few guards take most of the time of reading a folder. But the engine clears the
+    memory of every group before every place that it tries, so only what saves most gets a name.
+    """
+
+    def __init__(self, written: str = "") -> None:
+        """Begin with none.
+
+        Args:
+            written: What the expression holds already; the names in it are not used again.
+        """
+        self._expressions: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._free = (name for i in itertools.count() if f"<{(name := f'x{i}')}>" not in written)
+
+    def call(self, expression: str) -> str:
+        """Return a call of an expression; nothing for nothing."""
+        if not expression:
+            return ""
+        if expression not in self._names:
+            name = self._names[expression] = next(self._free)
+            self._expressions[name] = expression
+        return rf"\g<{self._names[expression]}>"
+
+    def written_out(self, expression: str) -> str:
+        """Return an expression with the definitions that it calls in front, of which it is a part afterwards."""
+        if not self._expressions:
+            return expression
+        calls = re.compile(r"\\g<(" + "|".join(self._expressions) + ")>")
+        counts = Counter(calls.findall("".join((expression, *self._expressions.values()))))
+        saved = {name: (count - 1) * len(self._expressions[name]) for name, count in counts.items()}
+        kept = sorted(filter(saved.get, saved), key=lambda name: (-saved[name], name))[:MAX_DEFINITIONS]
+
+        def inline(text: str) -> str:
+            return calls.sub(lambda m: m[0] if m[1] in kept else inline(self._expressions[m[1]]), text)
+
+        written = "".join(f"(?<{name}>{inline(self._expressions[name])})" for name in kept)
+        # What stands in a group that is never entered is skipped in one step.
+        return (f"(?:{written}){{0}}" if written else "") + inline(expression)
 
 
 def prefix_tree(guards: Mapping[str, str], refused: Mapping[str, str] | None = None, behind_first: str = "") -> str:
@@ -193,7 +239,7 @@ def _behind(refused: Mapping[str, str], text: str) -> str:
 
 def _choice(branches: Sequence[tuple[str, str, int]]) -> str:
     """Return alternatives of which at most one can match, by the first character; the likeliest come first."""
-    if len(branches) <= MAX_BRANCHES:
+    if len(branches) <= MAX_BRANCHES or sum(count for *_, count in branches) < MIN_HALVED:
         return "|".join(expression for _, expression, _ in branches)
     total, before, at = sum(count for *_, count in branches), 0, 0
     while at == 0 or (at < len(branches) - 1 and 2 * before + branches[at][2] < total):
@@ -219,18 +265,21 @@ def whole_text_expression(keys: Sequence[str], table: MergeTable, *, drops_unkno
     """
     known = {token for token in table.vocabulary if len(token) == 1} if drops_unknown else None
     unknown = _all_but(known) if known is not None else ""
+    definitions = Definitions()
     # In front of each key: what no key with its first character may stand behind, and what this one may not.
     before = {key: {text[-1] for text in table.hazards(key).left} for key in keys}
     shared: dict[str, set[str]] = {}
     for key in keys:
         shared[key[0]] = shared.get(key[0], before[key]) & before[key]
-    guards = {key: _refuse_following(key, table.hazards(key).right, unknown)
+    # Characters that the model deletes may stand between those of a hazard.
+    between = f"{definitions.call(unknown)}*+" if unknown else ""
+    guards = {key: definitions.call(_refuse_following(key, table.hazards(key).right, between))
               + _behind({key[0]: character_class(before[key] - shared[key[0]])}, key) for key in keys}  # fmt: skip
     found = _at_start(guards) if at_start else _anywhere(guards, shared, known)
     if not found:
         return r"(?!)"
     front, back = (f"(?<!{unknown})", f"(?!{unknown})") if unknown else ("", "")
-    return f"{front}(?:{found}){WORD_END}{back}"
+    return definitions.written_out(f"{front}(?:{found}){WORD_END}{back}")
 
 
 def _at_start(guards: Mapping[str, str]) -> str:
@@ -256,7 +305,7 @@ def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: 
     found = []
     if behind_mark and any(key[-1] == SPACE_MARK for key in guards):
         # The mark in front of a word may be the end of the string that was found just before.
-        found.append(rf"\G(?<={escape(SPACE_MARK)}){prefix_tree(behind_mark)}")
+        found.append(rf"\G(?<={SPACE_MARK}){prefix_tree(behind_mark)}")
     if others:
         firsts = character_class(key[0] for key in others)
         found.append(f"(?={firsts})(?:{prefix_tree(others, refused, NO_FURTHER)})")
@@ -267,7 +316,7 @@ def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: 
         found.append(prefix_tree(spaced, refused))
     if behind_mark:
         firsts = character_class(key[0] for key in behind_mark)
-        found.append(rf"{escape(SPACE_MARK)}{NO_FURTHER}(?={firsts})\K{prefix_tree(behind_mark)}")
+        found.append(rf"{SPACE_MARK}{NO_FURTHER}(?={firsts})\K{prefix_tree(behind_mark)}")
     return "|".join(found)
 
 
@@ -275,9 +324,7 @@ def _all_but(characters: Set[str]) -> str:
     return f"[^{character_class(characters)}]" if characters else r"[\x{0}-\x{10FFFF}]"
 
 
-def _refuse_following(key: str, hazards: Iterable[str], unknown: str) -> str:
-    # Characters that the model deletes may stand between those of a hazard.
-    between = f"{unknown}*+" if unknown else ""
+def _refuse_following(key: str, hazards: Iterable[str], between: str) -> str:
     # WORD_END covers the ASCII ones; for others the two Unicode tables might disagree.
     rest = {text for text in hazards if not (in_word(key[-1]) and text[0].isascii() and text[0].isalnum())}
     minimal = {text for text in rest if not any(text[:n] in rest for n in range(1, len(text)))}

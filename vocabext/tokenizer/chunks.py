@@ -6,7 +6,6 @@ takes several steps, or leaves gaps, the tree is a step of its own in front of t
 its left side too, and the later steps leave its matches whole.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers
 
-from vocabext.boundaries import MergeTable, holds_spaceless, prefix_tree
+from vocabext.boundaries import Definitions, MergeTable, holds_spaceless, prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
@@ -242,8 +241,9 @@ def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[
     guards = {text: right for text, (_, right) in phrases.items()}
     # Groups with names leave those without, and backward references to them, without a number.
     plain = any(step["type"] == "Split" and re.search(r"\\[1-9k]", step["pattern"]["Regex"]) for step in steps)
-    calls, definitions = (guards, "") if plain else _called(guards, _written(steps))
-    return [new for step in steps for new in _with_alternative(step, definitions + prefix_tree(calls))]
+    definitions = Definitions(_written(steps))
+    tree = prefix_tree(guards if plain else {text: definitions.call(guard) for text, guard in guards.items()})
+    return [new for step in steps for new in _with_alternative(step, definitions.written_out(tree))]
 
 
 def _written(steps: list[dict[str, Any]]) -> str:
@@ -251,31 +251,16 @@ def _written(steps: list[dict[str, Any]]) -> str:
     return " ".join(step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split")
 
 
-def _called(guards: Mapping[str, str], written: str) -> tuple[dict[str, str], str]:
-    """Write each guard once: thousands of copies of its character classes take most of the time of reading a folder.
-
-    Args:
-        guards: For each text its guard.
-        written: What the expressions hold already; their names are not used again.
-
-    Returns:
-        For each text a call of its guard; the definitions, which match nothing and stand in front.
-    """
-    free = (name for i in itertools.count() if f"<{(name := f'after{i}')}>" not in written)
-    names = dict(zip(dict.fromkeys(filter(None, guards.values())), free, strict=False))
-    calls = {text: rf"\g<{names[guard]}>" if guard else "" for text, guard in guards.items()}
-    return calls, "".join(f"(?<{name}>{guard}){{0}}" for guard, name in names.items())
-
-
 def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """Put a step that finds the phrases in front, and let every later step leave a chunk that is one of them."""
     groups: dict[str, dict[str, str]] = {}
-    calls, definitions = _called({text: right for text, (_, right) in phrases.items()}, _written(steps))
-    for text, (left, _) in phrases.items():
-        groups.setdefault(left, {})[text] = calls[text]
+    definitions = Definitions(_written(steps))
+    for text, (left, right) in phrases.items():
+        groups.setdefault(left, {})[text] = definitions.call(right)
     found = "|".join(left + prefix_tree(group) for left, group in groups.items())
     whole = rf"\A{prefix_tree(dict.fromkeys(phrases, ''))}\z"
-    return [split_step(f"{definitions}(?:{found})"), *(new for step in steps for new in _with_alternative(step, whole))]
+    return [split_step(definitions.written_out(f"(?:{found})")),
+            *(new for step in steps for new in _with_alternative(step, whole))]  # fmt: skip
 
 
 def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:
