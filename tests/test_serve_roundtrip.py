@@ -3,6 +3,8 @@
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -19,6 +21,7 @@ from vocabext.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
 
 NUM_TEXTS = 1_000
+SERVED = ("llama3", "metaspace")
 WANTED = [" cardiac", "cardiac", " ureter", " heart rate", " signs and symptoms", " naïve cafés", "mg/dL",
           " of a heart"]  # fmt: skip
 
@@ -28,28 +31,39 @@ pytestmark = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama3", "metaspace"])
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny base with a tokenizer of one kind, and its expansion."""
-    folder = tmp_path_factory.mktemp(request.param)
-    hf = as_hf(KINDS[request.param]())
-    tiny_model(num_rows=len(hf) + 3).save_pretrained(folder / "base")
-    hf.save_pretrained(folder / "base")
-    return folder / "base", patched(folder / "base", folder, WANTED)
+@dataclass(frozen=True)
+class Served:
+    """A tiny base with a tokenizer of one kind, its expansion, and a client of a server with that."""
+
+    base: Path
+    folder: Path
+    client: httpx.Client
 
 
 @pytest.fixture(scope="module")
-def client(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with the expanded folder."""
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with vllm_server(folders[1], log, served_name="expanded") as server:
-        wait_until_ready([server])
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            yield client
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    """One server for each kind; they start side by side, which takes as long as one."""
+    places = {kind: tmp_path_factory.mktemp(kind) for kind in SERVED}
+    folders = {kind: make(kind, place) for kind, place in places.items()}
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(vllm_server(folder, places[kind] / "server.log", served_name="expanded"))
+                   for kind, (_, folder) in folders.items()}  # fmt: skip
+        wait_until_ready(list(servers.values()))
+        yield {kind: Served(*folders[kind], stack.enter_context(httpx.Client(base_url=server.url, timeout=60)))
+               for kind, server in servers.items()}  # fmt: skip
 
 
-def test_tokenize_and_detokenize_agree_with_the_folder(folders: tuple[Path, Path], client: httpx.Client) -> None:
-    base_folder, folder = folders
+def make(kind: str, place: Path) -> tuple[Path, Path]:
+    """Make the base and its expansion."""
+    hf = as_hf(KINDS[kind]())
+    tiny_model(num_rows=len(hf) + 3).save_pretrained(place / "base")
+    hf.save_pretrained(place / "base")
+    return place / "base", patched(place / "base", place, WANTED)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_tokenize_and_detokenize_agree_with_the_folder(kind: str, served: dict[str, Served]) -> None:
+    base_folder, folder, client = served[kind].base, served[kind].folder, served[kind].client
     base, here = load_tokenizer(base_folder), AutoTokenizer.from_pretrained(folder)
     manifest = read_manifest(folder)
     expansion = Expansion([record.new_token for record in manifest.tokens], manifest.first_new_id)
