@@ -7,8 +7,8 @@ A tokenizer is a folder or a .tar.gz of one; the default is all of $VOCABEXT_ASS
 mined once per tokenizer from all corpora, and each corpus is then encoded by every tokenizer in turns, text by
 text and as one batch. Besides the corpora there is generated text of other scripts, `scripts`, words drawn from
 Unicode blocks. A ratio is the median over the turns of seconds of the extension over seconds of the base; above
-1 is slower. Each tokenizer is also measured with a splitting step that never matches (what any extension of a
-tokenizer with a space mark pays), with one that cuts at every space (what cutting costs without a search), and
+1 is slower. Each tokenizer is also measured with a splitting step that never matches, tried at every place or at
+none (the latter is the least that an extension of a tokenizer with a space mark pays), with one that cuts at every space (what cutting costs without a search), and
 with AddedTokens, the last two with the share of documents in which they break the invariant. With --keep, rows
 of other tokenizers stay in FILE.
 """
@@ -34,6 +34,7 @@ from vocabext.records import Document, NewToken, read_json_or, write_json
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
 
 HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
+NOWHERE = r"\x{1}\x{2}"  # the engine looks for these two, and finds them in no text
 # First and last letter of scripts that are written with spaces, and of two that are not.
 BLOCKS = ((0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x905, 0x939), (0xAC00, 0xB000),
           (0x4E00, 0x5200), (0x30A2, 0x30ED))  # fmt: skip
@@ -161,7 +162,8 @@ def alternatives(
     """Measure what bounds the speed, and other ways to add the same tokens with how often they change other text."""
     added = Tokenizer.from_str(base.backend.to_str())
     added.add_tokens([token.token for token in tokens])
-    ways = {"AddedTokens": added, "a step without a match": _with_step(base, "(?!)"),
+    ways = {"AddedTokens": added, "a step tried everywhere": _with_step(base, "(?!)"),
+            "a step tried nowhere": _with_step(base, NOWHERE),
             "a step at every space": _with_step(base, f"[ {SPACE_MARK}]")}  # fmt: skip
     expansion = extend(base, tokens).expansion
     rows = []
