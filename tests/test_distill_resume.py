@@ -172,6 +172,19 @@ def test_what_other_options_finished_is_not_used(source: Path, monkeypatch: pyte
     assert torch.equal(rows.input_ND, fresh.input_ND)
 
 
+def test_what_another_version_finished_is_not_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "WORK_VERSION", stage.WORK_VERSION - 1)
+        count_calls(patched, stop_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, "rows.safetensors")
+    calls = count_calls(monkeypatch)
+    run(source, "rows.safetensors")
+    every = len(calls)
+    run(source, "fresh.safetensors")
+    assert len(calls) == 2 * every
+
+
 def test_a_damaged_group_is_made_again(tmp_path: Path) -> None:
     fit = Fit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
     groups = FinishedGroups(tmp_path / "groups", "digest")

@@ -48,6 +48,8 @@ POSITIONS_AT_ONCE = {"cpu": 5_000, "cuda": 16_000}
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
+# Counts changes of this package after which finished groups of an older one do not fit to new ones.
+WORK_VERSION = 2
 # Options that no group depends on: they decide what becomes of finished input rows, and about the output rows.
 AFTERWARDS = ("output_rows", "writing_places", "false_use", "leave_out")
 
@@ -259,7 +261,7 @@ class _Work:
         self.finished = None
         if finished_folder is not None:
             options = {name: value for name, value in asdict(config).items() if name not in AFTERWARDS}
-            facts = {"options": options, "model": model_facts(model), "group": self.memory.group,
+            facts = {"version": WORK_VERSION, "options": options, "model": model_facts(model), "group": self.memory.group,
                      "keep_past": self.memory.keep_past, "prefix_ids": list(prefix_ids), "first": num_used_ids}
             self.finished = FinishedGroups(finished_folder, work_digest(records, facts))
 
