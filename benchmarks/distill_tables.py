@@ -26,8 +26,8 @@ The same tokens and snippets are distilled by the training step of the paper's r
 (`benchmarks/reference_step.py` says how it was read, and that doubts were settled in its favour) and by `distill`, in
 processes with the same threads on the same machine. *Hidden error* is the mean squared error of last-layer states on
 held-out documents with all new tokens merged, from the first new token of a window on; *gap recovered* is the share of
-the way from mean-of-pieces rows to the base, in nats of the same targets. The floor is the teacher once over each
-snippet and the student forward and back, only the layers and positions that count, at the measured peak.
+the way from mean-of-pieces rows to the base, in nats of the same targets. The floor is the teacher once over each text
+and the student forward and back, only the layers and positions that count, at the measured peak.
 """
 
 
