@@ -8,7 +8,8 @@ mined once per tokenizer from all corpora, and each corpus is then encoded by ev
 text and as one batch. Besides the corpora there is generated text of other scripts, `scripts`, words drawn from
 Unicode blocks. A ratio is the median over the turns of seconds of the extension over seconds of the base; above
 1 is slower. Each tokenizer is also measured with a splitting step that never matches, tried at every place or at
-none (the latter is the least that an extension of a tokenizer with a space mark pays), with one that cuts at every space (what cutting costs without a search), and
+none (the latter is the least that an extension of a tokenizer with a space mark pays), with one that cuts at every
+space (what cutting costs without a search), and
 with AddedTokens, the last two with the share of documents in which they break the invariant. With --keep, rows
 of other tokenizers stay in FILE.
 """
