@@ -262,7 +262,8 @@ class _Work:
         if finished_folder is not None:
             options = {name: value for name, value in asdict(config).items() if name not in AFTERWARDS}
             facts = {"version": WORK_VERSION, "options": options, "model": model_facts(model),
-                     "group": self.memory.group, "keep_past": self.memory.keep_past, "prefix_ids": list(prefix_ids), "first": num_used_ids}
+                     "group": self.memory.group, "keep_past": self.memory.keep_past,
+                     "prefix_ids": list(prefix_ids), "first": num_used_ids}
             self.finished = FinishedGroups(finished_folder, work_digest(records, facts))
 
     def taken(self, rows_ND: torch.Tensor) -> float | None:
