@@ -20,10 +20,10 @@ TEXT = """## Checkpoints
 How long it takes to make, prove and undo an expanded checkpoint, next to copying its base. The base has random
 weights in the shape of a Llama, a head of its own, and a matrix that must grow. Every line is a process of its own that
 begins with a cold cache. *Until on disk* adds the time of a `sync` afterwards: `cp` returns before its bytes are there,
-`patch` and `revert` do not. `patch` and `verify` cannot be faster than their start, which asks the model class for
-the names of its tensors; *without start* leaves that out. `patch` writes weights during most of it.
-`revert` imports neither torch nor transformers. With links, what is left are the shards that hold the
-vocabulary, which are written anew: the share of these in the model is what decides.
+`patch` and `revert` do not. `patch` and `verify` cannot be faster than their imports, which ask the model class for
+the names of its tensors; `patch` writes weights meanwhile. `revert` imports neither torch nor transformers. With
+links, what is left are the shards that hold the vocabulary, which are written anew: the share of these in the model is
+what decides.
 """
 Found = dict[str, Any]
 
@@ -35,20 +35,15 @@ def table(found: Found) -> str:
         found: What `patch_speed.py -o` writes.
     """
     by_way = {way: [run for run in found["runs"] if run["way"] == way] for way in WAYS}
-    start = _median(by_way["start"], "wall_seconds") if by_way["start"] else None
-    lines = ["| | seconds (each turn) | until on disk | x `cp` | x `cp`, without start | CPU seconds "
-             "| peak memory, MiB: anonymous | resident |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| | seconds (each turn) | until on disk | x `cp` | CPU seconds | peak memory, MiB: anonymous "
+             "| resident |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for way in (way for way in WAYS if by_way[way]):
         runs = by_way[way]
         synced = _until_on_disk(runs)
-        ratios = ["", ""]
-        if way in WRITING and by_way["cp"]:
-            cp = _until_on_disk(by_way["cp"])
-            ratios = [f"{synced / cp:.2f}",
-                      "" if start is None or way == "revert" else f"{max(0.0, synced - start) / cp:.2f}"]
+        ratio = f"{synced / _until_on_disk(by_way['cp']):.2f}" if way in WRITING and by_way["cp"] else ""
         turns = ", ".join(f"{run['wall_seconds']:.1f}" for run in runs)
         lines.append(f"| {SAID[way]} | {_median(runs, 'wall_seconds'):.1f} ({turns}) "
-                     f"| {f'{synced:.1f}' if way in (*WRITING, 'cp') else ''} | {' | '.join(ratios)} "
+                     f"| {f'{synced:.1f}' if way in (*WRITING, 'cp') else ''} | {ratio} "
                      f"| {_median(runs, 'cpu_seconds'):.1f} | {_median(runs, 'peak_anonymous_bytes') / MIB:,.0f} "
                      f"| {_median(runs, 'peak_resident_bytes') / MIB:,.0f} |")  # fmt: skip
     return "\n".join(lines)

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vocabext.checkpoint import Rows, open_checkpoint, save_rows
-from vocabext.class_record import class_record
-from vocabext.manifest import file_sha256
+from vocabext.class_record import base_record
 from vocabext.records import NewToken, write_json
 from vocabext.tokenizer import load_tokenizer
 
@@ -117,8 +116,6 @@ def write_rows(path: Path, base: Path, num_new: int) -> tuple[NewToken, ...]:
     words = (" " + "".join(letters) for letters in itertools.product("qjxzkv", repeat=7))
     tokens = tuple(known.new_token(word) for word in itertools.islice(words, num_new))
     rows = torch.randn(num_new, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)) * SCALE
-    save_rows(path, tokens, Rows(rows), {"method": "random", "options": {}, "base": {
-        "model": str(base), "num_used_ids": known.num_used_ids, "hidden_size": checkpoint.hidden_size,
-        "tokenizer_sha256": file_sha256(base / "tokenizer.json"),
-        "class": class_record(base, checkpoint.names)}})  # fmt: skip
+    made_from = base_record(base, checkpoint.names, model=str(base), num_used_ids=known.num_used_ids)
+    save_rows(path, tokens, Rows(rows), {"method": "random", "options": {}, "base": made_from})
     return tokens

@@ -90,9 +90,9 @@ def test_the_table_compares_what_is_on_the_disk() -> None:
     from patch_tables import table
 
     lines = table(found(1e10, start=3.5, cp=7.5, copy=14.5)).splitlines()
-    assert lines[2].startswith("| Python, torch and transformers imported | 4.0 (3.5, 4.5) |  |  |  |")
-    assert lines[3].startswith("| `cp -r` | 8.0 (7.5, 8.5) | 10.0 |  |  | 1.0 | 1 | 2 |")
-    assert lines[4].startswith("| `vocabext patch --link copy` | 15.0 (14.5, 15.5) | 15.0 | 1.50 | 1.10 |")
+    assert lines[2].startswith("| Python, torch and transformers imported | 4.0 (3.5, 4.5) |  |  | 1.0 |")
+    assert lines[3].startswith("| `cp -r` | 8.0 (7.5, 8.5) | 10.0 |  | 1.0 | 1 | 2 |")
+    assert lines[4].startswith("| `vocabext patch --link copy` | 15.0 (14.5, 15.5) | 15.0 | 1.50 | 1.0 |")
 
 
 def test_the_section_takes_the_place_of_the_old_one_and_no_other(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def character_class(characters: Iterable[str]) -> str:
 class Definitions:
     """Expressions that are written once and called by name wherever they are needed.
 
-    Thousands of copies of a few guards take most of the time of reading a folder. But the engine clears the
-    memory of every group before every place that it tries, so only what saves most gets a name.
+    Thousands of copies of a few guards take most of the time of reading a folder. But every name makes the search
+    slower, whether it is called or not (docs/decisions.md), so only what saves most gets one.
     """
 
     def __init__(self, written: str = "") -> None:

@@ -30,6 +30,19 @@ class KnownClass:
     num_used: int
 
 
+def base_record(folder: Path, names: EmbeddingNames, *, model: str, num_used_ids: int) -> dict[str, Any]:
+    """Return what the header of a rows file says about the base that it is made for, as `header["base"]`.
+
+    Args:
+        folder: The base.
+        names: What its class says.
+        model: How the user calls it.
+        num_used_ids: Ids that its tokenizer addresses (U).
+    """
+    return {"model": model, "num_used_ids": num_used_ids, "hidden_size": names.shapes[names.embedding][1],
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json"), "class": class_record(folder, names)}
+
+
 def class_record(folder: Path, names: EmbeddingNames) -> dict[str, Any] | None:
     """Return what the header of a rows file says about the class of its base, as `header["base"]["class"]`.
 

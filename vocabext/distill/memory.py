@@ -99,19 +99,21 @@ def plan_memory(
     states, past = snippets * width * hidden_size * item, before * model.past_bytes(layer)
     counted = cache(texts or (lambda size: size * snippets))
 
-    def kept(size: int) -> int:
-        return size * states + past * keep_past * counted(size)
+    def kept(size: int, *, with_past: bool) -> int:
+        return size * states + (past * counted(size) if with_past else 0)
 
-    keep_past = exact  # needed by `kept`
-    keep_past = exact and budget >= kept(min(MIN_GROUP, tokens))
-    group = max(1, min(wanted_group, tokens))
-    while group > 1 and (needed := kept(group)) > budget:
-        group = max(1, group // 2, group * budget // needed)
-    group = -(-tokens // -(-tokens // group))  # none much smaller than the others
+    def even(size: int) -> int:
+        """Return the size, or a smaller one with which no group is much smaller than the others."""
+        return -(-tokens // -(-tokens // size))
+
+    keep_past = exact and budget >= kept(min(MIN_GROUP, tokens), with_past=True)
+    group = even(max(1, min(wanted_group, tokens)))
+    while group > 1 and (needed := kept(group, with_past=keep_past)) > budget:
+        group = even(max(1, group // 2, group * budget // needed))
     per_snippet = width if keep_past else before + width
     at_once = min(positions, group * batch_snippets * per_snippet)
     return MemoryPlan(
         weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4,
-        states_bytes=group * states, past_bytes=past * counted(group) * keep_past,
+        states_bytes=group * states, past_bytes=past * counted(group) if keep_past else 0,
         step_bytes=at_once * model.step_bytes(layer), group=group, keep_past=keep_past,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 
 from vocabext.architecture import embedding_names
 from vocabext.checkpoint import Rows, resolve_model, save_rows
-from vocabext.class_record import class_record
+from vocabext.class_record import base_record
 from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
 from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
@@ -22,7 +22,6 @@ from vocabext.distill.sharing import share_texts
 from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
-from vocabext.manifest import file_sha256
 from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
@@ -156,8 +155,9 @@ def distill_file(
     if config.method != "mean":
         check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
     # Before the work: a class without a vocabulary to extend is one that `patch` would refuse.
-    known_class = class_record(folder, embedding_names(folder, trust_remote_code=trust_remote_code))
+    names = embedding_names(folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    made_from = base_record(folder, names, model=model, num_used_ids=base.num_used_ids)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
     beside = output.with_name(f".{output.name}.groups")
@@ -185,8 +185,6 @@ def distill_file(
         if made.held_out is not None and not made.bound_met:
             say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
                 f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
-    made_from = {"model": model, "num_used_ids": base.num_used_ids, "hidden_size": result.input_ND.shape[1],
-                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json"), "class": known_class}  # fmt: skip
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
@@ -257,6 +255,7 @@ class _Work:
         self.background = self._background() if model.tied else None
         # `patch` gives tokens that share their rows with the head the mean of their pieces' bias.
         self.bias_N = None if model.head_bias_V is None else mean_rows(model.head_bias_V, self.expansion.tokens)
+        self._divided: dict[tuple[int, ...], list[list[TokenSnippets]]] = {}
         self.memory = self._plan()
         self.finished = None
         if finished_folder is not None:
@@ -356,10 +355,12 @@ class _Work:
         Many of its tokens have them in common (`sharing.py`).
         """
         first = FIRST_SNIPPETS + -(-FIRST_SNIPPETS // (HELD_OUT_EVERY - 1))  # those of the first round, and held out
-        shared = share_texts([self.records[i] for i in group], [self.expansion.first_new_id + i for i in group], first)
-        split = [_split(record) for record in shared]
-        added = [[_slice(train, low, high) for train, _ in split] for low, high in _bounds(self._rounds(group))]
-        return [[held_out for _, held_out in split], *added]
+        if tuple(group) not in self._divided:  # the plan of the memory has asked already
+            ids = [self.expansion.first_new_id + i for i in group]
+            split = [_split(record) for record in share_texts([self.records[i] for i in group], ids, first)]
+            added = [[_slice(train, low, high) for train, _ in split] for low, high in _bounds(self._rounds(group))]
+            self._divided[tuple(group)] = [[held_out for _, held_out in split], *added]
+        return self._divided[tuple(group)]
 
     def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
         return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
