@@ -1,42 +1,38 @@
 """Mine a corpus for the words and phrases that save most tokens.
 
-The corpus is encoded by the base tokenizer and seen as a row of *units* (words, runs of punctuation):
-a new token may begin and end only where a unit does. Candidates are all runs of up to `max_units`
-units that are frequent. They are chosen greedily by what they save *given what is chosen already*:
-once `" signs and symptoms"` is a token, `" symptoms"` saves only where it stands alone. Since choices
-only ever lower what others save, a stale value is an upper bound and most of them need never be
-computed again (lazy greedy, Minoux 1978).
+The corpus is encoded by the base tokenizer and seen as a row of *units* (words, runs of punctuation). Tokens are
+chosen greedily, each by what it saves *given what is chosen already*: runs of units where the tokenizer looks whole
+strings up (`vocabext.mining.runs`), pairs of tokens where new tokens are merges (`vocabext.mining.merges`).
 
 What a candidate saves in the one *section* (a document, or a part of a long one) that uses it most does
 not count: a name that fills one document says little about the next. Held-out text gets shorter by it, though
 the mining corpus gets longer (measured in docs/decisions.md).
+
+Merges have a price: a long token needs its *parts* among the tokens, also one that is hardly ever left over.
 """
 
-import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vocabext.checkpoint import resolve_model
 from vocabext.config import MineConfig
-from vocabext.errors import CorpusError, TokenizerError, UsageError
+from vocabext.errors import CorpusError, UsageError
 from vocabext.manifest import file_sha256
+from vocabext.mining.corpus import BATCH, Corpus, read_corpus
+from vocabext.mining.merges import choose_merges
+from vocabext.mining.runs import choose_runs, frequent_runs
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, NewToken, read_jsonl, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, extend
 
-Array = npt.NDArray[np.int64]
-BATCH = 512
 # `auto` looks for the knee among this many tokens.
 MAX_AUTO_BUDGET = 10_000
-# Long documents are cut into sections, none of which holds more than one part in so many of the corpus.
-MIN_SECTIONS = 20
 # How many rejected candidates are named in the artifact for each reason; all are counted.
 MAX_EXAMPLES = 10
 
@@ -63,6 +59,7 @@ class MineResult:
         documents: How many documents were read.
         candidates: How many frequent runs there were to choose from.
         rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
+        parts: How many tokens are too rare by themselves, and needed because longer ones are merged from them.
     """
 
     tokens: tuple[NewToken, ...]
@@ -72,6 +69,7 @@ class MineResult:
     documents: int
     candidates: int
     rejected: dict[str, str]
+    parts: int = 0
 
     @property
     def shorter_share(self) -> float:
@@ -113,24 +111,21 @@ def mine(
     texts = [document.text for document in documents]
     if not texts:
         raise CorpusError("there is no document to mine; give more text")
-    corpus = _read(texts, base, progress)
-    candidates = _count(corpus, config)
-    if not len(candidates):
+    kept, choice = _choose_and_check(texts, base, config, progress)
+    if not choice.candidates:
         raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
                          "give more text, or lower --min-count")
-    target = min(config.budget or MAX_AUTO_BUDGET, len(candidates))
-    kept, rejected = _choose_and_check(texts, corpus, candidates, base, config, target, progress)
     tokens, expanded_tokens, rare = _settle(texts, base, kept, config, progress)
-    if config.budget is not None and len(tokens) < config.budget and not (at_most and tokens):
+    if not tokens:
+        raise UsageError(f"none of the {choice.candidates} frequent runs of this corpus can be a token that occurs "
+                         f"{config.min_count} times; give more text, or lower --min-count")
+    if config.budget is not None and len(tokens) < config.budget and not at_most:
         raise UsageError(f"--budget is {config.budget}, but only {len(tokens)} tokens that occur at least "
                          f"{config.min_count} times can be made; lower --budget to {len(tokens)}, lower --min-count, "
                          "or give more text")
-    if not tokens:
-        raise UsageError(f"none of the {len(candidates)} frequent runs of this corpus can be a token that occurs "
-                         f"{config.min_count} times; give more text, or lower --min-count")
-    rejected |= rare
-    curve = _curve([token.saved for token in tokens], corpus.num_tokens)
-    return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), len(candidates), rejected)
+    curve = _curve([token.saved for token in tokens], choice.base_tokens)
+    return MineResult(tuple(tokens), curve, choice.base_tokens, expanded_tokens, len(texts), choice.candidates,
+                      choice.rejected | rare, parts=sum(token.count < config.min_count for token in tokens))
 
 
 def write_candidates(
@@ -154,7 +149,7 @@ def write_candidates(
                  "tokenizer_sha256": file_sha256(resolve_model(model) / "tokenizer.json")},
         "options": asdict(config), "corpus": list(corpus), "documents": result.documents,
         "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
-        "candidates": result.candidates,
+        "candidates": result.candidates, "parts": result.parts,
         "rejected": {"count": len(result.rejected), "by_reason": result.rejected_by_reason(),
                      "examples": result.rejected_examples()},
         "curve": [asdict(point) for point in result.curve],
@@ -183,154 +178,48 @@ def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:
     return header, tokens
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What was chosen: the tokens, rejected texts with the reason, and from how many candidates."""
+
+    tokens: Sequence[NewToken]
+    rejected: dict[str, str]
+    candidates: int
+    base_tokens: int = 0
+
+
 def _reason(why: str) -> str:
     """Take the texts out of a reason, so that equal reasons can be counted."""
     quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
     return re.sub(quoted, "...", re.sub(rf"^(?:{quoted}) ", "it ", why))
 
 
-@dataclass
-class _Corpus:
-    """The corpus as units. Arrays of shape (U,): one entry per unit; documents are set apart by a barrier."""
-
-    ids: Array  # all token ids, flat (T,)
-    starts: Array  # index into `ids` of each unit's first token
-    pieces: Array  # tokens per unit
-    codes: npt.NDArray[np.uint64]  # hash of each unit's ids
-    inside: npt.NDArray[np.bool_]  # may stand in a token at all
-    closable: npt.NDArray[np.bool_]  # a phrase may end with this unit, given the unit that follows it
-    sections: Array  # the section that each unit belongs to, counted upwards
-
-    @property
-    def num_tokens(self) -> int:
-        return int((self.ids >= 0).sum())
-
-    def run(self, unit: int, units: int) -> tuple[int, ...]:
-        first, last = unit, unit + units - 1
-        return tuple(int(i) for i in self.ids[self.starts[first] : self.starts[last] + self.pieces[last]])
-
-
-def _read(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> _Corpus:
-    ids: list[Array] = []
-    starts: list[npt.NDArray[np.bool_]] = []
-    barrier, edge = np.full(1, -1, np.int64), np.ones(1, np.bool_)
-    with progress("reading the corpus", len(texts), "documents") as task:
-        for at in range(0, len(texts), BATCH):
-            for units in base.encode_units(texts[at : at + BATCH]):
-                ids += [units.ids, barrier]
-                starts += [units.starts, edge]
-                task.advance()
-    flat, first = np.concatenate(ids), np.flatnonzero(np.concatenate(starts))
-    pieces = np.diff(np.append(first, len(flat)))
-    inside = _allowed(flat, first, base)
-    following = np.append(flat[first[1:]], -1)
-    closable = base.phrase_may_end(flat[first + pieces - 1], following)
-    return _Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable, _sections(flat[first]))
-
-
-def _sections(first_ids: Array) -> Array:
-    """Number the sections of a corpus, given the first id of each unit."""
-    begins = np.append(True, first_ids[:-1] < 0)
-    begins[:: -(-len(first_ids) // MIN_SECTIONS)] = True
-    return np.cumsum(begins)
-
-
-def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
-    """Tell for each unit whether it may be (part of) a token."""
-    broken = np.zeros(base.num_used_ids + 1, np.bool_)
-    broken[base.barrier_ids] = True
-    broken[-1] = True  # index -1: the barrier between documents
-    return ~np.logical_or.reduceat(broken[ids], starts)
-
-
-def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint64]:
-    """Hash the ids of each unit; the place inside the unit counts, so that order does."""
-    rng = np.random.default_rng(0)
-    values = rng.integers(1, 2**63, int(ids.max()) + 2, np.uint64) | np.uint64(1)
-    place = np.arange(len(ids)) - np.repeat(starts, pieces)
-    factors = np.cumprod(np.full(int(pieces.max()), np.uint64(0x9E3779B97F4A7C15)), dtype=np.uint64)
-    return np.add.reduceat(values[ids] * factors[place], starts)
-
-
-@dataclass
-class _Candidates:
-    """The frequent runs of units and where they occur; arrays of shape (C,) unless noted."""
-
-    units: Array  # units per run
-    worth: Array  # the tokens it would save if nothing else were chosen, overlaps not yet taken out
-    positions: Array  # all places, candidate by candidate (P,)
-    edges: Array  # where each candidate's places begin in `positions` (C + 1,)
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def places(self, index: int) -> Array:
-        """Return the units at which a candidate begins, in reading order."""
-        return self.positions[self.edges[index] : self.edges[index + 1]]
-
-
-def _count(corpus: _Corpus, config: MineConfig) -> _Candidates:
-    """Find all runs of units that are frequent enough and at least two tokens long."""
-    none = np.empty(0, np.int64)
-    found: list[tuple[Array, Array, Array, Array]] = [(none, none, none, none)]
-    codes = corpus.codes.copy()
-    alive = corpus.inside.copy()
-    pieces = corpus.pieces.copy()
-    for units in range(1, 2 if config.words_only else config.max_units + 1):
-        if units > 1:
-            alive, codes, pieces = _longer(corpus, alive, codes, pieces, units)
-        at = np.flatnonzero(alive)
-        if not len(at):
-            break
-        _, group, counts = np.unique(codes[at], return_inverse=True, return_counts=True)
-        frequent = counts[group] >= config.min_count
-        alive[at[~frequent]] = False  # a longer run cannot be more frequent than its beginning
-        at, group = at[frequent], group[frequent]
-        usable = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
-        found.append(_grouped(at[usable], group[usable], pieces, units, config.min_count))
-    lengths, worth, positions, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
-    return _Candidates(lengths, worth, positions, np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes))))
-
-
-def _grouped(at: Array, group: Array, pieces: Array, units: int,
-             min_count: int) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Sort places by the run that stands there; returns units, worth, all places, and how many for each run."""
-    counts = np.bincount(group)
-    enough = counts[group] >= min_count
-    at, group = at[enough], group[enough]
-    at = at[np.argsort(group, kind="stable")]
-    sizes = counts[counts >= min_count]
-    first = at[np.cumsum(sizes) - sizes]
-    return np.full(len(sizes), units), sizes * (pieces[first] - 1), at, sizes
-
-
-def _longer(corpus: _Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.uint64], pieces: Array,
-            units: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64], Array]:  # fmt: skip
-    """Extend every run that is still alive by the unit that follows it."""
-    wider = np.zeros_like(alive)
-    follows = slice(units - 1, None)
-    width = len(alive) - units + 1
-    wider[:width] = alive[:width] & corpus.inside[follows]
-    longer = codes.copy()
-    longer[:width] = codes[:width] * np.uint64(0xD6E8FEB86659FD93) + corpus.codes[follows]
-    total = pieces.copy()
-    total[:width] += corpus.pieces[follows]
-    return wider, longer, total
-
-
 def _choose_and_check(
-    texts: Sequence[str], corpus: _Corpus, candidates: _Candidates, base: BaseTokenizer, config: MineConfig,
-    budget: int, progress: Progress,
-) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
+    texts: Sequence[str], base: BaseTokenizer, config: MineConfig, progress: Progress
+) -> tuple[list[NewToken], _Choice]:
     """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left."""
+    corpus = read_corpus(texts, base, progress)
+    choose = _chooser(corpus, base, config, progress)
+    budget = config.budget or MAX_AUTO_BUDGET
     extra = 8 + budget // 20
     while True:
-        chosen, rejected = _choose(corpus, candidates, base, config, budget + extra, progress)
-        counted, _ = _measure(texts, base, chosen, progress)
-        kept = [token for token in counted if token.count >= config.min_count]
-        if len(kept) >= budget or len(chosen) < budget + extra:
-            return kept, {**rejected, **_rare(counted, config)}
+        choice = choose(budget + extra)
+        counted, _ = _measure(texts, base, choice.tokens, progress)
+        rare = _rare(counted, base, config)
+        kept = [token for token in counted if token.token not in rare]
+        if len(kept) >= budget or len(choice.tokens) < budget + extra:
+            return kept, replace(choice, rejected=choice.rejected | rare, base_tokens=corpus.num_tokens)
         extra = 2 * extra + 2 * (budget - len(kept))
+
+
+def _chooser(
+    corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress
+) -> Callable[[int], _Choice]:
+    """Return what chooses a number of tokens, in the way that fits the tokenizer."""
+    if base.scheme.chain() is None:
+        candidates = frequent_runs(corpus, config)
+        return lambda wanted: _Choice(*choose_runs(corpus, candidates, base, config, wanted, progress), len(candidates))
+    return lambda wanted: _Choice(*choose_merges(corpus, base, config, wanted, progress))
 
 
 def _settle(
@@ -345,7 +234,7 @@ def _settle(
     limit = config.budget or _knee([token.saved for token in kept])
     while kept:
         tokens, total = _measure(texts, base, kept[:limit], progress)
-        rare = _rare(tokens, config)
+        rare = _rare(tokens, base, config)
         if not rare:
             return tokens, total, rejected
         rejected |= rare
@@ -353,119 +242,18 @@ def _settle(
     return [], 0, rejected
 
 
-def _rare(counted: Sequence[NewToken], config: MineConfig) -> dict[str, str]:
+def _rare(counted: Sequence[NewToken], base: BaseTokenizer, config: MineConfig) -> dict[str, str]:
+    """Return the tokens that are too rare to be kept, with the reason: neither they nor what is merged from them."""
     why = f"the expanded tokenizer produces it fewer than {config.min_count} times"
-    return {token.token: why for token in counted if token.count < config.min_count}
-
-
-def _choose(
-    corpus: _Corpus, candidates: _Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
-    progress: Progress,
-) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
-    """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed."""
-    cover = _Cover(corpus, candidates)
-    chosen: list[NewToken] = []
-    rejected: dict[str, str] = {}
-    taken: set[tuple[int, ...]] = set()
-    heap = [(-worth, index, -1) for index, worth in enumerate(candidates.worth.tolist())]
-    heapq.heapify(heap)
-    with progress("choosing tokens", wanted, "tokens") as task:
-        while heap and len(chosen) < wanted:
-            _, index, computed_at = heapq.heappop(heap)
-            if computed_at < len(chosen):
-                elsewhere, count = cover.savings(index)
-                if count >= config.min_count and elsewhere > 0:
-                    heapq.heappush(heap, (-elsewhere, index, len(chosen)))
-                continue
-            # Only a winner is made a token: that takes longer than all the rest.
-            run = corpus.run(int(candidates.places(index)[0]), int(candidates.units[index]))
-            if run in taken:
-                continue
-            try:
-                token = _as_token(run, base, config)
-            except TokenizerError as error:
-                rejected[_text(run, base)] = str(error)
-                continue
-            taken.add(run)
-            chosen.append(replace(token, saved=cover.take(index)))
-            task.advance()
-        if len(chosen) < wanted:
-            task.note("no other candidate saves anything")
-    return chosen, rejected
-
-
-def _text(run: Sequence[int], base: BaseTokenizer) -> str:
-    return base.key_text(base.scheme.spelling(run).decode(errors="replace"))
-
-
-def _as_token(run: tuple[int, ...], base: BaseTokenizer, config: MineConfig) -> NewToken:
-    text = _text(run, base)
-    if len(text) > config.max_characters:
-        raise TokenizerError(f"{text!r} is longer than {config.max_characters} characters")
-    token = base.new_token(text)
-    if token.run != run:
-        raise TokenizerError(f"{text!r} is cut differently on its own")
-    return token
-
-
-class _Cover:
-    """Which units are covered by chosen tokens, and what a candidate would still save."""
-
-    def __init__(self, corpus: _Corpus, candidates: _Candidates) -> None:
-        self.candidates = candidates
-        self.sections = corpus.sections
-        self.cost = corpus.pieces.copy()  # tokens counted at each unit's first place
-        self.begins = np.ones(len(corpus.pieces) + 1, np.bool_)  # a token or free unit begins here
-        self.left: dict[int, Array] = {}  # where a candidate still fits, once some of its places are gone
-
-    def savings(self, index: int) -> tuple[int, int]:
-        """Return the tokens that a candidate would save now outside its best section, and at how many places in all."""
-        at, cost = self._free(index)
-        if not len(at):
-            return 0, 0
-        sections = self.sections[at]
-        edges = np.flatnonzero(np.append(True, sections[1:] != sections[:-1]))
-        saved = np.add.reduceat(cost - 1, edges)
-        return int(saved.sum() - saved.max()), len(at)
-
-    def take(self, index: int) -> int:
-        """Cover a candidate's places; returns the tokens saved."""
-        at, cost = self._free(index)
-        for offset in range(int(self.candidates.units[index])):
-            self.cost[at + offset] = 1 if offset == 0 else 0
-            self.begins[at + offset] = offset == 0
-        return int(cost.sum()) - len(at)
-
-    def _free(self, index: int) -> tuple[Array, Array]:
-        """Return the places where a candidate still saves something, and what the text costs there now."""
-        units = int(self.candidates.units[index])
-        at = self.left[index] if index in self.left else self.candidates.places(index)
-        fits = self.begins[at] & self.begins[at + units]
-        if not fits.all():
-            # Places that an earlier token cuts into are gone for good, and never looked at again.
-            at = self.left[index] = at[fits]
-        cost = self.cost[at]
-        for offset in range(1, units):
-            cost = cost + self.cost[at + offset]
-        saves = cost > 1
-        if not saves.all():
-            at, cost = at[saves], cost[saves]
-        if units > 1:
-            apart = _apart(at, units)
-            at, cost = at[apart], cost[apart]
-        return at, cost
-
-
-def _apart(at: Array, units: int) -> slice | npt.NDArray[np.bool_]:
-    """Select the places that do not begin inside the one before (`"ha ha ha"`), from left to right."""
-    if len(at) < 2 or int((at[1:] - at[:-1]).min()) >= units:
-        return slice(None)
-    keep, end = np.zeros(len(at), np.bool_), -1
-    for index, position in enumerate(at.tolist()):
-        if position >= end:
-            keep[index] = True
-            end = position + units
-    return keep
+    parts, rare = base.scheme.parts(counted), {}
+    needed: set[int] = set()
+    # The longest first: a token has fewer base ids than what is merged from it.
+    for i in sorted(range(len(counted)), key=lambda i: -len(counted[i].run)):
+        if i in needed or counted[i].count >= config.min_count:
+            needed.update(parts[i])
+        else:
+            rare[counted[i].token] = why
+    return rare
 
 
 def _measure(

@@ -77,6 +77,9 @@ def mine(
         reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
         show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "
                   f"the header of {output} has examples")  # fmt: skip
+    if result.parts:
+        show.note(f"{result.parts:,} of {len(result.tokens):,} tokens occur fewer than {config.min_count} times by "
+                  "themselves; they are there because longer tokens are merged from them")
     best = [token.to_json() for token in result.tokens[:NUM_BEST]]
     document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
                 "best": best}  # fmt: skip

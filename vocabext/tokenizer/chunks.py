@@ -180,6 +180,7 @@ class ChunkScheme(BpeScheme):
         assert not self.unreachable, "looking at it raises an error where there is one"
         spec = copy_of(self.spec)
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
+        spec["model"]["ignore_merges"] = True  # a whole chunk that is an entry is found before anything is merged
         phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.pieces(t.token)) > 1}
         if phrases:
             extend = _first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front

@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
+from vocabext.tokenizer.chain import MergeChain
 
 SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
@@ -111,6 +112,10 @@ class Scheme(ABC):
         """Return the entries of the ids, one after the other, in UTF-8."""
         return "".join(self.backend.id_to_token(i) or "" for i in ids).encode()
 
+    def byte_of(self, token_id: int) -> int | None:
+        """Return the byte that an id stands for; None for an id that stands for text."""
+        return None
+
     @abstractmethod
     def key_text(self, key: str) -> str:
         """Return the text that a vocabulary entry stands for."""
@@ -145,6 +150,19 @@ class Scheme(ABC):
         """The id of the unknown token, if there is one."""
         unknown = self.spec["model"].get("unk_token")
         return [self.vocabulary[unknown]] if unknown in self.vocabulary else []
+
+    def chain(self) -> MergeChain | None:
+        """Return an empty chain of merges, if new tokens of this kind are best made by merges."""
+        return None
+
+    def parts(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
+        """Return for each new token the indices of those that it is merged from."""
+        chain = self.chain()
+        if chain is None:
+            return [()] * len(tokens)
+        chain.add_all(tokens)
+        index = {token.key: i for i, token in enumerate(tokens)}
+        return [tuple(index[part] for part in chain.pairs.get(token.key, ()) if part in index) for token in tokens]
 
     @abstractmethod
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
@@ -196,9 +214,8 @@ def copy_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_new_entries(spec: dict[str, Any], added: dict[str, int], tokens: Sequence[NewToken], first: int) -> None:
-    """Put the new tokens into the vocabulary of a BPE model that looks whole chunks up, in place."""
+    """Put the new tokens into the vocabulary of a BPE model, in place."""
     vocabulary = spec["model"]["vocab"]
     # An added token that is not in the model's vocabulary would be renumbered once it grows.
     vocabulary.update({content: i for content, i in added.items() if content not in vocabulary})
     vocabulary.update({t.key: first + i for i, t in enumerate(tokens)})
-    spec["model"]["ignore_merges"] = True

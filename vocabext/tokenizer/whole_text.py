@@ -1,11 +1,13 @@
 """BPE that sees the whole text, with marks for spaces: Llama 2, Mistral, Gemma, tokens across spaces.
 
-BPE may merge across any place, so a new string is cut out only where no merge could have crossed its
-edges; `vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
+New tokens are merges behind those of the base (`chain.py`). One whose parts are not tokens is searched for instead:
+BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
+`vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from vocabext.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
+from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.scheme import (
     SPACE_MARK,
     copy_of,
@@ -49,11 +52,15 @@ class WholeTextScheme(BpeScheme):
         """Return the text with marks for spaces: one chunk."""
         return [text.replace(" ", SPACE_MARK)]
 
+    def byte_of(self, token_id: int) -> int | None:
+        """Return the byte that an id stands for; None for an id that stands for text."""
+        token = self.backend.id_to_token(token_id) or ""
+        return int(token[3:5], 16) if self.byte_fallback and is_byte_token(token) else None
+
     def spelling(self, ids: Sequence[int]) -> bytes:
         """Return the entries of the ids, one after the other; entries that stand for a byte are that byte."""
-        tokens = (self.backend.id_to_token(i) or "" for i in ids)
-        return b"".join(bytes([int(t[3:5], 16)]) if self.byte_fallback and is_byte_token(t) else t.encode()
-                        for t in tokens)
+        return b"".join((self.backend.id_to_token(i) or "").encode() if (byte := self.byte_of(i)) is None
+                        else bytes([byte]) for i in ids)
 
     def key_text(self, key: str) -> str:
         """Return the text that an entry stands for."""
@@ -96,18 +103,38 @@ class WholeTextScheme(BpeScheme):
                                if token[:cut] not in entries and token[cut:] not in entries
                                and [*self.merge(token[:cut]), *self.merge(token[cut:])] == ids), 0)
 
+    def chain(self) -> MergeChain:
+        """Return an empty chain of merges."""
+        return MergeChain(self.vocabulary, self._symbols)
+
+    def _symbols(self, ids: Sequence[int]) -> list[str]:
+        """Return the entries of ids; characters that are spelled in bytes as they are."""
+        symbols: list[str] = []
+        for spelled, group in groupby(ids, lambda i: self.byte_of(i) is not None):
+            some = list(group)
+            symbols += self.spelling(some).decode(errors="replace") if spelled else (
+                self.backend.id_to_token(i) or "" for i in some)
+        return symbols
+
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
         spec = copy_of(self.spec)
         if not tokens:
-            assert self.unreachable is not None, "looking at it raises an error where there is one"
             return spec
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
+        chain = self.chain()
+        without_parts = chain.add_all(tokens)
+        spec["model"]["merges"] = [*spec["model"]["merges"], *map(list, chain.pairs.values())]
+        if without_parts:
+            self._search_for([token.key for token in without_parts], spec)
+        return spec
+
+    def _search_for(self, keys: Sequence[str], spec: dict[str, Any]) -> None:
+        """Let a specification cut keys out of the text, and look whole chunks up."""
         table = MergeTable(merges_of(self.spec), self.vocabulary)
         steps = list(steps_of(self.spec["pre_tokenizer"]))
-        steps += [split_step(expression) for expression in self._expressions([t.key for t in tokens], table)]
-        spec["pre_tokenizer"] = in_sequence(steps)
-        return spec
+        spec["pre_tokenizer"] = in_sequence([*steps, *map(split_step, self._expressions(keys, table))])
+        spec["model"]["ignore_merges"] = True
 
     def _expressions(self, keys: Sequence[str], table: MergeTable) -> Iterator[str]:
         """Yield one expression per splitting step; hardly ever more than one, as each looks at all chunks again."""

@@ -1,0 +1,277 @@
+"""Choose pairs, again and again, for tokenizers whose new tokens are merges.
+
+This is how a BPE vocabulary is trained (Sennrich et al., arXiv 1508.07909), continued on the tokens of the base: the
+pair of neighbours that saves most becomes a token, and is one symbol from then on. So every token is merged from
+tokens that were chosen before it, or from those of the base. Two things differ from plain training:
+
+- A pair counts only where it lies inside one unit (a word), or is made of whole units (a phrase). Half a word with
+  half of the next, such as `ation of`, is rarely worth a row.
+- What a pair saves in the section that uses it most does not count, as in `runs.py`.
+
+A pair that is chosen is merged wherever it stands, as the tokenizer will.
+"""
+
+import heapq
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vocabext.config import MineConfig
+from vocabext.errors import TokenizerError
+from vocabext.mining.corpus import Array, Corpus, as_token, text_of
+from vocabext.progress import Progress
+from vocabext.records import NewToken
+from vocabext.tokenizer import BaseTokenizer, MergeChain
+
+Flags = npt.NDArray[np.bool_]
+GONE = -2  # stands where a symbol has become part of the one before it
+# UTF-8: a character of several bytes begins with one from here on, and goes on with smaller ones from there on.
+FIRST_LEAD, FIRST_TAIL = 0xC0, 0x80
+
+
+def choose_merges(
+    corpus: Corpus, base: BaseTokenizer, config: MineConfig, wanted: int, progress: Progress
+) -> tuple[list[NewToken], dict[str, str], int]:
+    """Choose up to `wanted` tokens.
+
+    Args:
+        corpus: The corpus.
+        base: The tokenizer to extend; one whose new tokens are merges.
+        config: The thresholds.
+        wanted: How many tokens to choose.
+        progress: Where to report.
+
+    Returns:
+        The tokens in the order of their merges, what was rejected (text to reason), and how many frequent pairs
+        there were.
+    """
+    chain = base.scheme.chain()
+    assert chain is not None
+    line = _Line(corpus, base, config, wanted)
+    chosen: list[NewToken] = []
+    rejected: dict[str, str] = {}
+    taken: set[tuple[int, ...]] = set()
+    with progress("choosing tokens", wanted, "tokens") as task:
+        while len(chosen) < wanted and (best := line.best()) is not None:
+            run = line.run(best)
+            if run in taken:
+                continue
+            try:
+                token = _checked(as_token(run, base, config), line.left(best), base, chain)
+            except TokenizerError as error:
+                rejected[text_of(run, base)] = str(error)
+                continue
+            taken.add(run)
+            chosen.append(replace(token, saved=line.merge(best)))
+            task.advance()
+        if len(chosen) < wanted:
+            task.note("no other pair saves anything")
+    return chosen, rejected, line.num_pairs
+
+
+def _checked(token: NewToken, left: tuple[int, ...], base: BaseTokenizer, chain: MergeChain) -> NewToken:
+    """Add a token to the chain, or make sure that looking for it is cheap.
+
+    Raises:
+        TokenizerError: If the tokenizer would merge the token from other parts than the corpus does, or would have to
+            look for it behind every space.
+    """
+    symbols = chain.cut(token)
+    if len(symbols) == 2 and base.scheme.spelling(left) != symbols[0].encode():
+        raise TokenizerError(f"{token.token!r} is merged from other tokens on its own")
+    if chain.add(token):
+        return token
+    spelled = next((i for i, c in enumerate(token.key) if c not in base.vocabulary), None)
+    if spelled is None:
+        raise TokenizerError(f"{token.token!r} is merged from other tokens on its own")
+    if any(c.isalnum() for c in token.key[:spelled]):
+        raise TokenizerError(f"{token.token!r} holds a letter in front of a character that is spelled in bytes, "
+                             "so that every word would have to be looked at")
+    return token
+
+
+@dataclass
+class _Pair:
+    """Two neighbouring symbols, or one character that the base spells in bytes.
+
+    Attributes:
+        left: The first symbol, or the character.
+        right: The second symbol; None for a character.
+        at: Where it stands, in reading order.
+    """
+
+    left: int
+    right: int | None
+    at: Array
+
+
+class _Line:
+    """The corpus as a line of symbols: base ids, and what was merged from them.
+
+    A symbol is known by the place of its first base id. Arrays of shape (T + 1,) have an entry for each base id
+    and one for the end.
+    """
+
+    def __init__(self, corpus: Corpus, base: BaseTokenizer, config: MineConfig, wanted: int) -> None:
+        length, self.config = len(corpus.ids), config
+        self.ids = corpus.ids
+        self.symbol = np.append(corpus.ids, -1)
+        self.next, self.previous = np.arange(1, length + 2), np.arange(-1, length)
+        self.end = np.arange(1, length + 2)
+        begins = np.zeros(length + 1, np.bool_)
+        begins[corpus.starts] = begins[-1] = True
+        self.begins, self.unit = begins, np.cumsum(begins)
+        self.section = np.append(np.repeat(corpus.sections, corpus.pieces), -1)
+        self.num_base, self.num_pairs = base.num_used_ids, 0
+        values = _byte_values(base)
+        characters = self._spell(np.append(values, -1)[corpus.ids])
+        self.num_symbols = self.num_base + len(characters)
+        # Room for what will be merged; the last entry, index -1, is the barrier between documents.
+        self.allowed = np.zeros(self.num_symbols + wanted + 1, np.bool_)
+        self.allowed[: self.num_base] = values < FIRST_TAIL  # parts of characters are nothing to merge
+        self.allowed[base.barrier_ids] = False
+        self._pairs: dict[int, _Pair] = {}
+        self._heap: list[tuple[int, int]] = []
+        for left, at in characters:
+            self._offer(_Pair(left, None, at), len(at) * int(self.end[at[0]] - at[0] - 1))
+        self._find(np.flatnonzero(self.symbol[:-1] != GONE))
+
+    def _spell(self, byte_at: Array) -> list[tuple[int, Array]]:
+        """Make one symbol of every character that is spelled in bytes; returns the symbols and where they stand."""
+        byte_at = np.append(byte_at, (0, 0, 0))
+        at = np.flatnonzero(byte_at >= FIRST_LEAD)
+        code, inside = byte_at[at], np.ones(len(at), np.bool_)
+        for k in (1, 2, 3):
+            inside &= (byte_at[at + k] >= FIRST_TAIL) & (byte_at[at + k] < FIRST_LEAD)
+            code = (code << 8) + np.where(inside, byte_at[at + k], 0)
+            self.symbol[at[inside] + k] = GONE
+            self.end[at[inside]] += 1
+        self.next[at], self.previous[np.minimum(self.end[at], len(self.ids))] = self.end[at], at
+        _, number = np.unique(code, return_inverse=True)
+        self.symbol[at] = self.num_base + number
+        return [(int(self.symbol[places[0]]), places) for places in _groups(at, number)]
+
+    # -- the best pair --------------------------------------------------------------------------------------------
+
+    def best(self) -> _Pair | None:
+        """Take out the pair that saves most outside its best section; None if no frequent one saves anything.
+
+        Merging only ever takes places away from a pair that is known, so what it was worth before is a bound.
+        """
+        while self._heap:
+            _, key = heapq.heappop(self._heap)
+            pair = self._pairs[key]
+            pair.at = self._still(pair)
+            count, worth = self._worth(pair)
+            if count < self.config.min_count or worth <= 0:
+                del self._pairs[key]
+            elif self._heap and worth < -self._heap[0][0]:
+                heapq.heappush(self._heap, (-worth, key))
+            else:
+                return self._pairs.pop(key)
+        return None
+
+    def run(self, pair: _Pair) -> tuple[int, ...]:
+        """Return the base ids of a pair."""
+        start = int(pair.at[0])
+        stop = self.end[start] if pair.right is None else self.end[self.next[start]]
+        return tuple(self.ids[start:stop].tolist())
+
+    def left(self, pair: _Pair) -> tuple[int, ...]:
+        """Return the base ids of its first symbol."""
+        start = int(pair.at[0])
+        return tuple(self.ids[start : self.end[start]].tolist())
+
+    def _still(self, pair: _Pair) -> Array:
+        """Return the places where a pair still stands."""
+        at = pair.at[self.symbol[pair.at] == pair.left]
+        if pair.right is None:
+            return at
+        at = at[self.symbol[self.next[at]] == pair.right]
+        return _apart(at, self.next[at]) if pair.left == pair.right else at
+
+    def _worth(self, pair: _Pair) -> tuple[int, int]:
+        """Return at how many good places a pair stands, and the tokens it would save outside its best section."""
+        at = pair.at[self._good(pair.at, pair.right is None)]
+        if not len(at):
+            return 0, 0
+        section = self.section[at]
+        edges = np.flatnonzero(np.append(True, section[1:] != section[:-1]))
+        best = int(np.diff(np.append(edges, len(at))).max())
+        return len(at), (len(at) - best) * self._saves(pair)
+
+    def _saves(self, pair: _Pair) -> int:
+        return 1 if pair.right is not None else int(self.end[pair.at[0]] - pair.at[0]) - 1
+
+    def _good(self, at: Array, single: bool) -> Flags:
+        """Tell where a pair lies inside one unit, or consists of whole ones."""
+        if single:
+            return np.ones(len(at), np.bool_)
+        middle = self.next[at]
+        end = self.end[middle]
+        units = self.unit[end - 1] - self.unit[at] + 1
+        if self.config.words_only:
+            return np.asarray(units == 1)
+        whole = self.begins[at] & self.begins[middle] & self.begins[end] & (units <= self.config.max_units)
+        return np.asarray((units == 1) | whole)
+
+    # -- merging --------------------------------------------------------------------------------------------------
+
+    def merge(self, pair: _Pair) -> int:
+        """Make one symbol of a pair wherever it stands; returns the tokens saved."""
+        at, symbol = pair.at, pair.left
+        if pair.right is not None:
+            symbol, self.num_symbols = self.num_symbols, self.num_symbols + 1
+            middle = self.next[at]
+            self.symbol[at], self.symbol[middle] = symbol, GONE
+            self.next[at], self.end[at] = self.next[middle], self.end[middle]
+            self.previous[self.next[at]] = at
+        self.allowed[symbol] = True
+        before = self.previous[at]
+        self._find(np.union1d(before[before >= 0], at))
+        return len(at) * self._saves(pair)
+
+    def _find(self, at: Array) -> None:
+        """Offer all frequent pairs that begin at some places and have a symbol that is new."""
+        left, right = self.symbol[at], self.symbol[self.next[at]]
+        usable = self.allowed[left] & self.allowed[right]
+        at, left, right = at[usable], left[usable], right[usable]
+        for places in _groups(at, left * len(self.allowed) + right):
+            if len(places) >= self.config.min_count:
+                pair = _Pair(int(self.symbol[places[0]]), int(self.symbol[self.next[places[0]]]), places)
+                self._offer(pair, int(self._good(places, False).sum()))
+
+    def _offer(self, pair: _Pair, at_most: int) -> None:
+        """Note a pair that saves at most so many tokens."""
+        if at_most >= self.config.min_count:
+            heapq.heappush(self._heap, (-at_most, self.num_pairs))
+            self._pairs[self.num_pairs] = pair
+            self.num_pairs += 1
+
+
+def _groups(at: Array, key: Array) -> list[Array]:
+    """Divide places by their key; each part stays in order."""
+    order = np.argsort(key, kind="stable")
+    edges = np.flatnonzero(np.diff(key[order])) + 1
+    return np.split(at[order], edges) if len(at) else []
+
+
+def _apart(at: Array, following: Array) -> Array:
+    """Leave out places that follow one that stays (`"ha ha ha"`)."""
+    if not np.isin(following, at).any():
+        return at
+    keep, taken = np.ones(len(at), np.bool_), -1
+    for index, (place, after) in enumerate(zip(at.tolist(), following.tolist(), strict=True)):
+        keep[index] = place != taken
+        taken = after if keep[index] else -1
+    return at[keep]
+
+
+def _byte_values(base: BaseTokenizer) -> Array:
+    """Return for each id the byte that it stands for, or -1, shape (V,)."""
+    values = np.full(base.num_used_ids, -1, np.int64)
+    for i in base.vocabulary.values():
+        if (spelled := base.scheme.byte_of(i)) is not None:
+            values[i] = spelled
+    return values
