@@ -2,6 +2,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,44 @@ def test_a_word_inside_a_longer_word_is_no_occurrence() -> None:
     assert record.occurrences == 3
     assert all(base.decode(extend(base, tokens).expansion.unmerge(s).tolist()).count(" ureter ") == 1
                for s in record.snippets)  # fmt: skip
+
+
+def test_a_part_that_never_stands_alone_is_seen_inside_what_is_merged_from_it() -> None:
+    base = tiny_base("metaspace")
+    tokens = tokens_of(base, "dm", "dmd", "dmdb")
+    texts = [f" the {word} of a.dmdb{end}" for word in ("heart", "rate", "cat", "card") for end in (" a", " the", ".")]
+    part, middle, whole = run(base, texts, tokens, window=40, snippets=20, min_snippets=2)
+    new = extend(base, tokens)
+    assert [record.occurrences for record in (part, middle, whole)] == [0, 0, 12]
+    assert [record.num_inside for record in (part, middle, whole)] == [len(part.snippets), len(middle.snippets), 0]
+    first = new.first_new_id
+    for record, token_id, rest in ((part, first, "db"), (middle, first + 1, "b")):
+        assert 8 <= len(record.snippets) == len(record.positions) <= 12  # one window of equal ones is kept
+        for snippet, position in zip(record.snippets, record.positions, strict=True):
+            assert snippet[position] == token_id
+            assert new.backend.decode(snippet[position + 1 : position + 1 + len(rest)]) == rest
+            read = str(new.expansion.unmerge(snippet).tolist())[1:-1]
+            assert any(read in str(base.encode(text)) for text in texts), "the base reads what is there"
+
+
+def test_a_part_with_enough_places_of_its_own_stays_with_them() -> None:
+    base = tiny_base("metaspace")
+    tokens = tokens_of(base, "dm", "dmd")
+    texts = [f" {word}.dm {word}.dmd" for word in ("heart", "rate", "cat")]
+    for least, inside in ((3, 0), (4, 3)):
+        part, _ = run(base, texts, tokens, window=8, snippets=9, min_snippets=least)
+        assert (part.occurrences, part.num_inside, len(part.snippets)) == (3, inside, 3 + inside)
+    # Who occurred often when it was mined needs none either, whatever this corpus has.
+    part, _ = run(base, texts, [replace(tokens[0], count=9), tokens[1]], window=8, snippets=9, min_snippets=4)
+    assert part.num_inside == 0
+
+
+def test_places_inside_longer_tokens_are_a_sample_of_all_of_them() -> None:
+    base = tiny_base("metaspace")
+    tokens = tokens_of(base, "dm", "dmd")
+    texts = [f" {'the ' * (i % 5)}.dmd{' a' * (i // 5)}" for i in range(40)]
+    seen = {ids for seed in range(30) for ids in run(base, texts, tokens, snippets=4, seed=seed)[0].snippets}
+    assert len(seen) > 30
 
 
 def test_windows_do_not_always_begin_at_the_same_place() -> None:

@@ -5,10 +5,14 @@ What is an occurrence is decided by the expanded tokenizer alone; a search for t
 teacher's view of the same text and the aligned positions for free. One pass over the corpus keeps a
 uniform sample per token (reservoir sampling, Vitter 1985), not the first few: the first documents of
 a corpus tend to be alike.
+
+Some tokens are there because longer ones are merged from them, and hardly ever stand alone. What they mean can be
+seen inside the longer ones as well: with such a token, and the rest of the longer one behind it, the text is the
+same to the base. A token that is short of snippets gets some of these.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +38,8 @@ PROMPTS_PER_BATCH = 64
 TEMPERATURE = 1.0
 # What may stand in front of a written text; the first after which the token really occurs is taken.
 LEADS = ("", "\n", " ", ". ", "(", "x")
+# For a new id the ids to write in its place, and which of them is a token that is looked for.
+_Splits = dict[int, list[tuple[tuple[int, ...], int]]]
 
 
 class Writer(Protocol):
@@ -77,13 +83,20 @@ def collect(
     """
     expanded = extend(base, tokens)
     reservoirs = {expanded.first_new_id + i: _Reservoir() for i in range(len(tokens))}
-    rng = np.random.default_rng(config.seed)
+    inside = {token_id: _Reservoir() for token_id in reservoirs}
+    # Whoever occurred often when it was mined will find enough places of its own.
+    rare = {token_id for token_id, token in zip(reservoirs, tokens, strict=True) if token.count < config.snippets}
+    splits = _splits(expanded, base.scheme.merged_from(tokens), rare)
+    rng, rng_inside = np.random.default_rng(config.seed), np.random.default_rng([config.seed, 1])
     with progress("collecting snippets", None, "documents") as task:
         for batch in _batches(documents):
-            for ids in expanded.encode_batch([document.text for document in batch]):
-                _sample(np.asarray(ids, np.int64), expanded.expansion, reservoirs, config, rng)
+            for row in expanded.encode_batch([document.text for document in batch]):
+                ids = np.asarray(row, np.int64)
+                _sample(ids, expanded.expansion, reservoirs, config, rng)
+                _sample_inside(ids, expanded.expansion, splits, inside, config, rng_inside)
             task.advance(len(batch))
-    return [_record(token, reservoir) for token, reservoir in zip(tokens, reservoirs.values(), strict=True)]
+    return [_topped_up(_record(token, reservoirs[token_id]), inside[token_id], config)
+            for token_id, token in zip(reservoirs, tokens, strict=True)]  # fmt: skip
 
 
 def add_generated(
@@ -204,6 +217,7 @@ def write_snippets(
         "base": header["base"], "options": {**header.get("options", {}), **asdict(config)}, "corpus": list(corpus),
         "snippets": sum(len(record.snippets) for record in records),
         "generated": sum(record.num_generated for record in records),
+        "inside": sum(record.num_inside for record in records),
         "short": [records[i].new_token.token for i in short_of_snippets(records, config)],
     }  # fmt: skip
     write_jsonl(path, "snippets", new_header, (record.to_json() for record in records))
@@ -264,6 +278,48 @@ def _sample(
             reservoir.snippets.append(_window(ids, edges, position, before, config.window))
         elif (place := int(draw * reservoir.seen)) < config.snippets:
             reservoir.snippets[place] = _window(ids, edges, position, before, config.window)
+
+
+def _splits(expanded: ExpandedTokenizer, merged_from: Sequence[tuple[int, ...]], wanted: Set[int]) -> _Splits:
+    """Return for each new id the ways to write it such that a wanted part of it shows, with the place of that part."""
+    ways: _Splits = {}
+    numbers = range(len(merged_from))
+    for number in sorted(numbers, key=lambda i: len(expanded.tokens[i].run)):  # parts come before what is made of them
+        parts, found = merged_from[number], []
+        for at, part in enumerate(parts):
+            found += [(parts, at)] if part in wanted else []
+            found += [((*parts[:at], *ids, *parts[at + 1 :]), at + inner) for ids, inner in ways.get(part, ())]
+        if found:
+            ways[expanded.first_new_id + number] = found
+    return ways
+
+
+def _sample_inside(
+    ids: Ids, expansion: Expansion, splits: _Splits, reservoirs: Mapping[int, _Reservoir], config: CollectConfig,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Offer every part of a longer token in one document to the reservoir of that part."""
+    for position in np.flatnonzero(expansion.is_new(ids)).tolist():
+        for written, inner in splits.get(int(ids[position]), ()):
+            reservoir = reservoirs[written[inner]]
+            reservoir.seen += 1
+            place = len(reservoir.snippets)
+            if place == config.snippets and (place := int(rng.random() * reservoir.seen)) >= config.snippets:
+                continue
+            # Each id is at least one base id, so what lies further away is in no window.
+            start = max(0, position - config.window)
+            near = np.concatenate((ids[start:position], written, ids[position + 1 : position + config.window + 1]))
+            window = _window(near, expansion.edges(near), position - start + inner, rng.random(), config.window)
+            reservoir.snippets[place : place + 1] = [window]
+
+
+def _topped_up(record: TokenSnippets, inside: _Reservoir, config: CollectConfig) -> TokenSnippets:
+    """Give a token that is short of snippets some of those where it is part of a longer one."""
+    if len(record.snippets) >= config.min_snippets:
+        return record
+    new = list(dict.fromkeys(inside.snippets))[: config.snippets - len(record.snippets)]
+    return replace(record, snippets=(*record.snippets, *(ids for ids, _ in new)),
+                   positions=(*record.positions, *(at for _, at in new)), num_inside=len(new))  # fmt: skip
 
 
 def _window(ids: Ids, edges: Ids, position: int, before: float, window: int) -> tuple[tuple[int, ...], int]:

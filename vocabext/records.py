@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,24 +74,28 @@ class TokenSnippets:
         positions: Index of the token inside each snippet.
         occurrences: How often the token occurred in the corpus that was sampled.
         num_generated: How many of the snippets the model wrote itself.
+        num_inside: How many show the token where the text has a longer one that is merged from it.
     """
 
     new_token: NewToken
     snippets: tuple[tuple[int, ...], ...] = ()
     positions: tuple[int, ...] = ()
     occurrences: int = 0
-    num_generated: int = field(default=0)
+    num_generated: int = 0
+    num_inside: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-ready values."""
         return {**self.new_token.to_json(), "occurrences": self.occurrences, "num_generated": self.num_generated,
-                "positions": list(self.positions), "snippets": [list(s) for s in self.snippets]}
+                "num_inside": self.num_inside, "positions": list(self.positions),
+                "snippets": [list(s) for s in self.snippets]}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "TokenSnippets":
         """Read a record back; a plain `NewToken` line reads as a token without snippets."""
         return cls(NewToken.from_json(row), tuple(tuple(s) for s in row.get("snippets", ())),
-                   tuple(row.get("positions", ())), int(row.get("occurrences", 0)), int(row.get("num_generated", 0)))
+                   tuple(row.get("positions", ())), int(row.get("occurrences", 0)), int(row.get("num_generated", 0)),
+                   int(row.get("num_inside", 0)))
 
 
 def check_output(path: Path, *, force: bool, folder: bool = False) -> None:

@@ -46,8 +46,8 @@ def collect(
 ) -> None:  # fmt: skip
     """Sample snippets of a corpus for each token of CANDIDATES (from `vocabext mine`).
 
-    One pass keeps a uniform sample per token; only places where the expanded tokenizer really produces
-    the token count.
+    One pass keeps a uniform sample per token of the places where the expanded tokenizer really produces
+    it. A token that is mostly part of longer ones also gets places inside those.
     """
     from vocabext.checkpoint import resolve_model
     from vocabext.collect import collect as run_collect
@@ -79,6 +79,7 @@ def collect(
         show.table([
             ("tokens", len(records)),
             ("snippets", written["snippets"]),
+            ("inside longer tokens", written["inside"]),
             ("written by the model", written["generated"]),
             (f"tokens with fewer than {config.min_snippets}", len(written["short"])),
             ("tokens without any", sum(not record.snippets for record in records)),

@@ -155,14 +155,23 @@ class Scheme(ABC):
         """Return an empty chain of merges, if new tokens of this kind are best made by merges."""
         return None
 
-    def parts(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
-        """Return for each new token the indices of those that it is merged from."""
+    def merged_from(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
+        """Return for each new token the ids that it is merged from, base or new; none where it is not a merge.
+
+        Args:
+            tokens: The new tokens; `tokens[i]` has the id `num_used_ids + i`.
+        """
         chain = self.chain()
         if chain is None:
             return [()] * len(tokens)
         chain.add_all(tokens)
-        index = {token.key: i for i, token in enumerate(tokens)}
-        return [tuple(index[part] for part in chain.pairs.get(token.key, ()) if part in index) for token in tokens]
+        ids = self.vocabulary | {token.key: self.num_used_ids + i for i, token in enumerate(tokens)}
+        return [tuple(ids[part] for part in chain.pairs.get(token.key, ())) for token in tokens]
+
+    def parts(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
+        """Return for each new token the indices of the new tokens that it is merged from."""
+        return [tuple(i - self.num_used_ids for i in ids if i >= self.num_used_ids)
+                for ids in self.merged_from(tokens)]  # fmt: skip
 
     @abstractmethod
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
