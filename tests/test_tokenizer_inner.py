@@ -118,14 +118,74 @@ def test_guards_are_written_for_characters() -> None:
     assert inner_guard("心", bytes_table((ill[2:], heart[:1]), *inside)) is None
 
 
+def steps(tokenizer: BaseTokenizer | ExpandedTokenizer) -> int:
+    return len(json.loads(tokenizer.backend.to_str())["pre_tokenizer"]["pretokenizers"])
+
+
+def test_a_word_whose_parts_are_tokens_is_a_merge_and_nothing_is_searched() -> None:
+    base = trained(LLAMA_3_SPLIT, seed=2)
+    words = ["有在", "有在的", "了有在的"]
+    new = extend(base, [base.new_token(word) for word in words])
+    assert steps(new) == steps(base)
+    assert base.scheme.parts(new.tokens) == [(), (0,), (1,)]
+    for before, after in (("", ""), ("史", ""), ("", "不"), ("心", "心"), ("a ", "。")):
+        for number, word in enumerate(words):
+            assert new.first_new_id + number in new.encode(before + word + after)
+    # Without the part in the middle the longest is searched for, and so is what holds it; the first stays a merge.
+    some = extend(base, [new.tokens[0], new.tokens[2]])
+    assert steps(some) == steps(base) + 1
+    assert base.scheme.parts(some.tokens) == [(), ()]
+    assert some.encode("心了有在的不")[1] == some.first_new_id + 1
+    assert some.encode("了有在不")[1] == some.first_new_id
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(st.sampled_from([*CHARACTERS, *ODD, "有在的"]), max_size=20).map("".join), seed=st.integers(0, 3))
+def test_merges_inside_a_run_of_letters_are_exact(text: str, seed: int) -> None:
+    base, new = merged(seed)
+    assert steps(new) == steps(base)
+    found = new.encode(text)
+    assert new.expansion.unmerge(found).tolist() == base.encode(text)
+    assert new.decode(found) == base.decode(base.encode(text))
+
+
+@cache
+def merged(seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer]:
+    base = trained(LLAMA_3_SPLIT, seed=seed)
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("的了不在史有", k=30)) for _ in range(40)]
+    result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
+                  MineConfig(budget=20, min_count=5), at_most=True)  # fmt: skip
+    assert len(result.tokens) > 10
+    return base, extend(base, result.tokens)
+
+
 def test_mining_finds_words_inside_runs_of_letters() -> None:
     base = trained(LLAMA_3_SPLIT, seed=2)
     rng = random.Random(5)
     texts = ["".join(rng.choices(["冠状动脉", *"的了不在史有"], k=30)) for _ in range(20)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
                   MineConfig(budget=1, min_count=5))  # fmt: skip
+    # Its characters have three pieces each, which no merge of two makes: it is searched for.
     assert result.tokens[0].token == "冠状动脉"
     assert result.tokens[0].count > 20
+    assert steps(extend(base, result.tokens)) == steps(base) + 1
+
+
+def test_words_inside_runs_of_letters_are_mined_with_their_parts_and_beside_other_words() -> None:
+    base = trained(LLAMA_3_SPLIT, seed=2)
+    rng = random.Random(5)
+    texts = ["".join(rng.choices(["有在的了", *"不史", " cardiac", " ab,"], k=30)) for _ in range(20)]
+    result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
+                  MineConfig(budget=9, min_count=5))  # fmt: skip
+    names = [token.token for token in result.tokens]
+    assert " cardiac" in names
+    assert "有在的了" in names
+    assert steps(extend(base, result.tokens[: names.index("有在的了") + 1])) == steps(base)
+    parts = base.scheme.parts(result.tokens)[names.index("有在的了")]
+    assert parts
+    assert all(part < names.index("有在的了") for part in parts)
+    assert result.parts == sum(token.count < 5 for token in result.tokens)
 
 
 def test_where_a_lookup_could_find_more_than_merges_words_are_whole_chunks_only() -> None:

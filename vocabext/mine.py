@@ -11,8 +11,9 @@ the mining corpus gets longer (measured in docs/decisions.md).
 Merges have a price: a long token needs its *parts* among the tokens, also one that is hardly ever left over.
 """
 
+import heapq
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from vocabext.checkpoint import resolve_model
 from vocabext.config import MineConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.manifest import file_sha256
-from vocabext.mining.corpus import BATCH, Corpus, read_corpus
+from vocabext.mining.corpus import BATCH, Choice, Corpus, read_corpus
 from vocabext.mining.merges import choose_merges
 from vocabext.mining.runs import choose_runs, frequent_runs
 from vocabext.progress import Progress, no_progress
@@ -111,21 +112,22 @@ def mine(
     texts = [document.text for document in documents]
     if not texts:
         raise CorpusError("there is no document to mine; give more text")
-    kept, choice = _choose_and_check(texts, base, config, progress)
-    if not choice.candidates:
+    corpus = read_corpus(texts, base, progress)
+    kept, rejected, candidates = _choose_and_check(texts, corpus, base, config, progress)
+    if not candidates:
         raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
                          "give more text, or lower --min-count")
     tokens, expanded_tokens, rare = _settle(texts, base, kept, config, progress)
     if not tokens:
-        raise UsageError(f"none of the {choice.candidates} frequent runs of this corpus can be a token that occurs "
+        raise UsageError(f"none of the {candidates} frequent runs of this corpus can be a token that occurs "
                          f"{config.min_count} times; give more text, or lower --min-count")
     if config.budget is not None and len(tokens) < config.budget and not at_most:
         raise UsageError(f"--budget is {config.budget}, but only {len(tokens)} tokens that occur at least "
                          f"{config.min_count} times can be made; lower --budget to {len(tokens)}, lower --min-count, "
                          "or give more text")
-    curve = _curve([token.saved for token in tokens], choice.base_tokens)
-    return MineResult(tuple(tokens), curve, choice.base_tokens, expanded_tokens, len(texts), choice.candidates,
-                      choice.rejected | rare, parts=sum(token.count < config.min_count for token in tokens))
+    curve = _curve([token.saved for token in tokens], corpus.num_tokens)
+    return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), candidates,
+                      rejected | rare, parts=sum(token.count < config.min_count for token in tokens))
 
 
 def write_candidates(
@@ -178,16 +180,6 @@ def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:
     return header, tokens
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What was chosen: the tokens, rejected texts with the reason, and from how many candidates."""
-
-    tokens: Sequence[NewToken]
-    rejected: dict[str, str]
-    candidates: int
-    base_tokens: int = 0
-
-
 def _reason(why: str) -> str:
     """Take the texts out of a reason, so that equal reasons can be counted."""
     quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -195,31 +187,44 @@ def _reason(why: str) -> str:
 
 
 def _choose_and_check(
-    texts: Sequence[str], base: BaseTokenizer, config: MineConfig, progress: Progress
-) -> tuple[list[NewToken], _Choice]:
-    """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left."""
-    corpus = read_corpus(texts, base, progress)
+    texts: Sequence[str], corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress
+) -> tuple[list[NewToken], dict[str, str], int]:
+    """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left.
+
+    Returns:
+        The tokens, what was rejected (text to reason), and from how many candidates.
+    """
     choose = _chooser(corpus, base, config, progress)
     budget = config.budget or MAX_AUTO_BUDGET
     extra = 8 + budget // 20
     while True:
         choice = choose(budget + extra)
-        counted, _ = _measure(texts, base, choice.tokens, progress)
+        counted, _ = _measure(texts, base, [token for _, token in choice.tokens], progress)
         rare = _rare(counted, base, config)
         kept = [token for token in counted if token.token not in rare]
         if len(kept) >= budget or len(choice.tokens) < budget + extra:
-            return kept, replace(choice, rejected=choice.rejected | rare, base_tokens=corpus.num_tokens)
+            return kept, choice.rejected | rare, choice.candidates
         extra = 2 * extra + 2 * (budget - len(kept))
 
 
-def _chooser(
-    corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress
-) -> Callable[[int], _Choice]:
-    """Return what chooses a number of tokens, in the way that fits the tokenizer."""
-    if base.scheme.chain() is None:
-        candidates = frequent_runs(corpus, config)
-        return lambda wanted: _Choice(*choose_runs(corpus, candidates, base, config, wanted, progress), len(candidates))
-    return lambda wanted: _Choice(*choose_merges(corpus, base, config, wanted, progress))
+def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress) -> Callable[[int], Choice]:
+    """Return what chooses a number of tokens: merges, runs that are looked up, or the best of both."""
+    candidates = None if base.scheme.only_merges else frequent_runs(corpus, config)
+    merges = base.scheme.mergeable_ids[corpus.ids].any()  # -1, between documents, is the last id
+
+    def choose(wanted: int) -> Choice:
+        found, chain = [], base.scheme.chain()
+        if candidates is not None:
+            found.append(choose_runs(corpus, candidates, base, config, wanted, progress,
+                                     leave=lambda token: chain is not None and chain.accepts(token)))  # fmt: skip
+        if chain is not None and merges:
+            found.append(choose_merges(corpus, base, chain, config, wanted, progress))
+        # They hardly ever want the same text: merges are for letters without spaces, or for everything.
+        tokens = heapq.merge(*(choice.tokens for choice in found), key=lambda chosen: -chosen[0])
+        return Choice(list(tokens)[:wanted], dict(ChainMap(*(choice.rejected for choice in found))),
+                      sum(choice.candidates for choice in found))  # fmt: skip
+
+    return choose
 
 
 def _settle(

@@ -84,6 +84,21 @@ def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint
     return np.add.reduceat(values[ids] * factors[place], starts)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        tokens: The tokens, best first, each with what it saves outside the section that uses it most.
+        rejected: Texts that would have been chosen but cannot be tokens, with the reason.
+        candidates: How many there were to choose from.
+    """
+
+    tokens: Sequence[tuple[int, NewToken]]
+    rejected: dict[str, str]
+    candidates: int
+
+
 def text_of(run: Sequence[int], base: BaseTokenizer) -> str:
     """Return the text that base ids stand for."""
     return base.key_text(base.scheme.spelling(run).decode(errors="replace"))

@@ -5,7 +5,8 @@ pair of neighbours that saves most becomes a token, and is one symbol from then 
 tokens that were chosen before it, or from those of the base. Two things differ from plain training:
 
 - A pair counts only where it lies inside one unit (a word), or is made of whole units (a phrase). Half a word with
-  half of the next, such as `ation of`, is rarely worth a row.
+  half of the next, such as `ation of`, is rarely worth a row. In byte-level BPE a unit here is a character, and half
+  of one is no text.
 - What a pair saves in the section that uses it most does not count, as in `runs.py`.
 
 A pair that is chosen is merged wherever it stands, as the tokenizer will.
@@ -19,37 +20,30 @@ import numpy.typing as npt
 
 from vocabext.config import MineConfig
 from vocabext.errors import TokenizerError
-from vocabext.mining.corpus import Array, Corpus, as_token, text_of
+from vocabext.mining.corpus import Array, Choice, Corpus, as_token, text_of
 from vocabext.progress import Progress
 from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer, MergeChain
 
 Flags = npt.NDArray[np.bool_]
 GONE = -2  # stands where a symbol has become part of the one before it
-# UTF-8: a character of several bytes begins with one from here on, and goes on with smaller ones from there on.
-FIRST_LEAD, FIRST_TAIL = 0xC0, 0x80
 
 
 def choose_merges(
-    corpus: Corpus, base: BaseTokenizer, config: MineConfig, wanted: int, progress: Progress
-) -> tuple[list[NewToken], dict[str, str], int]:
-    """Choose up to `wanted` tokens.
+    corpus: Corpus, base: BaseTokenizer, chain: MergeChain, config: MineConfig, wanted: int, progress: Progress
+) -> Choice:
+    """Choose up to `wanted` tokens, in the order of their merges.
 
     Args:
         corpus: The corpus.
-        base: The tokenizer to extend; one whose new tokens are merges.
+        base: The tokenizer to extend.
+        chain: An empty chain of its merges; gets those of the tokens.
         config: The thresholds.
         wanted: How many tokens to choose.
         progress: Where to report.
-
-    Returns:
-        The tokens in the order of their merges, what was rejected (text to reason), and how many frequent pairs
-        there were.
     """
-    chain = base.scheme.chain()
-    assert chain is not None
     line = _Line(corpus, base, config, wanted)
-    chosen: list[NewToken] = []
+    chosen: list[tuple[int, NewToken]] = []
     rejected: dict[str, str] = {}
     taken: set[tuple[int, ...]] = set()
     with progress("choosing tokens", wanted, "tokens") as task:
@@ -58,42 +52,42 @@ def choose_merges(
             if run in taken:
                 continue
             try:
-                token = _checked(as_token(run, base, config), line.left(best), base, chain)
+                token = as_token(run, base, config)
+                if not chain.accepts(token):
+                    continue
+                _add(token, line.left(best), base, chain)
             except TokenizerError as error:
                 rejected[text_of(run, base)] = str(error)
                 continue
             taken.add(run)
-            chosen.append(replace(token, saved=line.merge(best)))
+            chosen.append((line.worth(best), replace(token, saved=line.merge(best))))
             task.advance()
         if len(chosen) < wanted:
             task.note("no other pair saves anything")
-    return chosen, rejected, line.num_pairs
+    return Choice(chosen, rejected, line.num_pairs)
 
 
-def _checked(token: NewToken, left: tuple[int, ...], base: BaseTokenizer, chain: MergeChain) -> NewToken:
-    """Add a token to the chain, or make sure that looking for it is cheap.
+def _add(token: NewToken, left: tuple[int, ...], base: BaseTokenizer, chain: MergeChain) -> None:
+    """Add a token to the chain, or make sure that it can be searched for instead, and that this is cheap.
 
     Raises:
-        TokenizerError: If the tokenizer would merge the token from other parts than the corpus does, or would have to
-            look for it behind every space.
+        TokenizerError: If it is not.
     """
     symbols = chain.cut(token)
-    if len(symbols) == 2 and base.scheme.spelling(left) != symbols[0].encode():
+    other = len(symbols) == 2 and base.scheme.spelling(left) != symbols[0].encode()
+    if not other and chain.add(token):
+        return
+    at = next((i for i, c in enumerate(token.token) if base.scheme.is_never_merged(c)), None)
+    if other or at is None:
         raise TokenizerError(f"{token.token!r} is merged from other tokens on its own")
-    if chain.add(token):
-        return token
-    spelled = next((i for i, c in enumerate(token.key) if c not in base.vocabulary), None)
-    if spelled is None:
-        raise TokenizerError(f"{token.token!r} is merged from other tokens on its own")
-    if any(c.isalnum() for c in token.key[:spelled]):
-        raise TokenizerError(f"{token.token!r} holds a letter in front of a character that is spelled in bytes, "
+    if base.scheme.only_merges and any(c.isalnum() for c in token.token[:at]):
+        raise TokenizerError(f"{token.token!r} has a letter in front of a character that is a byte, "
                              "so that every word would have to be looked at")
-    return token
 
 
 @dataclass
 class _Pair:
-    """Two neighbouring symbols, or one character that the base spells in bytes.
+    """Two neighbouring symbols, or one character that no merge of two makes.
 
     Attributes:
         left: The first symbol, or the character.
@@ -124,31 +118,29 @@ class _Line:
         self.begins, self.unit = begins, np.cumsum(begins)
         self.section = np.append(np.repeat(corpus.sections, corpus.pieces), -1)
         self.num_base, self.num_pairs = base.num_used_ids, 0
-        values = _byte_values(base)
-        characters = self._spell(np.append(values, -1)[corpus.ids])
+        characters = self._spell(corpus, base)
         self.num_symbols = self.num_base + len(characters)
         # Room for what will be merged; the last entry, index -1, is the barrier between documents.
         self.allowed = np.zeros(self.num_symbols + wanted + 1, np.bool_)
-        self.allowed[: self.num_base] = values < FIRST_TAIL  # parts of characters are nothing to merge
-        self.allowed[base.barrier_ids] = False
+        self.allowed[: self.num_base] = base.scheme.mergeable_ids
+        self.only_whole = not base.scheme.only_merges
         self._pairs: dict[int, _Pair] = {}
         self._heap: list[tuple[int, int]] = []
         for left, at in characters:
             self._offer(_Pair(left, None, at), len(at) * int(self.end[at[0]] - at[0] - 1))
         self._find(np.flatnonzero(self.symbol[:-1] != GONE))
 
-    def _spell(self, byte_at: Array) -> list[tuple[int, Array]]:
-        """Make one symbol of every character that is spelled in bytes; returns the symbols and where they stand."""
-        byte_at = np.append(byte_at, (0, 0, 0))
-        at = np.flatnonzero(byte_at >= FIRST_LEAD)
-        code, inside = byte_at[at], np.ones(len(at), np.bool_)
-        for k in (1, 2, 3):
-            inside &= (byte_at[at + k] >= FIRST_TAIL) & (byte_at[at + k] < FIRST_LEAD)
-            code = (code << 8) + np.where(inside, byte_at[at + k], 0)
-            self.symbol[at[inside] + k] = GONE
-            self.end[at[inside]] += 1
-        self.next[at], self.previous[np.minimum(self.end[at], len(self.ids))] = self.end[at], at
-        _, number = np.unique(code, return_inverse=True)
+    def _spell(self, corpus: Corpus, base: BaseTokenizer) -> list[tuple[int, Array]]:
+        """Make one symbol of every character that no merge of two makes; returns the symbols and where they stand."""
+        spelled = np.append(base.scheme.spelling_ids, False)  # -1, between documents
+        whole = np.logical_and.reduceat(spelled[corpus.ids], corpus.starts)
+        whole &= corpus.pieces > (1 if base.scheme.only_merges else 2)
+        at, pieces = corpus.starts[whole], corpus.pieces[whole]
+        for k in range(1, int(pieces.max(initial=0))):
+            self.symbol[at[pieces > k] + k] = GONE
+        self.next[at] = self.end[at] = at + pieces
+        self.previous[at + pieces] = at
+        _, number = np.unique(corpus.codes[whole], return_inverse=True)
         self.symbol[at] = self.num_base + number
         return [(int(self.symbol[places[0]]), places) for places in _groups(at, number)]
 
@@ -163,7 +155,7 @@ class _Line:
             _, key = heapq.heappop(self._heap)
             pair = self._pairs[key]
             pair.at = self._still(pair)
-            count, worth = self._worth(pair)
+            count, worth = self._counts(pair)
             if count < self.config.min_count or worth <= 0:
                 del self._pairs[key]
             elif self._heap and worth < -self._heap[0][0]:
@@ -191,7 +183,11 @@ class _Line:
         at = at[self.symbol[self.next[at]] == pair.right]
         return _apart(at, self.next[at]) if pair.left == pair.right else at
 
-    def _worth(self, pair: _Pair) -> tuple[int, int]:
+    def worth(self, pair: _Pair) -> int:
+        """Return the tokens that a pair would save outside its best section."""
+        return self._counts(pair)[1]
+
+    def _counts(self, pair: _Pair) -> tuple[int, int]:
         """Return at how many good places a pair stands, and the tokens it would save outside its best section."""
         at = pair.at[self._good(pair.at, pair.right is None)]
         if not len(at):
@@ -211,10 +207,11 @@ class _Line:
         middle = self.next[at]
         end = self.end[middle]
         units = self.unit[end - 1] - self.unit[at] + 1
+        begins_and_ends = self.begins[at] & self.begins[end]
+        inside = (units == 1) & (begins_and_ends if self.only_whole else True)
         if self.config.words_only:
-            return np.asarray(units == 1)
-        whole = self.begins[at] & self.begins[middle] & self.begins[end] & (units <= self.config.max_units)
-        return np.asarray((units == 1) | whole)
+            return np.asarray(inside)
+        return np.asarray(inside | (begins_and_ends & self.begins[middle] & (units <= self.config.max_units)))
 
     # -- merging --------------------------------------------------------------------------------------------------
 
@@ -267,11 +264,3 @@ def _apart(at: Array, following: Array) -> Array:
         taken = after if keep[index] else -1
     return at[keep]
 
-
-def _byte_values(base: BaseTokenizer) -> Array:
-    """Return for each id the byte that it stands for, or -1, shape (V,)."""
-    values = np.full(base.num_used_ids, -1, np.int64)
-    for i in base.vocabulary.values():
-        if (spelled := base.scheme.byte_of(i)) is not None:
-            values[i] = spelled
-    return values

@@ -7,6 +7,7 @@ value is an upper bound and most of them need never be computed again (lazy gree
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from vocabext.config import MineConfig
 from vocabext.errors import TokenizerError
-from vocabext.mining.corpus import Array, Corpus, as_token, text_of
+from vocabext.mining.corpus import Array, Choice, Corpus, as_token, text_of
 from vocabext.progress import Progress
 from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer
@@ -88,18 +89,28 @@ def _longer(corpus: Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.
 
 def choose_runs(
     corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
-    progress: Progress,
-) -> tuple[list[NewToken], dict[str, str]]:  # fmt: skip
-    """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed."""
+    progress: Progress, *, leave: Callable[[NewToken], bool],
+) -> Choice:  # fmt: skip
+    """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed.
+
+    Args:
+        corpus: The corpus.
+        candidates: Its frequent runs.
+        base: The tokenizer to extend.
+        config: The thresholds.
+        wanted: How many tokens to choose.
+        progress: Where to report.
+        leave: Tells which tokens are chosen elsewhere.
+    """
     cover = _Cover(corpus, candidates)
-    chosen: list[NewToken] = []
+    chosen: list[tuple[int, NewToken]] = []
     rejected: dict[str, str] = {}
     taken: set[tuple[int, ...]] = set()
     heap = [(-worth, index, -1) for index, worth in enumerate(candidates.worth.tolist())]
     heapq.heapify(heap)
     with progress("choosing tokens", wanted, "tokens") as task:
         while heap and len(chosen) < wanted:
-            _, index, computed_at = heapq.heappop(heap)
+            worth, index, computed_at = heapq.heappop(heap)
             if computed_at < len(chosen):
                 elsewhere, count = cover.savings(index)
                 if count >= config.min_count and elsewhere > 0:
@@ -115,11 +126,13 @@ def choose_runs(
                 rejected[text_of(run, base)] = str(error)
                 continue
             taken.add(run)
-            chosen.append(replace(token, saved=cover.take(index)))
+            if leave(token):
+                continue
+            chosen.append((-worth, replace(token, saved=cover.take(index))))
             task.advance()
         if len(chosen) < wanted:
             task.note("no other candidate saves anything")
-    return chosen, rejected
+    return Choice(chosen, rejected, len(candidates))
 
 
 class _Cover:

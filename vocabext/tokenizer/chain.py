@@ -23,15 +23,20 @@ class MergeChain:
         characters: New tokens that are one character, which the base spells in bytes.
     """
 
-    def __init__(self, vocabulary: Container[str], symbols: Callable[[Sequence[int]], list[str]]) -> None:
+    def __init__(
+        self, vocabulary: Container[str], symbols: Callable[[Sequence[int]], list[str]],
+        accepts: Callable[[NewToken], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
         """Begin with none.
 
         Args:
             vocabulary: The entries of the base.
             symbols: Turns ids into their entries; characters that the base spells in bytes stay characters.
+            accepts: Tells which tokens should be merges at all.
         """
         self._vocabulary = vocabulary
         self._symbols = symbols
+        self.accepts = accepts
         self._ranks: dict[tuple[str, str], int] = {}
         self.pairs: dict[str, tuple[str, str]] = {}
         self.characters: set[str] = set()
@@ -45,7 +50,9 @@ class MergeChain:
         return symbols
 
     def add(self, token: NewToken) -> bool:
-        """Let BPE make a token; returns False, and does nothing, if its parts are missing."""
+        """Let BPE make a token; returns False, and does nothing, if it should be no merge, or its parts are missing."""
+        if not self.accepts(token):
+            return False
         if len(token.key) == 1:
             self.characters.add(token.key)
             return True
@@ -57,7 +64,7 @@ class MergeChain:
         return True
 
     def add_all(self, tokens: Sequence[NewToken]) -> list[NewToken]:
-        """Let BPE make as many tokens as it can, in their order; returns those whose parts are missing."""
+        """Let BPE make as many tokens as it can, in their order; returns the others."""
         waiting = [token for token in sorted(tokens, key=lambda token: len(token.key) > 1) if not self.add(token)]
         while waiting:
             still = [token for token in waiting if not self.add(token)]

@@ -4,6 +4,9 @@ A word is a chunk already, so putting it into the vocabulary is enough. A phrase
 prefix tree of the phrases becomes the first alternative of the split expression. Where the splitting
 takes several steps, or leaves gaps, the tree is a step of its own in front of them, behind a guard on
 its left side too, and the later steps leave its matches whole.
+
+In scripts without spaces a chunk is a whole run of words. There new words are merges behind those of the base
+(`chain.py`); only one whose parts are not tokens must be searched for (`inner.py`).
 """
 
 import json
@@ -20,6 +23,7 @@ from vocabext.boundaries import Definitions, MergeTable, holds_spaceless, prefix
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
+from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import SUPPORTED, Units, copy_of, split_step, steps_of, with_new_entries
@@ -185,17 +189,44 @@ class ChunkScheme(BpeScheme):
         if phrases:
             extend = _first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front
             spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": extend(self.steps, phrases)}
-        if step := self._inner_step([t.token for t in tokens]):
+        chain = self.chain()
+        without_parts = [token.token for token in chain.add_all(tokens) if chain.accepts(token)]
+        spec["model"]["merges"] = [*spec["model"]["merges"], *map(list, chain.pairs.values())]
+        if without_parts and (step := self._inner_step(without_parts, [t.token for t in tokens])):
             steps = [new for old in steps_of(spec["pre_tokenizer"]) for new in _with_alternative(old, "")]
             spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps[:-1], step, steps[-1]]}
         return spec
 
-    def _inner_step(self, texts: Sequence[str]) -> dict[str, Any] | None:
-        words = [text for text in texts if is_inner(text) and len(self.pieces(text)) == 1]
-        if not words or self.steps[-1]["type"] != "ByteLevel" or not self._looks_up_only_merges:
+    def chain(self) -> MergeChain:
+        """Return an empty chain of merges, for words inside a run of letters without spaces."""
+        return MergeChain(self.vocabulary, lambda ids: [self.backend.id_to_token(i) or "" for i in ids],
+                          lambda token: is_inner(token.token) and len(self.pieces(token.token)) == 1)  # fmt: skip
+
+    @property
+    def mergeable_ids(self) -> npt.NDArray[np.bool_]:
+        """The ids of letters without spaces between words, and of parts of them."""
+        mergeable = np.zeros(self.num_used_ids, np.bool_)
+        for token, i in self.vocabulary.items():
+            mergeable[i] = any(edges_of(token))
+        mergeable[self.barrier_ids] = False
+        return mergeable
+
+    @property
+    def spelling_ids(self) -> npt.NDArray[np.bool_]:
+        """The same ids."""
+        return self.mergeable_ids
+
+    def is_never_merged(self, character: str) -> bool:
+        """A character of three pieces: two of them are no text that a token could stand for."""
+        return len(self.merge("".join(self.pieces(character)))) > 2
+
+    def _inner_step(self, words: Sequence[str], texts: Sequence[str]) -> dict[str, Any] | None:
+        """Return a step that cuts out words, and longer tokens that hold one of them; other tokens stay whole."""
+        if self.steps[-1]["type"] != "ByteLevel" or not self._looks_up_only_merges:
             return None
         table = MergeTable(merges_of(self.spec), self.vocabulary)
-        return inner_step(words, set(texts) - set(words), table)
+        cut_out = [text for text in texts if is_inner(text) and any(word in text for word in words)]
+        return inner_step(cut_out, set(texts) - set(cut_out), table)
 
     @cached_property
     def _looks_up_only_merges(self) -> bool:

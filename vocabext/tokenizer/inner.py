@@ -1,8 +1,9 @@
 """Words of scripts that put no space between them (Chinese, Japanese), inside a chunk of byte-level BPE.
 
 A split expression hands over a whole run of such letters as one chunk, so a word in it is not a chunk.
-Inside a chunk BPE sees everything at once, as it does with whole texts, and the same proof applies
-(`vocabext.boundaries`), on the level of bytes: a word is cut out where no merge could cross its edges.
+Inside a chunk BPE sees everything at once, as it does with whole texts: a new word is a merge (`chain.py`). Where
+that needs parts that are not tokens, the proof for whole texts applies (`vocabext.boundaries`), on the level of
+bytes: a word is cut out where no merge could cross its edges.
 """
 
 import codecs
@@ -11,10 +12,9 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from vocabext.boundaries import SPACELESS, MergeTable, character_class, escape, holds_spaceless, prefix_tree
+from vocabext.boundaries import MergeTable, character_class, escape, holds_spaceless, prefix_tree
 from vocabext.tokenizer.scheme import split_step
 
-FIRST = f"(?=[{SPACELESS}])"
 # The alphabet of byte-level BPE: printable bytes are themselves, the others are numbered from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(b): b for b in _PRINTABLE}
@@ -51,7 +51,7 @@ def inner_step(words: Sequence[str], whole: Iterable[str], table: MergeTable) ->
         return None
     kept = [text for text in whole if holds_spaceless(text)]
     stays = rf"\A{prefix_tree(dict.fromkeys(kept, ''))}\z|" if kept else ""
-    return split_step(stays + FIRST + prefix_tree(guards))
+    return split_step(f"{stays}(?={character_class(word[0] for word in guards)}){prefix_tree(guards)}")
 
 
 def inner_guard(word: str, table: MergeTable) -> str | None:

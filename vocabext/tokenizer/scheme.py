@@ -112,10 +112,6 @@ class Scheme(ABC):
         """Return the entries of the ids, one after the other, in UTF-8."""
         return "".join(self.backend.id_to_token(i) or "" for i in ids).encode()
 
-    def byte_of(self, token_id: int) -> int | None:
-        """Return the byte that an id stands for; None for an id that stands for text."""
-        return None
-
     @abstractmethod
     def key_text(self, key: str) -> str:
         """Return the text that a vocabulary entry stands for."""
@@ -151,9 +147,26 @@ class Scheme(ABC):
         unknown = self.spec["model"].get("unk_token")
         return [self.vocabulary[unknown]] if unknown in self.vocabulary else []
 
+    # Whether every new token is best made by a merge; if not, a chain accepts those that are.
+    only_merges = False
+
     def chain(self) -> MergeChain | None:
-        """Return an empty chain of merges, if new tokens of this kind are best made by merges."""
+        """Return an empty chain of merges; None if no new token of this kind is best made by merges."""
         return None
+
+    @property
+    def mergeable_ids(self) -> npt.NDArray[np.bool_]:
+        """Tell for each id whether a token that is a merge may have it in its run, shape (V,)."""
+        return np.zeros(self.num_used_ids, np.bool_)
+
+    @property
+    def spelling_ids(self) -> npt.NDArray[np.bool_]:
+        """Tell for each id whether characters that no merge of two makes are spelled with it, shape (V,)."""
+        return np.zeros(self.num_used_ids, np.bool_)
+
+    def is_never_merged(self, character: str) -> bool:
+        """Tell whether a new token with this character cannot be a merge."""
+        return True
 
     def merged_from(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
         """Return for each new token the ids that it is merged from, base or new; none where it is not a merge.

@@ -33,6 +33,7 @@ class WholeTextScheme(BpeScheme):
     """A BPE tokenizer with a space mark whose text is not split."""
 
     name = "whole text"
+    only_merges = True
     description = "BPE on the whole text with a space mark: words and phrases can be added"
 
     def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
@@ -52,14 +53,14 @@ class WholeTextScheme(BpeScheme):
         """Return the text with marks for spaces: one chunk."""
         return [text.replace(" ", SPACE_MARK)]
 
-    def byte_of(self, token_id: int) -> int | None:
+    def _byte_of(self, token_id: int) -> int | None:
         """Return the byte that an id stands for; None for an id that stands for text."""
         token = self.backend.id_to_token(token_id) or ""
         return int(token[3:5], 16) if self.byte_fallback and is_byte_token(token) else None
 
     def spelling(self, ids: Sequence[int]) -> bytes:
         """Return the entries of the ids, one after the other; entries that stand for a byte are that byte."""
-        return b"".join((self.backend.id_to_token(i) or "").encode() if (byte := self.byte_of(i)) is None
+        return b"".join((self.backend.id_to_token(i) or "").encode() if (byte := self._byte_of(i)) is None
                         else bytes([byte]) for i in ids)
 
     def key_text(self, key: str) -> str:
@@ -107,10 +108,26 @@ class WholeTextScheme(BpeScheme):
         """Return an empty chain of merges."""
         return MergeChain(self.vocabulary, self._symbols)
 
+    @property
+    def mergeable_ids(self) -> npt.NDArray[np.bool_]:
+        """Every id but the barriers, and parts of characters."""
+        mergeable = ~self.spelling_ids
+        mergeable[self.barrier_ids] = False
+        return mergeable
+
+    @property
+    def spelling_ids(self) -> npt.NDArray[np.bool_]:
+        """The bytes of characters that take several."""
+        return np.asarray([(self._byte_of(i) or 0) >= 0x80 for i in range(self.num_used_ids)])
+
+    def is_never_merged(self, character: str) -> bool:
+        """A character that is a byte, such as a line break: its entry is not its text, and merges join entries."""
+        return character.isascii() and character.replace(" ", SPACE_MARK) not in self.vocabulary
+
     def _symbols(self, ids: Sequence[int]) -> list[str]:
         """Return the entries of ids; characters that are spelled in bytes as they are."""
         symbols: list[str] = []
-        for spelled, group in groupby(ids, lambda i: self.byte_of(i) is not None):
+        for spelled, group in groupby(ids, lambda i: self._byte_of(i) is not None):
             some = list(group)
             symbols += self.spelling(some).decode(errors="replace") if spelled else (
                 self.backend.id_to_token(i) or "" for i in some)
