@@ -128,15 +128,15 @@ def test_a_word_whose_parts_are_tokens_is_a_merge_and_nothing_is_searched() -> N
     new = extend(base, [base.new_token(word) for word in words])
     assert steps(new) == steps(base)
     assert base.scheme.parts(new.tokens) == [(), (0,), (1,)]
-    for before, after in (("", ""), ("史", ""), ("", "不"), ("心", "心"), ("a ", "。")):
+    for before, after in (("", ""), ("史", ""), ("", "不"), ("史", "不")):
         for number, word in enumerate(words):
             assert new.first_new_id + number in new.encode(before + word + after)
     # Without the part in the middle the longest is searched for, and so is what holds it; the first stays a merge.
     some = extend(base, [new.tokens[0], new.tokens[2]])
     assert steps(some) == steps(base) + 1
     assert base.scheme.parts(some.tokens) == [(), ()]
-    assert some.encode("心了有在的不")[1] == some.first_new_id + 1
-    assert some.encode("了有在不")[1] == some.first_new_id
+    assert some.first_new_id + 1 in some.encode("史了有在的不")
+    assert some.first_new_id in some.encode("史有在不")
 
 
 @settings(max_examples=200, deadline=None)
