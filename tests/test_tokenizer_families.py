@@ -219,6 +219,70 @@ def test_very_long_words(name: str) -> None:
         check_ids(base, new, f"a{text} cardiac {text}")
 
 
+# ---- new tokens that are merges ------------------------------------------------------------------
+
+MERGING = [name for name in FAMILIES if family_base(name).scheme.only_merges]
+every_merging_family = pytest.mark.parametrize("name", MERGING)
+
+
+@cache
+def chained(name: str) -> ExpandedTokenizer:
+    """All that people want, with the parts that it is merged from: all beginnings of its runs."""
+    base = family_base(name)
+    chain, tokens = base.scheme.chain(), {}
+    for token in possible(base):
+        spellings = [base.scheme.spelling(token.run[:end]) for end in range(2, len(token.run) + 1)]
+        texts = [base.key_text(spelling.decode(errors="replace")) for spelling in spellings]
+        for part in possible(base, [*token.token, *texts]):
+            if part.run not in tokens and chain.add(part):
+                tokens[part.run] = part
+    return extend(base, list(tokens.values()))
+
+
+@every_merging_family
+def test_tokens_with_all_their_parts_are_merges_and_nothing_is_searched(name: str) -> None:
+    base, new = family_base(name), chained(name)
+    assert len(new.tokens) > 60
+    specs = [json.loads(tokenizer.backend.to_str()) for tokenizer in (base, new)]
+    assert specs[0]["pre_tokenizer"] == specs[1]["pre_tokenizer"]
+    assert specs[1]["model"]["ignore_merges"] is False
+    words = [token for token in new.tokens if token.token.startswith(" ") and len(token.run) > 3]
+    assert words
+    for token in words:
+        assert new.first_new_id + new.tokens.index(token) in new.encode(f"x{token.token}")
+
+
+@every_merging_family
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_merges_keep_ids_offsets_and_streams(name: str, data: st.DataObject) -> None:
+    base, new, text = family_base(name), chained(name), data.draw(texts(name))
+    check_ids(base, new, text)
+    check_offsets(base, new, text)
+    check_streaming(base, new, text)
+
+
+@every_merging_family
+def test_merges_in_many_contexts(name: str) -> None:
+    base, new = family_base(name), chained(name)
+    around = [before + token.token + after for token in new.tokens for before, after in CONTEXTS]
+    for text, found, wanted in zip(around, new.encode_batch(around), base.encode_batch(around), strict=True):
+        assert new.expansion.unmerge(found).tolist() == wanted, text
+
+
+@every_merging_family
+def test_a_new_merge_ahead_of_those_of_the_base_would_be_noticed(name: str) -> None:
+    base, new = family_base(name), chained(name)
+    spec = json.loads(new.backend.to_str())
+    merges = spec["model"]["merges"]
+    added = len(merges) - len(json.loads(base.backend.to_str())["model"]["merges"])
+    spec["model"]["merges"] = merges[-added:] + merges[:-added]
+    wrong = ExpandedTokenizer(Tokenizer.from_str(json.dumps(spec)), new.hf, new.expansion)
+    with pytest.raises(AssertionError):
+        for token in new.tokens:
+            check_ids(base, wrong, f"x{token.token}s {token.token}")
+
+
 # ---- not vacuous ---------------------------------------------------------------------------------
 
 

@@ -144,6 +144,27 @@ def test_a_planted_fault_is_named_and_shows_in_text(family: tuple[Path, Path], n
     assert set(failed(result)) <= {PIPELINE, *BEHAVIOUR}
 
 
+def test_faults_of_tokens_that_are_merges(tmp_path: Path) -> None:
+    base, folder = expanded_pair(tmp_path, kind="metaspace", num_rows=448,
+                                 texts=["dm", "dmd", "ed.", "md"])  # fmt: skip
+    assert failed(verify(folder, str(base), load_weights=False)) == []
+
+    def drop(document: Json) -> None:
+        document["model"]["merges"].remove(["d", "m"])
+
+    def put_first(document: Json) -> None:
+        document["model"]["merges"].insert(0, document["model"]["merges"].pop())
+
+    for fault in (drop, put_first):
+        copy = Path(shutil.copytree(folder, tmp_path / fault.__name__))
+        edit_tokenizer(copy, fault)
+        result = verify(copy, str(base), load_weights=False)
+        assert PIPELINE in failed(result)
+        assert detail(result, PIPELINE).startswith("model.merges[")
+        assert set(failed(result)) & BEHAVIOUR
+        assert set(failed(result)) <= {PIPELINE, *BEHAVIOUR}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_families_pass(sound_families: dict[str, tuple[Path, Path]], kind: str) -> None:
     base, folder = sound_families[kind]
