@@ -176,7 +176,9 @@ def test_signs_can_be_tokens() -> None:
 
 def test_line_breaks_that_are_spelled_in_bytes_can_be_tokens() -> None:
     texts = ["x.\n\ny", "z!\n\na", "é\n\nß", "1\n\n2"] * 10
-    assert names(run(tiny_base("metaspace"), texts, budget=1, max_units=2)) == ["\n\n"]
+    result = run(tiny_base("metaspace"), texts, budget=1, max_units=2)
+    assert names(result) == ["\n\n"]
+    assert result.searched == 1, "the entry of a merge would be `<0x0A><0x0A>`"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from vocabext.checks import behaviour
 from vocabext.checks.pair import FaultError
 from vocabext.manifest import read_manifest
 from vocabext.records import Document
-from vocabext.verdicts import SKIPPED
+from vocabext.tokenizer import MergeChain
+from vocabext.verdicts import FAIL, SKIPPED
 from vocabext.verify import verify
 
 KINDS = ("gpt2", "llama3", "metaspace")
@@ -268,6 +269,23 @@ def test_another_expression_of_another_version_is_judged_by_what_it_does(family:
     assert [c.verdict for c in result.checks if c.name == PIPELINE] == [SKIPPED]
     drop_guards(family[1])
     assert set(failed(verify(family[1], str(family[0]), load_weights=False))) & BEHAVIOUR
+
+
+def test_a_folder_of_a_version_that_searched_for_its_tokens_is_judged_by_what_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # as 0.1.0 did: no token is a merge
+        patched.setattr(MergeChain, "add", lambda self, token: False)
+        base, folder = expanded_pair(tmp_path, kind="metaspace", num_rows=448, texts=[" the heart", " of the"])
+    manifest = json.loads((folder / "vocabext.json").read_text())
+    for version, verdict in ((manifest["vocabext_version"], FAIL), ("0.1.0", SKIPPED)):
+        (folder / "vocabext.json").write_text(json.dumps({**manifest, "vocabext_version": version}))
+        result = verify(folder, str(base), load_weights=False)
+        assert [c.verdict for c in result.checks if c.name == PIPELINE] == [verdict]
+        assert failed(result) == [PIPELINE] * (verdict == FAIL)
+    assert "adds the same tokens in another way" in detail(result, PIPELINE)
+    remove_a_merge(folder)
+    assert PIPELINE in failed(verify(folder, str(base), load_weights=False))
 
 
 @pytest.fixture

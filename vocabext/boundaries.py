@@ -7,7 +7,8 @@ Text may be cut wherever the regex cuts it. For a phrase of several chunks that 
 start (matching goes from left to right); at the end it depends on what follows, so a phrase carries
 a look-ahead, chosen by its last character.
 
-*Whole text.* BPE sees everything at once (Llama 2, Mistral). Cutting at the edge of a string `s` is
+*Whole text.* BPE sees everything at once (Llama 2, Mistral). New tokens are merges there, which need no cut
+(`vocabext.tokenizer.chain`); this is for those that cannot be. Cutting at the edge of a string `s` is
 safe unless some merge would have joined the two sides. BPE applies merges in rank order, so this is
 decidable per string: replay BPE on `s` alone; the last piece takes a series of values `u` on the
 way. A merge `(u, v)` with text `v` to the right can only happen while the last piece is `u`, and only

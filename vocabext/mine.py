@@ -61,6 +61,7 @@ class MineResult:
         candidates: How many frequent runs there were to choose from.
         rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
         parts: How many tokens are too rare by themselves, and needed because longer ones are merged from them.
+        searched: How many tokens no merge can make, so that text is searched for them.
     """
 
     tokens: tuple[NewToken, ...]
@@ -71,6 +72,7 @@ class MineResult:
     candidates: int
     rejected: dict[str, str]
     parts: int = 0
+    searched: int = 0
 
     @property
     def shorter_share(self) -> float:
@@ -127,7 +129,8 @@ def mine(
                          "or give more text")
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
     return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), candidates,
-                      rejected | rare, parts=sum(token.count < config.min_count for token in tokens))
+                      rejected | rare, parts=sum(token.count < config.min_count for token in tokens),
+                      searched=len(base.scheme.searched(tokens)))  # fmt: skip
 
 
 def write_candidates(
@@ -152,6 +155,7 @@ def write_candidates(
         "options": asdict(config), "corpus": list(corpus), "documents": result.documents,
         "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
         "candidates": result.candidates, "parts": result.parts,
+        "searched": result.searched,
         "rejected": {"count": len(result.rejected), "by_reason": result.rejected_by_reason(),
                      "examples": result.rejected_examples()},
         "curve": [asdict(point) for point in result.curve],

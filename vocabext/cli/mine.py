@@ -80,6 +80,9 @@ def mine(
     if result.parts:
         show.note(f"{result.parts:,} of {len(result.tokens):,} tokens occur fewer than {config.min_count} times by "
                   "themselves; they are there because longer tokens are merged from them")
+    if result.searched:
+        show.note(f"{result.searched:,} tokens cannot be merges (they hold a line break that is a byte, or the like); "
+                  "the tokenizer will search for them")
     best = [token.to_json() for token in result.tokens[:NUM_BEST]]
     document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
                 "best": best}  # fmt: skip

@@ -3,10 +3,17 @@
 *Effective* means: what `AutoTokenizer.from_pretrained` really does with the folder, not what a file
 in it says; model classes rebuild parts of the pipeline from their own code.
 
-Extending a BPE tokenizer changes three things and nothing else: the new strings enter the vocabulary,
-`ignore_merges` makes BPE look a whole chunk up before it merges anything, and the pre-tokenizer hands
-a new string over as one chunk wherever that cannot disturb its neighbours (`boundaries.py` proves
-where). No merge is added or removed, and no AddedToken (those match inside longer words).
+A new token is made in one of three ways, none of which can touch other text:
+
+- It is a merge behind all merges of the base, wherever BPE sees a whole text or a whole run of letters without
+  spaces (`chain.py`). This needs its parts among the tokens.
+- It is looked up: where a regex has split the text into chunks, `ignore_merges` finds a chunk that is an entry
+  before anything is merged. A phrase of several chunks becomes one by an alternative in that regex (`chunks.py`).
+- It is cut out where `vocabext.boundaries` proves that no merge could cross its edges, and then looked up: what
+  lacks parts where it would have to be a merge (`whole_text.py`, `inner.py`).
+
+Unigram has its own way (`unigram.py`). No merge of the base is touched, and no AddedToken is made (those match inside
+longer words).
 
 This package is the only importer of `tokenizers`.
 """

@@ -186,6 +186,11 @@ class Scheme(ABC):
         return [tuple(i - self.num_used_ids for i in ids if i >= self.num_used_ids)
                 for ids in self.merged_from(tokens)]  # fmt: skip
 
+    def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
+        """Return the new tokens that should be merges, but whose parts are no tokens: text is searched for them."""
+        chain = self.chain()
+        return [] if chain is None else [token for token in chain.add_all(tokens) if chain.accepts(token)]
+
     @abstractmethod
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens.
