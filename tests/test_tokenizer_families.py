@@ -279,8 +279,7 @@ def test_a_new_merge_ahead_of_those_of_the_base_would_be_noticed(name: str) -> N
     spec["model"]["merges"] = merges[-added:] + merges[:-added]
     wrong = ExpandedTokenizer(Tokenizer.from_str(json.dumps(spec)), new.hf, new.expansion)
     with pytest.raises(AssertionError):
-        for token in new.tokens:
-            check_ids(base, wrong, f"x{token.token}s {token.token}")
+        check_ids(base, wrong, "".join(f"x{token.token}s {token.token}" for token in new.tokens))
 
 
 # ---- not vacuous ---------------------------------------------------------------------------------
