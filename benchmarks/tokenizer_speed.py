@@ -3,15 +3,15 @@
     python benchmarks/tokenizer_speed.py [--tokenizers PATH...] [--corpora PATH...] [--tokens 1000 10000]
                                          [-o FILE [--keep]]
 
-A tokenizer is a folder or a .tar.gz of one; the default is all of $VOCABEXT_ASSETS (../shared/assets). Tokens are
+A tokenizer is a folder or a .tar.gz of one; the default is all tokenizers of $VOCABEXT_ASSETS (../shared/assets), and
+those of two models there, of which one has 2,048 entries. Tokens are
 mined once per tokenizer from all corpora, and each corpus is then encoded by every tokenizer in turns, text by
 text and as one batch. Besides the corpora there is generated text of other scripts, `scripts`, words drawn from
 Unicode blocks. A ratio is the median over the turns of seconds of the extension over seconds of the base; above
 1 is slower. Each tokenizer is also measured with a splitting step that never matches, tried at every place or at
-none (the latter is the least that an extension of a tokenizer with a space mark pays), with one that cuts at every
-space (what cutting costs without a search), and
-with AddedTokens, the last two with the share of documents in which they break the invariant. With --keep, rows
-of other tokenizers stay in FILE.
+none, with one that cuts at every space (what cutting costs without a search), with the same tokens cut out by an
+expression where they are merges otherwise, and with AddedTokens; also with the share of documents in which these ways
+break the invariant. With --keep, rows of other tokenizers stay in FILE.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tokenizer_lengths import ASSETS, _short, _unpacked, circumstances, joined, write
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -32,7 +33,7 @@ from vocabext.corpus import read_documents
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
 from vocabext.records import Document, NewToken, read_json_or, write_json
-from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
+from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, MergeChain, extend, load_tokenizer
 
 HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
 NOWHERE = r"\x{1}\x{2}"  # the engine looks for these two, and finds them in no text
@@ -83,7 +84,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the rows of other tokenizers in that file")
     arguments = parser.parse_args()
-    arguments.tokenizers = arguments.tokenizers or sorted((ASSETS / "tokenizers").glob("*"))
+    arguments.tokenizers = arguments.tokenizers or [
+        *sorted((ASSETS / "tokenizers").glob("*")), *sorted((ASSETS / "models").glob("biomed-13m")),
+        *sorted((ASSETS / "models").glob("tinystories-656k"))]  # fmt: skip
     arguments.corpora = arguments.corpora or sorted((ASSETS / "corpora").glob("*.jsonl.gz"))
     if not arguments.tokenizers:
         parser.error(f"there is nothing to measure in {ASSETS}; give --tokenizers")
@@ -166,13 +169,16 @@ def alternatives(
     ways = {"AddedTokens": added, "a step tried everywhere": _with_step(base, "(?!)"),
             "a step tried nowhere": _with_step(base, NOWHERE),
             "a step at every space": _with_step(base, f"[ {SPACE_MARK}]")}  # fmt: skip
+    if base.scheme.only_merges:
+        with patch.object(MergeChain, "add", return_value=False):
+            ways["cut out by an expression"] = extend(base, tokens).backend
     expansion = extend(base, tokens).expansion
     rows = []
     for way, backend in ways.items():
         new = ExpandedTokenizer(backend, base.hf, expansion)
         for text, texts in corpora.items():
             broken = sum(not _holds(base, new, document) for document in texts) / len(texts)
-            rows.append({"tokenizer": tokenizer, "way": way, "tokens": len(tokens) if way == "AddedTokens" else 0,
+            rows.append({"tokenizer": tokenizer, "way": way, "tokens": 0 if way.startswith("a step") else len(tokens),
                          "text": text, **compare(base, backend, texts, turns), "broken_documents": broken})  # fmt: skip
             write(_line(rows[-1]) + f" {way}; broken in {broken:.0%} of the documents |")
     return rows
