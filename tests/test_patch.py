@@ -13,6 +13,7 @@ from base_logits import same_over_base_rows
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import asset_model, edit_json, tiny_folder
+from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vocabext import patch as module
@@ -109,6 +110,15 @@ def check_expanded(base: Path, new: Path, text: str) -> None:
     ids = base_tokenizer.encode(text)
     assert tokenizer.encode(text) == ids
     assert same_over_base_rows(base, new, ids, used)
+
+
+@pytest.mark.parametrize(("texts", "searched"), [(("dm", "dmd"), 0), (("dmd", "dmdb", "mb"), 2)])
+def test_tokens_whose_parts_are_no_tokens_are_counted(tmp_path: Path, texts: tuple[str, ...], searched: int) -> None:
+    base = tiny_folder(tmp_path / "base", num_rows=448)
+    as_hf(KINDS["metaspace"]()).save_pretrained(base)
+    make_rows(base, tmp_path / "rows.safetensors", texts)
+    result = patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    assert (result.num_new, result.num_searched) == (len(texts), searched)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
 
 MARGIN_BYTES = 1_000_000  # index, manifest, headers
+ENTRY_BYTES = 50  # what stands around the text of a token
 LAID_OUT = 3  # by which tokenizer.json may be larger than one without spaces and line breaks
 
 
@@ -67,6 +68,7 @@ class PatchResult:
     Attributes:
         folder: The new folder.
         num_new: New tokens (N).
+        num_searched: Those that would be merges, but whose parts are no tokens: text is searched for them.
         first_new_id: Id of the first new token (U of the base).
         num_rows_before: Rows the base stores (V).
         num_rows: Rows the new checkpoint stores.
@@ -82,6 +84,7 @@ class PatchResult:
 
     folder: Path
     num_new: int
+    num_searched: int
     first_new_id: int
     num_rows_before: int
     num_rows: int
@@ -167,8 +170,9 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     num_rows = tensors.records[checkpoint.vocab_tensors[0]].num_rows
     linked = sum(sizes[folder / name] for name in weights.linked)
     return PatchResult(
-        output_folder, len(file.tokens), base.num_used_ids, checkpoint.vocab_size, num_rows, tensors.head_rows,
-        tensors.untied_bytes, record, len(weights.linked), next(iter(weights.linked.values()), None),
+        output_folder, len(file.tokens), len(base.scheme.searched(file.tokens)), base.num_used_ids,
+        checkpoint.vocab_size, num_rows, tensors.head_rows, tensors.untied_bytes, record,
+        len(weights.linked), next(iter(weights.linked.values()), None),
         sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started)
 
 
@@ -264,7 +268,8 @@ class _Asked:
         """Return the size of the new tokenizer.json: generously, where it is not made yet."""
         if self._tokenizers is not None:
             return len(self._tokenizers[1].backend.to_str().encode())
-        grown = sum(len(token.key.encode()) for token in self._file.tokens)
+        # An entry, and perhaps a merge, which spells the token once more.
+        grown = sum(2 * len(token.key.encode()) + ENTRY_BYTES for token in self._file.tokens)
         return LAID_OUT * ((self._folder / "tokenizer.json").stat().st_size + grown)
 
 

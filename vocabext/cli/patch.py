@@ -40,6 +40,7 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
         last = result.first_new_id + result.num_new - 1
         show.table([
             ("new tokens", f"{result.num_new:,} (ids {result.first_new_id} to {last})"),
+            ("searched for in text", f"{result.num_searched:,} of them, whose parts are no tokens"),
             ("rows", f"{result.num_rows_before:,} before, {result.num_rows:,} now"),
             ("head rows", result.head_rows),
             ("carried over", f"{len(result.files.carried_over)} files" + linked),
