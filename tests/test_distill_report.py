@@ -31,6 +31,15 @@ def test_the_median_token_is_never_left_out() -> None:
     assert left_out_reasons([(0.5, 0.5)] * 3, 1.0) == [None] * 3
 
 
+def test_a_part_stays_while_something_that_stays_is_merged_from_it() -> None:
+    good, bad = (1.0, 0.1), (1.0, 0.9)
+    errors, parts = [bad, bad, good, bad, bad, *[good] * 6], [(), (0,), (1,), (4,), (), *[()] * 6]
+    reasons = left_out_reasons(errors, 3.0, parts)
+    assert [reason is None for reason in reasons] == [True, True, True, False, False, *[True] * 6]
+    alone = left_out_reasons(errors, 3.0)
+    assert [reason is None for reason in alone] == [False, False, True, False, False, *[True] * 6]
+
+
 def test_nearest_rows_are_those_with_the_largest_cosines() -> None:
     base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [3.0, 3.0]])
     (nearest,) = nearest_rows(torch.tensor([[5.0, 1.0]]), base)
@@ -45,7 +54,7 @@ def test_what_is_left_out_is_listed_and_patch_numbers_what_is_there(
     base, tokens = load_tokenizer(folder), new_tokens(folder)
     found = collect(DOCUMENTS, base, tokens, CollectConfig(snippets=8, window=24, min_snippets=2))
     write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [r.to_json() for r in found])
-    monkeypatch.setattr(stage, "left_out_reasons", lambda errors, _: ["too hard"] + [None] * (len(errors) - 1))
+    monkeypatch.setattr(stage, "left_out_reasons", lambda errors, *_: ["too hard"] + [None] * (len(errors) - 1))
     result = distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors",
                           DistillConfig(epochs=1, dtype="float32", device="cpu"))  # fmt: skip
     kept, _, header = load_rows(tmp_path / "rows.safetensors")

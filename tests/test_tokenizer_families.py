@@ -11,8 +11,8 @@ import pytest
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, MORE_TEXT, family_base
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_tokenizers import FAMILIES, MORE_TEXT, family_base, metaspace
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vocabext.errors import TokenizerError
@@ -268,6 +268,36 @@ def test_merges_in_many_contexts(name: str) -> None:
     around = [before + token.token + after for token in new.tokens for before, after in CONTEXTS]
     for text, found, wanted in zip(around, new.encode_batch(around), base.encode_batch(around), strict=True):
         assert new.expansion.unmerge(found).tolist() == wanted, text
+
+
+def with_added(added: AddedToken, normalizer: normalizers.Normalizer | None = None) -> BaseTokenizer:
+    backend = metaspace()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_tokens([added])
+    return BaseTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_an_added_character_that_plain_text_may_hold_is_refused() -> None:
+    for base in (with_added(AddedToken("ß", single_word=True, normalized=False)),
+                 with_added(AddedToken("Å", normalized=False), normalizers.NFC())):  # fmt: skip
+        with pytest.raises(TokenizerError, match=r"the added token '[ßÅ]' is one character, and would be found"):
+            extend(base, [base.new_token("dm")])
+    base = with_added(AddedToken("ß", normalized=False))
+    new = extend(base, [base.new_token("dm")])
+    check_ids(base, new, "aßb dm ßdmß")
+
+
+def test_where_bytes_are_missing_nothing_that_is_spelled_in_bytes_can_be_a_token() -> None:
+    spec = json.loads(metaspace().to_str())
+    spec["model"]["vocab"]["never"] = spec["model"]["vocab"].pop("<0xC3>")
+    base = BaseTokenizer(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec))))
+    odd, plain = base.encode("aÃऑb"), base.encode("aऑb")
+    assert odd[:-1] == [*plain[:-1], 0], "the library puts the unknown character behind the bytes"
+    for text in ("ऑ", "aऑ", "\n\n"):
+        with pytest.raises(TokenizerError, match="spelled in bytes, and this tokenizer lacks some"):
+            base.new_token(text)
+    check_ids(base, extend(base, [base.new_token("dm")]), "aÃdmऑdmÃb")
 
 
 @every_merging_family

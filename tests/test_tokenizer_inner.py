@@ -188,6 +188,20 @@ def test_words_inside_runs_of_letters_are_mined_with_their_parts_and_beside_othe
     assert result.parts == sum(token.count < 5 for token in result.tokens)
 
 
+def test_what_cannot_be_searched_for_is_not_mined_and_not_counted_as_searched() -> None:
+    plain = trained(LLAMA_3_SPLIT, ignore_merges=True, seed=2)
+    spec = json.loads(plain.backend.to_str())
+    key = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str("不在史不在史")[0][0]
+    spec["model"]["vocab"][key] = plain.num_used_ids  # found by a lookup, never made by merges
+    odd = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
+    word = [plain.new_token("冠状动脉")]
+    assert (len(plain.scheme.searched(word)), odd.scheme.searched(word)) == (1, [])
+    rng = random.Random(5)
+    texts = ["".join(rng.choices(["冠状动脉", *"的了不在史有"], k=30)) for _ in range(20)]
+    result = mine([Document(str(i), text) for i, text in enumerate(texts)], odd, MineConfig(budget=3, min_count=5))
+    assert not any("冠" in text for text in [*(token.token for token in result.tokens), *result.rejected])
+
+
 def test_where_a_lookup_could_find_more_than_merges_words_are_whole_chunks_only() -> None:
     base = trained(LLAMA_3_SPLIT, ignore_merges=True)
     spec = json.loads(base.backend.to_str())

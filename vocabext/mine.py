@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vocabext.checkpoint import resolve_model
 from vocabext.config import MineConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.manifest import file_sha256
-from vocabext.mining.corpus import BATCH, Choice, Corpus, read_corpus
+from vocabext.mining.corpus import BATCH, Choice, Corpus, read_corpus, text_of
 from vocabext.mining.merges import choose_merges
 from vocabext.mining.runs import choose_runs, frequent_runs
 from vocabext.progress import Progress, no_progress
@@ -58,7 +59,7 @@ class MineResult:
         base_tokens: Length of the corpus in base tokens.
         expanded_tokens: The same under the expanded tokenizer, measured.
         documents: How many documents were read.
-        candidates: How many frequent runs there were to choose from.
+        candidates: How many frequent runs, or pairs, there were to choose from.
         rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
         parts: How many tokens are too rare by themselves, and needed because longer ones are merged from them.
         searched: How many tokens no merge can make, so that text is searched for them.
@@ -213,14 +214,13 @@ def _choose_and_check(
 
 def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress) -> Callable[[int], Choice]:
     """Return what chooses a number of tokens: merges, runs that are looked up, or the best of both."""
-    candidates = None if base.scheme.only_merges else frequent_runs(corpus, config)
-    merges = base.scheme.mergeable_ids[corpus.ids].any()  # -1, between documents, is the last id
+    candidates = None if base.scheme.only_merges else frequent_runs(corpus, config, _merged_units(corpus, base))
+    merges = base.scheme.only_merges or base.scheme.mergeable_ids[corpus.ids[corpus.ids >= 0]].any()
 
     def choose(wanted: int) -> Choice:
         found, chain = [], base.scheme.chain()
         if candidates is not None:
-            found.append(choose_runs(corpus, candidates, base, config, wanted, progress,
-                                     leave=lambda token: chain is not None and chain.accepts(token)))  # fmt: skip
+            found.append(choose_runs(corpus, candidates, base, config, wanted, progress))
         if chain is not None and merges:
             found.append(choose_merges(corpus, base, chain, config, wanted, progress))
         # They hardly ever want the same text: merges are for letters without spaces, or for everything.
@@ -229,6 +229,19 @@ def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: 
                       sum(choice.candidates for choice in found))  # fmt: skip
 
     return choose
+
+
+def _merged_units(corpus: Corpus, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
+    """Tell which units are letters without spaces between words: their runs are found as merges, shape (U,)."""
+    chain, mergeable = base.scheme.chain(), np.append(base.scheme.mergeable_ids, False)
+    merged = np.logical_and.reduceat(mergeable[corpus.ids], corpus.starts)
+    if chain is None or not merged.any():
+        return np.zeros(len(merged), np.bool_)
+    at = np.flatnonzero(merged)
+    _, first, number = np.unique(corpus.codes[at], return_index=True, return_inverse=True)
+    texts = (text_of(corpus.run(int(at[i]), 1), base) for i in first)
+    merged[at] = np.asarray([chain.accepts(NewToken(text, "", ())) for text in texts])[number]
+    return merged
 
 
 def _settle(

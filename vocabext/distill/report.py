@@ -50,16 +50,20 @@ class TokenReport:
         return self.end_error / self.start_error if self.start_error and self.end_error is not None else 1.0
 
 
-def left_out_reasons(errors: Sequence[tuple[float, float] | None], leave_out: float) -> list[str | None]:
+def left_out_reasons(
+    errors: Sequence[tuple[float, float] | None], leave_out: float, parts: Sequence[Sequence[int]] = ()
+) -> list[str | None]:
     """Find the tokens that the model cannot represent as one row.
 
     The rule: a token is left out if its held-out error is more than `leave_out` times the median error of all
     tokens, and training took away less than half of what the mean of its pieces had. The first says that texts
-    with it are read worse than texts with the others, the second that more training would not help much.
+    with it are read worse than texts with the others, the second that more training would not help much. A token
+    from which one that stays is merged stays, too: without it, text would have to be searched for the other.
 
     Args:
         errors: For each token its held-out errors (start, end); None where there was nothing to judge by.
         leave_out: The factor; 0 leaves nothing out.
+        parts: For each token the indices of those that it is merged from.
 
     Returns:
         For each token why it is left out, or None. A token without errors stays: nothing is known against it.
@@ -68,7 +72,14 @@ def left_out_reasons(errors: Sequence[tuple[float, float] | None], leave_out: fl
     if not known or not leave_out:
         return [None] * len(errors)
     bound = leave_out * median(known)
-    return [_reason(pair, bound) for pair in errors]
+    reasons = [_reason(pair, bound) for pair in errors]
+    needing = [i for i, reason in enumerate(reasons) if reason is None]
+    while needing and parts:
+        for part in parts[needing.pop()]:
+            if reasons[part] is not None:
+                reasons[part] = None
+                needing.append(part)
+    return reasons
 
 
 def _reason(pair: tuple[float, float] | None, bound: float) -> str | None:

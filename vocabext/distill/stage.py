@@ -174,7 +174,8 @@ def distill_file(
     writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids,
                                  places_per_token=config.writing_places)  # fmt: skip
     result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
-                     progress=progress, finished_folder=beside, writing_bytes=writing_bytes)  # fmt: skip
+                     progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
+                     parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
     result = replace(result, choice=choice)
     if own_head:
         made = make_output_rows(
@@ -196,7 +197,7 @@ def distill_file(
 def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
-    writing_bytes: int = 0,
+    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (),
 ) -> DistillResult:  # fmt: skip
     """Make the input rows of all new tokens.
 
@@ -209,11 +210,13 @@ def distill(
         progress: Where to report.
         finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
         writing_bytes: What the output rows need afterwards, to be stated with the rest.
+        parts: For each token the indices of those that it is merged from; they stay as long as it does.
     """
     tokens = [record.new_token for record in records]
     rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
     if config.method == "mean":
-        return DistillResult(rows_ND, _reports(records, rows_ND, rows_ND, {}, {}, config, model, num_used_ids), 0)
+        reports = _reports(records, rows_ND, rows_ND, {}, {}, config, model, num_used_ids, parts)
+        return DistillResult(rows_ND, reports, 0)
     start_ND = rows_ND.clone()
     work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
     taken_start = work.taken(rows_ND)
@@ -228,7 +231,7 @@ def distill(
         # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
         final = work.errors(rows_ND, progress)
         errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
-    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model, num_used_ids)
+    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model, num_used_ids, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
@@ -456,11 +459,11 @@ def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
 def _reports(
     records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
     errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig, model: FrozenModel,
-    num_used_ids: int,
+    num_used_ids: int, parts: Sequence[Sequence[int]],
 ) -> tuple[TokenReport, ...]:  # fmt: skip
     base_VD = model.embedding_VD[:num_used_ids]
     typical = float(base_VD.float().norm(dim=1).median())
-    reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out)
+    reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out, parts)
     nearest = nearest_rows(rows_ND, base_VD)
     reports = []
     for i, record in enumerate(records):

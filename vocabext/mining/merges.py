@@ -131,7 +131,7 @@ class _Line:
         self._find(np.flatnonzero(self.symbol[:-1] != GONE))
 
     def _spell(self, corpus: Corpus, base: BaseTokenizer) -> list[tuple[int, Array]]:
-        """Make one symbol of every character that no merge of two makes; returns the symbols and where they stand."""
+        """Make one symbol of what no merge of two makes, mostly a character; returns the symbols and their places."""
         spelled = np.append(base.scheme.spelling_ids, False)  # -1, between documents
         whole = np.logical_and.reduceat(spelled[corpus.ids], corpus.starts)
         whole &= corpus.pieces > (1 if base.scheme.only_merges else 2)
@@ -154,7 +154,7 @@ class _Line:
         while self._heap:
             _, key = heapq.heappop(self._heap)
             pair = self._pairs[key]
-            pair.at = self._still(pair)
+            self._drop_gone(pair)
             count, worth = self._counts(pair)
             if count < self.config.min_count or worth <= 0:
                 del self._pairs[key]
@@ -175,13 +175,15 @@ class _Line:
         start = int(pair.at[0])
         return tuple(self.ids[start : self.end[start]].tolist())
 
-    def _still(self, pair: _Pair) -> Array:
-        """Return the places where a pair still stands."""
-        at = pair.at[self.symbol[pair.at] == pair.left]
-        if pair.right is None:
-            return at
-        at = at[self.symbol[self.next[at]] == pair.right]
-        return _apart(at, self.next[at]) if pair.left == pair.right else at
+    def _drop_gone(self, pair: _Pair) -> None:
+        """Forget the places where a pair does not stand any more."""
+        pair.at = pair.at[self.symbol[pair.at] == pair.left]
+        if pair.right is not None:
+            pair.at = pair.at[self.symbol[self.next[pair.at]] == pair.right]
+
+    def _apart(self, pair: _Pair) -> Array:
+        """Return the places where a pair would be merged: from left to right, no symbol twice."""
+        return _without_overlap(pair.at, self.next[pair.at]) if pair.left == pair.right else pair.at
 
     def worth(self, pair: _Pair) -> int:
         """Return the tokens that a pair would save outside its best section."""
@@ -189,7 +191,8 @@ class _Line:
 
     def _counts(self, pair: _Pair) -> tuple[int, int]:
         """Return at how many good places a pair stands, and the tokens it would save outside its best section."""
-        at = pair.at[self._good(pair.at, pair.right is None)]
+        at = self._apart(pair)
+        at = at[self._good(at, pair.right is None)]
         if not len(at):
             return 0, 0
         section = self.section[at]
@@ -217,7 +220,7 @@ class _Line:
 
     def merge(self, pair: _Pair) -> int:
         """Make one symbol of a pair wherever it stands; returns the tokens saved."""
-        at, symbol = pair.at, pair.left
+        at, symbol = self._apart(pair), pair.left
         if pair.right is not None:
             symbol, self.num_symbols = self.num_symbols, self.num_symbols + 1
             middle = self.next[at]
@@ -254,7 +257,7 @@ def _groups(at: Array, key: Array) -> list[Array]:
     return np.split(at[order], edges) if len(at) else []
 
 
-def _apart(at: Array, following: Array) -> Array:
+def _without_overlap(at: Array, following: Array) -> Array:
     """Leave out places that follow one that stays (`"ha ha ha"`)."""
     if not np.isin(following, at).any():
         return at

@@ -7,7 +7,6 @@ value is an upper bound and most of them need never be computed again (lazy gree
 """
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,8 +37,15 @@ class Candidates:
         return self.positions[self.edges[index] : self.edges[index + 1]]
 
 
-def frequent_runs(corpus: Corpus, config: MineConfig) -> Candidates:
-    """Find all runs of units that are frequent enough and at least two tokens long."""
+def frequent_runs(corpus: Corpus, config: MineConfig, merged: npt.NDArray[np.bool_]) -> Candidates:
+    """Find all runs of units that are frequent enough and at least two tokens long.
+
+    Args:
+        corpus: The corpus.
+        config: The thresholds.
+        merged: Units of which no run is wanted that holds nothing else, shape (U,).
+    """
+    merged_before: Array = np.append(0, np.cumsum(merged, dtype=np.int64))
     none = np.empty(0, np.int64)
     found: list[tuple[Array, Array, Array, Array]] = [(none, none, none, none)]
     codes = corpus.codes.copy()
@@ -56,6 +62,7 @@ def frequent_runs(corpus: Corpus, config: MineConfig) -> Candidates:
         alive[at[~frequent]] = False  # a longer run cannot be more frequent than its beginning
         at, group = at[frequent], group[frequent]
         usable = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
+        usable &= merged_before[at + units] - merged_before[at] < units
         found.append(_grouped(at[usable], group[usable], pieces, units, config.min_count))
     lengths, worth, positions, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
     return Candidates(lengths, worth, positions, np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes))))
@@ -89,7 +96,7 @@ def _longer(corpus: Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.
 
 def choose_runs(
     corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
-    progress: Progress, *, leave: Callable[[NewToken], bool],
+    progress: Progress,
 ) -> Choice:  # fmt: skip
     """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed.
 
@@ -100,7 +107,6 @@ def choose_runs(
         config: The thresholds.
         wanted: How many tokens to choose.
         progress: Where to report.
-        leave: Tells which tokens are chosen elsewhere.
     """
     cover = _Cover(corpus, candidates)
     chosen: list[tuple[int, NewToken]] = []
@@ -126,8 +132,6 @@ def choose_runs(
                 rejected[text_of(run, base)] = str(error)
                 continue
             taken.add(run)
-            if leave(token):
-                continue
             chosen.append((-worth, replace(token, saved=cover.take(index))))
             task.advance()
         if len(chosen) < wanted:

@@ -1,4 +1,4 @@
-"""What the two BPE schemes share: looking a whole chunk up must not find entries that merges never make."""
+"""What the two BPE schemes share: where whole chunks are looked up, that must not find what merges never make."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from vocabext.tokenizer.scheme import Scheme
 
 
 class BpeScheme(Scheme):
-    """A BPE tokenizer; extended with `ignore_merges`."""
+    """A BPE tokenizer. Where a new token is no merge, `ignore_merges` finds it."""
 
     @cached_property
     def unreachable(self) -> dict[str, int]:

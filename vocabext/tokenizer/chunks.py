@@ -202,7 +202,7 @@ class ChunkScheme(BpeScheme):
         return MergeChain(self.vocabulary, lambda ids: [self.backend.id_to_token(i) or "" for i in ids],
                           lambda token: is_inner(token.token) and len(self.pieces(token.token)) == 1)  # fmt: skip
 
-    @property
+    @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
         """The ids of letters without spaces between words, and of parts of them."""
         mergeable = np.zeros(self.num_used_ids, np.bool_)
@@ -213,8 +213,17 @@ class ChunkScheme(BpeScheme):
 
     @property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
-        """The same ids."""
-        return self.mergeable_ids
+        """The same ids, where such a character can be searched for."""
+        return self.mergeable_ids & self._can_search
+
+    def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
+        """Return the words inside runs of letters that are searched for; elsewhere they are found as whole chunks."""
+        return super().searched(tokens) if self._can_search else []
+
+    @cached_property
+    def _can_search(self) -> bool:
+        """Whether a step that cuts words out of chunks changes nothing else."""
+        return self.steps[-1]["type"] == "ByteLevel" and self._looks_up_only_merges
 
     def is_never_merged(self, character: str) -> bool:
         """A character of three pieces: two of them are no text that a token could stand for."""
@@ -222,10 +231,11 @@ class ChunkScheme(BpeScheme):
 
     def _inner_step(self, words: Sequence[str], texts: Sequence[str]) -> dict[str, Any] | None:
         """Return a step that cuts out words, and longer tokens that hold one of them; other tokens stay whole."""
-        if self.steps[-1]["type"] != "ByteLevel" or not self._looks_up_only_merges:
+        if not self._can_search:
             return None
-        table = MergeTable(merges_of(self.spec), self.vocabulary)
-        cut_out = [text for text in texts if is_inner(text) and any(word in text for word in words)]
+        table, wanted = MergeTable(merges_of(self.spec), self.vocabulary), set(words)
+        cut_out = [text for text in texts if is_inner(text) and len(self.pieces(text)) == 1 and any(
+            text[start:end] in wanted for end in range(1, len(text) + 1) for start in range(end))]  # fmt: skip
         return inner_step(cut_out, set(texts) - set(cut_out), table)
 
     @cached_property

@@ -118,7 +118,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
-        """Tell for each token of an encoding whether a new token or phrase may begin there."""
+        """Tell for each token of an encoding whether a word or phrase may begin there."""
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
         """Encode many texts and mark where a token or phrase may begin and end."""
@@ -187,7 +187,7 @@ class Scheme(ABC):
                 for ids in self.merged_from(tokens)]  # fmt: skip
 
     def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
-        """Return the new tokens that should be merges, but whose parts are no tokens: text is searched for them."""
+        """Return the new tokens that cannot be merges though they should be, and that text is searched for."""
         chain = self.chain()
         return [] if chain is None else [token for token in chain.add_all(tokens) if chain.accepts(token)]
 

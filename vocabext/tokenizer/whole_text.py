@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from vocabext.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
+from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.chain import MergeChain
@@ -68,7 +69,13 @@ class WholeTextScheme(BpeScheme):
         return key.replace(SPACE_MARK, " ")
 
     def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
-        """Accept what is left: the assertions around a string keep its neighbours away."""
+        """Accept what is left, since a merge, or assertions around a string, keep other text as it is.
+
+        But where only some bytes have an entry, the library puts an unknown character behind the bytes that follow it.
+        """
+        if not self._falls_back and any(self._byte_of(i) is not None for i in run):
+            raise TokenizerError(f"{text!r} has characters that are spelled in bytes, and this tokenizer lacks some of "
+                                 "these")
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
         """A unit begins wherever two tokens do not meet inside a word, or inside a character."""
@@ -93,8 +100,12 @@ class WholeTextScheme(BpeScheme):
     @property
     def drops_unknown(self) -> bool:
         """Whether characters outside the vocabulary vanish instead of becoming a token."""
-        falls_back = self.byte_fallback and all(f"<0x{b:02X}>" in self.vocabulary for b in range(256))
-        return not falls_back and self.spec["model"].get("unk_token") is None
+        return not self._falls_back and self.spec["model"].get("unk_token") is None
+
+    @cached_property
+    def _falls_back(self) -> bool:
+        """Whether each unknown character becomes bytes."""
+        return self.byte_fallback and all(f"<0x{b:02X}>" in self.vocabulary for b in range(256))
 
     def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
         """Any entry can be a chunk: cut between two of its pieces, such that neither side is such an entry."""
@@ -108,14 +119,14 @@ class WholeTextScheme(BpeScheme):
         """Return an empty chain of merges."""
         return MergeChain(self.vocabulary, self._symbols)
 
-    @property
+    @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
         """Every id but the barriers, and parts of characters."""
         mergeable = ~self.spelling_ids
         mergeable[self.barrier_ids] = False
         return mergeable
 
-    @property
+    @cached_property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
         """The bytes of characters that take several."""
         return np.asarray([(self._byte_of(i) or 0) >= 0x80 for i in range(self.num_used_ids)])
@@ -138,6 +149,7 @@ class WholeTextScheme(BpeScheme):
         spec = copy_of(self.spec)
         if not tokens:
             return spec
+        self._check_added()
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
         chain = self.chain()
         without_parts = chain.add_all(tokens)
@@ -145,6 +157,17 @@ class WholeTextScheme(BpeScheme):
         if without_parts:
             self._search_for([token.key for token in without_parts], spec)
         return spec
+
+    def _check_added(self) -> None:
+        """Refuse an added token that plain text would be found to hold once it is an entry.
+
+        It must become one, or it would be renumbered. A single character needs no merge to be found then.
+        """
+        for added in self.spec["added_tokens"]:
+            taken_out = not added["single_word"] and (added["normalized"] or self.backend.normalizer is None)
+            if len(added["content"]) == 1 and added["content"] not in self.vocabulary and not taken_out:
+                raise TokenizerError(f"the added token {added['content']!r} is one character, and would be found in "
+                                     "plain text after an extension; this tokenizer cannot be extended safely")
 
     def _search_for(self, keys: Sequence[str], spec: dict[str, Any]) -> None:
         """Let a specification cut keys out of the text, and look whole chunks up."""
