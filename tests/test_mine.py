@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
-from tiny_tokenizers import KINDS, TEXT, as_hf, llama3, tiny_base
+from tiny_tokenizers import FAMILIES, KINDS, TEXT, as_hf, llama3, tiny_base
 
 from vocabext.cli import show
 from vocabext.cli.main import cli
@@ -249,22 +249,24 @@ def test_a_rare_token_stays_while_something_is_merged_from_it() -> None:
 
 
 def test_the_corpus_gets_as_short_as_was_counted() -> None:
-    base = tiny_base("metaspace")
+    base, checked = tiny_base("metaspace"), 0
     for seed in range(20):  # many overlaps, such as `dddd` and `dmdmd`
         rng = np.random.default_rng(seed)
         texts = [" ".join("".join(rng.choice(list("dmd."), 9)) for _ in range(5)) for _ in range(30)]
         result = run(base, texts, budget=12, min_count=2)
-        if result.searched == 0 and len(result.tokens) == 12:
+        if result.rejected_by_reason().get("the expanded tokenizer produces it fewer than 2 times") is None:
             saved = sum(token.saved for token in result.tokens)
             assert result.base_tokens - saved == result.expanded_tokens
-    assert saved > 100
+            checked += 1
+    assert checked > 10
 
 
 def test_words_without_spaces_are_mined_where_only_characters_can_be() -> None:
-    base = BaseTokenizer(as_hf(KINDS["metaspace"]()))
-    base.backend.add_special_tokens(["<|end|>"])
-    result = run(base, ["ऑफ"] * 40, budget=2)
-    assert set(names(result)) & {"ऑ", "फ", "ऑफ"}
+    backend = FAMILIES["llama2-no-prefix"].build()
+    backend.add_special_tokens(["<|end|>"])  # no token may hold the last id
+    base = BaseTokenizer(as_hf(backend))
+    result = run(base, ["ጀጁ"] * 40, budget=2)
+    assert names(result) == ["ጀ", "ጁ"]
 
 
 def test_half_words_are_merged_within_words_only() -> None:

@@ -61,6 +61,12 @@ class _Reservoir:
     seen: int = 0
     snippets: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
 
+    def place(self, size: int, draw: float) -> int | None:
+        """Return where the next occurrence goes in a sample of some size, or None (algorithm R)."""
+        self.seen += 1
+        place = len(self.snippets) if len(self.snippets) < size else int(draw * self.seen)
+        return place if place < size else None
+
 
 def collect(
     documents: Iterable[Document],
@@ -93,7 +99,8 @@ def collect(
             for row in expanded.encode_batch([document.text for document in batch]):
                 ids = np.asarray(row, np.int64)
                 _sample(ids, expanded.expansion, reservoirs, config, rng)
-                _sample_inside(ids, expanded.expansion, splits, inside, config, rng_inside)
+                if splits:
+                    _sample_inside(ids, expanded.expansion, splits, inside, config, rng_inside)
             task.advance(len(batch))
     return [_topped_up(_record(token, reservoirs[token_id]), inside[token_id], config)
             for token_id, token in zip(reservoirs, tokens, strict=True)]  # fmt: skip
@@ -263,7 +270,7 @@ def _sample(
     config: CollectConfig,
     rng: np.random.Generator,
 ) -> None:
-    """Offer every occurrence in one document to the reservoir of its token id, if there is one (algorithm R)."""
+    """Offer every occurrence in one document to the reservoir of its token id, if there is one."""
     at = np.flatnonzero(expansion.is_new(ids))
     if not len(at):
         return
@@ -273,11 +280,8 @@ def _sample(
         reservoir = reservoirs.get(int(ids[position]))
         if reservoir is None:
             continue
-        reservoir.seen += 1
-        if len(reservoir.snippets) < config.snippets:
-            reservoir.snippets.append(_window(ids, edges, position, before, config.window))
-        elif (place := int(draw * reservoir.seen)) < config.snippets:
-            reservoir.snippets[place] = _window(ids, edges, position, before, config.window)
+        if (place := reservoir.place(config.snippets, draw)) is not None:
+            reservoir.snippets[place : place + 1] = [_window(ids, edges, position, before, config.window)]
 
 
 def _splits(expanded: ExpandedTokenizer, merged_from: Sequence[tuple[int, ...]], wanted: Set[int]) -> _Splits:
@@ -302,9 +306,7 @@ def _sample_inside(
     for position in np.flatnonzero(expansion.is_new(ids)).tolist():
         for written, inner in splits.get(int(ids[position]), ()):
             reservoir = reservoirs[written[inner]]
-            reservoir.seen += 1
-            place = len(reservoir.snippets)
-            if place == config.snippets and (place := int(rng.random() * reservoir.seen)) >= config.snippets:
+            if (place := reservoir.place(config.snippets, rng.random())) is None:
                 continue
             # Each id is at least one base id, so what lies further away is in no window.
             start = max(0, position - config.window)

@@ -84,6 +84,29 @@ def _unit_codes(ids: Array, starts: Array, pieces: Array) -> npt.NDArray[np.uint
     return np.add.reduceat(values[ids] * factors[place], starts)
 
 
+def outside_best(sections: Array, saved: Array) -> int:
+    """Return what is saved outside the section that saves most.
+
+    Args:
+        sections: The section of each place, rising, shape (P,), at least one.
+        saved: What is saved there.
+    """
+    edges = np.flatnonzero(np.append(True, sections[1:] != sections[:-1]))
+    by_section = np.add.reduceat(saved, edges)
+    return int(by_section.sum() - by_section.max())
+
+
+def apart(at: Array, ends: Array) -> slice | npt.NDArray[np.bool_]:
+    """Select the places that do not begin inside the one before (`"ha ha ha"`), from left to right."""
+    if (at[1:] >= ends[:-1]).all():
+        return slice(None)
+    keep, end = np.zeros(len(at), np.bool_), -1
+    for index, (position, stop) in enumerate(zip(at.tolist(), ends.tolist(), strict=True)):
+        if position >= end:
+            keep[index], end = True, stop
+    return keep
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was chosen.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from vocabext.config import MineConfig
 from vocabext.errors import TokenizerError
-from vocabext.mining.corpus import Array, Choice, Corpus, as_token, text_of
+from vocabext.mining.corpus import Array, Choice, Corpus, apart, as_token, outside_best, text_of
 from vocabext.progress import Progress
 from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer, MergeChain
@@ -60,7 +60,7 @@ def choose_merges(
                 rejected[text_of(run, base)] = str(error)
                 continue
             taken.add(run)
-            chosen.append((line.worth(best), replace(token, saved=line.merge(best))))
+            chosen.append((best.worth, replace(token, saved=line.merge(best))))
             task.advance()
         if len(chosen) < wanted:
             task.note("no other pair saves anything")
@@ -93,11 +93,13 @@ class _Pair:
         left: The first symbol, or the character.
         right: The second symbol; None for a character.
         at: Where it stands, in reading order.
+        worth: The tokens it saved outside its best section when it was last looked at.
     """
 
     left: int
     right: int | None
     at: Array
+    worth: int = 0
 
 
 class _Line:
@@ -155,11 +157,11 @@ class _Line:
             _, key = heapq.heappop(self._heap)
             pair = self._pairs[key]
             self._drop_gone(pair)
-            count, worth = self._counts(pair)
-            if count < self.config.min_count or worth <= 0:
+            count, pair.worth = self._counts(pair)
+            if count < self.config.min_count or pair.worth <= 0:
                 del self._pairs[key]
-            elif self._heap and worth < -self._heap[0][0]:
-                heapq.heappush(self._heap, (-worth, key))
+            elif self._heap and pair.worth < -self._heap[0][0]:
+                heapq.heappush(self._heap, (-pair.worth, key))
             else:
                 return self._pairs.pop(key)
         return None
@@ -183,11 +185,7 @@ class _Line:
 
     def _apart(self, pair: _Pair) -> Array:
         """Return the places where a pair would be merged: from left to right, no symbol twice."""
-        return _without_overlap(pair.at, self.next[pair.at]) if pair.left == pair.right else pair.at
-
-    def worth(self, pair: _Pair) -> int:
-        """Return the tokens that a pair would save outside its best section."""
-        return self._counts(pair)[1]
+        return pair.at[apart(pair.at, self.end[self.next[pair.at]])] if pair.left == pair.right else pair.at
 
     def _counts(self, pair: _Pair) -> tuple[int, int]:
         """Return at how many good places a pair stands, and the tokens it would save outside its best section."""
@@ -195,10 +193,7 @@ class _Line:
         at = at[self._good(at, pair.right is None)]
         if not len(at):
             return 0, 0
-        section = self.section[at]
-        edges = np.flatnonzero(np.append(True, section[1:] != section[:-1]))
-        best = int(np.diff(np.append(edges, len(at))).max())
-        return len(at), (len(at) - best) * self._saves(pair)
+        return len(at), outside_best(self.section[at], np.full(len(at), self._saves(pair)))
 
     def _saves(self, pair: _Pair) -> int:
         return 1 if pair.right is not None else int(self.end[pair.at[0]] - pair.at[0]) - 1
@@ -255,15 +250,3 @@ def _groups(at: Array, key: Array) -> list[Array]:
     order = np.argsort(key, kind="stable")
     edges = np.flatnonzero(np.diff(key[order])) + 1
     return np.split(at[order], edges) if len(at) else []
-
-
-def _without_overlap(at: Array, following: Array) -> Array:
-    """Leave out places that follow one that stays (`"ha ha ha"`)."""
-    if not np.isin(following, at).any():
-        return at
-    keep, taken = np.ones(len(at), np.bool_), -1
-    for index, (place, after) in enumerate(zip(at.tolist(), following.tolist(), strict=True)):
-        keep[index] = place != taken
-        taken = after if keep[index] else -1
-    return at[keep]
-

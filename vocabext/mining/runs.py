@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vocabext.config import MineConfig
 from vocabext.errors import TokenizerError
-from vocabext.mining.corpus import Array, Choice, Corpus, as_token, text_of
+from vocabext.mining.corpus import Array, Choice, Corpus, apart, as_token, outside_best, text_of
 from vocabext.progress import Progress
 from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer
@@ -154,10 +154,7 @@ class _Cover:
         at, cost = self._free(index)
         if not len(at):
             return 0, 0
-        sections = self.sections[at]
-        edges = np.flatnonzero(np.append(True, sections[1:] != sections[:-1]))
-        saved = np.add.reduceat(cost - 1, edges)
-        return int(saved.sum() - saved.max()), len(at)
+        return outside_best(self.sections[at], cost - 1), len(at)
 
     def take(self, index: int) -> int:
         """Cover a candidate's places; returns the tokens saved."""
@@ -182,18 +179,6 @@ class _Cover:
         if not saves.all():
             at, cost = at[saves], cost[saves]
         if units > 1:
-            apart = _apart(at, units)
-            at, cost = at[apart], cost[apart]
+            alone = apart(at, at + units)
+            at, cost = at[alone], cost[alone]
         return at, cost
-
-
-def _apart(at: Array, units: int) -> slice | npt.NDArray[np.bool_]:
-    """Select the places that do not begin inside the one before (`"ha ha ha"`), from left to right."""
-    if len(at) < 2 or int((at[1:] - at[:-1]).min()) >= units:
-        return slice(None)
-    keep, end = np.zeros(len(at), np.bool_), -1
-    for index, position in enumerate(at.tolist()):
-        if position >= end:
-            keep[index] = True
-            end = position + units
-    return keep
