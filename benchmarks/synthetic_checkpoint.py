@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vocabext.checkpoint import Rows, open_checkpoint, save_rows
-from vocabext.class_record import base_record
+from vocabext.manifest import base_record
 from vocabext.records import NewToken, write_json
 from vocabext.tokenizer import load_tokenizer
 

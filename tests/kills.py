@@ -29,8 +29,8 @@ from tiny_expanded import DOCUMENTS, new_tokens
 
 from vocabext import verify as verification
 from vocabext.checkpoint import Rows, open_checkpoint, save_rows
-from vocabext.class_record import base_record
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.manifest import base_record
 from vocabext.patch import patch
 from vocabext.pipeline import RunConfig, run
 from vocabext.revert import revert
@@ -63,7 +63,6 @@ def _base(folder: Path) -> None:
     base = tiny_folder(folder / "base", sharded=True, tied=False, num_rows=291)
     tokens, checkpoint = new_tokens(base), open_checkpoint(base)
     matrix = checkpoint.read("model.embed_tokens.weight")
-    # So that weights are written at once.
     made_from = base_record(base, checkpoint.names, model=str(base), num_used_ids=load_tokenizer(base).num_used_ids)
     save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(matrix, tokens)),
               {"method": "mean", "base": made_from})  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from vocabext.checkpoint import open_checkpoint, open_rows
-from vocabext.class_record import known_class
 from vocabext.tokenizer import load_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -34,9 +33,7 @@ def test_the_synthetic_base_has_its_size_and_a_full_matrix(tmp_path: Path) -> No
     assert len(tokenizer.encode("aB")) == 1
     tokens = write_rows(tmp_path / "rows.safetensors", base, 20)
     assert len({token.token for token in tokens}) == 20
-    known = known_class(open_rows(tmp_path / "rows.safetensors"), base)
-    assert known is not None
-    assert known.names == checkpoint.names
+    assert open_rows(tmp_path / "rows.safetensors").header["base"]["num_used_ids"] == 600
 
 
 def test_a_process_is_measured() -> None:
@@ -93,6 +90,15 @@ def test_the_table_compares_what_is_on_the_disk() -> None:
     assert lines[2].startswith("| Python, torch and transformers imported | 4.0 (3.5, 4.5) |  |  | 1.0 |")
     assert lines[3].startswith("| `cp -r` | 8.0 (7.5, 8.5) | 10.0 |  | 1.0 | 1 | 2 |")
     assert lines[4].startswith("| `vocabext patch --link copy` | 15.0 (14.5, 15.5) | 15.0 | 1.50 | 1.0 |")
+
+
+def test_the_bar_for_links_is_the_imports_and_the_shards_with_vocabulary() -> None:
+    from patch_tables import table
+
+    lines = table(found(1e10, start=3.5, cp=7.5, link=5.5)).splitlines()
+    assert lines[4].startswith("| `vocabext patch` (hard links) | 6.0 (5.5, 6.5) | 6.0 | 0.60 |")
+    assert lines[5] == "| the bar for links | 5.0 | 5.0 | 0.50 |  |  |  |"  # 4 s, and a tenth of 10 s
+    assert len(table(found(1e10, cp=7.5, link=5.5)).splitlines()) == 4
 
 
 def test_the_section_takes_the_place_of_the_old_one_and_no_other(tmp_path: Path) -> None:

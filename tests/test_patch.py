@@ -1,9 +1,14 @@
 """Tests of writing an expanded checkpoint."""
 
 import contextlib
+import errno
+import gc
 import hashlib
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +17,16 @@ import torch
 from base_logits import same_over_base_rows
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import asset_model, edit_json, tiny_folder
+from tiny_checkpoints import asset_model, default_dtype, edit_json, tiny_folder
 from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vocabext import links, patch_weights
 from vocabext import patch as module
 from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
 from vocabext.cli.patch import patch as command
 from vocabext.errors import CheckpointError, OutputExistsError, TokenizerError, UsageError
+from vocabext.links import Copier
 from vocabext.manifest import file_sha256, read_manifest
 from vocabext.patch import patch
 from vocabext.patch_plan import grown_rows
@@ -28,6 +35,7 @@ from vocabext.shards import read_shard
 from vocabext.tokenizer import load_tokenizer
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
+DEADLINE_SECONDS = 20.0
 TEXTS = (" cardiac", " myocardium", " heart rate")
 
 
@@ -68,6 +76,11 @@ def case(tmp_path: Path) -> Case:
     return make_case(tmp_path)
 
 
+@pytest.fixture
+def many_shards(tmp_path: Path) -> Case:
+    return make_case(tmp_path, tied=False, sharded=True, num_rows=291)
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -75,6 +88,13 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file, without the time at which the folder was made."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found["vocabext.json"] = json.dumps({**json.loads(found["vocabext.json"]), "created": ""}).encode()
+    return found
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -327,10 +347,12 @@ def test_a_full_disk_is_found_before_the_first_byte(case: Case, monkeypatch: pyt
     assert sorted(path.name for path in case.output.parent.iterdir()) == ["base", "rows.safetensors"]
 
 
-def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("link", ["auto", "copy"])
+def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(
+        many_shards: Case, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     asked: list[int] = []
     monkeypatch.setattr(module, "_check_space", lambda _, needed: asked.append(needed))
-    written = case.patch().bytes_written
+    written = many_shards.patch(link=link).bytes_written
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
@@ -442,3 +464,158 @@ def test_progress_counts_every_byte(case: Case) -> None:
     case.patch(progress=progress)
     assert sum(seen) == 0
     assert len(seen) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_dtype_of_the_process_changes_no_byte(tmp_path: Path, dtype: torch.dtype) -> None:
+    case = make_case(tmp_path, tied=False, dtype=dtype, num_rows=291)
+    case.patch()
+    expected = contents(case.output)
+    with default_dtype(dtype):
+        case.patch(force=True)
+    assert contents(case.output) == expected
+
+
+@pytest.mark.parametrize("record", [None, "LlamaForCausalLM", {"transformers": "5.0.0", "config_sha256": "0", "names": {
+    "architecture": "Other", "embedding": "e", "tied": True}}])
+def test_what_older_rows_files_say_about_the_class_is_ignored(case: Case, record: Any) -> None:
+    case.patch()
+    expected = contents(case.output)
+    tokens, rows, header = load_rows(case.rows)
+    save_rows(case.rows, tokens, rows, {**header, "base": {**header["base"], "class": record}})
+    case.patch(force=True)
+    assert contents(case.output) == expected
+
+
+def test_the_size_of_a_chunk_changes_no_byte(many_shards: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    many_shards.patch()
+    large = contents(many_shards.output)
+    monkeypatch.setattr("vocabext.shards.REWRITE_BYTES", 1_000)
+    many_shards.patch(force=True)
+    assert contents(many_shards.output) == large
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_of_the_caller_stays_as_it_is(
+        case: Case, monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(module, "check_places", lambda *_: seen.append(gc.isenabled()))
+    try:
+        (gc.enable if enabled else gc.disable)()
+        case.patch()
+        assert [*seen, gc.isenabled()] == [enabled, enabled]
+    finally:
+        gc.enable()
+
+
+# -- errors of the work or of a copy beside it --------------------------------------------------------------------
+
+def names_left(case: Case) -> list[str]:
+    return sorted(path.name for path in case.output.parent.iterdir())
+
+
+def test_a_shard_that_is_cut_off_meanwhile_is_noticed(many_shards: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = many_shards.base / open_checkpoint(many_shards.base).vocab_info.file
+
+    def cut(*_: object) -> None:
+        shard.write_bytes(shard.read_bytes()[:-5])
+
+    monkeypatch.setattr(module, "_check_space", cut)
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        many_shards.patch(link="copy")
+    assert names_left(many_shards) == ["base", "rows.safetensors"]
+
+
+@pytest.mark.parametrize("place", [(patch_weights, "write_shard"), (links, "copy_file")])
+def test_a_disk_that_fills_up_ends_the_work(
+        many_shards: Case, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*place, full)
+    with pytest.raises(OSError, match="No space left"):
+        many_shards.patch(link="copy")
+    assert names_left(many_shards) == ["base", "rows.safetensors"]
+
+
+def test_a_copy_that_fails_stops_what_is_written_beside_it(many_shards: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+
+    def fail(*_: Any) -> None:
+        failed.set()
+        raise OSError("first")
+
+    def write_for_ever(*arguments: Any) -> None:
+        assert failed.wait(DEADLINE_SECONDS)
+        advance_until_stopped(arguments[-1])
+
+    monkeypatch.setattr(links, "copy_file", fail)
+    monkeypatch.setattr(patch_weights, "write_shard", write_for_ever)
+    with pytest.raises(OSError, match="first"):
+        many_shards.patch(link="copy")
+    assert names_left(many_shards) == ["base", "rows.safetensors"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, CheckpointError, TokenizerError])
+def test_an_error_beside_the_copies_stops_them(
+        many_shards: Case, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]) -> None:
+    begun, stopped = threading.Event(), threading.Event()
+
+    def copy_for_ever(_: Path, __: Path, advance: Callable[[int], object]) -> None:
+        begun.set()
+        try:
+            advance_until_stopped(advance)
+        finally:
+            stopped.set()
+
+    def fail(*_: Any) -> None:
+        assert begun.wait(DEADLINE_SECONDS)
+        raise stop("stop")
+
+    monkeypatch.setattr(links, "copy_file", copy_for_ever)
+    monkeypatch.setattr(patch_weights, "write_shard", fail)
+    with pytest.raises(stop):
+        many_shards.patch(link="copy")
+    assert stopped.is_set()
+    assert names_left(many_shards) == ["base", "rows.safetensors"]
+
+
+def advance_until_stopped(advance: Callable[[int], object]) -> None:
+    """Go on until the copier says that other work has failed."""
+    began = time.monotonic()
+    while time.monotonic() - began < DEADLINE_SECONDS:
+        time.sleep(0.001)
+        advance(0)
+    raise AssertionError("nothing stopped it")
+
+
+def end_with(error: BaseException, *, wait: bool) -> None:
+    """Let a thread copy something, and raise beside it: at once, or when it has failed."""
+    with Copier(lambda _: None) as copier:
+        copier.add(Path("source"), Path("target"))
+        while wait and copier._error is None:
+            time.sleep(0.001)
+        raise error
+
+
+@pytest.mark.parametrize(("later", "seen"), [(ValueError("later"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_the_first_error_is_the_one_that_is_seen(
+        monkeypatch: pytest.MonkeyPatch, later: BaseException, seen: type[BaseException]) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("first")
+
+    monkeypatch.setattr(links, "copy_file", fail)
+    with pytest.raises(seen):
+        end_with(later, wait=True)
+
+
+def test_an_error_that_follows_from_the_end_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(_: Path, __: Path, advance: Callable[[int], object]) -> None:
+        try:
+            advance_until_stopped(advance)
+        finally:
+            raise OSError("its folder is gone")
+
+    monkeypatch.setattr(links, "copy_file", copy)
+    with pytest.raises(ValueError, match="first"):
+        end_with(ValueError("first"), wait=False)

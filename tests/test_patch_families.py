@@ -9,6 +9,7 @@ import transformers
 from base_logits import logits, same_over_base_rows
 from safetensors.torch import load_file
 from test_patch import make_rows
+from tiny_checkpoints import default_dtype
 from tiny_families import FAMILIES, tiny_family
 
 from vocabext.architecture import embedding_names
@@ -17,6 +18,7 @@ from vocabext.errors import CheckpointError
 from vocabext.manifest import read_manifest
 from vocabext.patch import patch
 from vocabext.rows import mean_rows
+from vocabext.verify import verify
 from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
@@ -95,6 +97,18 @@ def test_a_head_bias_keeps_new_tokens_from_being_written_at_any_state(tmp_path: 
         found = float(logits(tmp_path / kind, [*PROMPT, 290]).softmax(-1)[:, 290:293].max())
         assert found == loudest == 0.0 or found > loudest > 0.0
     assert "never written" in read_manifest(tmp_path / "none").tensors["lm_head.bias"].rows
+
+
+def test_a_silent_head_bias_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
+    base = tiny_family(tmp_path / "base", "phi", num_rows=292)
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
+    tokens, rows, header = load_rows(tmp_path / "rows.safetensors")
+    save_rows(tmp_path / "rows.safetensors", tokens, Rows(rows.input_ND, 0.01 * rows.input_ND),
+              {**header, "writing": {"kind": "none"}})
+    with default_dtype(torch.bfloat16):  # which has no -10,000: the nearest is -9,984
+        patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+        assert verify(tmp_path / "new", str(base), load_weights=False).passed
+    assert bool((stored(tmp_path / "new")["lm_head.bias"][290:] == -10_000).all())
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTIED_ONLY))

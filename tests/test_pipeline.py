@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
-from tiny_checkpoints import tiny_folder
+from tiny_checkpoints import default_dtype, tiny_folder
 from tiny_expanded import DOCUMENTS
 from tiny_families import tiny_family
 
@@ -136,6 +137,19 @@ def test_the_mean_needs_no_snippets(config: RunConfig) -> None:
     outcomes = run(replace(config, distill=replace(config.distill, method="mean")))
     assert list(states(outcomes)) == ["mine", "distill", "patch", "verify", "eval"]
     assert json.loads((config.output / "vocabext.json").read_text())["method"] == "mean"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_a_16_bit_model_does_not_depend_on_the_default_dtype(
+        config: RunConfig, tmp_path: Path, dtype: torch.dtype) -> None:
+    base = tiny_folder(tmp_path / "half", tied=False, dtype=dtype)
+    config = replace(config, model=str(base), distill=replace(config.distill, method="mean"),
+                     evaluate=replace(config.evaluate, prompts=0))
+    run(config)
+    expected = (config.output / "model.safetensors").read_bytes()
+    with default_dtype(dtype):  # as transformers sets it while it builds a model
+        run(replace(config, output=tmp_path / "again"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == expected
 
 
 def test_without_held_out_text_some_documents_are_kept_from_mining(config: RunConfig, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,17 @@ def tiny_folder(folder: Path, *, tied: bool = True, sharded: bool = False, num_r
     (folder / "extra").mkdir()
     (folder / "extra" / "notes.txt").write_text("kept\n")
     return folder
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let the process have another default dtype, as transformers does while it builds a model."""
+    earlier = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(earlier)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -134,7 +134,8 @@ def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
         from transformers.core_model_loading import revert_weight_conversion
 
         with _Quiet():
-            saved = {name: next(iter(revert_weight_conversion(model, {name: torch.empty(1)}))) for name in names}
+            empty = torch.empty(1, dtype=torch.float32)
+            saved = {name: next(iter(revert_weight_conversion(model, {name: empty}))) for name in names}
     except Exception:  # not every version has it, and not every class; names are then compared by their ends
         return {}
     return {name: other for name, other in saved.items() if other != name}

@@ -228,14 +228,12 @@ def _download(model: str) -> Path:
 
 # -- reading a folder ---------------------------------------------------------------------------------------------
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False,
-                    names: EmbeddingNames | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Read the config and all safetensors headers of a model folder, and find its vocabulary tensors.
 
     Args:
         folder: A folder as `resolve_model` returns it.
         trust_remote_code: Whether code that comes with the model may run.
-        names: What its model class says, where that is known; else the class is asked, which imports transformers.
 
     Returns:
         The checkpoint; no weights are read, unless a tied model stores both of its vocabulary tensors,
@@ -249,8 +247,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False,
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
     _check_layers(folder, config, len(tensors))
-    if names is None:
-        names = embedding_names(folder, trust_remote_code=trust_remote_code)
+    names = embedding_names(folder, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
                             row_tensors=find_row_tensors(folder, config, names, tensors))
     _check_tied(checkpoint)

@@ -97,6 +97,8 @@ class _StoppedError(Exception):
 class Copier:
     """Copies files in threads of its own while the caller does other work, and syncs each that is complete.
 
+    The threads do nothing but copy bytes.
+
     Leaving the `with` block waits for all of them. The first error, of a thread or of the caller, stops the rest and
     is the one that is raised; nothing is written any more once the block is left.
 
@@ -107,49 +109,32 @@ class Copier:
     def __init__(self, advance: Callable[[int], object]) -> None:
         self._advance = advance
         self._lock = threading.Lock()
-        self._pool, self._more = ThreadPoolExecutor(COPY_THREADS), ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(COPY_THREADS)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._work: list[Future[None]] = []
 
     def add(self, source: Path, target: Path) -> None:
         """Copy a file; returns at once."""
-        self._work.append(self._pool.submit(self._guarded, self._copy, source, target))
-
-    def run(self, work: Callable[[Callable[[int], object]], object]) -> None:
-        """Do other work in one more thread; returns at once.
-
-        Args:
-            work: Gets a function that it must call often with the number of bytes that it has read: there it is
-                stopped.
-        """
-        self._work.append(self._more.submit(self._guarded, work, self.advance))
+        self._work.append(self._pool.submit(self._copy, source, target))
 
     def advance(self, count: int) -> None:
-        """Count bytes; raises if the work is to stop."""
+        """Count bytes, of the caller's work as well; raises if a copy failed, so that nobody goes on."""
         if self._stop.is_set():
             raise _StoppedError
         with self._lock:
             self._advance(count)
 
-    def check(self) -> None:
-        """Raise the error of a thread, if there is one: the caller need not go on."""
-        if self._error is not None:
-            raise self._error
-
-    def _guarded(self, work: Callable[..., object], *arguments: object) -> None:
+    def _copy(self, source: Path, target: Path) -> None:
         try:
-            work(*arguments)
+            copy_file(source, target, self.advance)
+            with open(target, "rb") as file:
+                os.fsync(file.fileno())
         except BaseException as error:
             with self._lock:
                 if self._error is None and not self._stop.is_set():
                     self._error = error
                 self._stop.set()
-
-    def _copy(self, source: Path, target: Path) -> None:
-        copy_file(source, target, self.advance)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
 
     def __enter__(self) -> "Copier":
         return self
@@ -163,8 +148,7 @@ class Copier:
             earlier = self._error
         finally:  # after an error, or an interruption while we wait: nothing may be written any more
             self._stop.set()
-            for pool in (self._pool, self._more):
-                pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
         # An interruption is one, whatever else went wrong.
         if earlier is not None and earlier is not error and (kind is None or issubclass(kind, Exception)):
             raise earlier

@@ -30,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vocabext import __version__
+from vocabext.architecture import EmbeddingNames
 from vocabext.checkpoint import read_json
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken, write_json
@@ -336,6 +337,19 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # a repackaged build goes by another name; a version is no reason to fail
     return versions
+
+
+def base_record(folder: Path, names: EmbeddingNames, *, model: str, num_used_ids: int) -> dict[str, Any]:
+    """Return what the header of a rows file says about the base that it is made for, as `header["base"]`.
+
+    Args:
+        folder: The base.
+        names: What its class says.
+        model: How the user calls it.
+        num_used_ids: Ids that its tokenizer addresses (U).
+    """
+    return {"model": model, "num_used_ids": num_used_ids, "hidden_size": names.shapes[names.embedding][1],
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
 
 
 def file_sha256(path: Path) -> str | None:

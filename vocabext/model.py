@@ -392,7 +392,7 @@ class FrozenModel:
               num_used_ids: int) -> list[list[int]]:  # fmt: skip
         """Continue prompts of equal length by sampling; returns the new ids of each."""
         torch.manual_seed(seed)
-        ids = torch.tensor([list(p) for p in prompts], device=self.device)
+        ids = torch.tensor([list(p) for p in prompts], dtype=torch.long, device=self.device)
         unused = torch.arange(num_used_ids, self.head_VD.shape[0], device=self.device).tolist()
         out = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=True,

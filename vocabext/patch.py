@@ -4,10 +4,6 @@ No weights are loaded. Only the shards that hold vocabulary tensors are written 
 bytes; the other shards are linked or copied, everything else is copied. What it takes to get the base back
 lies in `vocabext_base/` (see `vocabext.manifest`). The folder is built beside its destination and renamed
 last, so it is there whole or not at all.
-
-Half of the time used to go by before the first byte, with the import of transformers, which must be asked about
-the model class and the tokenizer. Where the rows file says what they will answer (see `vocabext.class_record`),
-the weights are written meanwhile; an answer that differs takes it all back.
 """
 
 import hashlib
@@ -19,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vocabext.architecture import EmbeddingNames, embedding_names
 from vocabext.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -29,10 +24,8 @@ from vocabext.checkpoint import (
     open_rows,
     resolve_model,
 )
-from vocabext.class_record import KnownClass, check_class, known_class
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.folders import Syncer, new_folder
-from vocabext.imports import without_collecting
 from vocabext.links import AUTO, LINKS, Copier
 from vocabext.manifest import (
     ORIGINAL_SUFFIX,
@@ -57,8 +50,6 @@ if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
 
 MARGIN_BYTES = 1_000_000  # index, manifest, headers
-ENTRY_BYTES = 50  # what stands around the text of a token
-LAID_OUT = 3  # by which tokenizer.json may be larger than one without spaces and line breaks
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,6 @@ class PatchResult:
     seconds: float
 
 
-@without_collecting()
 def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
           untie: bool = False, trust_remote_code: bool = False, progress: Progress = no_progress,
           say: Callable[[str], None] = lambda _: None) -> PatchResult:
@@ -124,6 +114,8 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         CheckpointError: If the base is damaged, the rows were made for another model, or the disk is too full.
         TokenizerError: If the tokens cannot be added to the base's tokenizer.
     """
+    from vocabext.tokenizer import extend, load_tokenizer
+
     started = time.perf_counter()
     if link not in LINKS:
         raise UsageError(f"--link is {link!r}; it must be one of {', '.join(LINKS)}")
@@ -133,13 +125,12 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
     check_places(output, base_folder, rows_path)
-    asked = _Asked(file, base_folder, trust_remote_code=trust_remote_code)
-    plan = _plan_ahead(file, base_folder, asked.known, untie=untie)
-    if plan is None:
-        checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
-        asked.heard(checkpoint.names)
-        plan = _plan(checkpoint, file, asked.tokenizers(checkpoint)[0].num_used_ids, untie=untie)
-    checkpoint, tensors, files = plan.checkpoint, plan.tensors, plan.files
+    checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
+    base = load_tokenizer(str(base_folder), trust_remote_code=trust_remote_code)
+    _check_rows(file, checkpoint, base.num_used_ids)
+    expanded = extend(base, file.tokens)
+    tensors = plan_tensors(checkpoint, file, base.num_used_ids, untie=untie)
+    files = plan_files(checkpoint, tensors, _stale_files(checkpoint.folder))
     if tensors.untied:
         say(f"the head gets a matrix of its own, so that input and output rows can differ: "
             f"{tensors.untied_bytes / 1e6:,.1f} MB more")
@@ -147,14 +138,11 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         weights = WeightWriter(checkpoint, tensors, files, folder, link)
         weights.link_weights()
         others = _OtherFiles(checkpoint, files, folder, weights.originals)
-        _check_space(output.parent, weights.num_bytes() + others.num_bytes() + asked.tokenizer_bytes() + MARGIN_BYTES)
+        tokenizer_bytes = len(expanded.backend.to_str().encode())
+        _check_space(output.parent, weights.num_bytes() + others.num_bytes() + tokenizer_bytes + MARGIN_BYTES)
         with progress("writing the checkpoint", weights.read_bytes() + others.read_bytes(), "bytes") as task, \
                 Syncer() as syncer, Copier(task.advance) as copier:
-            weights.start(copier, syncer)
-            asked.ask_class()
-            copier.check()
-            base, expanded = asked.tokenizers(checkpoint)
-            copier.check()
+            weights.write(copier, syncer)
             others.write(expanded, copier)
         others.write_index(tensors)
         record = others.record()
@@ -204,73 +192,6 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
         raise UsageError(f"the output {output} is a file; choose another output")
     if any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
         raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be written."""
-
-    checkpoint: Checkpoint
-    tensors: TensorPlan
-    files: FilePlan
-
-
-def _plan(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie: bool) -> _Plan:
-    tensors = plan_tensors(checkpoint, file, num_used, untie=untie)
-    return _Plan(checkpoint, tensors, plan_files(checkpoint, tensors, _stale_files(checkpoint.folder)))
-
-
-def _plan_ahead(file: RowsFile, folder: Path, known: KnownClass | None, *, untie: bool) -> _Plan | None:
-    """Plan by what the rows file says about its base; None if it says nothing, or cannot be right."""
-    if known is None or not file.tokens:
-        return None
-    try:
-        return _plan(open_checkpoint(folder, names=known.names), file, known.num_used, untie=untie)
-    except CheckpointError:  # of the base or of what is said about it: asking the class will tell
-        return None
-
-
-class _Asked:
-    """What only transformers knows about a base, asked when it is needed; each question is answered once.
-
-    Attributes:
-        known: What the rows file says about it in advance.
-    """
-
-    def __init__(self, file: RowsFile, folder: Path, *, trust_remote_code: bool) -> None:
-        self.known = known_class(file, folder)
-        self._file, self._folder, self._trust_remote_code = file, folder, trust_remote_code
-        self._heard = False
-        self._tokenizers: tuple[BaseTokenizer, ExpandedTokenizer] | None = None
-
-    def ask_class(self) -> None:
-        """Ask the model class, if nobody has."""
-        if not self._heard:
-            self.heard(embedding_names(self._folder, trust_remote_code=self._trust_remote_code))
-
-    def heard(self, names: EmbeddingNames) -> None:
-        """Take the answer of the model class, and refuse rows that say something else about it."""
-        self._heard = True
-        if self.known is not None:
-            check_class(self.known, names, self._file, self._folder)
-
-    def tokenizers(self, checkpoint: Checkpoint) -> "tuple[BaseTokenizer, ExpandedTokenizer]":
-        """Load the base's tokenizer and extend it, and refuse rows that were made for another one."""
-        from vocabext.tokenizer import extend, load_tokenizer
-
-        if self._tokenizers is None:
-            base = load_tokenizer(str(self._folder), trust_remote_code=self._trust_remote_code)
-            _check_rows(self._file, checkpoint, base.num_used_ids)
-            self._tokenizers = base, extend(base, self._file.tokens)
-        return self._tokenizers
-
-    def tokenizer_bytes(self) -> int:
-        """Return the size of the new tokenizer.json: generously, where it is not made yet."""
-        if self._tokenizers is not None:
-            return len(self._tokenizers[1].backend.to_str().encode())
-        # An entry, and perhaps a merge, which spells the token once more.
-        grown = sum(2 * len(token.key.encode()) + ENTRY_BYTES for token in self._file.tokens)
-        return LAID_OUT * ((self._folder / "tokenizer.json").stat().st_size + grown)
 
 
 def _check_rows(file: RowsFile, checkpoint: Checkpoint, num_used: int) -> None:
@@ -335,11 +256,9 @@ class _OtherFiles:
             self._files.kept.append(name)
         self._originals.lost.update(self._files.lost)
         for name in self._files.kept:
-            copier.check()
             stored = f"{ORIGINALS_FOLDER}/{name}{ORIGINAL_SUFFIX}"
             self._originals.files[name] = _copy_small(base / name, self._folder / stored, stored)
         for name in self._files.others:
-            copier.check()
             self._originals.carried_over[name] = _copy_small(base / name, self._folder / name, name, copier.advance)
 
     def write_index(self, tensors: TensorPlan) -> None:

@@ -1,6 +1,6 @@
-"""The weights of a new folder: linked, copied, or written anew, in threads beside other work.
+"""The weights of a new folder: linked, copied in threads, or written anew.
 
-Nothing here needs transformers, so all of it can go on while that is being imported.
+A thread copies bytes and computes nothing: transformers changes the default dtype of the whole process for a while.
 """
 
 from collections.abc import Callable
@@ -76,23 +76,20 @@ class WeightWriter:
         """Return the size of all files that are read."""
         return sum((self.checkpoint.folder / name).stat().st_size for name in (*self.copied, *self.files.shards))
 
-    def start(self, copier: Copier, syncer: Syncer) -> None:
-        """Copy and rewrite in the threads of the copier; returns at once."""
-        copier.run(lambda advance: self._rewrite_all(syncer, advance))
+    def write(self, copier: Copier, syncer: Syncer) -> None:
+        """Let the copier copy what is not linked, and rewrite the shards that change meanwhile."""
         base = self.checkpoint.folder
         for name in self.files.weights:
             self.originals.carried_over[name] = Original((base / name).stat().st_size, None, name)
         for name in self.copied:
             copier.add(base / name, self.folder / name)
+        for name in self.files.shards:
+            syncer.add(self._rewrite(name, copier.advance))
 
     def records(self) -> dict[str, TensorRecord]:
         """Return what became of the tensors with a row per token."""
         return {name: replace(record, new_rows_sha256=self.new_rows_sha256[name])
                 for name, record in self.tensors.records.items()}
-
-    def _rewrite_all(self, syncer: Syncer, advance: Advance) -> None:
-        for name in self.files.shards:
-            syncer.add(self._rewrite(name, advance))
 
     def _rewrite(self, name: str, advance: Advance) -> Path:
         added = {new: copied for new, copied in self.tensors.added.items() if self.tensors.records[new].file == name}

@@ -30,7 +30,7 @@ def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tens
 
 def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the mean of the rows of each run; runs of one length in one call, which costs more than the sums."""
-    found = torch.empty(len(runs), *matrix_VD.shape[1:], device=matrix_VD.device)
+    found = torch.empty(len(runs), *matrix_VD.shape[1:], dtype=torch.float32, device=matrix_VD.device)
     for length in {len(run) for run in runs}:
         chosen = [i for i, run in enumerate(runs) if len(run) == length]
         found[chosen] = matrix_VD[torch.tensor([runs[i] for i in chosen])].float().mean(1)
@@ -146,4 +146,4 @@ def constant_row(info: TensorInfo, value: float) -> bytes:
 
 def constant_rows(value: float) -> RowSource:
     """Return a source of rows of a tensor without width (a bias) that are all the same."""
-    return lambda first, last: torch.full((last - first,), value)
+    return lambda first, last: torch.full((last - first,), value, dtype=torch.float32)

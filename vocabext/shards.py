@@ -24,9 +24,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
 # By which files are read, compared, hashed and written: few enough to stay in the processor's cache between these.
 READ_BYTES = 1024 * 1024
-# By which a shard is rewritten, with two such buffers. Other threads may be busy with Python code meanwhile, and
-# every call into the system then waits for the interpreter, 5 ms at worst: few large calls do not notice.
-REWRITE_BYTES = 32 * 1024 * 1024
+REWRITE_BYTES = 4 * 1024 * 1024  # by which a shard is rewritten, with two such buffers
 # Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}

@@ -119,4 +119,5 @@ def _cut_head(loaded: Any, num_rows: int) -> None:
 def _logits(loaded: Any, pair: Pair, rows: Any) -> list[torch.Tensor]:
     """Return the logits of base ids after each prompt."""
     end = pair.expansion.first_new_id
-    return [loaded.model(torch.tensor([ids], device=loaded.device)).logits[0, :, :end].float().cpu() for ids in rows]
+    inputs = (torch.tensor([ids], dtype=torch.long, device=loaded.device) for ids in rows)
+    return [loaded.model(ids).logits[0, :, :end].float().cpu() for ids in inputs]

@@ -164,7 +164,7 @@ def _check_new_rows(pair: Pair, name: str, max_norm_ratio: float) -> float:
         raise NotCheckedError("rows are missing")  # another check names them
     longest = max((float(rows.norm(dim=1).max()) for _, rows in _rows(pair.new, name, 0, first)), default=0.0)
     bias, worst, digest = len(info.shape) == 1, 0.0, sha256()
-    silent = torch.tensor(SILENT_BIAS).to(DTYPES[info.dtype]).float()
+    silent = torch.tensor(SILENT_BIAS, dtype=DTYPES[info.dtype]).float()
     for start, rows in _rows(pair.new, name, first, end, digest):
         norms = rows.norm(dim=1)
         if bias:  # one number per token may well be zero, or keep a token from ever being written
@@ -205,7 +205,7 @@ def _surplus_row(pair: Pair, name: str) -> tuple[torch.Tensor, str]:
     """Return what rows without an id must be, and in words."""
     record, source = pair.manifest.tensors.get(name), _source(pair, name)
     if record is None or not record.surplus:
-        return torch.zeros(1), "zero"
+        return torch.zeros(1, dtype=torch.float32), "zero"
     if not all(0 <= i < pair.expansion.first_new_id for i in record.surplus):
         raise FaultError(f"the manifest names the rows {list(record.surplus)} for the surplus of {name}, the base has "
                          f"{pair.expansion.first_new_id} ids")

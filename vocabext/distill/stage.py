@@ -10,7 +10,6 @@ import torch
 
 from vocabext.architecture import embedding_names
 from vocabext.checkpoint import Rows, resolve_model, save_rows
-from vocabext.class_record import base_record
 from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
 from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
@@ -22,6 +21,7 @@ from vocabext.distill.sharing import share_texts
 from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
+from vocabext.manifest import base_record
 from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
