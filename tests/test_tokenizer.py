@@ -413,7 +413,6 @@ def changed(change: Any, start: Any = gpt2) -> Tokenizer:
         (word_piece, "this is a WordPiece tokenizer; supported are BPE"),
         (lambda: changed(lambda s: s["model"].update(end_of_word_suffix="</w>")), "uses end_of_word_suffix='</w>'"),
         (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "uses dropout=0.1"),
-        (lambda: changed(lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "puts a space in front"),
         (lambda: changed(lambda s: s["pre_tokenizer"].update(use_regex=False)), "does not split the text"),
         (lambda: changed(lambda s: s.update(pre_tokenizer=None)), "splits by nothing"),
         (lambda: changed(lambda s: s["pre_tokenizer"].update(split=True), metaspace), r"splits by \['Metaspace'\]"),

@@ -113,6 +113,11 @@ def named(family: str, tokenizer_class: str | None = None, **flags: Any) -> dict
 CASES = {
     "gpt2 json": Case("gpt2", as_json("gpt2"), named("gpt2", "GPT2Tokenizer")),
     "gpt2 files": Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", unk_token="<|endoftext|>")),
+    "gpt2 files, space in front": Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer",
+                                                                            add_prefix_space=True)),
+    "gpt2 json, space in front": Case("gpt2", as_json("gpt2-prefix"), named("gpt2", "PreTrainedTokenizerFast")),
+    "roberta json": Case("roberta", as_json("roberta"), named("roberta", "PreTrainedTokenizerFast",
+                                                              add_prefix_space=True)),
     "gpt2 files, no class": Case("gpt2", as_vocabulary("gpt2")),
     "opt files, bos": Case("opt", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", add_bos_token=True,
                                                                errors="replace")),
@@ -266,12 +271,6 @@ def test_files_of_the_old_tokenizer_are_named_and_gone(name: str, tmp_path: Path
     assert old
     assert set(pair.stale) == old
     assert {path.name for path in pair.folder.iterdir()} == {"config.json", "tokenizer_config.json", "tokenizer.json"}
-
-
-def test_a_class_that_puts_a_space_in_front_is_refused(tmp_path: Path) -> None:
-    case = Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", add_prefix_space=True))
-    with pytest.raises(TokenizerError, match="puts a space in front of the text"):
-        load_tokenizer(base_folder(tmp_path / "base", case))
 
 
 # ---- chat templates ------------------------------------------------------------------------------

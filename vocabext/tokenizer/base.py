@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
-    """Return a copy of the fast tokenizer inside one of transformers, without padding and truncation."""
-    backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
-    backend.model = hf.backend_tokenizer.model  # reading the scores of a Unigram model changes some in the last bit
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a fast tokenizer, without padding and truncation."""
+    backend = Tokenizer.from_str(tokenizer.to_str())
+    backend.model = tokenizer.model  # reading the scores of a Unigram model changes some in the last bit
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -50,6 +50,17 @@ class _Encoder:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     @cached_property
+    def untrimmed(self) -> Tokenizer:
+        """The tokenizer without the step that frames prompts.
+
+        That step may also trim places: it takes one character off for each space that a token spells, which is a letter
+        where the splitting has put the space there.
+        """
+        backend = plain_copy(self.backend)
+        backend.post_processor = None
+        return backend
+
+    @cached_property
     def prefix_ids(self) -> list[int]:
         """Ids that the tokenizer puts in front of a prompt (often BOS, often nothing)."""
         framed, bare = self.backend.encode("a").ids, self.backend.encode("a", add_special_tokens=False).ids
@@ -70,7 +81,7 @@ class BaseTokenizer(_Encoder):
         Raises:
             TokenizerError: If it is of a kind that cannot be extended.
         """
-        super().__init__(plain_backend(hf), hf)
+        super().__init__(plain_copy(hf.backend_tokenizer), hf)
         self.scheme = scheme_of(self.backend)
         self.backend = self.scheme.backend
         self._made: dict[str, NewToken] = {}

@@ -75,7 +75,7 @@ class Scheme(ABC):
             raise TokenizerError(f"{text!r} contains the character that stands for broken text")
         text, given = self.normalize(text), text
         if not text or self.normalize(text) != text:
-            raise TokenizerError(f"the normalizer turns {given!r} into {text!r}, and that into something else again")
+            raise TokenizerError(f"this tokenizer turns {given!r} into {text!r}, and that into something else again")
         pieces = self.pieces(text)
         key = "".join(pieces)
         if key in self.vocabulary or key in self.added:
@@ -88,9 +88,18 @@ class Scheme(ABC):
         self.check(text, pieces, run)
         return NewToken(text, key, run)
 
-    @abstractmethod
     def normalize(self, text: str) -> str:
         """Return what the normalizer makes of a text that stands inside a longer one."""
+        if self.backend.normalizer is None:
+            return text
+        edge, inside = self._normal("a"), self._normal(f"a{text}a")
+        # Some normalizers put something in front of a text, or strip its ends.
+        if inside.startswith(edge) and inside.endswith("a") and len(inside) > len(edge):
+            return inside[len(edge) : -1]
+        return self._normal(text)
+
+    def _normal(self, text: str) -> str:
+        return str(self.backend.normalizer.normalize_str(text))
 
     @abstractmethod
     def pieces(self, text: str) -> list[str]:

@@ -83,18 +83,8 @@ class UnigramScheme(Scheme):
 
     # -- text to chunks -------------------------------------------------------------------------------------------
 
-    def normalize(self, text: str) -> str:
-        """Return what the normalizer makes of a text that stands inside a longer one."""
-        if self.backend.normalizer is None:
-            return text
-        edge, inside = self._normal("a"), self._normal(f"a{text}a")
-        # Some normalizers put something in front of a text, or strip its ends.
-        if inside.startswith(edge) and inside.endswith("a") and len(inside) > len(edge):
-            return inside[len(edge) : -1]
-        return self._normal(text)
-
     def _normal(self, text: str) -> str:
-        normal = str(self.backend.normalizer.normalize_str(text))
+        normal = super()._normal(text)
         return normal.replace(SPACE_MARK, " ") if self.marks else normal
 
     def pieces(self, text: str) -> list[str]:
