@@ -13,7 +13,7 @@ from vocabext.errors import TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
-from vocabext.tokenizer.scheme import SPACE_MARK, SUPPORTED, Scheme, Units, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
 from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
 
@@ -190,6 +190,8 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
         try:
             real = base.new_token(token.token)
         except TokenizerError as error:
+            if base.scheme.extended_before:
+                raise
             raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
         if (real.key, real.run) != (token.key, token.run):
             raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
@@ -226,6 +228,8 @@ def scheme_of(backend: Tokenizer) -> Scheme:
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds:
         return ChunkScheme(backend, spec)
+    if any(map(is_ours, steps)):
+        raise TokenizerError(EXTENDED_BEFORE)
     marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
     if marks and all(never_cuts(step) for step in steps):
         if model.get("ignore_merges"):

@@ -28,7 +28,16 @@ from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.marks import SPACE_IN_FRONT, cuts, inside, pre_tokenizer_of, taken_apart, unmarked
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
-from vocabext.tokenizer.scheme import SUPPORTED, Units, copy_of, split_step, steps_of, with_new_entries
+from vocabext.tokenizer.scheme import (
+    EXTENDED_BEFORE,
+    OURS,
+    SUPPORTED,
+    Units,
+    copy_of,
+    split_step,
+    steps_of,
+    with_new_entries,
+)
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,11 +47,12 @@ GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 
 # How many chunks at either end of a phrase can be changed by what stands next to it.
 EDGE = 2
 
-ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE = "one expression", "several steps", "opaque"
+ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE, EXTENDED = "one expression", "several steps", "opaque", "extended"
 DESCRIPTIONS = {
     ONE_EXPRESSION: "byte-level BPE on the chunks of one split expression: words and phrases can be added",
     SEVERAL_STEPS: "byte-level BPE on the chunks of several splitting steps: words and phrases can be added",
     OPAQUE: "byte-level BPE behind splitting steps that cannot be extended: words can be added, phrases not",
+    EXTENDED: "byte-level BPE whose splitting vocabext has extended already: words can be added, phrases not",
 }
 
 
@@ -74,7 +84,7 @@ class ChunkScheme(BpeScheme):
         self.marks_chunks = SPACE_IN_FRONT in self.steps
         if self.marks_chunks and self.splitting == SEVERAL_STEPS:
             self.splitting = OPAQUE
-        self.description = DESCRIPTIONS[self.splitting]
+        self.description = DESCRIPTIONS[EXTENDED if self.extended_before else self.splitting]
         self._bad_following = lru_cache(maxsize=None)(self._bad_following)  # type: ignore[method-assign]
         self._left_guard = lru_cache(maxsize=None)(self._left_guard)  # type: ignore[method-assign]
 
@@ -143,6 +153,8 @@ class ChunkScheme(BpeScheme):
         Raises:
             TokenizerError: If there are none that keep its cuts.
         """
+        if self.extended_before:
+            raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OPAQUE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
         if any(step["type"] == "Digits" for step in self.steps) and any(c.isnumeric() for c in text):
@@ -332,7 +344,7 @@ def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, 
     """Give a splitting step a first alternative, if any; GPT-2's built-in expression is written out for it."""
     first = f"{alternative}|" if alternative else ""
     if step["type"] == "Split" and first:
-        return [{**step, "pattern": {"Regex": first + step["pattern"]["Regex"]}}]
+        return [{**step, "pattern": {"Regex": OURS + first + step["pattern"]["Regex"]}}]
     if step["type"] == "ByteLevel" and step["use_regex"]:
         return [split_step(first + BYTE_LEVEL_SPLIT), {**step, "use_regex": False}]
     return [step]

@@ -31,7 +31,7 @@ from vocabext.boundaries import prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.lattice import Lattice
-from vocabext.tokenizer.scheme import SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
 from vocabext.tokenizer.whole_text import never_cuts
 
 # How far below the lowest score the tokenizers library puts unknown characters.
@@ -147,6 +147,8 @@ class UnigramScheme(Scheme):
             raise TokenizerError(f"{text!r} is cut differently after some texts: {crossing!r} can reach into it")
 
     def _check_phrase(self, text: str, pieces: list[str]) -> None:
+        if self.extended_before:
+            raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OTHERWISE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
         if self.splitting != WHOLE and not all(piece[0] == SPACE_MARK for piece in pieces):
