@@ -415,7 +415,9 @@ def changed(change: Any, start: Any = gpt2) -> Tokenizer:
         (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "uses dropout=0.1"),
         (lambda: changed(lambda s: s["pre_tokenizer"].update(use_regex=False)), "does not split the text"),
         (lambda: changed(lambda s: s.update(pre_tokenizer=None)), "splits by nothing"),
-        (lambda: changed(lambda s: s["pre_tokenizer"].update(split=True), metaspace), r"splits by \['Metaspace'\]"),
+        (lambda: changed(lambda s: s.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Punctuation", "behavior": "Isolated"}, s["pre_tokenizer"]]}), metaspace),
+         r"splits by \['Punctuation', 'Metaspace'\]"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(backend: Any, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, MORE_TEXT, family_base, metaspace
+from tiny_tokenizers import FAMILIES, MORE_TEXT, cut_at_spaces, family_base, metaspace
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -316,7 +316,8 @@ def test_all_that_people_want_can_be_a_token(name: str) -> None:
         known = ("does not begin with a space", "can reach into it", "when it is split", "in the vocabulary already")
         refused = {text: why for text, why in refused.items() if not any(reason in why for reason in known)}
     if "phrases not" in base.describe():
-        refused = {text: why for text, why in refused.items() if "cannot take phrases" not in why}
+        known = ("cannot take phrases", "cuts text at every space")
+        refused = {text: why for text, why in refused.items() if not any(reason in why for reason in known)}
     assert refused.keys() == REFUSED.get(name, set()), refused
 
 
@@ -474,6 +475,69 @@ def test_a_base_that_looks_up_whole_texts_is_refused() -> None:
     spec["model"]["ignore_merges"] = True
     with pytest.raises(TokenizerError, match="looks whole texts up before it merges"):
         BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_text_that_is_cut_at_spaces_with_unknown_characters(data: st.DataObject) -> None:
+    """The class SentencePieceBPETokenizer makes such a tokenizer."""
+    base = BaseTokenizer(FAMILIES["sentencepiece-bpe"].as_hf(cut_at_spaces(byte_fallback=False)))
+    new = extend(base, possible(base))
+    assert len(new.tokens) > 15
+    check_ids(base, new, data.draw(texts("sentencepiece-bpe")))
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(), "NFKC": normalizers.NFKC(), "lower case": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "spaces in front": normalizers.Prepend("  "), "ends stripped": normalizers.Strip(), "NMT": normalizers.Nmt(),
+    "one space": normalizers.Replace(Regex(r"\s+"), " "),
+}
+FIRST_STEPS = {
+    "digits": pre_tokenizers.Digits(False), "each digit": pre_tokenizers.Digits(True),
+    "signs": pre_tokenizers.Punctuation("isolated"), "runs of signs": pre_tokenizers.Punctuation("contiguous"),
+    "words": pre_tokenizers.Whitespace(), "spaces": pre_tokenizers.WhitespaceSplit(),
+    "scripts": pre_tokenizers.UnicodeScripts(), "lengths": pre_tokenizers.FixedLength(7),
+    "BERT": pre_tokenizers.BertPreTokenizer(), "hyphens": pre_tokenizers.CharDelimiterSplit("-"),
+}  # fmt: skip
+OPTIONS = {"dropout of nothing": {"dropout": 0.0}, "joined unknowns": {"fuse_unk": True, "unk_token": "<|endoftext|>"},
+           "bytes": {"byte_fallback": True}, "empty affixes": {"continuing_subword_prefix": "",
+                                                               "end_of_word_suffix": ""}}  # fmt: skip
+
+
+@cache
+def varied(variant: str, prefixed: bool) -> tuple[BaseTokenizer, ExpandedTokenizer]:
+    """A GPT-2 with another normalizer, with a step in front of its own, or with an option of its model."""
+    family = FAMILIES["roberta" if prefixed else "gpt2"]
+    backend = family.build()
+    backend.normalizer = NORMALIZERS.get(variant)
+    if variant in FIRST_STEPS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([FIRST_STEPS[variant], backend.pre_tokenizer])
+    spec = json.loads(backend.to_str())
+    spec["model"].update(OPTIONS.get(variant, {}))
+    base = BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
+    return base, extend(base, possible(base, [*ALL_WANTED, *(f" {text}" for text in ALL_WANTED)]))
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
+@pytest.mark.parametrize("variant", [*NORMALIZERS, *FIRST_STEPS, *OPTIONS])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_bytes_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool, data: st.DataObject) -> None:
+    base, new = varied(variant, prefixed)
+    check_ids(base, new, data.draw(texts("roberta" if prefixed else "gpt2")))
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
+@pytest.mark.parametrize("variant", [*NORMALIZERS, *FIRST_STEPS, *OPTIONS])
+def test_words_are_found_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool) -> None:
+    base, new = varied(variant, prefixed)
+    assert len(new.tokens) > 8
+    for token in new.tokens:
+        assert base.key_text(token.key) == token.token
+        check_ids(base, new, f"x{token.token} {token.token}")
+    text = "x cardiac ureteral cardiac, cardiac"
+    assert len(new.encode(text)) <= len(base.encode(text)) - (0 if variant == "lengths" else 4)
 
 
 def test_rounded_scores_are_said() -> None:

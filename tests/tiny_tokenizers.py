@@ -366,6 +366,15 @@ def _metaspace(scheme: str, low: Sequence[str] = ("<unk>", "<s>", "</s>")) -> To
     return _frame(backend, ["<s>"])
 
 
+def cut_at_spaces(*, byte_fallback: bool) -> Tokenizer:
+    """As the class SentencePieceBPETokenizer of the tokenizers library makes it: text is cut in front of each mark."""
+    backend = _added(_marks_bpe(["<unk>", "<s>", "</s>"]), ["<unk>", "<s>", "</s>"])
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    backend.decoder = _mark_decoder(strip=True) if byte_fallback else decoders.Metaspace(prepend_scheme="always")
+    return _edited(backend, lambda spec: spec["model"].update(byte_fallback=byte_fallback))
+
+
 def _mistral_v3() -> Tokenizer:
     return _metaspace("first", ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]",
                                 *(f"[control_{i}]" for i in range(8, 16))])
@@ -456,6 +465,7 @@ FAMILIES: dict[str, Family] = {
     "llama2": Family(lambda: _metaspace("first"), _SENTENCE, ("[INST] ", " [/INST] ")),
     "llama2-legacy": Family(lambda: _metaspace("always"), _SENTENCE, ("[INST] ", " [/INST] ")),
     "llama2-no-prefix": Family(lambda: _metaspace("never"), _SENTENCE, ("[INST] ", " [/INST] ")),
+    "sentencepiece-bpe": Family(lambda: cut_at_spaces(byte_fallback=True), _SENTENCE),
     "mistral-v1": Family(lambda: _prepended(normalized=True), _SENTENCE, ("<s>[INST] ", " [/INST]</s>")),
     "tinyllama": Family(lambda: _prepended(normalized=False), _SENTENCE, ("<|user|>\n", "</s>\n")),
     "phi3": Family(lambda: _prepended(normalized=False, rstrip=True), _SENTENCE, ("<|user|>\n", "<|end|>\n")),

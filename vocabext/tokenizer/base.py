@@ -15,7 +15,7 @@ from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
 from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
 from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
-from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
+from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,7 +231,7 @@ def scheme_of(backend: Tokenizer) -> Scheme:
     if any(map(is_ours, steps)):
         raise TokenizerError(EXTENDED_BEFORE)
     marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
-    if marks and all(never_cuts(step) for step in steps):
+    if marks and all(never_cuts(step) or at_marks(step) for step in steps):
         if model.get("ignore_merges"):
             raise TokenizerError("this BPE tokenizer looks whole texts up before it merges (ignore_merges); parts of "
                                  f"a text would be found too after an extension; supported are {SUPPORTED}")

@@ -94,7 +94,10 @@ class ChunkScheme(BpeScheme):
         """Return what the normalizer, and the marks in front of each part, make of a text inside a longer one."""
         text = super().normalize(text)
         marked = any(step["type"] == "Metaspace" for step in self.steps)
-        return "".join(map(self.key_text, self.pieces(text))) if marked else text
+        if not marked and self.splitting != OPAQUE:
+            return text
+        chunks = self.pieces(text)  # a step that cannot be extended may drop spaces around a word
+        return "".join(map(self.key_text, chunks)) if marked or len(chunks) == 1 else text
 
     def pieces(self, text: str) -> list[str]:
         """Return the chunks of a text that begins where a chunk begins, in the alphabet of bytes."""
