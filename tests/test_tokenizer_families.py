@@ -500,9 +500,11 @@ FIRST_STEPS = {
     "scripts": pre_tokenizers.UnicodeScripts(), "lengths": pre_tokenizers.FixedLength(7),
     "BERT": pre_tokenizers.BertPreTokenizer(), "hyphens": pre_tokenizers.CharDelimiterSplit("-"),
 }  # fmt: skip
+LAST_STEPS = {"Falcon": [pre_tokenizers.Digits(False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]}
 OPTIONS = {"dropout of nothing": {"dropout": 0.0}, "joined unknowns": {"fuse_unk": True, "unk_token": "<|endoftext|>"},
            "bytes": {"byte_fallback": True}, "empty affixes": {"continuing_subword_prefix": "",
                                                                "end_of_word_suffix": ""}}  # fmt: skip
+VARIANTS = [*NORMALIZERS, *FIRST_STEPS, *LAST_STEPS, *OPTIONS]
 
 
 @cache
@@ -513,6 +515,8 @@ def varied(variant: str, prefixed: bool) -> tuple[BaseTokenizer, ExpandedTokeniz
     backend.normalizer = NORMALIZERS.get(variant)
     if variant in FIRST_STEPS:
         backend.pre_tokenizer = pre_tokenizers.Sequence([FIRST_STEPS[variant], backend.pre_tokenizer])
+    if variant in LAST_STEPS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, *LAST_STEPS[variant]])
     spec = json.loads(backend.to_str())
     spec["model"].update(OPTIONS.get(variant, {}))
     base = BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
@@ -520,7 +524,7 @@ def varied(variant: str, prefixed: bool) -> tuple[BaseTokenizer, ExpandedTokeniz
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
-@pytest.mark.parametrize("variant", [*NORMALIZERS, *FIRST_STEPS, *OPTIONS])
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_bytes_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool, data: st.DataObject) -> None:
@@ -529,7 +533,7 @@ def test_bytes_behind_any_normalizer_and_any_first_step(variant: str, prefixed: 
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
-@pytest.mark.parametrize("variant", [*NORMALIZERS, *FIRST_STEPS, *OPTIONS])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_words_are_found_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool) -> None:
     base, new = varied(variant, prefixed)
     assert len(new.tokens) > 8

@@ -19,7 +19,6 @@ from tiny_tokenizers import FAMILIES, MORE_TEXT, TEKKEN_SPLIT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vocabext.checkpoint import Rows, save_rows
-from vocabext.errors import TokenizerError
 from vocabext.model import load_model
 from vocabext.patch import patch
 from vocabext.rows import mean_rows

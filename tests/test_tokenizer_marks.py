@@ -193,6 +193,14 @@ def load_expanded_hf(folder: Path) -> PreTrainedTokenizerFast:
 
 
 @every_kind
+def test_a_text_that_comes_as_words(name: str) -> None:
+    new = KINDS[name].as_hf(expanded(name).backend)
+    for words in (["signs", "and", "symptoms"], [" cardiac", "", "cardiac", "12"]):
+        found, wanted = (hf(words, is_split_into_words=True)["input_ids"] for hf in (new, base_of(name).hf))
+        assert expanded(name).expansion.unmerge(found).tolist() == wanted
+
+
+@every_kind
 def test_no_reader_can_take_the_space_away(name: str) -> None:
     """transformers 4 rebuilds a lone ByteLevel step from `add_prefix_space` in tokenizer_config.json."""
     base = base_of(name)

@@ -1,4 +1,4 @@
-"""Byte-level BPE on the chunks of a split expression: GPT-2, Llama 3, Qwen, OLMo, DeepSeek, tekken.
+"""Byte-level BPE on the chunks of a split expression: GPT-2, RoBERTa, Llama 3, Qwen, OLMo, DeepSeek, tekken.
 
 A word is a chunk already, so putting it into the vocabulary is enough. A phrase is several chunks: a
 prefix tree of the phrases becomes the first alternative of the split expression. Where the splitting

@@ -1,5 +1,7 @@
 """BPE that sees the whole text, with marks for spaces: Llama 2, Mistral, Gemma, tokens across spaces.
 
+Or all of a word, where text is cut in front of its marks.
+
 New tokens are merges behind those of the base (`chain.py`). One whose parts are not tokens is searched for instead:
 BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
 `vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
@@ -74,7 +76,8 @@ class WholeTextScheme(BpeScheme):
     def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
         """Accept what is left, since a merge, or assertions around a string, keep other text as it is.
 
-        But nothing may hold a space where text is cut there, and where only some bytes have an entry, the library puts an unknown character behind the bytes that follow it.
+        But no chunk holds a space where text is cut at spaces, and where only some bytes have an entry, the library
+        puts an unknown character behind the bytes that follow it.
         """
         if self.at_spaces and " " in text[1:]:
             raise TokenizerError(f"{text!r} is a phrase, and this tokenizer cuts text at every space")
