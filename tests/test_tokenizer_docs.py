@@ -40,4 +40,4 @@ def test_every_refusal_says_why_or_is_plain() -> None:
     text = (ROOT / "docs" / "tokenizers.md").read_text(encoding="utf-8").split("### Texts")[0]
     for row in re.findall(r"^\| `.*\|$", text, re.MULTILINE):
         _, message, why, out, _ = (cell.strip() for cell in row.split(" | ".strip()))
-        assert why and out, message
+        assert all((why, out)), message
