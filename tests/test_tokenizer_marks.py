@@ -1,6 +1,7 @@
 """Byte-level BPE that puts a space in front of a text: what happens there, and behind every added token."""
 
 import json
+import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -207,6 +208,31 @@ def test_no_reader_can_take_the_space_away(name: str) -> None:
     words = [token for token in possible(base) if len(base.scheme.pieces(token.token)) == 1]
     spec = json.loads(extend(base, words).backend.to_str())
     assert '"add_prefix_space": true' not in json.dumps(spec["pre_tokenizer"])
+
+
+@pytest.mark.assets
+def test_the_real_gpt2_with_a_space_in_front(assets: Path, tmp_path: Path) -> None:
+    archive = assets / "tokenizers" / "gpt2.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"{archive} is absent")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    settings = tmp_path / "gpt2" / "tokenizer_config.json"
+    content = json.loads(settings.read_text()) if settings.is_file() else {}
+    settings.write_text(json.dumps({**content, "add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"}))
+    base = load_tokenizer(tmp_path / "gpt2")
+    assert base.encode("heart") == base.encode(" heart")
+    words = (assets / "new_tokens" / "medical_new_tokens.txt").read_text().splitlines()[::20]
+    tokens = possible(base, [*words, *ALL_WANTED])
+    new = extend(base, tokens)
+    for i, token in enumerate(tokens):
+        lead, fragment = LEADS[i % len(LEADS)], FRAGMENTS[i % len(FRAGMENTS)]
+        word = f"{lead}{token.token.strip()}"
+        for text in (f"{word}{fragment}", f"x<|endoftext|>{word} and {fragment}"):
+            check_ids(base, new, text)
+    firsts = [token for token in tokens if token.token[0] == " " and " " not in token.token[1:]]
+    found = [new.encode(token.token[1:]) for token in firsts]
+    assert found == [[new.first_new_id + tokens.index(token)] for token in firsts]
 
 
 # ---- the whole way ---------------------------------------------------------------------------------
