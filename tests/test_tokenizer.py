@@ -413,10 +413,11 @@ def changed(change: Any, start: Any = gpt2) -> Tokenizer:
         (word_piece, "this is a WordPiece tokenizer; supported are BPE"),
         (lambda: changed(lambda s: s["model"].update(end_of_word_suffix="</w>")), "uses end_of_word_suffix='</w>'"),
         (lambda: changed(lambda s: s["model"].update(dropout=0.1)), "uses dropout=0.1"),
-        (lambda: changed(lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "puts a space in front"),
         (lambda: changed(lambda s: s["pre_tokenizer"].update(use_regex=False)), "does not split the text"),
         (lambda: changed(lambda s: s.update(pre_tokenizer=None)), "splits by nothing"),
-        (lambda: changed(lambda s: s["pre_tokenizer"].update(split=True), metaspace), r"splits by \['Metaspace'\]"),
+        (lambda: changed(lambda s: s.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Punctuation", "behavior": "Isolated"}, s["pre_tokenizer"]]}), metaspace),
+         r"splits by \['Punctuation', 'Metaspace'\]"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(backend: Any, message: str) -> None:
@@ -439,7 +440,7 @@ def test_an_expanded_folder_that_cannot_be_extended_again_says_so(tmp_path: Path
     as_hf(metaspace()).save_pretrained(tmp_path)
     new = extend(load_tokenizer(tmp_path), possible(load_tokenizer(tmp_path)))
     save_expanded(new, tmp_path, tmp_path)
-    with pytest.raises(TokenizerError, match=r"this BPE tokenizer splits by \['Metaspace', 'Split'"):
+    with pytest.raises(TokenizerError, match="this tokenizer was extended by vocabext already; extend its base"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocabext.json").write_text("{}")
     with pytest.raises(TokenizerError, match="is an expanded checkpoint already, and its tokenizer cannot be extended"):

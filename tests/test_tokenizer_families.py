@@ -11,7 +11,7 @@ import pytest
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, MORE_TEXT, family_base, metaspace
+from tiny_tokenizers import FAMILIES, MORE_TEXT, cut_at_spaces, family_base, metaspace
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -56,8 +56,8 @@ def check_ids(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
 
 
 def check_offsets(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
-    """A new token spans exactly what its pieces span; where the tokenizer trims spaces off, without those."""
-    found, wanted = (t.backend.encode(text, add_special_tokens=False) for t in (new, base))
+    """A new token spans exactly what its pieces span, before spaces are trimmed off."""
+    found, wanted = (t.untrimmed.encode(text, add_special_tokens=False) for t in (new, base))
     if getattr(base.scheme, "drops_unknown", False) and set(text) - {base.key_text(key) for key in base.vocabulary}:
         # The library counts tokens, not text: the base's own offsets are wrong behind a character that vanished.
         assert found.offsets == sorted(found.offsets)
@@ -65,21 +65,7 @@ def check_offsets(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> Non
     ends = np.cumsum(new.expansion.run_lengths(found.ids))
     spans = [wanted.offsets[start:end] for start, end in itertools.pairwise([0, *ends.tolist()])]
     whole = [(min(s for s, _ in span), max(e for _, e in span)) for span in spans]
-    if trims(base):
-        assert [trimmed(span, text) for span in found.offsets] == [trimmed(span, text) for span in whole]
-    else:
-        assert found.offsets == whole
-
-
-def trims(base: BaseTokenizer) -> bool:
-    return "'trim_offsets': True" in str(base.scheme.spec["post_processor"])
-
-
-def trimmed(span: tuple[int, int], text: str) -> tuple[int, int]:
-    """A span without the spaces at its ends; nothing but spaces has no place."""
-    inside = text[slice(*span)]
-    start = span[0] + len(inside) - len(inside.lstrip())
-    return (start, start + len(inside.strip())) if inside.strip() else (0, 0)
+    assert found.offsets == whole
 
 
 def streamed(backend: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -329,6 +315,9 @@ def test_all_that_people_want_can_be_a_token(name: str) -> None:
     if name in UNIGRAM:  # phrases begin where a word does, and an entry may reach into what has no space in front
         known = ("does not begin with a space", "can reach into it", "when it is split", "in the vocabulary already")
         refused = {text: why for text, why in refused.items() if not any(reason in why for reason in known)}
+    if "phrases not" in base.describe():
+        known = ("cannot take phrases", "cuts text at every space")
+        refused = {text: why for text, why in refused.items() if not any(reason in why for reason in known)}
     assert refused.keys() == REFUSED.get(name, set()), refused
 
 
@@ -438,13 +427,6 @@ def clip() -> Tokenizer:
     return backend
 
 
-def roberta() -> Tokenizer:
-    """GPT-2 with a space in front of every text."""
-    backend = FAMILIES["gpt2"].build()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return backend
-
-
 def characters() -> Tokenizer:
     """BPE on words of characters, as the first GPT."""
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token=None))
@@ -458,7 +440,6 @@ def characters() -> Tokenizer:
         (bert, "this is a WordPiece tokenizer"),
         (word_level, "this is a WordLevel tokenizer"),
         (clip, "this BPE tokenizer uses end_of_word_suffix='</w>'"),
-        (roberta, "puts a space in front of the text"),
         (characters, r"this BPE tokenizer splits by \['Whitespace'\]"),
     ],
 )
@@ -494,6 +475,73 @@ def test_a_base_that_looks_up_whole_texts_is_refused() -> None:
     spec["model"]["ignore_merges"] = True
     with pytest.raises(TokenizerError, match="looks whole texts up before it merges"):
         BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_text_that_is_cut_at_spaces_with_unknown_characters(data: st.DataObject) -> None:
+    """The class SentencePieceBPETokenizer makes such a tokenizer."""
+    base = BaseTokenizer(FAMILIES["sentencepiece-bpe"].as_hf(cut_at_spaces(byte_fallback=False)))
+    new = extend(base, possible(base))
+    assert len(new.tokens) > 15
+    check_ids(base, new, data.draw(texts("sentencepiece-bpe")))
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(), "NFKC": normalizers.NFKC(), "lower case": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "spaces in front": normalizers.Prepend("  "), "ends stripped": normalizers.Strip(), "NMT": normalizers.Nmt(),
+    "one space": normalizers.Replace(Regex(r"\s+"), " "),
+}
+FIRST_STEPS = {
+    "digits": pre_tokenizers.Digits(False), "each digit": pre_tokenizers.Digits(True),
+    "signs": pre_tokenizers.Punctuation("isolated"), "runs of signs": pre_tokenizers.Punctuation("contiguous"),
+    "words": pre_tokenizers.Whitespace(), "spaces": pre_tokenizers.WhitespaceSplit(),
+    "scripts": pre_tokenizers.UnicodeScripts(), "lengths": pre_tokenizers.FixedLength(7),
+    "BERT": pre_tokenizers.BertPreTokenizer(), "hyphens": pre_tokenizers.CharDelimiterSplit("-"),
+}  # fmt: skip
+LAST_STEPS = {"Falcon": [pre_tokenizers.Digits(False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]}
+OPTIONS = {"dropout of nothing": {"dropout": 0.0}, "joined unknowns": {"fuse_unk": True, "unk_token": "<|endoftext|>"},
+           "bytes": {"byte_fallback": True}, "empty affixes": {"continuing_subword_prefix": "",
+                                                               "end_of_word_suffix": ""}}  # fmt: skip
+VARIANTS = [*NORMALIZERS, *FIRST_STEPS, *LAST_STEPS, *OPTIONS]
+
+
+@cache
+def varied(variant: str, prefixed: bool) -> tuple[BaseTokenizer, ExpandedTokenizer]:
+    """A GPT-2 with another normalizer, with a step in front of its own, or with an option of its model."""
+    family = FAMILIES["roberta" if prefixed else "gpt2"]
+    backend = family.build()
+    backend.normalizer = NORMALIZERS.get(variant)
+    if variant in FIRST_STEPS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([FIRST_STEPS[variant], backend.pre_tokenizer])
+    if variant in LAST_STEPS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, *LAST_STEPS[variant]])
+    spec = json.loads(backend.to_str())
+    spec["model"].update(OPTIONS.get(variant, {}))
+    base = BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
+    return base, extend(base, possible(base, [*ALL_WANTED, *(f" {text}" for text in ALL_WANTED)]))
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_bytes_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool, data: st.DataObject) -> None:
+    base, new = varied(variant, prefixed)
+    check_ids(base, new, data.draw(texts("roberta" if prefixed else "gpt2")))
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_words_are_found_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool) -> None:
+    base, new = varied(variant, prefixed)
+    assert len(new.tokens) > 8
+    for token in new.tokens:
+        assert base.key_text(token.key) == token.token
+        check_ids(base, new, f"x{token.token} {token.token}")
+    text = "x cardiac ureteral cardiac, cardiac"
+    assert len(new.encode(text)) <= len(base.encode(text)) - (0 if variant == "lengths" else 4)
 
 
 def test_rounded_scores_are_said() -> None:

@@ -19,7 +19,6 @@ from tiny_tokenizers import FAMILIES, MORE_TEXT, TEKKEN_SPLIT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vocabext.checkpoint import Rows, save_rows
-from vocabext.errors import TokenizerError
 from vocabext.model import load_model
 from vocabext.patch import patch
 from vocabext.rows import mean_rows
@@ -113,6 +112,11 @@ def named(family: str, tokenizer_class: str | None = None, **flags: Any) -> dict
 CASES = {
     "gpt2 json": Case("gpt2", as_json("gpt2"), named("gpt2", "GPT2Tokenizer")),
     "gpt2 files": Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", unk_token="<|endoftext|>")),
+    "gpt2 files, space in front": Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer",
+                                                                            add_prefix_space=True)),
+    "gpt2 json, space in front": Case("gpt2", as_json("gpt2-prefix"), named("gpt2", "PreTrainedTokenizerFast")),
+    "roberta json": Case("roberta", as_json("roberta"), named("roberta", "PreTrainedTokenizerFast",
+                                                              add_prefix_space=True)),
     "gpt2 files, no class": Case("gpt2", as_vocabulary("gpt2")),
     "opt files, bos": Case("opt", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", add_bos_token=True,
                                                                errors="replace")),
@@ -268,12 +272,6 @@ def test_files_of_the_old_tokenizer_are_named_and_gone(name: str, tmp_path: Path
     assert {path.name for path in pair.folder.iterdir()} == {"config.json", "tokenizer_config.json", "tokenizer.json"}
 
 
-def test_a_class_that_puts_a_space_in_front_is_refused(tmp_path: Path) -> None:
-    case = Case("gpt2", as_vocabulary("gpt2"), named("gpt2", "GPT2Tokenizer", add_prefix_space=True))
-    with pytest.raises(TokenizerError, match="puts a space in front of the text"):
-        load_tokenizer(base_folder(tmp_path / "base", case))
-
-
 # ---- chat templates ------------------------------------------------------------------------------
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
@@ -404,7 +402,8 @@ def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Pa
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("name", ["gpt2 files", "llama3 json", "qwen3 json", "tekken file", "tekken json",
+@pytest.mark.parametrize("name", ["gpt2 files", "gpt2 files, space in front", "llama3 json", "qwen3 json",
+                                  "tekken file", "tekken json",
                                   "llama2 model", "mistral v3 json", "gemma json"])
 def test_vllm_loads_what_transformers_loads(name: str, tmp_path: Path) -> None:
     from vllm.tokenizers import get_tokenizer

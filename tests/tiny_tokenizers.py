@@ -254,6 +254,28 @@ def _gpt2() -> Tokenizer:
     return _added(_bytes_bpe(), ["<|endoftext|>"])
 
 
+def _prefixed(steps: Sequence[pre_tokenizers.PreTokenizer] = (), *, normalized: bool = False, post: bool = False,
+              normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+    """The splitting puts a space in front of a text, and of what follows an added token, if there is none."""
+    backend = _bytes_bpe(*steps, normalizer=normalizer)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=not steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
+    if post:
+        backend.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=normalized, special=True)])
+    backend.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=normalized, special=True)])
+    return _added(backend, plain=["<sep>"], normalized=normalized, rstrip=True)
+
+
+def _prefixed_steps(steps: Callable[[dict[str, Any]], list[dict[str, Any]]], *,
+                    normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+    """Steps around the byte-level one that is given."""
+    def edit(spec: dict[str, Any]) -> None:
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps(spec["pre_tokenizer"])}
+
+    return _edited(_prefixed(normalizer=normalizer), edit)
+
+
 def _qwen2() -> Tokenizer:
     backend = _added(_bytes_bpe(*_isolated(QWEN_SPLIT), normalizer=normalizers.NFC()),
                      ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</think>"], normalized=False)
@@ -344,6 +366,15 @@ def _metaspace(scheme: str, low: Sequence[str] = ("<unk>", "<s>", "</s>")) -> To
     return _frame(backend, ["<s>"])
 
 
+def cut_at_spaces(*, byte_fallback: bool) -> Tokenizer:
+    """As the class SentencePieceBPETokenizer of the tokenizers library makes it: text is cut in front of each mark."""
+    backend = _added(_marks_bpe(["<unk>", "<s>", "</s>"]), ["<unk>", "<s>", "</s>"])
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    backend.decoder = _mark_decoder(strip=True) if byte_fallback else decoders.Metaspace(prepend_scheme="always")
+    return _edited(backend, lambda spec: spec["model"].update(byte_fallback=byte_fallback))
+
+
 def _mistral_v3() -> Tokenizer:
     return _metaspace("first", ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]",
                                 *(f"[control_{i}]" for i in range(8, 16))])
@@ -407,6 +438,7 @@ def _albert() -> Tokenizer:
     return _frame(backend, ["[CLS]"], ["[SEP]"])
 
 
+_DIGITS = {"type": "Digits", "individual_digits": True}
 _END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 _SENTENCE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _CHAT_ML = ("<|im_start|>", "<|im_end|>\n")
@@ -414,6 +446,9 @@ _INST = ("[INST]", "[/INST]")
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(_gpt2, _END_OF_TEXT),
+    "gpt2-prefix": Family(lambda: _prefixed(normalized=True), _END_OF_TEXT),
+    "roberta": Family(lambda: _prefixed(post=True, normalizer=normalizers.NFC()),
+                      {**_END_OF_TEXT, "mask_token": "<mask>"}),
     "llama3": Family(_llama3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
                      ("<|start_header_id|>", "<|eot_id|>")),
     "qwen2": Family(_qwen2, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, _CHAT_ML),
@@ -430,6 +465,7 @@ FAMILIES: dict[str, Family] = {
     "llama2": Family(lambda: _metaspace("first"), _SENTENCE, ("[INST] ", " [/INST] ")),
     "llama2-legacy": Family(lambda: _metaspace("always"), _SENTENCE, ("[INST] ", " [/INST] ")),
     "llama2-no-prefix": Family(lambda: _metaspace("never"), _SENTENCE, ("[INST] ", " [/INST] ")),
+    "sentencepiece-bpe": Family(lambda: cut_at_spaces(byte_fallback=True), _SENTENCE),
     "mistral-v1": Family(lambda: _prepended(normalized=True), _SENTENCE, ("<s>[INST] ", " [/INST]</s>")),
     "tinyllama": Family(lambda: _prepended(normalized=False), _SENTENCE, ("<|user|>\n", "</s>\n")),
     "phi3": Family(lambda: _prepended(normalized=False, rstrip=True), _SENTENCE, ("<|user|>\n", "<|end|>\n")),
@@ -443,4 +479,17 @@ FAMILIES: dict[str, Family] = {
                              "mask_token": "<mask>"}),
     "albert": Family(_albert, {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]",
                                "sep_token": "[SEP]", "mask_token": "[MASK]"}),
+}
+
+# Other ways in which byte-level BPE gets its space in front of a text.
+PREFIXED: dict[str, Family] = {
+    "before digits": Family(lambda: _prefixed_steps(lambda last: [last, _DIGITS]), _END_OF_TEXT),
+    # Where something is split before, every part of it gets the space.
+    "for every part": Family(lambda: _prefixed(_isolated(LLAMA_3_SPLIT)), _END_OF_TEXT),
+    "for every part between digits": Family(lambda: _prefixed_steps(lambda last: [_DIGITS, last]), _END_OF_TEXT),
+    "marks in bytes": Family(lambda: _prefixed_steps(lambda last: [
+        {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": "first", "split": True},
+        {**last, "add_prefix_space": False, "use_regex": False}]), _END_OF_TEXT),
+    "by the normalizer": Family(lambda: _prefixed_steps(lambda last: [{**last, "add_prefix_space": False}],
+                                                    normalizer=normalizers.Prepend(" ")), _END_OF_TEXT),
 }

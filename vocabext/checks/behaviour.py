@@ -120,11 +120,12 @@ def streaming_and_offsets(pair: Pair) -> str:
     spec = pair.base_tokenizer.scheme.spec
     drops = getattr(pair.base_tokenizer.scheme, "drops_unknown", False)
     kept = set(pair.adversary.entries) if drops else None
-    # Where spaces are taken off, or a mark is put in front of each word, a place holds its space or does not.
-    loose = "'trim_offsets': True" in str(spec["post_processor"]) or spec["model"]["type"] != "BPE"
+    # Where a mark is put in front of each word, a place holds its space or does not.
+    loose = spec["model"]["type"] != "BPE"
+    trims = "'trim_offsets': True" in str(spec["post_processor"])
+    encoders = [t.untrimmed if trims else t.backend for t in (pair.base_tokenizer, pair.new_tokenizer)]
     for batch in _batches(pair.adversary.texts(STREAMED, pair.seed + 1)):
-        befores, afters = (tokenizer.backend.encode_batch(batch, add_special_tokens=False)
-                           for tokenizer in (pair.base_tokenizer, pair.new_tokenizer))  # fmt: skip
+        befores, afters = (encoder.encode_batch(batch, add_special_tokens=False) for encoder in encoders)
         backs = _unmerged(pair, [after.ids for after in afters])
         for text, before, after, back in zip(batch, befores, afters, backs, strict=True):
             # Behind a character that the model drops, the library gives wrong places, for the base too.

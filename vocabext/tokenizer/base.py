@@ -13,18 +13,18 @@ from vocabext.errors import TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
-from vocabext.tokenizer.scheme import SPACE_MARK, SUPPORTED, Scheme, Units, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
 from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
-from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
+from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def plain_backend(hf: "PreTrainedTokenizerBase") -> Tokenizer:
-    """Return a copy of the fast tokenizer inside one of transformers, without padding and truncation."""
-    backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
-    backend.model = hf.backend_tokenizer.model  # reading the scores of a Unigram model changes some in the last bit
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a fast tokenizer, without padding and truncation."""
+    backend = Tokenizer.from_str(tokenizer.to_str())
+    backend.model = tokenizer.model  # reading the scores of a Unigram model changes some in the last bit
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -50,6 +50,17 @@ class _Encoder:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     @cached_property
+    def untrimmed(self) -> Tokenizer:
+        """The tokenizer without the step that frames prompts.
+
+        That step may also trim places: it takes one character off for each space that a token spells, which is a letter
+        where the splitting has put the space there.
+        """
+        backend = plain_copy(self.backend)
+        backend.post_processor = None
+        return backend
+
+    @cached_property
     def prefix_ids(self) -> list[int]:
         """Ids that the tokenizer puts in front of a prompt (often BOS, often nothing)."""
         framed, bare = self.backend.encode("a").ids, self.backend.encode("a", add_special_tokens=False).ids
@@ -70,7 +81,7 @@ class BaseTokenizer(_Encoder):
         Raises:
             TokenizerError: If it is of a kind that cannot be extended.
         """
-        super().__init__(plain_backend(hf), hf)
+        super().__init__(plain_copy(hf.backend_tokenizer), hf)
         self.scheme = scheme_of(self.backend)
         self.backend = self.scheme.backend
         self._made: dict[str, NewToken] = {}
@@ -179,6 +190,8 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
         try:
             real = base.new_token(token.token)
         except TokenizerError as error:
+            if base.scheme.extended_before:
+                raise
             raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
         if (real.key, real.run) != (token.key, token.run):
             raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
@@ -215,8 +228,10 @@ def scheme_of(backend: Tokenizer) -> Scheme:
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds:
         return ChunkScheme(backend, spec)
+    if any(map(is_ours, steps)):
+        raise TokenizerError(EXTENDED_BEFORE)
     marks = any(SPACE_MARK in json.dumps(spec[part], ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
-    if marks and all(never_cuts(step) for step in steps):
+    if marks and all(never_cuts(step) or at_marks(step) for step in steps):
         if model.get("ignore_merges"):
             raise TokenizerError("this BPE tokenizer looks whole texts up before it merges (ignore_merges); parts of "
                                  f"a text would be found too after an extension; supported are {SUPPORTED}")

@@ -1,4 +1,4 @@
-"""Byte-level BPE on the chunks of a split expression: GPT-2, Llama 3, Qwen, OLMo, DeepSeek, tekken.
+"""Byte-level BPE on the chunks of a split expression: GPT-2, RoBERTa, Llama 3, Qwen, OLMo, DeepSeek, tekken.
 
 A word is a chunk already, so putting it into the vocabulary is enough. A phrase is several chunks: a
 prefix tree of the phrases becomes the first alternative of the split expression. Where the splitting
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,18 @@ from vocabext.records import NewToken
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
+from vocabext.tokenizer.marks import SPACE_IN_FRONT, cuts, inside, pre_tokenizer_of, taken_apart, unmarked
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
-from vocabext.tokenizer.scheme import SUPPORTED, Units, copy_of, split_step, steps_of, with_new_entries
+from vocabext.tokenizer.scheme import (
+    EXTENDED_BEFORE,
+    OURS,
+    SUPPORTED,
+    Units,
+    copy_of,
+    split_step,
+    steps_of,
+    with_new_entries,
+)
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -36,11 +47,12 @@ GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 
 # How many chunks at either end of a phrase can be changed by what stands next to it.
 EDGE = 2
 
-ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE = "one expression", "several steps", "opaque"
+ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE, EXTENDED = "one expression", "several steps", "opaque", "extended"
 DESCRIPTIONS = {
     ONE_EXPRESSION: "byte-level BPE on the chunks of one split expression: words and phrases can be added",
     SEVERAL_STEPS: "byte-level BPE on the chunks of several splitting steps: words and phrases can be added",
     OPAQUE: "byte-level BPE behind splitting steps that cannot be extended: words can be added, phrases not",
+    EXTENDED: "byte-level BPE whose splitting vocabext has extended already: words can be added, phrases not",
 }
 
 
@@ -53,39 +65,57 @@ class ChunkScheme(BpeScheme):
         """Classify the splitting.
 
         Raises:
-            TokenizerError: If a space is put in front of the text, or the text is not split at all.
+            TokenizerError: If the text is not split at all.
         """
         super().__init__(backend, spec)
-        self.steps = list(steps_of(spec["pre_tokenizer"]))
+        steps = list(taken_apart(steps_of(spec["pre_tokenizer"])))
+        self.in_front = list(takewhile(SPACE_IN_FRONT.__eq__, steps))
+        self.steps = steps[len(self.in_front) :]
+        marks = any(step["type"] == "Metaspace" for step in steps)
+        self._inside = pre_tokenizer_of(list(inside(steps))) if marks else backend.pre_tokenizer
+        self._unmarked = pre_tokenizer_of([unmarked(step) for step in steps]) if marks else backend.pre_tokenizer
         kinds = [step["type"] for step in self.steps]
-        if any(step.get("add_prefix_space") for step in self.steps):
-            raise TokenizerError(f"this byte-level tokenizer splits by {kinds} and puts a space in front of the text; "
-                                 f"supported are {SUPPORTED}")
-        splitting = [step for step in self.steps if step["type"] != "ByteLevel" or step["use_regex"]]
-        if not splitting:
+        splitting = [step for step in self.steps if step != SPACE_IN_FRONT and (
+            step["type"] != "ByteLevel" or step["use_regex"])]  # fmt: skip
+        if not any(cuts(step) for step in splitting):
             raise TokenizerError(f"this byte-level tokenizer does not split the text; supported are {SUPPORTED}")
         self.splitting = _splitting_kind(splitting) if kinds[-1] == "ByteLevel" else OPAQUE
-        self.description = DESCRIPTIONS[self.splitting]
+        # Marks that are put behind a cut: if several steps cut, a phrase cut out in front would get them a new place.
+        self.marks_chunks = SPACE_IN_FRONT in self.steps
+        if self.marks_chunks and self.splitting == SEVERAL_STEPS:
+            self.splitting = OPAQUE
+        self.description = DESCRIPTIONS[EXTENDED if self.extended_before else self.splitting]
         self._bad_following = lru_cache(maxsize=None)(self._bad_following)  # type: ignore[method-assign]
         self._left_guard = lru_cache(maxsize=None)(self._left_guard)  # type: ignore[method-assign]
 
     # -- text to chunks -------------------------------------------------------------------------------------------
 
     def normalize(self, text: str) -> str:
-        """Return what the normalizer makes of a text."""
-        return str(self.backend.normalizer.normalize_str(text)) if self.backend.normalizer is not None else text
+        """Return what the normalizer, and the marks in front of each part, make of a text inside a longer one."""
+        text = super().normalize(text)
+        marked = any(step["type"] == "Metaspace" for step in self.steps)
+        if not marked and self.splitting != OPAQUE:
+            return text
+        chunks = self.pieces(text)  # a step that cannot be extended may drop spaces around a word
+        return "".join(map(self.key_text, chunks)) if marked or len(chunks) == 1 else text
 
     def pieces(self, text: str) -> list[str]:
         """Return the chunks of a text that begins where a chunk begins, in the alphabet of bytes."""
-        return [chunk for chunk, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [chunk for chunk, _ in self._inside.pre_tokenize_str(text)]
 
     def split(self, text: str) -> list[str]:
         """Return the chunks of a text, as text."""
-        return [text[start:end] for _, (start, end) in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [text[start:end] for _, (start, end) in self._inside.pre_tokenize_str(text)]
 
     def key_text(self, key: str) -> str:
         """Return the text that an entry in the alphabet of bytes stands for."""
-        return str(decoders.ByteLevel().decode([key]))
+        text = str(decoders.ByteLevel().decode([key]))
+        return text.replace(self._mark, " ") if self._mark else text
+
+    @cached_property
+    def _mark(self) -> str:
+        """What stands for a space when the model sees the text, where something does."""
+        return next((step["replacement"] for step in self.steps if step["type"] == "Metaspace"), "")
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
         """Encode many texts; a unit also begins at any character of a script without spaces."""
@@ -103,7 +133,9 @@ class ChunkScheme(BpeScheme):
     def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
         """An entry that a chunk can spell cannot be cut: chunks are looked up as they are."""
         for token in entries:
-            if token not in self.taken_out and len(self.pieces(self.key_text(token))) == 1:
+            text = self.key_text(token)
+            if token not in self.taken_out and any(len(splitting.pre_tokenize_str(text)) == 1 for splitting in (
+                    self._unmarked, self.backend.pre_tokenizer)):  # fmt: skip
                 yield token, 0
 
     # -- phrases --------------------------------------------------------------------------------------------------
@@ -124,10 +156,14 @@ class ChunkScheme(BpeScheme):
         Raises:
             TokenizerError: If there are none that keep its cuts.
         """
+        if self.extended_before:
+            raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OPAQUE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
         if any(step["type"] == "Digits" for step in self.steps) and any(c.isnumeric() for c in text):
             raise TokenizerError(f"{text!r} is a phrase with digits, which this tokenizer always cuts apart")
+        if self.marks_chunks and not all(self.key_text(piece).startswith(" ") for piece in self.pieces(text)):
+            raise TokenizerError(f"{text!r} is a phrase with parts that get a space in front of them elsewhere")
         parts, end = self.split(text), ending(text)
         guard = self.guards[end]
         if guard is None:
@@ -186,15 +222,17 @@ class ChunkScheme(BpeScheme):
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
         spec["model"]["ignore_merges"] = True  # a whole chunk that is an entry is found before anything is merged
         phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.pieces(t.token)) > 1}
+        steps = self.steps
         if phrases:
-            extend = _first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front
-            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": extend(self.steps, phrases)}
+            steps = (_first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front)(steps, phrases)
         chain = self.chain()
         without_parts = [token.token for token in chain.add_all(tokens) if chain.accepts(token)]
         spec["model"]["merges"] = [*spec["model"]["merges"], *map(list, chain.pairs.values())]
         if without_parts and (step := self._inner_step(without_parts, [t.token for t in tokens])):
-            steps = [new for old in steps_of(spec["pre_tokenizer"]) for new in _with_alternative(old, "")]
-            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps[:-1], step, steps[-1]]}
+            steps = [new for old in steps for new in _with_alternative(old, "")]
+            steps = [*steps[:-1], step, steps[-1]]
+        if (steps := [*self.in_front, *steps]) != list(steps_of(spec["pre_tokenizer"])):
+            spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
         return spec
 
     def chain(self) -> MergeChain:
@@ -309,7 +347,7 @@ def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, 
     """Give a splitting step a first alternative, if any; GPT-2's built-in expression is written out for it."""
     first = f"{alternative}|" if alternative else ""
     if step["type"] == "Split" and first:
-        return [{**step, "pattern": {"Regex": first + step["pattern"]["Regex"]}}]
+        return [{**step, "pattern": {"Regex": OURS + first + step["pattern"]["Regex"]}}]
     if step["type"] == "ByteLevel" and step["use_regex"]:
         return [split_step(first + BYTE_LEVEL_SPLIT), {**step, "use_regex": False}]
     return [step]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from vocabext.errors import TokenizerError, UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import has_manifest
-from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, plain_backend
+from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, plain_copy
 from vocabext.tokenizer.scheme import SUPPORTED
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:
         TokenizerError: If transformers cannot load it.
     """
     hf = _auto_tokenizer(folder, trust_remote_code=False)
-    return ExpandedTokenizer(plain_backend(hf), hf, expansion)
+    return ExpandedTokenizer(plain_copy(hf.backend_tokenizer), hf, expansion)
 
 
 def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) -> list[str]:

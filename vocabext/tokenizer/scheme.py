@@ -23,6 +23,11 @@ SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
              "(Llama 2, Mistral, Gemma), and Unigram tokenizers (T5, XLM-R)")  # fmt: skip
 
+# A comment in front of every splitting expression of an extension. What such an expression finds is an edge that no
+# look at the rest of the splitting shows, so a second one could cut it.
+OURS = "(?#vocabext)"
+EXTENDED_BEFORE = "this tokenizer was extended by vocabext already; extend its base with both lists"
+
 
 @dataclass(frozen=True)
 class Units:
@@ -48,6 +53,7 @@ class Scheme(ABC):
         vocabulary: Entries of the model to their ids.
         added: Contents of added tokens (special ones among them) to their ids.
         num_used_ids: One more than the highest id in use.
+        extended_before: Whether an extension has changed its splitting.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Scheme(ABC):
         self.spec = spec
         self.vocabulary = vocabulary_of(spec)
         self.added: dict[str, int] = {a["content"]: a["id"] for a in spec["added_tokens"]}
+        self.extended_before = any(map(is_ours, steps_of(spec["pre_tokenizer"])))
         self.num_used_ids = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
 
     def new_token(self, text: str) -> NewToken:
@@ -75,7 +82,7 @@ class Scheme(ABC):
             raise TokenizerError(f"{text!r} contains the character that stands for broken text")
         text, given = self.normalize(text), text
         if not text or self.normalize(text) != text:
-            raise TokenizerError(f"the normalizer turns {given!r} into {text!r}, and that into something else again")
+            raise TokenizerError(f"this tokenizer turns {given!r} into {text!r}, and that into something else again")
         pieces = self.pieces(text)
         key = "".join(pieces)
         if key in self.vocabulary or key in self.added:
@@ -88,9 +95,18 @@ class Scheme(ABC):
         self.check(text, pieces, run)
         return NewToken(text, key, run)
 
-    @abstractmethod
     def normalize(self, text: str) -> str:
         """Return what the normalizer makes of a text that stands inside a longer one."""
+        if self.backend.normalizer is None:
+            return text
+        edge, inside = self._normal("a"), self._normal(f"a{text}a")
+        # Some normalizers put something in front of a text, or strip its ends.
+        if inside.startswith(edge) and inside.endswith("a") and len(inside) > len(edge):
+            return inside[len(edge) : -1]
+        return self._normal(text)
+
+    def _normal(self, text: str) -> str:
+        return str(self.backend.normalizer.normalize_str(text))
 
     @abstractmethod
     def pieces(self, text: str) -> list[str]:
@@ -221,8 +237,13 @@ def steps_of(node: dict[str, Any] | None, children: str = "pretokenizers") -> It
 
 
 def split_step(expression: str) -> dict[str, Any]:
-    """Return a pre-tokenizer step that makes every match of an expression, and every gap, a chunk."""
-    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    """Return a pre-tokenizer step of ours that makes every match of an expression, and every gap, a chunk."""
+    return {"type": "Split", "pattern": {"Regex": OURS + expression}, "behavior": "Isolated", "invert": False}
+
+
+def is_ours(step: dict[str, Any]) -> bool:
+    """Tell whether a splitting step was made, or changed, by an extension."""
+    return step["type"] == "Split" and step["pattern"].get("Regex", "").startswith(OURS)
 
 
 def in_sequence(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from vocabext.boundaries import prefix_tree
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.lattice import Lattice
-from vocabext.tokenizer.scheme import SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
 from vocabext.tokenizer.whole_text import never_cuts
 
 # How far below the lowest score the tokenizers library puts unknown characters.
@@ -83,18 +83,8 @@ class UnigramScheme(Scheme):
 
     # -- text to chunks -------------------------------------------------------------------------------------------
 
-    def normalize(self, text: str) -> str:
-        """Return what the normalizer makes of a text that stands inside a longer one."""
-        if self.backend.normalizer is None:
-            return text
-        edge, inside = self._normal("a"), self._normal(f"a{text}a")
-        # Some normalizers put something in front of a text, or strip its ends.
-        if inside.startswith(edge) and inside.endswith("a") and len(inside) > len(edge):
-            return inside[len(edge) : -1]
-        return self._normal(text)
-
     def _normal(self, text: str) -> str:
-        normal = str(self.backend.normalizer.normalize_str(text))
+        normal = super()._normal(text)
         return normal.replace(SPACE_MARK, " ") if self.marks else normal
 
     def pieces(self, text: str) -> list[str]:
@@ -157,6 +147,8 @@ class UnigramScheme(Scheme):
             raise TokenizerError(f"{text!r} is cut differently after some texts: {crossing!r} can reach into it")
 
     def _check_phrase(self, text: str, pieces: list[str]) -> None:
+        if self.extended_before:
+            raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OTHERWISE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
         if self.splitting != WHOLE and not all(piece[0] == SPACE_MARK for piece in pieces):

@@ -1,5 +1,7 @@
 """BPE that sees the whole text, with marks for spaces: Llama 2, Mistral, Gemma, tokens across spaces.
 
+Or all of a word, where text is cut in front of its marks.
+
 New tokens are merges behind those of the base (`chain.py`). One whose parts are not tokens is searched for instead:
 BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
 `vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
@@ -40,6 +42,9 @@ class WholeTextScheme(BpeScheme):
     def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
         """Look at the model's way with unknown characters."""
         super().__init__(backend, spec)
+        self.at_spaces = any(map(at_marks, steps_of(spec["pre_tokenizer"])))
+        if self.at_spaces:
+            self.description = "BPE on words with a space mark: words can be added, phrases not"
         self.byte_fallback = bool(spec["model"].get("byte_fallback"))
         self.prepends = backend.normalizer is not None and backend.normalizer.normalize_str("x")[0] == SPACE_MARK
 
@@ -71,8 +76,11 @@ class WholeTextScheme(BpeScheme):
     def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
         """Accept what is left, since a merge, or assertions around a string, keep other text as it is.
 
-        But where only some bytes have an entry, the library puts an unknown character behind the bytes that follow it.
+        But no chunk holds a space where text is cut at spaces, and where only some bytes have an entry, the library
+        puts an unknown character behind the bytes that follow it.
         """
+        if self.at_spaces and " " in text[1:]:
+            raise TokenizerError(f"{text!r} is a phrase, and this tokenizer cuts text at every space")
         if not self._falls_back and any(self._byte_of(i) is not None for i in run):
             raise TokenizerError(f"{text!r} has characters that are spelled in bytes, and this tokenizer lacks some of "
                                  "these")
@@ -211,6 +219,11 @@ def never_cuts(step: dict[str, Any]) -> bool:
     if step["type"] == "Metaspace":
         return not step.get("split", True)
     return step["type"] == "Split" and step["pattern"] == {"String": " "}
+
+
+def at_marks(step: dict[str, Any]) -> bool:
+    """Tell whether a step cuts text in front of each mark, and nowhere else."""
+    return step["type"] == "Metaspace" and step["replacement"] == SPACE_MARK and bool(step.get("split", True))
 
 
 def _heads(cuts: Mapping[str, int], end: str) -> str:
