@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vocabext.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from vocabext.errors import TokenizerError
 from vocabext.manifest import MANIFEST_NAME, has_manifest, read_manifest
+from vocabext.support import Support, support
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer
@@ -68,6 +69,7 @@ class Inspection:
         extension: What can be added to the tokenizer, or why nothing can.
         num_new_tokens: New tokens if this is an expanded checkpoint already, else 0.
         base: What it was expanded from; None if it was not.
+        support: What can be done with it, or why not.
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class Inspection:
     extension: str
     num_new_tokens: int
     base: str | None
+    support: Support
 
 
 def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
@@ -110,7 +113,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
 
     Raises:
         UsageError: If `model` is neither folder nor hub id.
-        CheckpointError: If the folder is damaged, its parts contradict each other, or rows cannot be added to it.
+        CheckpointError: If the folder is damaged, or its parts contradict each other.
+        UnsupportedError: If it is of a kind that no rows can be added to.
     """
     from vocabext.tokenizer import load_tokenizer
 
@@ -119,13 +123,13 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
     manifest = read_manifest(folder) if has_manifest(folder) else None
     # What an expansion has put into the tokenizer may be of no kind that can be extended again.
     num_used, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
-    class_name = warning = None
+    class_name = warning = no_tokenizer = None
     try:
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         num_used, kind, extension = tokenizer.num_used_ids, tokenizer.kind, tokenizer.describe()
         class_name, warning = type(tokenizer.hf).__name__, _tokenizer_warning(folder, tokenizer)
     except TokenizerError as error:
-        extension = f"none: {error}"
+        extension, no_tokenizer = f"none: {error}", str(error)
     rows = _row_tensors(checkpoint)
     inner = checkpoint.config.get("text_config")
     return Inspection(
@@ -143,7 +147,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         bytes_per_new_row=sum(row.row_bytes for row in rows), tokenizer_kind=kind, tokenizer_class=class_name,
         tokenizer_warning=warning, extension=extension,
         num_new_tokens=len(manifest.tokens) if manifest is not None else 0,
-        base=manifest.base.model if manifest is not None else None)
+        base=manifest.base.model if manifest is not None else None,
+        support=support(checkpoint, num_used, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer))
 
 
 def _row_tensors(checkpoint: Checkpoint) -> tuple[RowTensorFacts, ...]:
