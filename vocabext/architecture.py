@@ -143,7 +143,7 @@ def check_kind(folder: Path, config: Any) -> None:
     """
     import transformers
 
-    name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    name = _architecture(folder, config) or type(config).__name__
     if getattr(config, "is_encoder_decoder", False) and name not in _listed("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
         raise _unsupported(folder, name, "an encoder-decoder")
     if any(name in _listed(mapping) for mapping in WRITERS) or not hasattr(transformers, name):
@@ -155,6 +155,13 @@ def check_kind(folder: Path, config: Any) -> None:
     if config.model_type in _mapping("MODEL_FOR_MASKED_LM_MAPPING_NAMES") \
             and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
         raise _unsupported(folder, name, "an encoder that reads both ways (its config does not say is_decoder)")
+
+
+def _architecture(folder: Path, config: Any) -> str | None:
+    names = getattr(config, "architectures", None) or [None]
+    if not isinstance(names, list) or not isinstance(names[0], str | None):
+        raise CheckpointError(f"{folder / 'config.json'} says architectures {names!r:.200}; a list of names is needed")
+    return names[0]
 
 
 def _unsupported(folder: Path, name: str, kind: str) -> UnsupportedError:

@@ -148,8 +148,12 @@ def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Ma
         raise CheckpointError(f"{', '.join(odd[:3])} grows with the vocabulary, but not by a row per token, and there "
                               "is no rule for new tokens in it")
     rows = names.shapes[names.embedding][0]
-    others = [name for name, info in tensors.items()
-              if info.shape[:1] == (rows,) and name not in found and not _is_packed(name, info)]
+    others = [name for name, info in tensors.items() if info.shape[:1] == (rows,) and name not in found]
+    if others:  # a quantised weight and its parts have no axes of the weight
+        packed = tuple(name.removesuffix(part) for name in tensors for part in QUANTISED_PARTS
+                       if name.endswith(f".{part}"))
+        others = [name for name in others
+                  if tensors[name].dtype not in PACKED_DTYPES and not name.startswith(packed)]
     if others:
         fixed = {stored_name(parameter, tensors) for parameter in names.fixed}
         others = [name for name in others if name not in fixed]
@@ -158,11 +162,6 @@ def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Ma
             f"{', '.join(sorted(others)[:3])} also {'has' if len(others) == 1 else 'have'} {rows} rows, as many as the "
             "vocabulary, and there is no rule for new tokens in it"
         )
-
-
-def _is_packed(name: str, info: TensorInfo) -> bool:
-    """Tell whether a tensor is a quantised weight or a part of one, whose axes are no axes of the weight."""
-    return info.dtype in PACKED_DTYPES or name.endswith(tuple(f".{part}" for part in QUANTISED_PARTS))
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
