@@ -54,7 +54,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
                              "no causal language model"),
     "BertForMaskedLM": ("Bert", BERT, "a masked language model"),
     "BertModel": ("Bert", BERT, "an encoder"),
-    "BertLMHeadModel": ("Bert", BERT, "an encoder that reads both ways"),
+    "BertLMHeadModel": ("Bert", BERT,
+                        "a model in which a word sees what follows it (its config does not say is_decoder)"),
+    "XLNetLMHeadModel": ("XLNet", {"d_model": 64, "n_layer": 1, "n_head": 2, "d_inner": 96},
+                         "a model in which a word sees what follows it (its config says attn_type 'bi')"),
+    "Gemma3ForCausalLM": ("Gemma3Text", {**SHAPE, "use_bidirectional_attention": True},
+                          "a model in which a word sees what follows it (its config says use_bidirectional_attention"),
     "T5ForConditionalGeneration": ("T5", T5, "an encoder-decoder"),
     "BartForConditionalGeneration": ("Bart", BART, "an encoder-decoder"),
     "WhisperForConditionalGeneration": ("Whisper", WHISPER, "an encoder-decoder"),
@@ -376,6 +381,11 @@ def test_an_adapter_that_transformers_would_load_with_the_model_keeps_it_from_be
     assert inspect_model(str(base)).support.run is None
     monkeypatch.setattr("transformers.utils.is_peft_available", lambda: True)
     assert "has an adapter beside the model" in str(inspect_model(str(base)).support.run)
+    make_rows(base, tmp_path / "rows.safetensors", TEXTS)
+    patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
+    checks = {check.name: check for check in verify(tmp_path / "new", str(base)).checks}
+    said = checks["loads in transformers, same logits"]  # the base would be read with the adapter, the new one not
+    assert (said.verdict, "has an adapter beside the model" in said.detail) == ("skipped", True)
 
 
 # -- rows, indices, tokenizers -------------------------------------------------------------------------------------

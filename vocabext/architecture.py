@@ -60,7 +60,7 @@ class EmbeddingNames:
     Attributes:
         architecture: Name of the class, such as `LlamaForCausalLM`.
         embedding: The input embedding's weight.
-        head: The output head's weight; None if the class has none.
+        head: The output head's weight.
         head_bias: The output head's bias; None if it has none.
         tied: Whether head and embedding are one parameter.
         num_parameters: Parameters of the whole model, a tied head counted once.
@@ -74,7 +74,7 @@ class EmbeddingNames:
 
     architecture: str
     embedding: str
-    head: str | None
+    head: str
     head_bias: str | None
     tied: bool
     num_parameters: int
@@ -110,19 +110,17 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
         embedding, head = None, None
     if embedding is None or not hasattr(embedding, "weight") or id(embedding) not in names:
         raise CheckpointError(f"{type(model).__name__} in {folder} has no input embedding to add rows to")
-    if head is None:
+    if head is None or id(head) not in names:
         raise _unsupported(folder, type(model).__name__, "a model without an output head")
-    head_name = names.get(id(head))
-    found = [f"{names[id(embedding)]}.weight", f"{head_name}.weight" if head_name is not None else None,
-             f"{head_name}.bias" if getattr(head, "bias", None) is not None else None]
+    embedding_name, head_name = f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight"
+    head_bias = f"{names[id(head)]}.bias" if getattr(head, "bias", None) is not None else None
+    found = [embedding_name, head_name, *([head_bias] if head_bias is not None else [])]
     shapes = _shapes(model)
-    tables, fixed, odd = _growing(folder, config, shapes, {name for name in found if name is not None},
-                                  trust_remote_code=trust_remote_code)
-    known = [name for name in (*found, *tables) if name is not None]
+    tables, fixed, odd = _growing(folder, config, shapes, {*found}, trust_remote_code=trust_remote_code)
+    known = [*found, *tables]
     return EmbeddingNames(
         architecture=type(model).__name__,
-        embedding=str(found[0]), head=found[1], head_bias=found[2],
-        tied=head is not None and head.weight is embedding.weight,
+        embedding=embedding_name, head=head_name, head_bias=head_bias, tied=head.weight is embedding.weight,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         shapes={name: shape for name, shape in shapes.items() if name in known}, saved=_saved_names(model, known),
         tables=tables, fixed=frozenset(fixed), odd=frozenset(odd), first_reserved_id=_first_reserved_id(config),
@@ -151,10 +149,22 @@ def check_kind(folder: Path, config: Any) -> None:
     elif _named_class(config) is not None:
         kind = next((kind for mapping, kind in OTHERS.items() if name in _listed(mapping)), "no causal language model")
         raise _unsupported(folder, name, kind)
-    # Encoders that can be told to read one way only; unless told, a word sees what follows it.
+    if (why := _reads_both_ways(config)) is not None:
+        raise _unsupported(folder, name, f"a model in which a word sees what follows it ({why})")
+
+
+def _reads_both_ways(config: Any) -> str | None:
+    """Return which entry of a config lets a word see what follows it; None if it sees only what goes before."""
     if config.model_type in _mapping("MODEL_FOR_MASKED_LM_MAPPING_NAMES") \
             and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
-        raise _unsupported(folder, name, "an encoder that reads both ways (its config does not say is_decoder)")
+        return "its config does not say is_decoder"
+    text = config.get_text_config()
+    both_ways = {"is_causal": False, "use_bidirectional_attention": (True, "all"), "attn_type": "bi"}
+    for key, value in both_ways.items():
+        found = getattr(text, key, None)
+        if found is not None and found in (value if isinstance(value, tuple) else (value,)):
+            return f"its config says {key} {found!r}"
+    return None
 
 
 def _architecture(folder: Path, config: Any) -> str | None:

@@ -53,7 +53,6 @@ class Inspection:
         dtype: Type of the embedding, as safetensors spells it.
         hidden_size: Width of a row (D).
         tied: Whether the head is the embedding.
-        has_head: Whether the model class has an output head at all.
         quantisation: How the other weights are quantised; None if they are not.
         vocab_tensors: Stored names of the tensors with one row per token id.
         row_tensors: The same with their sizes.
@@ -82,7 +81,6 @@ class Inspection:
     dtype: str
     hidden_size: int
     tied: bool
-    has_head: bool
     quantisation: str | None
     vocab_tensors: tuple[str, ...]
     row_tensors: tuple[RowTensorFacts, ...]
@@ -138,8 +136,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         text_model_type=str(inner.get("model_type") or "not named") if isinstance(inner, dict) else None,
         num_parameters=checkpoint.names.num_parameters, weight_bytes=checkpoint.weight_bytes,
         num_shards=len(checkpoint.shards), dtype=checkpoint.dtype, hidden_size=checkpoint.hidden_size,
-        tied=checkpoint.tied, has_head=checkpoint.names.head is not None,
-        quantisation=_quantisation(checkpoint.config), vocab_tensors=tuple(row.name for row in rows), row_tensors=rows,
+        tied=checkpoint.tied, quantisation=_quantisation(checkpoint.config),
+        vocab_tensors=tuple(row.name for row in rows), row_tensors=rows,
         num_rows=checkpoint.vocab_size, num_used_ids=num_used,
         num_free_rows=max(0, checkpoint.vocab_size - num_used) if num_used is not None else None,
         row_step=min(ROW_STEP, checkpoint.vocab_size & -checkpoint.vocab_size),

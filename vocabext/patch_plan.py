@@ -109,7 +109,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
     # Stored under one name only, a tied matrix gets a second one.
     first = checkpoint.vocab_tensors[0]
     draft = _Draft(checkpoint, file, num_used, untied=untied)
-    head_rows = "none: the model has no output head"
+    head_rows = MEAN
     for name, tensor in checkpoint.row_tensors.items():
         is_head = tensor.role == HEAD and (untied or not checkpoint.tied)
         if tensor.role in (EMBEDDING, HEAD) and not is_head:
@@ -141,7 +141,6 @@ def _new_name(checkpoint: Checkpoint, role: str) -> str:
     """Return the name for a tensor that was not stored: spelled by the class, in the way the other one is."""
     names, other = checkpoint.names, checkpoint.vocab_tensors[0]
     name = names.head if role == HEAD else names.embedding
-    assert name is not None  # a tied model has both
     return name if other == checkpoint.row_tensors[other].parameter else names.saved.get(name, name)
 
 

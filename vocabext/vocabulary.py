@@ -60,8 +60,7 @@ def find_row_tensors(folder: Path, config: Mapping[str, Any], names: EmbeddingNa
         CheckpointError: If one that must be there is not, has another shape than config.json implies, is
             quantised, or if there is one without a rule for new tokens.
     """
-    wanted = [RowTensor(EMBEDDING, names.embedding)]
-    wanted += [RowTensor(HEAD, names.head)] if names.head is not None else []
+    wanted = [RowTensor(EMBEDDING, names.embedding), RowTensor(HEAD, names.head)]
     wanted += [RowTensor(HEAD_BIAS, names.head_bias)] if names.head_bias is not None else []
     wanted += [RowTensor(PER_LAYER if key == "vocab_size_per_layer_input" else TABLE, name, key)
                for name, key in names.tables.items()]
@@ -114,7 +113,7 @@ def _refuse_quantised(parameter: str, tensors: Collection[str]) -> None:
 def _check_complete(folder: Path, names: EmbeddingNames, roles: Collection[str]) -> None:
     if EMBEDDING not in roles and not (names.tied and HEAD in roles):
         raise CheckpointError(f"{folder} stores no {names.embedding}; its weights are of another model")
-    if names.head is not None and not names.tied and HEAD not in roles:
+    if not names.tied and HEAD not in roles:
         raise CheckpointError(
             f"the config of {folder} says that {names.head} is not tied to the embedding, but it is not "
             "stored; its weights are of another model"

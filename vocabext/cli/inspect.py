@@ -71,8 +71,6 @@ def _architecture(found: "Inspection") -> str:
 
 
 def _head(found: "Inspection") -> str:
-    if not found.has_head:
-        return "none"
     return "tied to the embedding" if found.tied else "its own (untied)"
 
 
