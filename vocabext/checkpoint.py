@@ -246,14 +246,15 @@ def _download(model: str) -> Path:
 
 # -- reading a folder ---------------------------------------------------------------------------------------------
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False,
-                    names: EmbeddingNames | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, names: EmbeddingNames | None = None,
+                    complete: bool = True) -> Checkpoint:
     """Read the config and all safetensors headers of a model folder, and find its vocabulary tensors.
 
     Args:
         folder: A folder as `resolve_model` returns it.
         trust_remote_code: Whether code that comes with the model may run.
         names: What its model class says, where that is known; else the class is asked, which imports transformers.
+        complete: Whether a model is refused that lacks tensors of its class, or has others.
 
     Returns:
         The checkpoint; no weights are read, unless a tied model stores both of its vocabulary tensors,
@@ -271,8 +272,9 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False,
     misfit = None
     if names is None:
         names = embedding_names(folder, trust_remote_code=trust_remote_code)
-        misfit = find_misfit(folder, tensors, quantised=_is_quantised(folder, config),
-                             trust_remote_code=trust_remote_code)
+        if complete:
+            misfit = find_misfit(folder, tensors, quantised=_is_quantised(folder, config),
+                                 trust_remote_code=trust_remote_code)
     if misfit is not None and misfit.wrapped:  # of which each single name would be told as a fault of its own
         raise CheckpointError(misfit.said)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
