@@ -99,9 +99,9 @@ def shape_of(folder: Path) -> ModelShape:
     layers, width = num_layers(config), attention_width(config)
     if layers is None or width is None:
         raise CheckpointError(f"{folder / 'config.json'} does not say how many layers and heads the model has")
-    tied = names.tied or names.head is None
-    body = names.num_parameters - rows * hidden * (1 if tied else 2)
-    return ModelShape(body, rows, hidden, tied, layers, width, cache_bytes_per_token(config), context_length(folder))
+    body = names.num_parameters - rows * hidden * (1 if names.tied else 2)
+    return ModelShape(body, rows, hidden, names.tied, layers, width, cache_bytes_per_token(config),
+                      context_length(folder))
 
 
 @dataclass(frozen=True)

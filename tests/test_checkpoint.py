@@ -25,6 +25,7 @@ from vocabext.checkpoint import (
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.records import NewToken
 from vocabext.shards import read_shard
+from vocabext.vocabulary import stored_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
@@ -88,10 +89,13 @@ def test_names_are_found_without_the_class_prefix(folder: Path) -> None:
 
 
 def test_names_are_found_with_another_prefix_unless_two_could_be_meant(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"language_model.embed_tokens.weight": tensors.pop(EMBEDDING)}))
-    assert open_checkpoint(folder).embedding_name == "language_model.embed_tokens.weight"
-    rewrite(folder, lambda tensors: tensors.update({"other.embed_tokens.weight": torch.zeros(4, 64)}))
+    names = ["language_model.embed_tokens.weight", "language_model.layers.0.mlp.up_proj.weight"]
+    assert stored_name(EMBEDDING, names) == names[0]
     with pytest.raises(CheckpointError, match=r"cannot tell which"):
+        stored_name(EMBEDDING, [*names, "other.embed_tokens.weight"])
+    # To find them is not enough where transformers would not, and take random rows instead.
+    rewrite(folder, lambda tensors: tensors.update({names[0]: tensors.pop(EMBEDDING)}))
+    with pytest.raises(CheckpointError, match=r"2 missing .*1 unknown to it \(language_model.embed_tokens.weight\)"):
         open_checkpoint(folder)
 
 

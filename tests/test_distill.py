@@ -279,7 +279,7 @@ def test_a_class_that_cannot_be_built_fails_before_the_training(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr(stage, "embedding_names", cannot)
+    monkeypatch.setattr(stage, "check_patchable", cannot)
     monkeypatch.setattr(stage, "load_model", loaded)
     with pytest.raises(CheckpointError, match="cannot build"):
         distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors",

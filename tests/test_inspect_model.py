@@ -92,7 +92,7 @@ def test_every_tensor_with_a_row_per_token_is_named_with_its_role(tmp_path: Path
     found = inspect_model(str(tiny_folder(tmp_path / "m", tied=False, num_rows=296)))
     assert [(row.role, row.num_rows, row.row_bytes) for row in found.row_tensors] == [
         ("embedding", 296, 256), ("head", 296, 256)]
-    assert (found.row_step, found.model_type, found.text_model_type, found.has_head) == (8, "llama", None, True)
+    assert (found.row_step, found.model_type, found.text_model_type) == (8, "llama", None)
     assert inspect_model(str(tiny_folder(tmp_path / "odd", num_rows=291))).row_step == 1
 
 

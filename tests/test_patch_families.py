@@ -23,7 +23,8 @@ from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
 PROMPT = [0, 40, 77, 120, 260, 285, 9]
-UNTIED_ONLY = {"llama", "mistral", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-neox", "olmo2", "phi", "phi3", "llava"}
+UNTIED_ONLY = {"llama", "mistral", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-neox", "olmo2", "phi", "phi3", "llava",
+               "qwen2.5-vl", "mistral3"}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -51,6 +51,8 @@ GEMMA3N = {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel
 GEMMA4 = {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "global_head_dim": 32,
           "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
 
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}}
+
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "llama": _text("Llama", tie_word_embeddings=False),
     "llama-tied": _text("Llama", tie_word_embeddings=True),
@@ -82,6 +84,11 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
                                vision_config=None, audio_config=None),
     "llava": _wrapped("Llava", {"model_type": "llama"}, vision_config={**VISION, "model_type": "clip_vision_model"},
                       image_token_index=3),
+    "qwen2.5-vl": _wrapped("Qwen2_5_VL", MROPE, vision_config={
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "fullatt_block_indexes": [0]}),
+    "mistral3": _wrapped("Mistral3", {"model_type": "mistral"},
+                         vision_config={**VISION, "model_type": "pixtral", "head_dim": 16}),
 }
 
 

@@ -8,19 +8,49 @@ differs from class to class and many configs do not write it.
 Other tables with a row per token id (the per-layer embeddings of Gemma 3n and 4) are found by building the
 class once more with a larger vocabulary: what has grown is one. That tells a table from a projection that
 happens to have as many rows.
+
+The class also says what the model is for (only causal language models are extended), and transformers loads the
+headers alone into it: what it would leave at random values, or drop, is refused before anything is computed.
 """
 
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from vocabext.shards import TensorInfo
 
 PROBE_ROWS = 64  # by which the vocabulary is made larger to see what grows
+# Where transformers lists the classes that write text from left to right, images and sounds before it or not.
+WRITERS = tuple(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
+# Where it lists others, and what these are; the first list that has a class counts.
+OTHERS = {
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a masked language model",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a sequence classifier",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "a token classifier",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "a model that marks answers in a text",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": "a model that chooses among answers",
+    "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES": "an encoder",
+    "MODEL_MAPPING_NAMES": "a body without an output head",
+}
+NAMED = 3  # names of tensors in a message
+# What wrappers put into the names of tensors, what that means, and what to do.
+WRAPPINGS = (
+    (r"(^|\.)_orig_mod\.", "saved from a compiled model", "save the model that torch.compile was given "
+     "(model._orig_mod)"),
+    (r"(^|\.)_(fsdp_wrapped|checkpoint_wrapped)_module\.", "saved from a wrapped model", "gather its full state dict, "
+     "and save that"),
+    (r"^base_model\.model\.|\.lora_|\.base_layer\.|\.modules_to_save\.", "saved with an adapter that is not merged",
+     "merge it first (peft: merge_and_unload), and save what that returns"),
+    (r"^module\.", "saved from a wrapped model", "save the model inside (model.module)"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +60,7 @@ class EmbeddingNames:
     Attributes:
         architecture: Name of the class, such as `LlamaForCausalLM`.
         embedding: The input embedding's weight.
-        head: The output head's weight; None if the class has none.
+        head: The output head's weight.
         head_bias: The output head's bias; None if it has none.
         tied: Whether head and embedding are one parameter.
         num_parameters: Parameters of the whole model, a tied head counted once.
@@ -44,7 +74,7 @@ class EmbeddingNames:
 
     architecture: str
     embedding: str
-    head: str | None
+    head: str
     head_bias: str | None
     tied: bool
     num_parameters: int
@@ -68,8 +98,10 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
 
     Raises:
         CheckpointError: If transformers does not know the architecture, or it has no input embedding.
+        UnsupportedError: If it is no causal language model.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_kind(folder, config)
     model = _meta_model(folder, config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
     try:
@@ -78,21 +110,187 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
         embedding, head = None, None
     if embedding is None or not hasattr(embedding, "weight") or id(embedding) not in names:
         raise CheckpointError(f"{type(model).__name__} in {folder} has no input embedding to add rows to")
-    head_name = names.get(id(head)) if head is not None else None
-    found = [f"{names[id(embedding)]}.weight", f"{head_name}.weight" if head_name is not None else None,
-             f"{head_name}.bias" if getattr(head, "bias", None) is not None else None]
+    if head is None or id(head) not in names:
+        raise _unsupported(folder, type(model).__name__, "a model without an output head")
+    embedding_name, head_name = f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight"
+    head_bias = f"{names[id(head)]}.bias" if getattr(head, "bias", None) is not None else None
+    found = [embedding_name, head_name, *([head_bias] if head_bias is not None else [])]
     shapes = _shapes(model)
-    tables, fixed, odd = _growing(folder, config, shapes, {name for name in found if name is not None},
-                                  trust_remote_code=trust_remote_code)
-    known = [name for name in (*found, *tables) if name is not None]
+    tables, fixed, odd = _growing(folder, config, shapes, {*found}, trust_remote_code=trust_remote_code)
+    known = [*found, *tables]
     return EmbeddingNames(
         architecture=type(model).__name__,
-        embedding=str(found[0]), head=found[1], head_bias=found[2],
-        tied=head is not None and head.weight is embedding.weight,
+        embedding=embedding_name, head=head_name, head_bias=head_bias, tied=head.weight is embedding.weight,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         shapes={name: shape for name, shape in shapes.items() if name in known}, saved=_saved_names(model, known),
         tables=tables, fixed=frozenset(fixed), odd=frozenset(odd), first_reserved_id=_first_reserved_id(config),
     )
+
+
+# -- which models are supported -----------------------------------------------------------------------------------
+
+def check_kind(folder: Path, config: Any) -> None:
+    """Refuse a model that does not write text from left to right, by what it is.
+
+    Args:
+        folder: The model folder, for the message.
+        config: Its configuration, as transformers reads it.
+
+    Raises:
+        UnsupportedError: If it is an encoder-decoder, a classifier, an encoder, or a body without a head.
+    """
+    import transformers
+
+    name = _architecture(folder, config) or type(config).__name__
+    if getattr(config, "is_encoder_decoder", False) and name not in _listed("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
+        raise _unsupported(folder, name, "an encoder-decoder")
+    if any(name in _listed(mapping) for mapping in WRITERS) or not hasattr(transformers, name):
+        pass  # a class that comes with the model is asked for its head
+    elif _named_class(config) is not None:
+        kind = next((kind for mapping, kind in OTHERS.items() if name in _listed(mapping)), "no causal language model")
+        raise _unsupported(folder, name, kind)
+    if (why := _reads_both_ways(config)) is not None:
+        raise _unsupported(folder, name, f"a model in which a word sees what follows it ({why})")
+
+
+def _reads_both_ways(config: Any) -> str | None:
+    """Return which entry of a config lets a word see what follows it; None if it sees only what goes before."""
+    if config.model_type in _mapping("MODEL_FOR_MASKED_LM_MAPPING_NAMES") \
+            and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
+        return "its config does not say is_decoder"
+    text = config.get_text_config()
+    both_ways = {"is_causal": False, "use_bidirectional_attention": (True, "all"), "attn_type": "bi"}
+    for key, value in both_ways.items():
+        found = getattr(text, key, None)
+        if found is not None and found in (value if isinstance(value, tuple) else (value,)):
+            return f"its config says {key} {found!r}"
+    return None
+
+
+def _architecture(folder: Path, config: Any) -> str | None:
+    names = getattr(config, "architectures", None) or [None]
+    if not isinstance(names, list) or not isinstance(names[0], str | None):
+        raise CheckpointError(f"{folder / 'config.json'} says architectures {names!r:.200}; a list of names is needed")
+    return names[0]
+
+
+def _unsupported(folder: Path, name: str, kind: str) -> UnsupportedError:
+    return UnsupportedError(f"{folder} holds {name}, {kind}; tokens can be added to causal language models only")
+
+
+def _mapping(name: str) -> Mapping[str, Any]:
+    from transformers.models.auto import modeling_auto
+
+    found: Mapping[str, Any] = getattr(modeling_auto, name, {})  # not every version has every list
+    return found
+
+
+def _listed(mapping: str) -> set[str]:
+    """Return the classes of one of transformers' lists: a type of model may have several."""
+    entries = _mapping(mapping).values()
+    return {name for entry in entries for name in (entry if isinstance(entry, list | tuple) else (entry,))}
+
+
+def loading_class(config: Any) -> Any:
+    """Return what loads a model: AutoModelForCausalLM, or for a wrapper that it does not know the class named.
+
+    Args:
+        config: The model's configuration, as transformers reads it.
+    """
+    import transformers
+
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None)
+    return transformers.AutoModelForCausalLM if known else _named_class(config) or transformers.AutoModelForCausalLM
+
+
+def _named_class(config: Any) -> Any:
+    """Return the class of transformers that a config names; None if it names none of its own."""
+    import transformers
+
+    architectures = getattr(config, "architectures", None) or []
+    named: Any = getattr(transformers, architectures[0], None) if architectures else None
+    return named if named is not None and getattr(named, "config_class", None) is type(config) else None
+
+
+# -- whether the weights are the class's ---------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Misfit:
+    """How stored tensors differ from those of the model class.
+
+    Attributes:
+        said: What differs, with the first names.
+        wrapped: Whether they are named as a wrapper of the model names them.
+    """
+
+    said: str
+    wrapped: bool
+
+
+def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised: bool,
+                trust_remote_code: bool) -> Misfit | None:
+    """Let transformers load the headers alone, and return what it would leave at random values, or drop.
+
+    It renames, splits and merges tensors on the way, ties some and ignores others: nobody else knows which names fit.
+
+    Args:
+        folder: The model folder.
+        tensors: All stored tensors.
+        quantised: Whether modules may hold other tensors than the class says.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        None if everything fits.
+
+    Raises:
+        CheckpointError: If transformers cannot put the tensors together.
+    """
+    import torch
+
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    cls = type(_meta_model(folder, config, trust_remote_code=trust_remote_code))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its library need not be there
+    headers = {name: torch.empty(info.shape, dtype=torch.float32, device="meta") for name, info in tensors.items()}
+    try:
+        with _Quiet():
+            model, report = cls.from_pretrained(None, config=config, state_dict=headers, device_map="meta",
+                                                ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # whatever a class raises on tensors it cannot use
+        if quantised:  # parts that cannot be put together before they are unpacked
+            return None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"transformers cannot make {cls.__name__} of the tensors of {folder}: {reason}") from None
+    missing, unknown = set(report["missing_keys"]), set(report["unexpected_keys"])
+    shapes = sorted(f"{name} is {list(stored)} instead of {list(wanted)}"
+                    for name, stored, wanted in report["mismatched_keys"])
+    if quantised:
+        shapes = []
+        missing, unknown = _not_quantised(missing, unknown, {name.rpartition(".")[0] for name in model.state_dict()})
+    counts = [f"{len(names)} {what} ({', '.join(sorted(names)[:NAMED])}{', ...' * (len(names) > NAMED)})"
+              for what, names in (("missing", missing), ("of another shape", shapes), ("unknown to it", unknown))
+              if names]
+    if not counts:
+        return None
+    wrapping = next(((said, cure) for pattern, said, cure in WRAPPINGS if any(re.search(pattern, n) for n in unknown)),
+                    None)
+    cure = "config.json names another model than the weights are of, or they are not whole; save both with " \
+           "save_pretrained of one class" if wrapping is None else f"they were {wrapping[0]}: {wrapping[1]}"
+    return Misfit(f"the tensors of {folder} are not those of {cls.__name__}: {'; '.join(counts)}; {cure}",
+                  wrapping is not None)
+
+
+def _not_quantised(missing: set[str], unknown: set[str], modules: set[str]) -> tuple[set[str], set[str]]:
+    """Leave out what a quantised module holds in place of its weight, whatever the method calls it."""
+    parts: dict[str, str] = {}  # a stored part -> the module that it is of
+    for name in unknown:
+        above = name.split(".")[:-1]
+        owners = (".".join(above[:depth]) for depth in range(len(above), 0, -1))
+        owner = next((owner for owner in owners if owner in modules), None)
+        if owner is not None:
+            parts[name] = owner
+    packed = set(parts.values())
+    return {name for name in missing if name.rpartition(".")[0] not in packed}, unknown - parts.keys()
 
 
 # -- what grows with the vocabulary -------------------------------------------------------------------------------
@@ -216,11 +414,9 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
 
     try:
         # A model inside a wrapper (text_config) is no AutoModelForCausalLM; its own class is.
-        architectures = getattr(config, "architectures", None) or []
-        named: Any = getattr(transformers, architectures[0], None) if architectures else None
-        known = named is not None and getattr(named, "config_class", None) is type(config)
+        named = _named_class(config)
         with torch.device("meta"), _Quiet():
-            if known and hasattr(named, "_from_config"):
+            if named is not None and hasattr(named, "_from_config"):
                 return named._from_config(config)
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model class raises on a config it cannot use
@@ -233,12 +429,19 @@ def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
 
 
 class _Quiet:
-    """Keep transformers' remarks about a model without weights off the terminal."""
+    """Keep transformers' remarks about a model without weights, and its progress with it, off the terminal."""
 
     def __enter__(self) -> None:
+        from transformers.utils import logging as said
+
         self._logger = logging.getLogger("transformers")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
+        self._level, self._bars = self._logger.level, said.is_progress_bar_enabled()
+        self._logger.setLevel(logging.CRITICAL)
+        said.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as said
+
         self._logger.setLevel(self._level)
+        if self._bars:
+            said.enable_progress_bar()

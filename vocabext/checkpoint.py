@@ -14,12 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vocabext.architecture import EmbeddingNames, embedding_names
-from vocabext.errors import CheckpointError, UsageError
+from vocabext.architecture import EmbeddingNames, embedding_names, find_misfit
+from vocabext.errors import CheckpointError, UnsupportedError, UsageError
 from vocabext.records import FORMAT_VERSION, NewToken, atomic_file
 from vocabext.shards import DTYPE_BYTES as DTYPE_BYTES  # sizes are asked of this module
 from vocabext.shards import Shard, TensorInfo, byte_range, read_shard
-from vocabext.vocabulary import EMBEDDING, FLOAT_DTYPES, HEAD, RowTensor, find_row_tensors
+from vocabext.vocabulary import (
+    EMBEDDING,
+    FLOAT_DTYPES,
+    HEAD,
+    QUANTISED_FILES,
+    RowTensor,
+    find_row_tensors,
+    quantisation,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ROWS_ARTIFACT = "rows"
 MAX_NAME_BYTES = 255  # longer names no file system has
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -199,8 +208,17 @@ def resolve_model(model: str) -> Path:
     else:
         raise UsageError(f"the model folder {model} does not exist")
     if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG_NAME}; it is no model folder")
+        raise _adapter(folder) or CheckpointError(f"{folder} has no {CONFIG_NAME}; it is no model folder")
     return folder
+
+
+def _adapter(folder: Path) -> UnsupportedError | None:
+    """Return how to refuse a folder that holds an adapter in place of a model; None if it holds none."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "a model that it does not name"
+    return UnsupportedError(f"{folder} is an adapter of {base}; merge it first (peft: merge_and_unload), then pass the "
+                            "merged folder")
 
 
 def _download(model: str) -> Path:
@@ -228,30 +246,44 @@ def _download(model: str) -> Path:
 
 # -- reading a folder ---------------------------------------------------------------------------------------------
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, complete: bool = True) -> Checkpoint:
     """Read the config and all safetensors headers of a model folder, and find its vocabulary tensors.
 
     Args:
         folder: A folder as `resolve_model` returns it.
         trust_remote_code: Whether code that comes with the model may run.
+        complete: Whether a model is refused that lacks tensors of its class, or has others.
 
     Returns:
         The checkpoint; no weights are read, unless a tied model stores both of its vocabulary tensors,
         which are then compared.
 
     Raises:
-        CheckpointError: If a part is missing or damaged, parts contradict each other, or the model holds
-            vocabulary tensors that cannot be extended. The message names the part.
+        CheckpointError: If a part is missing or damaged, parts contradict each other, or the tensors are not those
+            of the model class. The message names the part.
+        UnsupportedError: If it is no causal language model, or its vocabulary tensors cannot be extended.
     """
     config = read_json(folder / CONFIG_NAME)
     shards = _read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
     _check_layers(folder, config, len(tensors))
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
+    misfit = None
+    if complete:
+        misfit = find_misfit(folder, tensors, quantised=_is_quantised(folder, config),
+                             trust_remote_code=trust_remote_code)
+    if misfit is not None and misfit.wrapped:  # of which each single name would be told as a fault of its own
+        raise CheckpointError(misfit.said)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
                             row_tensors=find_row_tensors(folder, config, names, tensors))
+    if misfit is not None:
+        raise CheckpointError(misfit.said)
     _check_tied(checkpoint)
     return checkpoint
+
+
+def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
+    return quantisation(config) is not None or any((folder / name).is_file() for name in QUANTISED_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -281,7 +313,10 @@ def _read_shards(folder: Path) -> dict[str, Shard]:
         return {WEIGHTS_NAME: read_shard(folder, WEIGHTS_NAME)}
     if index:
         return _read_indexed(folder)
-    if any(path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)):
+    pickles = [path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)]
+    if all(name.startswith("adapter_model.") for name in pickles) and (adapter := _adapter(folder)) is not None:
+        raise adapter
+    if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights only; vocabext reads safetensors only: save it with "
             "save_pretrained of a recent transformers first"

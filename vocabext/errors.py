@@ -6,6 +6,7 @@
     ├── CorpusError              exit 1   the text cannot be read, or there is none
     ├── TokenizerError           exit 1   the tokenizer cannot be loaded or extended
     ├── CheckpointError          exit 1   the model folder is incomplete or contradicts itself
+    │   └── UnsupportedError     exit 1   the model is of a kind that no tokens can be added to
     ├── MissingExtraError        exit 1   an optional dependency is not installed
     ├── ServerError              exit 1   a server did not start, or died
     └── BadCheckpointError       exit 3   `verify` ran and found a fault
@@ -46,6 +47,10 @@ class TokenizerError(VocabextError):
 
 class CheckpointError(VocabextError):
     """The model folder is incomplete, or its parts contradict each other."""
+
+
+class UnsupportedError(CheckpointError):
+    """The model is whole, but of a kind that no tokens can be added to: a classifier, an encoder-decoder."""
 
 
 class MissingExtraError(VocabextError):

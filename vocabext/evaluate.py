@@ -27,16 +27,11 @@ from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.manifest import read_manifest
-from vocabext.model import (
-    FrozenModel,
-    check_folder_runs_on_rows,
-    check_runs_on_rows,
-    load_model,
-    offloading,
-)
+from vocabext.model import FrozenModel, check_runs_on_rows, load_model, offloading
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, NewToken, write_json
 from vocabext.rows import mean_rows
+from vocabext.support import check_runs
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
 from vocabext.vocabulary import HEAD_BIAS
 from vocabext.writing.held_out import IDENTICAL, HeldOut, measure_held_out
@@ -164,7 +159,7 @@ def evaluate_folder(
     manifest = read_manifest(folder)
     tokens = [record.new_token for record in manifest.tokens]
     base_folder = resolve_model(against)
-    check_folder_runs_on_rows(base_folder, trust_remote_code=trust_remote_code)
+    check_runs(base_folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(base_folder, trust_remote_code=trust_remote_code)
     if manifest.first_new_id != base.num_used_ids:
         raise UsageError(f"{folder} was made from {manifest.base.model} with {manifest.first_new_id} token ids, but "

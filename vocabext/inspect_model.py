@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vocabext.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from vocabext.errors import TokenizerError
 from vocabext.manifest import MANIFEST_NAME, has_manifest, read_manifest
+from vocabext.support import Support, support
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer
@@ -52,7 +53,6 @@ class Inspection:
         dtype: Type of the embedding, as safetensors spells it.
         hidden_size: Width of a row (D).
         tied: Whether the head is the embedding.
-        has_head: Whether the model class has an output head at all.
         quantisation: How the other weights are quantised; None if they are not.
         vocab_tensors: Stored names of the tensors with one row per token id.
         row_tensors: The same with their sizes.
@@ -68,6 +68,7 @@ class Inspection:
         extension: What can be added to the tokenizer, or why nothing can.
         num_new_tokens: New tokens if this is an expanded checkpoint already, else 0.
         base: What it was expanded from; None if it was not.
+        support: What can be done with it, or why not.
     """
 
     folder: Path
@@ -80,7 +81,6 @@ class Inspection:
     dtype: str
     hidden_size: int
     tied: bool
-    has_head: bool
     quantisation: str | None
     vocab_tensors: tuple[str, ...]
     row_tensors: tuple[RowTensorFacts, ...]
@@ -96,6 +96,7 @@ class Inspection:
     extension: str
     num_new_tokens: int
     base: str | None
+    support: Support
 
 
 def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
@@ -110,7 +111,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
 
     Raises:
         UsageError: If `model` is neither folder nor hub id.
-        CheckpointError: If the folder is damaged, its parts contradict each other, or rows cannot be added to it.
+        CheckpointError: If the folder is damaged, or its parts contradict each other.
+        UnsupportedError: If it is of a kind that no rows can be added to.
     """
     from vocabext.tokenizer import load_tokenizer
 
@@ -119,13 +121,13 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
     manifest = read_manifest(folder) if has_manifest(folder) else None
     # What an expansion has put into the tokenizer may be of no kind that can be extended again.
     num_used, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
-    class_name = warning = None
+    class_name = warning = no_tokenizer = None
     try:
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         num_used, kind, extension = tokenizer.num_used_ids, tokenizer.kind, tokenizer.describe()
         class_name, warning = type(tokenizer.hf).__name__, _tokenizer_warning(folder, tokenizer)
     except TokenizerError as error:
-        extension = f"none: {error}"
+        extension, no_tokenizer = f"none: {error}", str(error)
     rows = _row_tensors(checkpoint)
     inner = checkpoint.config.get("text_config")
     return Inspection(
@@ -134,8 +136,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         text_model_type=str(inner.get("model_type") or "not named") if isinstance(inner, dict) else None,
         num_parameters=checkpoint.names.num_parameters, weight_bytes=checkpoint.weight_bytes,
         num_shards=len(checkpoint.shards), dtype=checkpoint.dtype, hidden_size=checkpoint.hidden_size,
-        tied=checkpoint.tied, has_head=checkpoint.names.head is not None,
-        quantisation=_quantisation(checkpoint.config), vocab_tensors=tuple(row.name for row in rows), row_tensors=rows,
+        tied=checkpoint.tied, quantisation=_quantisation(checkpoint.config),
+        vocab_tensors=tuple(row.name for row in rows), row_tensors=rows,
         num_rows=checkpoint.vocab_size, num_used_ids=num_used,
         num_free_rows=max(0, checkpoint.vocab_size - num_used) if num_used is not None else None,
         row_step=min(ROW_STEP, checkpoint.vocab_size & -checkpoint.vocab_size),
@@ -143,7 +145,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         bytes_per_new_row=sum(row.row_bytes for row in rows), tokenizer_kind=kind, tokenizer_class=class_name,
         tokenizer_warning=warning, extension=extension,
         num_new_tokens=len(manifest.tokens) if manifest is not None else 0,
-        base=manifest.base.model if manifest is not None else None)
+        base=manifest.base.model if manifest is not None else None,
+        support=support(checkpoint, num_used, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer))
 
 
 def _row_tensors(checkpoint: Checkpoint) -> tuple[RowTensorFacts, ...]:

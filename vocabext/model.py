@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vocabext.architecture import read_config
+from vocabext.architecture import loading_class, read_config
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
 
@@ -464,8 +464,6 @@ def load_model(
         CheckpointError: If transformers cannot load it.
         UsageError: If the device or dtype does not exist here.
     """
-    from transformers import AutoModelForCausalLM
-
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     spread: dict[str, Any] = {}
@@ -474,7 +472,9 @@ def load_model(
         if offload_folder is not None:
             spread["offload_folder"] = str(offload_folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        # A wrapper for images that AutoModelForCausalLM does not know is loaded by the class that its config names.
+        loader = loading_class(read_config(Path(folder), trust_remote_code=trust_remote_code))
+        model = loader.from_pretrained(
             str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user

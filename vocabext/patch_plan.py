@@ -6,20 +6,30 @@ Shapes: V rows as stored, U rows the tokenizer addresses, N new rows, D hidden s
 import fnmatch
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vocabext.architecture import with_own_head, with_sizes
-from vocabext.checkpoint import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS, Checkpoint, RowsFile, read_json
+from vocabext.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    INDEX_NAME,
+    PICKLE_PATTERNS,
+    Checkpoint,
+    RowsFile,
+    read_json,
+)
 from vocabext.errors import CheckpointError
 from vocabext.manifest import MANIFEST_NAME, ORIGINALS_FOLDER, TensorRecord, has_manifest
 from vocabext.shards import Copied, Growth
-from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS
+from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, quantisation
 
 SKIPPED_FOLDERS = (".git", ".cache")
-OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite")
+OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.pdparams")
+ADAPTER_WEIGHTS = "adapter_model.*"
+WEIGHT_INDICES = ("*.index.json", "*.index.*.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OWN_FILES = (MANIFEST_NAME, "verify.json", "eval.json")  # what vocabext says about an expanded base
 MULTIPLE = 64
@@ -91,7 +101,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
     """
     from vocabext.rows import constant_rows, mean_of_pieces, rows_from_file
 
-    _check_room(checkpoint, file, num_used)
+    check_room(checkpoint, num_used, len(file.tokens))
     given = {name: rows_from_file(file, name) for name in file.tensors if name in ("input", "output")}
     untied = checkpoint.tied and (untie or _outputs_differ(file, given))
     if untied:
@@ -99,7 +109,7 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
     # Stored under one name only, a tied matrix gets a second one.
     first = checkpoint.vocab_tensors[0]
     draft = _Draft(checkpoint, file, num_used, untied=untied)
-    head_rows = "none: the model has no output head"
+    head_rows = MEAN
     for name, tensor in checkpoint.row_tensors.items():
         is_head = tensor.role == HEAD and (untied or not checkpoint.tied)
         if tensor.role in (EMBEDDING, HEAD) and not is_head:
@@ -131,7 +141,6 @@ def _new_name(checkpoint: Checkpoint, role: str) -> str:
     """Return the name for a tensor that was not stored: spelled by the class, in the way the other one is."""
     names, other = checkpoint.names, checkpoint.vocab_tensors[0]
     name = names.head if role == HEAD else names.embedding
-    assert name is not None  # a tied model has both
     return name if other == checkpoint.row_tensors[other].parameter else names.saved.get(name, name)
 
 
@@ -195,13 +204,23 @@ def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
     return tuple(ids) if known and ids else ()
 
 
-def _check_room(checkpoint: Checkpoint, file: RowsFile, num_used: int) -> None:
+def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
+    """Refuse a model that has fewer rows than its tokenizer has ids, or no ids free for new tokens.
+
+    Args:
+        checkpoint: The base.
+        num_used: Ids that its tokenizer addresses (U).
+        num_new: New tokens (N).
+
+    Raises:
+        CheckpointError: If so.
+    """
     if num_used > checkpoint.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
             "this tokenizer belongs to another checkpoint"
         )
-    reserved, last = checkpoint.names.first_reserved_id, num_used + len(file.tokens) - 1
+    reserved, last = checkpoint.names.first_reserved_id, num_used + num_new - 1
     if reserved is not None and last >= reserved:
         raise CheckpointError(
             f"{checkpoint.names.architecture} takes ids from {reserved} on for images or sounds, and the new tokens "
@@ -236,16 +255,6 @@ def _refuse_untying(checkpoint: Checkpoint, *, forced: bool) -> None:
     if method is not None and method not in (*IGNORING, *NEVER_HEADS):
         raise CheckpointError(f"the model is quantised by {method}, and a head of its own would be taken for a "
                               "quantised one; distill again without output rows")
-
-
-def quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return the method by which a model is quantised, None if it is not."""
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
-        found = part.get("quantization_config")
-        if isinstance(found, dict):
-            return str(found.get("quant_method") or "an unnamed method")
-    return None
 
 
 def new_config(checkpoint: Checkpoint, plan: TensorPlan) -> dict[str, Any]:
@@ -300,9 +309,14 @@ def plan_files(checkpoint: Checkpoint, plan: TensorPlan, stale: Mapping[str, str
     if checkpoint.sharded and new_index(checkpoint, plan) is not None:
         changed.add(INDEX_NAME)
     expanded = has_manifest(checkpoint.folder)
-    for name in _files(checkpoint.folder, found.lost):
-        reason, lost = _why_left_out(name, checkpoint)
+    names = list(_files(checkpoint.folder, found.lost))
+    verdicts = {name: _why_left_out(name, checkpoint) for name in names}
+    gone = {name for name, (_, lost) in verdicts.items() if lost}
+    for name in names:
+        reason, lost = verdicts[name]
         reason = reason or stale.get(name)
+        alone = _why_alone(name, checkpoint, gone, {*names} - gone) if reason is None else None
+        reason, lost = reason or alone, lost or alone is not None
         if reason is not None:
             (found.lost if lost else found.left_out)[name] = reason
         if name in found.shards or lost:
@@ -338,8 +352,8 @@ def _why_left_out(name: str, checkpoint: Checkpoint) -> tuple[str | None, bool]:
     base_name = name.rsplit("/", 1)[-1]
     if name.startswith(f"{ORIGINALS_FOLDER}/"):
         return "restores what the base was made from", False
-    if fnmatch.fnmatch(name, "pytorch_model*.index.json"):
-        return "the index of pickled weights", False
+    if fnmatch.fnmatch(name, ADAPTER_WEIGHTS):
+        return "an adapter beside the model, which readers differ in loading: merge it, or load it from the base", True
     if any(fnmatch.fnmatch(base_name, pattern) for pattern in PICKLE_PATTERNS):
         return "a pickle: it may hold the old vocabulary, and code", True
     if any(fnmatch.fnmatch(base_name, pattern) for pattern in OTHER_WEIGHTS):
@@ -347,6 +361,43 @@ def _why_left_out(name: str, checkpoint: Checkpoint) -> tuple[str | None, bool]:
     if "/" not in name and name.endswith(".safetensors") and name not in checkpoint.shards:
         return "weights that the model does not use; they may hold the old vocabulary", True
     return None, False
+
+
+def _why_alone(name: str, checkpoint: Checkpoint, gone: Collection[str], carried: Collection[str]) -> str | None:
+    """Say why a file that says how to read weights is left out: they are; None if that is not so.
+
+    Args:
+        name: The file.
+        checkpoint: The base.
+        gone: Files that are left out and not kept.
+        carried: All others.
+    """
+    path = PurePosixPath(name)
+
+    def beside(pattern: str, names: Collection[str]) -> bool:
+        return any(PurePosixPath(other).parent == path.parent and fnmatch.fnmatch(PurePosixPath(other).name, pattern)
+                   for other in names)
+
+    if path.name == ADAPTER_CONFIG and not beside(ADAPTER_WEIGHTS, carried):
+        return "describes an adapter that is left out, or not there"
+    if path.name == "params.json" and beside("consolidated*", gone):
+        return "describes weights that are left out"
+    if path.suffix == ".xml" and beside(f"{path.stem}.bin", gone):
+        return "describes weights that are left out"
+    if name != INDEX_NAME and any(fnmatch.fnmatch(path.name, pattern) for pattern in WEIGHT_INDICES):
+        named = _indexed(checkpoint.folder / name)
+        if named is not None and not {(path.parent / file).as_posix() for file in named} <= {*carried}:
+            return "the index of weights that are left out, or not there"
+    return None
+
+
+def _indexed(path: Path) -> set[str] | None:
+    """Return the files that an index of weights names; None if it is no such index."""
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except CheckpointError:
+        return None
+    return {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else None
 
 
 def new_index(checkpoint: Checkpoint, plan: TensorPlan) -> dict[str, Any] | None:

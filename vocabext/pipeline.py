@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vocabext import __version__
-from vocabext.checkpoint import open_checkpoint, resolve_model
+from vocabext.checkpoint import resolve_model
 from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import corpus_signature, read_documents
@@ -181,13 +181,16 @@ class _Work:
 
     def check_inputs(self) -> None:
         """Refuse at once what a later stage would refuse after much work."""
-        from vocabext.model import check_folder_runs_on_rows, layer_number, parse_max_memory, pick_device
+        from vocabext.model import layer_number, parse_max_memory, pick_device
         from vocabext.patch import check_places
+        from vocabext.support import check_loads, check_patchable, check_runs
         from vocabext.writing.rows import choose_output_rows
 
         c = self.config
         check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
-        base = open_checkpoint(self.base_folder, trust_remote_code=c.trust_remote_code)
+        num_used = self._tokenizer().num_used_ids
+        base = check_patchable(self.base_folder, num_used, num_new=c.mine.budget or 1,
+                               trust_remote_code=c.trust_remote_code)  # fmt: skip
         config = base.config
         choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
                            biased=base.names.head_bias is not None)  # fmt: skip
@@ -195,7 +198,9 @@ class _Work:
         if c.distill.max_memory is not None:
             parse_max_memory(c.distill.max_memory)
         if c.distill.method == "distill":
-            check_folder_runs_on_rows(self.base_folder, trust_remote_code=c.trust_remote_code)
+            check_runs(self.base_folder, trust_remote_code=c.trust_remote_code)
+            if c.collect.generate_missing:
+                check_loads(self.base_folder, trust_remote_code=c.trust_remote_code)
         num_layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(num_layers, int) and c.distill.method == "distill":
             layer_number(c.distill.target_layer, num_layers)
@@ -272,12 +277,11 @@ class _Work:
 
     def _evaluate(self) -> str | None:
         from vocabext.evaluate import evaluate_folder
-        from vocabext.model import check_folder_runs_on_rows
+        from vocabext.support import check_runs, why_not
 
-        try:
-            check_folder_runs_on_rows(self.base_folder, trust_remote_code=self.config.trust_remote_code)
-        except UsageError as error:  # the mean of the pieces can be made, but not measured
-            return str(error)
+        reason = why_not(lambda: check_runs(self.base_folder, trust_remote_code=self.config.trust_remote_code))
+        if reason is not None:  # the mean of the pieces can be made, but not measured
+            return reason
         if next(self._held_out_documents(), None) is None:
             return "the corpus is too small to hold a document out; pass --heldout"
         evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,

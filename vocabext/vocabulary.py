@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from vocabext.architecture import EmbeddingNames
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UnsupportedError
 from vocabext.shards import TensorInfo
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-# How quantised weights are stored beside or instead of `NAME.weight`.
+# How quantised weights are stored beside or instead of `NAME.weight`: GPTQ and AWQ, compressed-tensors and FP8,
+# bitsandbytes, HQQ.
 QUANTISED_PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv",
-                   "weight_zero_point", "weight.absmax", "SCB")
+                   "weight_zero_point", "weight.absmax", "SCB", "W_q")
+PACKED_DTYPES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+# What says how weights are quantised where config.json does not: of GPTQ, AWQ and ModelOpt.
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER, TABLE = (
     "embedding", "head", "head bias", "per-layer embedding", "further table")
 # A new row this many times longer than the longest base row in use would win every softmax it is in: `verify` fails it.
@@ -56,8 +60,7 @@ def find_row_tensors(folder: Path, config: Mapping[str, Any], names: EmbeddingNa
         CheckpointError: If one that must be there is not, has another shape than config.json implies, is
             quantised, or if there is one without a rule for new tokens.
     """
-    wanted = [RowTensor(EMBEDDING, names.embedding)]
-    wanted += [RowTensor(HEAD, names.head)] if names.head is not None else []
+    wanted = [RowTensor(EMBEDDING, names.embedding), RowTensor(HEAD, names.head)]
     wanted += [RowTensor(HEAD_BIAS, names.head_bias)] if names.head_bias is not None else []
     wanted += [RowTensor(PER_LAYER if key == "vocab_size_per_layer_input" else TABLE, name, key)
                for name, key in names.tables.items()]
@@ -97,11 +100,11 @@ def stored_name(parameter: str, tensors: Collection[str]) -> str | None:
 
 def _refuse_quantised(parameter: str, tensors: Collection[str]) -> None:
     module = parameter.rsplit(".", 1)[0]
-    # Only tails that name a module of its own: `layers.0.mlp.qweight` must not be taken for a head.
-    for part in QUANTISED_PARTS:
-        name = stored_name(f"{module}.{part}", tensors)
-        if name is not None:
-            raise CheckpointError(
+    # The module's own name goes with the part: `layers.0.mlp.up_proj.weight.absmax` must not be taken for a head's.
+    tails = tuple(f"{module.rsplit('.', 1)[-1]}.{part}" for part in QUANTISED_PARTS)
+    for name in tensors:
+        if name in tails or name.endswith(tuple(f".{tail}" for tail in tails)):
+            raise UnsupportedError(
                 f"{module} is quantised (there is {name}), and rows cannot be added to quantised tensors; "
                 "use a checkpoint whose embedding and head are not quantised"
             )
@@ -110,7 +113,7 @@ def _refuse_quantised(parameter: str, tensors: Collection[str]) -> None:
 def _check_complete(folder: Path, names: EmbeddingNames, roles: Collection[str]) -> None:
     if EMBEDDING not in roles and not (names.tied and HEAD in roles):
         raise CheckpointError(f"{folder} stores no {names.embedding}; its weights are of another model")
-    if names.head is not None and not names.tied and HEAD not in roles:
+    if not names.tied and HEAD not in roles:
         raise CheckpointError(
             f"the config of {folder} says that {names.head} is not tied to the embedding, but it is not "
             "stored; its weights are of another model"
@@ -119,10 +122,10 @@ def _check_complete(folder: Path, names: EmbeddingNames, roles: Collection[str])
 
 def _check_shape(folder: Path, name: str, info: TensorInfo, tensor: RowTensor, names: EmbeddingNames) -> None:
     if info.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(
-            f"{name} is stored as {info.dtype}; rows can be added to {', '.join(FLOAT_DTYPES)} only, "
+        cure = "save the model in one of these" if info.dtype == "F64" else \
             "use a checkpoint whose embedding and head are not quantised"
-        )
+        raise UnsupportedError(f"{name} is stored as {info.dtype}; rows can be added to {', '.join(FLOAT_DTYPES)} "
+                               f"only, {cure}")
     wanted = names.shapes[tensor.parameter]
     if len(info.shape) == len(wanted) and info.shape[1:] == wanted[1:] and info.shape != wanted:
         raise CheckpointError(
@@ -145,6 +148,11 @@ def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Ma
                               "is no rule for new tokens in it")
     rows = names.shapes[names.embedding][0]
     others = [name for name, info in tensors.items() if info.shape[:1] == (rows,) and name not in found]
+    if others:  # a quantised weight and its parts have no axes of the weight
+        packed = tuple(name.removesuffix(part) for name in tensors for part in QUANTISED_PARTS
+                       if name.endswith(f".{part}"))
+        others = [name for name in others
+                  if tensors[name].dtype not in PACKED_DTYPES and not name.startswith(packed)]
     if others:
         fixed = {stored_name(parameter, tensors) for parameter in names.fixed}
         others = [name for name in others if name not in fixed]
@@ -153,6 +161,16 @@ def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Ma
             f"{', '.join(sorted(others)[:3])} also {'has' if len(others) == 1 else 'have'} {rows} rows, as many as the "
             "vocabulary, and there is no rule for new tokens in it"
         )
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return the method by which a config says that a model is quantised, None if it is not."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        found = part.get("quantization_config")
+        if isinstance(found, dict):
+            return str(found.get("quant_method") or "an unnamed method")
+    return None
 
 
 def other_dimensions(config: Mapping[str, Any]) -> set[int]:

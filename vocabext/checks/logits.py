@@ -10,6 +10,7 @@ import torch
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import prompts
+from vocabext.support import check_loads
 
 DEVICE = DTYPE = "auto"
 MEMORY_FACTOR = 1.2  # what loading takes, in units of the weights
@@ -29,6 +30,7 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
     _check_memory(pair)
     num_rows = pair.base.vocab_size
     try:
+        check_loads(pair.base_folder, trust_remote_code=pair.trust_remote_code)
         base = _load(pair, new=False)
         before = _logits(base, pair, texts.values())
     except Exception as error:  # a model class raises what it likes; what the base cannot do is no fault of ours

@@ -55,6 +55,7 @@ def collect(
     from vocabext.corpus import read_documents
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
+    from vocabext.support import check_loads
     from vocabext.tokenizer import check_made_for, load_tokenizer
 
     config = CollectConfig(**settings)
@@ -63,6 +64,8 @@ def collect(
     model = model or str(header["base"]["model"])
     documents = read_documents(corpus, text_field=text_field)
     folder = resolve_model(model)
+    if config.generate_missing:
+        check_loads(folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, candidates)
     records = run_collect(documents, base, tokens, config, show.progress)

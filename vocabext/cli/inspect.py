@@ -8,6 +8,7 @@ from vocabext.cli import options, show
 
 if TYPE_CHECKING:
     from vocabext.inspect_model import Inspection
+    from vocabext.support import Support
 
 
 @click.command()
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
 @options.trust_remote_code_option
 @options.json_option
 def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
-    """Show the rows, ids and tokenizer of MODEL, and what can be added to it.
+    """Show the rows, ids and tokenizer of MODEL, what can be added to it, and what can be done with it.
 
     MODEL is a folder or a hub id. No weights are loaded, and nothing is changed.
     """
+    from vocabext.errors import UnsupportedError
     from vocabext.inspect_model import expanded_note, inspect_model
+    from vocabext.support import Support
 
-    found = inspect_model(model, trust_remote_code=trust_remote_code)
+    try:
+        found = inspect_model(model, trust_remote_code=trust_remote_code)
+    except UnsupportedError as refusal:  # what others refuse is what this verb is asked about
+        none = Support(str(refusal), str(refusal))
+        show.emit({"folder": model, "support": none}, as_json, lambda: show.table(_support(none), ("", model)))
+        return
 
     def render() -> None:
         show.table([
@@ -44,11 +52,17 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
             ("tokenizer", _tokenizer(found)),
             ("extension", found.extension),
             ("expanded already", expanded_note(found)),
+            *_support(found.support),
         ], ("", str(found.folder)))
 
     show.emit(found, as_json, render)
     if found.tokenizer_warning:
         show.note(f"warning: {found.tokenizer_warning}")
+
+
+def _support(found: "Support") -> list[tuple[str, str]]:
+    return [("mine and patch", f"no: {found.patch}" if found.patch else "yes"),
+            ("distill and eval", f"no: {found.run}" if found.run else "yes")]
 
 
 def _architecture(found: "Inspection") -> str:
@@ -57,8 +71,6 @@ def _architecture(found: "Inspection") -> str:
 
 
 def _head(found: "Inspection") -> str:
-    if not found.has_head:
-        return "none"
     return "tied to the embedding" if found.tied else "its own (untied)"
 
 

@@ -47,7 +47,7 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
             ("head rows", result.head_rows),
             ("carried over", f"{len(result.files.carried_over)} files" + linked),
             ("rewritten", ", ".join(result.files.rewritten)),
-            ("left out", ", ".join(result.files.left_out) or "nothing"),
+            ("left out", "; ".join(f"{name} ({why})" for name, why in result.files.left_out.items()) or "nothing"),
             ("size", f"{result.folder_bytes:,} bytes"),
             ("written", f"{result.bytes_written:,} bytes in {result.seconds:.1f} s"),
         ], ("", str(output)))

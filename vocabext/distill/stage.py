@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vocabext.architecture import embedding_names
 from vocabext.checkpoint import Rows, resolve_model, save_rows
 from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
@@ -22,10 +21,11 @@ from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import base_record
-from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
+from vocabext.model import FrozenModel, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
+from vocabext.support import check_patchable, check_runs
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
@@ -152,46 +152,73 @@ def distill_file(
     if not records:
         raise UsageError(f"{path} holds no tokens; mine again")
     folder = resolve_model(model)
-    if config.method != "mean":
-        check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
-    # Before the work: a class without a vocabulary to extend is one that `patch` would refuse.
-    names = embedding_names(folder, trust_remote_code=trust_remote_code)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    # Before the work: what `patch` would refuse afterwards.
+    checkpoint = check_patchable(folder, base.num_used_ids, num_new=len(records), trust_remote_code=trust_remote_code)
+    names = checkpoint.names
+    if config.method != "mean":
+        check_runs(folder, trust_remote_code=trust_remote_code)
+    choice = choose_output_rows(config, architecture=names.architecture, tied=names.tied,
+                                biased=names.head_bias is not None)  # fmt: skip
     made_from = base_record(folder, names, model=model, num_used_ids=base.num_used_ids)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
-    beside = output.with_name(f".{output.name}.groups")
-    frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
-                        max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
-    choice = choose_output_rows(config, architecture=type(frozen.model).__name__, tied=frozen.tied,
-                                biased=frozen.head_bias_V is not None)  # fmt: skip
     if choice.why is not None:
         say(choice.why)
-    own_head = choice.kind != "input"
-    # Input rows that are nothing else need not be kept silent.
-    reading = replace(config, silence=0.0) if own_head else config
-    expansion = Expansion([record.new_token for record in records], base.num_used_ids)
-    writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids,
-                                 places_per_token=config.writing_places)  # fmt: skip
-    result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
-                     progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
-                     parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
+    beside = output.with_name(f".{output.name}.groups")
+    parts = base.scheme.parts([record.new_token for record in records])
+    if config.method == "mean":  # which takes no more of the model than its rows
+        embedding_VD = checkpoint.read(checkpoint.vocab_tensors[0])
+        result = _mean(records, embedding_VD, config, num_used_ids=base.num_used_ids, parts=parts)
+    else:
+        frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
+                            max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
+        result = _distill_both(records, frozen, config, choice, num_used_ids=base.num_used_ids,
+                               prefix_ids=base.prefix_ids, parts=parts, beside=beside, progress=progress,
+                               say=say)  # fmt: skip
     result = replace(result, choice=choice)
-    if own_head:
-        made = make_output_rows(
-            choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
-            places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
-            progress=progress)  # fmt: skip
-        result = replace(result, output=made, taken_nats=None, taken_nats_start=None)
-        if made.held_out is not None and not made.bound_met:
-            say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
-                f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
     })  # fmt: skip
     FinishedGroups(beside, "").remove()
     return result
+
+
+def _distill_both(
+    records: Sequence[TokenSnippets], frozen: FrozenModel, config: DistillConfig, choice: OutputChoice, *,
+    num_used_ids: int, prefix_ids: Sequence[int], parts: Sequence[Sequence[int]], beside: Path, progress: Progress,
+    say: Callable[[str], None],
+) -> DistillResult:  # fmt: skip
+    """Make the input rows of all new tokens, and the output rows where the model has some of their own."""
+    own_head = choice.kind != "input"
+    # Input rows that are nothing else need not be kept silent.
+    reading = replace(config, silence=0.0) if own_head else config
+    expansion = Expansion([record.new_token for record in records], num_used_ids)
+    writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=prefix_ids,
+                                 places_per_token=config.writing_places)  # fmt: skip
+    result = distill(records, frozen, reading, num_used_ids=num_used_ids, prefix_ids=prefix_ids, progress=progress,
+                     finished_folder=beside, writing_bytes=writing_bytes, parts=parts)  # fmt: skip
+    if not own_head:
+        return result
+    made = make_output_rows(
+        choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=prefix_ids,
+        places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
+        progress=progress)  # fmt: skip
+    if made.held_out is not None and not made.bound_met:
+        say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
+            f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
+    return replace(result, output=made, taken_nats=None, taken_nats_start=None)
+
+
+def _mean(
+    records: Sequence[TokenSnippets], embedding_VD: torch.Tensor, config: DistillConfig, *, num_used_ids: int,
+    parts: Sequence[Sequence[int]],
+) -> DistillResult:  # fmt: skip
+    """Make the input rows that are the mean of each token's run."""
+    rows_ND = mean_rows(embedding_VD.cpu(), [record.new_token for record in records])
+    reports = _reports(records, rows_ND, rows_ND, {}, {}, config, embedding_VD, num_used_ids, parts)
+    return DistillResult(rows_ND, reports, 0)
 
 
 def distill(
@@ -212,11 +239,9 @@ def distill(
         writing_bytes: What the output rows need afterwards, to be stated with the rest.
         parts: For each token the indices of those that it is merged from; they stay as long as it does.
     """
-    tokens = [record.new_token for record in records]
-    rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
     if config.method == "mean":
-        reports = _reports(records, rows_ND, rows_ND, {}, {}, config, model, num_used_ids, parts)
-        return DistillResult(rows_ND, reports, 0)
+        return _mean(records, model.embedding_VD, config, num_used_ids=num_used_ids, parts=parts)
+    rows_ND = mean_rows(model.embedding_VD.cpu(), [record.new_token for record in records])
     start_ND = rows_ND.clone()
     work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
     taken_start = work.taken(rows_ND)
@@ -231,7 +256,7 @@ def distill(
         # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
         final = work.errors(rows_ND, progress)
         errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
-    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model, num_used_ids, parts)
+    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model.embedding_VD, num_used_ids, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
@@ -458,10 +483,10 @@ def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
 
 def _reports(
     records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
-    errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig, model: FrozenModel,
-    num_used_ids: int, parts: Sequence[Sequence[int]],
+    errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig,
+    embedding_VD: torch.Tensor, num_used_ids: int, parts: Sequence[Sequence[int]],
 ) -> tuple[TokenReport, ...]:  # fmt: skip
-    base_VD = model.embedding_VD[:num_used_ids]
+    base_VD = embedding_VD[:num_used_ids]
     typical = float(base_VD.float().norm(dim=1).median())
     reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out, parts)
     nearest = nearest_rows(rows_ND, base_VD)
