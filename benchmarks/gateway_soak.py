@@ -26,6 +26,7 @@ import aiohttp
 from gateway_models import STORIES, make_pair
 
 from serve.engine import Server, vllm_server, wait_until_ready
+from serve.gateway.observe import events_of
 from serve.gateway.run import ONE_ENGINE_FLAGS
 from serve.provenance import provenance
 from vocabext.manifest import read_manifest
@@ -155,7 +156,7 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: str, max_tokens:
             stream = (await response.read()).decode("utf-8")  # strict: a cut character is an error
             if response.status != 200:
                 answer.error = stream[:300]
-            answer.events = [part[5:].strip() for part in stream.split("\n\n") if part.startswith("data:")]
+            answer.events = [data.decode() for _, data in events_of([(0.0, stream.encode())])]
     except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.seconds = time.monotonic() - began
