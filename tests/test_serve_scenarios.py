@@ -239,7 +239,7 @@ def test_a_document_that_holds_the_continued_text_gives_no_passage() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_too_few_other_documents_are_one_line_with_both_numbers(count: int) -> None:
     texts = documents(count)
-    with pytest.raises(CorpusError, match=f"needs passages of 3 other documents, but of the {count} different documents "
-                                          f"of the corpus {count - 1} do"):
+    with pytest.raises(CorpusError, match="needs passages of 3 other documents, but of the "
+                                          f"{count} different documents of the corpus {count - 1} do not hold"):
         build(texts, points=(Point(MIXED),))
     assert len(build(texts, points=(Point(DECODE),))[DECODE]) == count
