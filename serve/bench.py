@@ -44,7 +44,7 @@ from serve.scenarios import (
 from serve.shape import context_length
 from serve.summary import summarize
 from vocabext.checkpoint import resolve_model
-from vocabext.corpus import read_documents
+from vocabext.corpus import left_out_of, read_documents
 from vocabext.errors import ServerError, UsageError, VocabextError
 from vocabext.manifest import file_sha256
 from vocabext.progress import Progress, no_progress
@@ -174,6 +174,7 @@ class Setting:
 def run_bench(
     base: str, expanded: str, corpus: Sequence[str], *, config: BenchConfig, output: Path, text_field: str = "text",
     force: bool = False, log_folder: Path, progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Start both servers, measure them in turn, and stop them.
 
@@ -187,6 +188,7 @@ def run_bench(
         force: Begin anew whatever `output` holds.
         log_folder: An existing folder for the logs of the servers and of the load generator.
         progress: Told of every run.
+        say: Told what of the corpus is not read.
 
     Returns:
         The content of bench.json.
@@ -199,7 +201,7 @@ def run_bench(
     """
     require_vllm()
     about = provenance()
-    documents = read_documents(corpus, text_field=text_field)  # a wrong path should not wait for a download
+    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path should not wait for a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
     encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
                 for role, folder in folders.items()}
@@ -211,7 +213,8 @@ def run_bench(
     setting = Setting(config, folders, encoders, prompts, context, vllm_device(), most)
     journal = Journal.open(output, settings_of(setting, base, expanded, about), force=force)
     journal.notes["documents"] = _described(texts)
-    head = {BASE: base, EXPANDED: expanded, "corpus": list(corpus), "device": setting.device, "provenance": about}
+    head = {BASE: base, EXPANDED: expanded, "corpus": list(corpus), "left_out": left_out_of(documents),
+            "device": setting.device, "provenance": about}
 
     def make(role: str, *, alone: bool) -> Server:
         flags = server_flags(config, context, setting.device, setting.needed_tokens, alone=alone)
