@@ -469,6 +469,12 @@ def test_a_name_that_is_no_utf8_can_be_written_down(tmp_path: Path) -> None:
     assert "caf\ufffd.pdf" in said[0].encode().decode()
 
 
+def test_what_two_sources_lead_to_is_counted_once(tmp_path: Path) -> None:
+    write(tmp_path, a__a_txt="a", a__b_pdf="")
+    _, _, left_out = said_and_left_out(tmp_path, tmp_path / "a")
+    assert left_out["unknown format .pdf"]["count"] == 1
+
+
 def test_many_names_are_counted_and_the_first_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "_MOST_NAMES", 2)
     write(tmp_path, a_txt="a", **{f"{i}_pdf": "" for i in range(5)})

@@ -55,6 +55,18 @@ def test_counts_agree_with_the_tokenizers(folders: tuple[Path, Path], corpus: st
     assert (found["documents_longer"], found["saved_share_percentiles"]["0"]) == (0, 0.0)
 
 
+def test_what_is_not_read_of_a_corpus_is_said_and_recorded(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, text in {"a.txt": "the heart", "b.md": "# heart", "c.csv": "id,text\n1,the muscle\n2,\n"}.items():
+        (tmp_path / name).write_text(text)
+    said: list[str] = []
+    found = lengths.measure_lengths(str(folders[0]), str(folders[1]), [str(tmp_path)], say=said.append)
+    assert found["documents"] == 2
+    assert found["left_out"] == {"unknown format .md": {"count": 1, "names": [f"{tmp_path}/b.md"]},
+                                 "empty record": {"count": 1, "names": [f"{tmp_path}/c.csv:3"]}}
+    assert [line.partition(":")[0] for line in said] == ["not read of the corpus",
+                                                         "passed over in the corpus of 2 documents"]
+
+
 def test_tokens_that_earn_and_tokens_that_never_fire(folders: tuple[Path, Path], corpus: str) -> None:
     new = lengths.measure_lengths(str(folders[0]), str(folders[1]), [corpus])["new_tokens"]
     assert (new["total"], new["used"], new["never_used"]) == (3, 2, [" zebra"])

@@ -70,9 +70,14 @@ class LeftOut:
         """Begin with nothing."""
         self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
+        self._paths: set[tuple[str, Path]] = set()
 
-    def add(self, reason: str, name: object) -> None:
-        """Count something, and keep its name."""
+    def add(self, reason: str, name: str | Path) -> None:
+        """Count something, and keep its name; a path counts once, however many sources lead to it."""
+        if isinstance(name, Path):
+            if (reason, name) in self._paths:
+                return
+            self._paths.add((reason, name))
         self.counts[reason] += 1
         if len(names := self.names.setdefault(reason, [])) < _MOST_NAMES:
             names.append(os.fsencode(str(name)).decode("utf-8", "replace"))  # a name on a disk may be any bytes
