@@ -26,9 +26,11 @@ import aiohttp
 from gateway_models import STORIES, make_pair
 
 from serve.engine import Server, vllm_server, wait_until_ready
+from serve.gateway.observe import events_of
 from serve.gateway.run import ONE_ENGINE_FLAGS
 from serve.provenance import provenance
 from vocabext.manifest import read_manifest
+from vocabext.tokenizer import load_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--max-num-seqs", "64", "--dtype", "float32", "--max-model-len", "384")
@@ -155,7 +157,7 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: str, max_tokens:
             stream = (await response.read()).decode("utf-8")  # strict: a cut character is an error
             if response.status != 200:
                 answer.error = stream[:300]
-            answer.events = [part[5:].strip() for part in stream.split("\n\n") if part.startswith("data:")]
+            answer.events = [data.decode() for _, data in events_of([(0.0, stream.encode())])]
     except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.seconds = time.monotonic() - began
@@ -195,8 +197,6 @@ def main() -> int:
 
 def soak(folder: Path, options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     """Start everything, run it, and count."""
-    from transformers import AutoTokenizer
-
     base, expanded = make_pair(folder)
     servers = engines(folder, {"expanded": expanded} if options.one_engine else {"base": base, "expanded": expanded},
                       ONE_ENGINE_FLAGS if options.one_engine else ())
@@ -204,9 +204,9 @@ def soak(folder: Path, options: argparse.Namespace, stack: ExitStack) -> dict[st
         stack.enter_context(server)
     wait_until_ready(list(servers.values()))
     manifest = read_manifest(expanded)
-    known = {"base": Known("expanded" if options.one_engine else "base", AutoTokenizer.from_pretrained(base),
+    known = {"base": Known("expanded" if options.one_engine else "base", load_hf_tokenizer(base),
                            manifest.first_new_id),
-             "expanded": Known("expanded", AutoTokenizer.from_pretrained(expanded),
+             "expanded": Known("expanded", load_hf_tokenizer(expanded),
                                # rows that pad the matrix have no token, and an engine may sample them all the same
                                json.loads((expanded / "config.json").read_text())["vocab_size"])}
     arms = ([str(base), f"{expanded}@{servers['expanded'].url}", "--one-engine"] if options.one_engine

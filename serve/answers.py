@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.engine import Server, open_url
-from serve.scenarios import max_output_tokens
 from vocabext.errors import ServerError
 
 TYPICAL_CHARACTERS_PER_TOKEN = 3
@@ -36,7 +35,9 @@ class AnswerPlan:
         return sum(count < wanted for count in self.characters)
 
 
-def plan_answers(server: Server, model: str, prompts: Sequence[str], output_characters: int) -> AnswerPlan:
+def plan_answers(
+    server: Server, model: str, prompts: Sequence[str], output_characters: int, *, most_tokens: int
+) -> AnswerPlan:
     """Ask a server how many tokens its answer to each prompt needs.
 
     Args:
@@ -44,16 +45,16 @@ def plan_answers(server: Server, model: str, prompts: Sequence[str], output_char
         model: The model's name there.
         prompts: The prompts.
         output_characters: Characters each answer should have.
+        most_tokens: What an answer may take at most; one that has not reached its characters then stays short.
 
     Raises:
         ServerError: If the server does not answer.
     """
-    found = [_plan_one(server, model, prompt, output_characters) for prompt in prompts]
+    found = [_plan_one(server, model, prompt, output_characters, most_tokens) for prompt in prompts]
     return AnswerPlan(tuple(tokens for tokens, _ in found), tuple(characters for _, characters in found))
 
 
-def _plan_one(server: Server, model: str, prompt: str, wanted: int) -> tuple[int, int]:
-    most = max_output_tokens(wanted)
+def _plan_one(server: Server, model: str, prompt: str, wanted: int, most: int) -> tuple[int, int]:
     tokens = min(most, 1 + wanted // TYPICAL_CHARACTERS_PER_TOKEN)
     while True:
         ends = _token_ends(_complete(server, model, prompt, tokens))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ from serve.scenarios import (
     build_prompts,
     max_output_tokens,
     points_of,
+    tokens_per_character,
 )
 from serve.shape import context_length
 from serve.summary import summarize
 from vocabext.checkpoint import resolve_model
-from vocabext.corpus import read_documents
+from vocabext.corpus import left_out_of, read_documents
 from vocabext.errors import ServerError, UsageError, VocabextError
 from vocabext.manifest import file_sha256
 from vocabext.progress import Progress, no_progress
@@ -141,6 +143,7 @@ class Setting:
         prompts: The prompts of each scenario.
         context: Tokens of the context, None if unknown.
         device: `cpu` or `gpu`.
+        most_answer_tokens: Most tokens that an answer may take.
     """
 
     config: BenchConfig
@@ -149,6 +152,19 @@ class Setting:
     prompts: Mapping[str, tuple[str, ...]]
     context: int | None
     device: str
+    most_answer_tokens: int
+
+    @cached_property
+    def prompt_tokens(self) -> dict[str, dict[str, list[int]]]:
+        """Tokens of each prompt of each scenario, under both tokenizers."""
+        return {role: {name: [len(encoder.encode(prompt)) for prompt in prompts]
+                       for name, prompts in self.prompts.items()} for role, encoder in self.encoders.items()}
+
+    @property
+    def needed_tokens(self) -> int:
+        """How long the servers' context must be for the longest prompt and any answer."""
+        longest = max(max(counts) for by_name in self.prompt_tokens.values() for counts in by_name.values())
+        return longest + self.most_answer_tokens + 4 * CONTEXT_MARGIN_TOKENS
 
     def requests(self, point: Point) -> int:
         """Return how many requests a run of a point sends."""
@@ -158,6 +174,7 @@ class Setting:
 def run_bench(
     base: str, expanded: str, corpus: Sequence[str], *, config: BenchConfig, output: Path, text_field: str = "text",
     force: bool = False, log_folder: Path, progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Start both servers, measure them in turn, and stop them.
 
@@ -171,6 +188,7 @@ def run_bench(
         force: Begin anew whatever `output` holds.
         log_folder: An existing folder for the logs of the servers and of the load generator.
         progress: Told of every run.
+        say: Told what of the corpus is not read.
 
     Returns:
         The content of bench.json.
@@ -183,18 +201,23 @@ def run_bench(
     """
     require_vllm()
     about = provenance()
-    documents = read_documents(corpus, text_field=text_field)  # a wrong path should not wait for a download
+    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path should not wait for a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
     encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
                 for role, folder in folders.items()}
     context = _context(folders.values(), config.vllm_flags)
-    prompts = build_prompts(_texts(documents), encoders[BASE], config.shape, config.points, context, config.seed)
-    setting = Setting(config, folders, encoders, prompts, context, vllm_device())
+    texts = _texts(documents)
+    most = max_output_tokens(config.output_characters, tokens_per_character(texts, encoders.values()))
+    prompts = build_prompts(texts, encoders[BASE], config.shape, config.points, context, config.seed,
+                            answer_tokens=most)
+    setting = Setting(config, folders, encoders, prompts, context, vllm_device(), most)
     journal = Journal.open(output, settings_of(setting, base, expanded, about), force=force)
-    head = {BASE: base, EXPANDED: expanded, "corpus": list(corpus), "device": setting.device, "provenance": about}
+    journal.notes["documents"] = _described(texts)
+    head = {BASE: base, EXPANDED: expanded, "corpus": list(corpus), "left_out": left_out_of(documents),
+            "device": setting.device, "provenance": about}
 
     def make(role: str, *, alone: bool) -> Server:
-        flags = server_flags(config, context, setting.device, alone=alone)
+        flags = server_flags(config, context, setting.device, setting.needed_tokens, alone=alone)
         journal.notes["server_flags"] = list(flags)
         return vllm_server(folders[role], log_folder / f"{role}.log", name=f"the {role} server", served_name=role,
                            flags=flags)
@@ -226,6 +249,7 @@ def compare_servers(
     """
     config = setting.config
     journal.notes["prompt_characters"] = {name: [len(p) for p in prompts] for name, prompts in setting.prompts.items()}
+    journal.notes["prompt_tokens"] = setting.prompt_tokens
     try:
         with ExitStack() as stack:
             paths = {name: write_prompts(prompts, log_folder, name).resolve()
@@ -306,10 +330,10 @@ def _look_at(server: Server, role: str, setting: Setting, journal: Journal) -> N
     prompts = [prompt for scenario in setting.prompts.values() for prompt in scenario]
     journal.notes.setdefault("tokenize_agreement", {})[role] = agreement_of(server, role, prompts,
                                                                             setting.encoders[role])
-    wanted = setting.config.output_characters
+    wanted, most = setting.config.output_characters, setting.most_answer_tokens
     journal.answers[role] = {
         name: AnswerPlan((1,) * len(texts), (0,) * len(texts)) if name == PREFILL
-        else plan_answers(server, role, texts, wanted) for name, texts in setting.prompts.items()}
+        else plan_answers(server, role, texts, wanted, most_tokens=most) for name, texts in setting.prompts.items()}
 
 
 def _answer_tokens(journal: Journal, role: str, scenario: str, num_requests: int) -> tuple[int, ...]:
@@ -378,13 +402,21 @@ def settings_of(setting: Setting, base: str, expanded: str, about: Mapping[str, 
     }
 
 
-def server_flags(config: BenchConfig, context: int | None, device: str, *, alone: bool = False) -> tuple[str, ...]:
-    """Return the vLLM flags of both servers: the user's, and what the measurement needs."""
+def server_flags(
+    config: BenchConfig, context: int | None, device: str, needed: int, *, alone: bool = False
+) -> tuple[str, ...]:
+    """Return the vLLM flags of both servers: the user's, and what the measurement needs.
+
+    Args:
+        config: The options.
+        context: Tokens that the models' context has, None if unknown.
+        device: `cpu` or `gpu`.
+        needed: Tokens of context that the longest prompt and its answer need.
+        alone: Whether nothing else runs beside the server.
+    """
     flags = list(config.vllm_flags)
     if not has_flag(flags, "enable-prefix-caching"):
         flags.append("--no-enable-prefix-caching")
-    longest = max(config.prompt_tokens or DEFAULT_PROMPT_TOKENS, config.passage_characters + config.prompt_characters)
-    needed = longest + max_output_tokens(config.output_characters) + 4 * CONTEXT_MARGIN_TOKENS
     if context is not None and context > needed and not has_flag(flags, "max-model-len"):
         flags += ["--max-model-len", str(needed)]  # the cache of a 128k context would not fit beside a second model
     if device == "gpu" and not alone and not config.one_at_a_time and not has_flag(flags, "gpu-memory-utilization"):
@@ -407,11 +439,12 @@ def method_of(config: BenchConfig, flags: Sequence[str], notes: Mapping[str, Any
         f"load and server; {servers}.",
         f"Before every run: {SETTLE_SECONDS} seconds of silence if the server changes (an idle vLLM keeps a core busy "
         "for one second), and one request that is not counted.",
-        "Both models get the same prompts, cut from held-out documents, as text.",
+        f"Both models get the same prompts, as text, cut from held-out documents{_counted(notes.get('documents'))}.",
         f"Prefill: prompts of up to {config.prompt_tokens or DEFAULT_PROMPT_TOKENS} base tokens, as the context "
         "allows; one output token.",
-        f"Decode: prompts of {config.prompt_characters} characters. Mixed: {config.passage_characters} characters of "
-        f"passages before such a prompt.",
+        f"Decode: prompts of up to {config.prompt_characters} characters. Mixed: up to {config.passage_characters} "
+        f"characters of passages of other documents before such a prompt, as the context allows."
+        f"{_spans((notes.get('prompt_tokens') or {}).get(BASE))}",
         f"Answers are equal in characters, not in tokens: each server was asked beforehand how many tokens its greedy "
         f"answer to each prompt needs for {config.output_characters} characters, and got that many as max_tokens. "
         "The end-of-text token is ignored.",
@@ -429,6 +462,20 @@ def method_of(config: BenchConfig, flags: Sequence[str], notes: Mapping[str, Any
         limits = [f"{name.replace('_', ' ')} at most {limit:g}" for name, limit in config.target.items() if limit]
         lines.append(f"Goodput counts requests with {' and '.join(limits)}.")
     return lines
+
+
+def _counted(documents: Mapping[str, int] | None) -> str:
+    if not documents:
+        return ""
+    cut = (f" (the first {MAX_CORPUS_CHARACTERS:,} characters of the corpus)"
+           if documents["characters"] > MAX_CORPUS_CHARACTERS else "")
+    return f": {documents['different']:,} different ones of {documents['read']:,}{cut}"
+
+
+def _spans(tokens: Mapping[str, Sequence[int]] | None) -> str:
+    """Say how long prompts are in base tokens, which is what the context is counted in."""
+    spans = (f"{name} {min(counts):,} to {max(counts):,}" for name, counts in (tokens or {}).items())
+    return f" In base tokens: {', '.join(spans)}." if tokens else ""
 
 
 def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: Encoder) -> dict[str, int]:
@@ -461,6 +508,7 @@ def _context(folders: Iterable[Path], flags: Sequence[str]) -> int | None:
 
 
 def _texts(documents: Iterable[Document]) -> list[str]:
+    """Return the documents' texts up to `MAX_CORPUS_CHARACTERS`, the last one whole."""
     texts, characters = [], 0
     for document in documents:
         texts.append(document.text)
@@ -468,3 +516,8 @@ def _texts(documents: Iterable[Document]) -> list[str]:
         if characters > MAX_CORPUS_CHARACTERS:
             break
     return texts
+
+
+def _described(texts: Sequence[str]) -> dict[str, int]:
+    return {"read": len(texts), "different": len({text.strip() for text in texts}),
+            "characters": sum(map(len, texts))}

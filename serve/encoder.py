@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.errors import TokenizerError
+from vocabext.tokenizer import load_hf_tokenizer
 
 
 class Encoder:
@@ -59,14 +59,5 @@ def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     Raises:
         TokenizerError: If there is none, or only a slow one.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
-    backend = getattr(hf, "backend_tokenizer", None)
-    if backend is None:
-        raise TokenizerError(f"the tokenizer of {folder} is {type(hf).__name__}, which has no tokenizer.json form")
-    return Encoder(backend, len(hf))
+    hf = load_hf_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Encoder(hf.backend_tokenizer, len(hf))

@@ -7,7 +7,7 @@ its run must give back the base ids.
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,7 +21,7 @@ from serve.encoder import Encoder, load_encoder
 from serve.provenance import provenance
 from serve.shape import cache_bytes_per_token, context_length, read_config
 from vocabext.checkpoint import resolve_model
-from vocabext.corpus import read_documents
+from vocabext.corpus import left_out_of, read_documents
 from vocabext.expansion import Expansion
 from vocabext.manifest import has_manifest, read_manifest
 from vocabext.progress import Progress, no_progress
@@ -68,7 +68,7 @@ class Tally:
 
 def measure_lengths(
     base: str, expanded: str, corpus: Sequence[str], *, text_field: str = "text", trust_remote_code: bool = False,
-    seed: int = 0, progress: Progress = no_progress,
+    seed: int = 0, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Tokenize a corpus with both models' tokenizers.
 
@@ -80,6 +80,7 @@ def measure_lengths(
         trust_remote_code: Run Python code that comes with the model.
         seed: Seed of the interval and of the choice of passages.
         progress: Told of every document.
+        say: Told what of the corpus is not read.
 
     Returns:
         The content of lengths.json.
@@ -89,7 +90,7 @@ def measure_lengths(
         TokenizerError: If one of the tokenizers cannot be loaded.
     """
     about = provenance()
-    documents = read_documents(corpus, text_field=text_field)
+    documents = read_documents(corpus, text_field=text_field, say=say)
     folders = resolve_model(base), resolve_model(expanded)
     encoders = [load_encoder(folder, trust_remote_code=trust_remote_code) for folder in folders]
     expansion = expansion_of(folders[1], encoders[0])
@@ -105,6 +106,7 @@ def measure_lengths(
     seconds = time.perf_counter() - started
     return {
         "artifact": "lengths", "version": FORMAT_VERSION, "base": base, "expanded": expanded, "corpus": list(corpus),
+        "left_out": left_out_of(documents),
         **summarize(tally, expansion, seed=seed),
         "cache": cache_savings(folders[0], tally),
         "passages": _passages(pool, encoders[0], encoders[1], expansion.first_new_id),

@@ -280,6 +280,10 @@ def run_predict(
         notes.append("The model has experts, of which a token uses some; all are counted here.")
     if old.cache_bytes_per_token is None:
         notes.append("The attention is not plain; its cache is counted as if every head kept keys and values.")
+    tokens = lengths.base * (config.prompt_characters + config.output_characters)
+    if old.context_tokens is not None and tokens > old.context_tokens:
+        notes.append(f"A long prompt and its answer take {tokens:,.0f} base tokens, but the context has "
+                     f"{old.context_tokens:,}: the base cannot run this load; use fewer --prompt-characters.")
     return {
         "artifact": "predict", "version": FORMAT_VERSION, "base": base, "expanded": expanded,
         "device": asdict(device), "options": asdict(config),

@@ -12,8 +12,9 @@ second at random (Poisson) moments, the same moments for both models.
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from serve.encoder import Encoder
 from vocabext.errors import CorpusError, UsageError
@@ -23,6 +24,7 @@ SCENARIOS = (PREFILL, DECODE, MIXED)
 CONTEXT_MARGIN_TOKENS = 16  # for the tokens that frame a prompt
 DEFAULT_PROMPT_TOKENS = 2032
 NUM_PASSAGES = 3
+SAMPLED_TEXTS, SAMPLED_CHARACTERS = 100, 1000  # to see how many tokens a character takes
 RATE_SECONDS = 10.0  # how long requests keep arriving at a point with a rate, at least
 REQUESTS_PER_SLOT = 2  # requests per request in flight, at least
 
@@ -80,16 +82,26 @@ def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Ite
     return tuple(dict.fromkeys(Point(scenario, *load) for scenario in scenarios for load in loads))
 
 
-def max_output_tokens(output_characters: int) -> int:
+def tokens_per_character(texts: Sequence[str], encoders: Iterable[Encoder]) -> float:
+    """Return how many tokens a character of a corpus takes, with the tokenizer that needs most: 0.2 to over 3."""
+    sample = "\n\n".join(text[:SAMPLED_CHARACTERS] for text in texts[:: max(1, len(texts) // SAMPLED_TEXTS)])
+    return max(len(encoder.encode(sample)) for encoder in encoders) / max(1, len(sample))
+
+
+def max_output_tokens(output_characters: int, per_character: float) -> int:
     """Return how many tokens an answer may take to reach its characters.
 
-    Half as many as characters: tokens of text are longer than that, and a model that writes nothing
+    Twice as many as such text takes, and at least half as many as characters: a model that writes nothing
     visible must come to an end.
+
+    Args:
+        output_characters: The characters.
+        per_character: How many tokens a character of the corpus takes.
     """
-    return max(1, output_characters // 2)
+    return max(1, output_characters // 2, math.ceil(2 * per_character * output_characters))
 
 
-def prompt_limit(shape: PromptShape, context: int | None) -> int:
+def prompt_limit(shape: PromptShape, context: int | None, answer_tokens: int) -> int:
     """Return how many base tokens a prefill prompt may have.
 
     Raises:
@@ -99,22 +111,23 @@ def prompt_limit(shape: PromptShape, context: int | None) -> int:
     if shape.prompt_tokens is not None and shape.prompt_tokens > room:
         raise UsageError(f"--prompt-tokens {shape.prompt_tokens} does not fit into the context of {context} tokens; "
                          f"use at most {max(room, 0)}")
-    if max_output_tokens(shape.output_characters) > room // 2:
-        raise UsageError(f"--output-characters {shape.output_characters} may need "
-                         f"{max_output_tokens(shape.output_characters)} tokens, which leaves too little of the context "
-                         f"of {context} tokens for the prompt; use at most {max(room, 0)}")
+    if answer_tokens > room // 2:
+        most = max(room // 2, 0) * shape.output_characters // answer_tokens
+        raise UsageError(f"--output-characters {shape.output_characters} may need {answer_tokens} tokens, which leaves "
+                         f"too little of the context of {context} tokens for the prompt; use at most {most}")
     return min(shape.prompt_tokens or DEFAULT_PROMPT_TOKENS, room)
 
 
 def build_prompts(
     texts: Iterable[str], encoder: Encoder, shape: PromptShape, points: Iterable[Point], context: int | None,
-    seed: int = 0,
+    seed: int = 0, *, answer_tokens: int,
 ) -> dict[str, tuple[str, ...]]:
     """Cut the prompts of every scenario out of held-out texts.
 
     Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space
     just before they would exceed the limit in *base* tokens. Decode prompts are the beginnings of
-    documents. Mixed prompts are passages of other documents, then such a beginning.
+    documents. Mixed prompts are passages of other documents, then such a beginning; a document that holds
+    the beginning is no other one. Equal documents count once.
 
     Args:
         texts: The documents.
@@ -123,6 +136,7 @@ def build_prompts(
         points: What will be measured.
         context: The context in tokens, None if unknown.
         seed: Seed of the order of the documents.
+        answer_tokens: Most tokens that an answer may take.
 
     Returns:
         The prompts of each scenario, as many as its largest point needs.
@@ -131,12 +145,12 @@ def build_prompts(
         CorpusError: If there is too little text.
         UsageError: If something does not fit into the context.
     """
-    documents = [text.strip() for text in texts if text.strip()]
+    documents = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not documents:
         raise CorpusError("the corpus holds no text to make prompts from; pass held-out documents as --corpus")
     random.Random(seed).shuffle(documents)
-    limit = prompt_limit(shape, context)
-    room = (context or 10**9) - CONTEXT_MARGIN_TOKENS - max_output_tokens(shape.output_characters)
+    limit = prompt_limit(shape, context, answer_tokens)
+    room = (context or 10**9) - CONTEXT_MARGIN_TOKENS - answer_tokens
     needed: dict[str, int] = {}
     for point in points:
         needed[point.scenario] = max(needed.get(point.scenario, 0), point.num_requests(shape.texts))
@@ -172,9 +186,18 @@ def _retrieved(documents: list[str], encoder: Encoder, room: int, shape: PromptS
     size = max(1, shape.passage_characters // NUM_PASSAGES)
     prompts = []
     for number, opening in enumerate(_openings(documents, encoder, room, shape.prompt_characters, count)):
-        places = [(count + number * NUM_PASSAGES + i) % len(documents) for i in range(NUM_PASSAGES)]
-        passages = "\n\n".join(_cut_at_space(documents[place], size) for place in places)
-        left = max(1, room - len(encoder.encode(opening)) - CONTEXT_MARGIN_TOKENS)
+        first = (count + number * NUM_PASSAGES) % len(documents)
+        in_turn = (documents[(first + i) % len(documents)] for i in range(len(documents)))
+        others = list(islice((document for document in in_turn if opening not in document), NUM_PASSAGES))
+        if len(others) < NUM_PASSAGES:
+            raise CorpusError(f"a mixed prompt needs passages of {NUM_PASSAGES} other documents, but of the "
+                              f"{len(documents)} different documents of the corpus {len(others)} do not hold the text "
+                              "that it continues; pass more held-out documents, or other scenarios")
+        passages = "\n\n".join(_cut_at_space(other, size) for other in others)
+        left = room - len(encoder.encode(f"\n\n{opening}"))
+        if left < 1:
+            raise UsageError(f"the beginning of a document takes {room - left} tokens, and the context has room for "
+                             f"{room} beside the answer; use fewer --prompt-characters than {shape.prompt_characters}")
         prompts.append(f"{_fit(passages, encoder, left)}\n\n{opening}")
     return prompts
 

@@ -1,6 +1,10 @@
+import bz2
+import csv
+import glob
 import gzip
 import io
 import json
+import lzma
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabext import corpus
-from vocabext.corpus import corpus_signature, read_documents
+from vocabext.corpus import corpus_signature, left_out_of, read_documents
 from vocabext.errors import CorpusError, UsageError
 from vocabext.records import Document
 
@@ -39,14 +43,17 @@ ROWS = [{"text": "one", "id": 1}, {"text": "zwei ß", "id": 2}]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
     ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
 }
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv"])
 def test_every_format_is_read_plain_and_compressed(tmp_path: Path, suffix: str, compression: str) -> None:
-    data = {".txt": "one\nzwei ß\n".encode(), ".parquet": as_parquet(ROWS)}.get(suffix, as_json_lines(ROWS))
+    data = {".txt": "one\nzwei ß\n".encode(), ".parquet": as_parquet(ROWS), ".csv": "text,id\none,1\nzwei ß,2".encode(),
+            ".tsv": "id\ttext\r\n1\tone\r\n2\tzwei ß\r\n".encode()}.get(suffix, as_json_lines(ROWS))
     path = tmp_path / f"notes{suffix}{compression}"
     path.write_bytes(COMPRESS[compression](data))
     assert texts(path) == (["one\nzwei ß\n"] if suffix == ".txt" else ["one", "zwei ß"])
@@ -131,7 +138,7 @@ def test_compressed_files_are_longer_than_one_chunk(tmp_path: Path, monkeypatch:
 
 
 def test_concatenated_streams_are_read_to_the_end(tmp_path: Path) -> None:
-    for compression in (".gz", ".zst"):
+    for compression in (".gz", ".bz2", ".xz", ".zst"):
         compress = COMPRESS[compression]
         (tmp_path / f"a.txt{compression}").write_bytes(compress(b"first ") + compress(b"second"))
         assert texts(tmp_path / f"a.txt{compression}") == ["first second"]
@@ -210,21 +217,21 @@ def test_text_that_is_none(tmp_path: Path, data: bytes, message: str) -> None:
         texts(tmp_path)
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 def test_a_stream_that_was_cut_off(tmp_path: Path, suffix: str, compression: str) -> None:
     noise = os.urandom(50_000).hex()
     rows = [{"text": noise}]
     data = {".txt": noise.encode(), ".parquet": as_parquet(rows)}.get(suffix, as_json_lines(rows))
     (tmp_path / f"a{suffix}{compression}").write_bytes(COMPRESS[compression](data)[:-100])
-    with pytest.raises(CorpusError, match=rf"a\{suffix}\{compression} is no complete (gzip|zstd) file"):
+    with pytest.raises(CorpusError, match=rf"a\{suffix}\{compression} is no complete (gzip|bzip2|xz|zstd) file"):
         texts(tmp_path)
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_stream_that_is_none(tmp_path: Path, compression: str) -> None:
     (tmp_path / f"a.txt{compression}").write_bytes(b"not compressed at all")
-    with pytest.raises(CorpusError, match=rf"a\.txt\{compression} is no (complete|valid) (gzip|zstd) file"):
+    with pytest.raises(CorpusError, match=rf"a\.txt\{compression} is no (complete|valid) (gzip|bzip2|xz|zstd) file"):
         texts(tmp_path)
 
 
@@ -348,3 +355,185 @@ def test_a_hub_dataset_without_the_field(monkeypatch: pytest.MonkeyPatch) -> Non
     FakeHub(monkeypatch, {"train": [{"question": "a"}]})
     with pytest.raises(CorpusError, match="owner/name:1 has no field 'text', only 'question'"):
         texts("owner/name")
+
+
+# ---- what is left out is said and recorded -------------------------------------------------------
+
+
+def said_and_left_out(*sources: object, **options: Any) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Read a corpus; returns its texts, what was said, and what is recorded."""
+    said: list[str] = []
+    documents = read_documents([str(s) for s in sources], say=said.append, **options)
+    return [document.text for document in documents], said, left_out_of(documents)
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write files; `__` in a name stands for a slash, `_` for a dot."""
+    for name, text in files.items():
+        path = folder / name.replace("___", "/.").replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_folder_of_everything_is_read_whole(tmp_path: Path) -> None:
+    """Sixty of 120 documents were read here, without a word."""
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "a.jsonl").write_bytes(as_json_lines([{"text": "a"}]))
+    (elsewhere / "b.jsonl").write_bytes(as_json_lines([{"text": "b"}]))
+    (folder / "b").symlink_to(elsewhere)
+    (folder / "c.csv").write_text("id,text\n1,c\n")
+    (folder / "d.jsonl.bz2").write_bytes(bz2.compress(as_json_lines([{"text": "d"}])))
+    (folder / "e.txt.XZ").write_bytes(lzma.compress(b"e"))
+    (folder / "f.tsv").write_text("text\tid\nf\t1\n")
+    assert said_and_left_out(folder) == (["a", "c", "d", "e", "f", "b"], [], {})
+
+
+def test_what_a_folder_holds_beside_is_counted_and_named_once(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a", b_pdf="", c__d_PDF="", c_jsonl_lz4="", README_md="", LICENSE="", _git__config="",
+          _x_txt="")
+    found, said, left_out = said_and_left_out(tmp_path)
+    assert found == ["a"]
+    assert said == [
+        f"not read of the corpus: hidden: 2 (such as {tmp_path}/.git); unknown format (no suffix): 1 (such as "
+        f"{tmp_path}/LICENSE); unknown format .md: 1 (such as {tmp_path}/README.md); unknown format .pdf: 2 (such as "
+        f"{tmp_path}/b.pdf); unknown format .lz4: 1 (such as {tmp_path}/c.jsonl.lz4); formats that are read: "
+        ".txt, .jsonl, .parquet, .csv or .tsv, plain, .gz, .bz2, .xz or .zst"]
+    assert left_out["unknown format .pdf"] == {"count": 2, "names": [f"{tmp_path}/b.pdf", f"{tmp_path}/c/d.PDF"]}
+    assert json.loads(json.dumps(left_out)) == left_out
+
+
+def test_empty_records_and_files_are_counted_when_all_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_json_lines([{"text": ""}, {"text": " \n"}, {"text": None}, {"text": "x"}]))
+    write(tmp_path, b_txt="", c_jsonl="", d_csv="", e_csv="text\n")
+    found, said, left_out = said_and_left_out(tmp_path)
+    assert found == ["x"]
+    assert said == [f"passed over in the corpus of 1 documents: empty record: 4 (such as {tmp_path}/a.jsonl:1); "
+                    f"no record in the file: 3 (such as {tmp_path}/c.jsonl)"]
+    names = left_out["no record in the file"]["names"]
+    assert names == [f"{tmp_path}/{name}" for name in ("c.jsonl", "d.csv", "e.csv")]
+
+
+def test_links_to_folders_end_where_they_lead_in_a_circle(tmp_path: Path) -> None:
+    write(tmp_path, a__x_txt="x", a__b__y_txt="y", z__z_txt="z")
+    for place, target in {"a/b/up": "..", "a/self": ".", "loop": tmp_path, "a/side": tmp_path / "z"}.items():
+        (tmp_path / place).symlink_to(target)
+    assert said_and_left_out(tmp_path) == (["x", "y", "z"], [], {})
+    assert sorted(texts(f"{tmp_path}/**/*.txt")) == sorted(texts(f"{tmp_path}/**")) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "**/b/*", "a/**/y.txt", "**/.h/*.txt", "*/**/[xy].txt",
+                                     "**/b/**/*.txt", "a/**", "**/a/*.txt", "**/*/x.txt", "**/.*.txt"])
+def test_a_pattern_matches_what_it_matches_elsewhere(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, a__x_txt="1", a__b__y_txt="2", a__b__b__y_txt="3", x_txt="4", _h__x_txt="5", a___h__b__x_txt="6",
+          a___y_txt="7")
+    files = {match for match in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(match).is_file()}
+    assert {document.name for document in read_documents([f"{tmp_path}/{pattern}"])} == files
+
+
+def test_a_dangling_link_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    (tmp_path / "c.txt").symlink_to("c.txt")
+    with pytest.raises(CorpusError, match=r"b\.txt cannot be read: No such file"):
+        texts(tmp_path)
+    with pytest.raises(CorpusError, match=r"b\.txt cannot be read: No such file"):
+        corpus_signature([str(tmp_path)])
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(CorpusError, match=r"c\.txt cannot be read: Too many levels"):
+        texts(tmp_path)
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a")
+    os.mkfifo(tmp_path / "b.txt")
+    found, _, left_out = said_and_left_out(tmp_path)
+    assert (found, left_out["no regular file"]["count"]) == (["a"], 1)
+
+
+def test_folders_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a", b__c_txt="c")
+    found, (line,), _ = said_and_left_out(f"{tmp_path}/*")
+    assert found == ["a"]
+    assert f"folder that a pattern matches: 1 (such as {tmp_path}/b)" in line
+    assert said_and_left_out(f"{tmp_path}/**") == (["a", "c"], [], {})
+
+
+def test_a_name_that_is_no_utf8_can_be_written_down(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a")
+    (tmp_path / os.fsdecode(b"caf\xe9.pdf")).write_text("")
+    _, said, left_out = said_and_left_out(tmp_path)
+    assert json.dumps(left_out, ensure_ascii=False).encode()
+    assert "caf\ufffd.pdf" in said[0].encode().decode()
+
+
+def test_what_two_sources_lead_to_is_counted_once(tmp_path: Path) -> None:
+    write(tmp_path, a__a_txt="a", a__b_pdf="")
+    _, _, left_out = said_and_left_out(tmp_path, tmp_path / "a")
+    assert left_out["unknown format .pdf"]["count"] == 1
+
+
+def test_many_names_are_counted_and_the_first_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_MOST_NAMES", 2)
+    write(tmp_path, a_txt="a", **{f"{i}_pdf": "" for i in range(5)})
+    _, _, left_out = said_and_left_out(tmp_path)
+    assert left_out["unknown format .pdf"] == {"count": 5, "names": [f"{tmp_path}/0.pdf", f"{tmp_path}/1.pdf"]}
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [["one, two"], ['"quoted" and\r\nin\n\nlines'], ["\u2028 next"], ["x" * 200_000], ["tab\tbed"], [" spaced "]]
+    for suffix, dialect in (("csv", "excel"), ("tsv", "excel-tab")):
+        with open(tmp_path / f"a.{suffix}", "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file, dialect).writerows([["id", "text"], *([i, *row] for i, row in enumerate(rows))])
+        assert texts(tmp_path / f"a.{suffix}") == [row[0] for row in rows]
+
+
+def test_documents_of_a_table_say_on_which_line_they_end(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n\n"one\ntwo"\nthree\n')
+    assert [document.name for document in read_documents([str(tmp_path)])] == [
+        f"{tmp_path}/a.csv:4", f"{tmp_path}/a.csv:5"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a,b\n1,2\n", r"a\.csv has no field 'text', only 'a', 'b'; choose one with --text-field"),
+    ("text;b\n1;2\n", r"a\.csv has no field 'text', only 'text;b'"),
+    ("text,b,text\n1,2,3\n", r"a\.csv has 2 fields 'text'; rename all but one"),
+    ("text,b\n1,2\n3\n", r"a\.csv:3 ends a record of 1 fields, but the header has 2"),
+    ("text,b\n1,2,3\n", r"a\.csv:2 ends a record of 3 fields, but the header has 2"),
+    ('text\n"never closed\nnext\n', r"a\.csv:\d is no readable \.csv table: unexpected end of data"),
+    ('text\n"a" b\n', r"a\.csv:2 is no readable \.csv table: ',' expected after"),
+])
+def test_a_bad_table(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        texts(tmp_path / "a.csv")
+
+
+def test_a_table_about_something_else_is_named_and_left_out_of_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, a_txt="a", b_csv="name,size\na,1\n")
+    found, said, left_out = said_and_left_out(tmp_path)
+    assert found == ["a"]
+    assert said == [f"passed over in the corpus of 1 documents: no field 'text': 1 (such as {tmp_path}/b.csv, which "
+                    "has 'name', 'size')"]
+    assert list(left_out) == ["no field 'text'"]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(CorpusError, match=r"there is no record in it; no field 'text': 1 \(such as .*b\.csv, which has "
+                                          r"'name', 'size'\); choose another with --text-field"):
+        texts(tmp_path)
+    assert texts(tmp_path, text_field="name") == ["a"]
+
+
+@pytest.mark.parametrize("compression", [".bz2", ".xz", ".zst"])
+def test_what_follows_a_frame_and_is_none_is_no_end(tmp_path: Path, compression: str) -> None:
+    """Python's readers of bzip2 and xz take it for the end of the file: what follows would be lost."""
+    compress, path = COMPRESS[compression], tmp_path / f"a.txt{compression}"
+    path.write_bytes(compress(b"first ") + b"\0" * 8 + compress(b"second") + b"\0" * 512)
+    assert texts(path) == ["first second"]
+    path.write_bytes(compress(b"first ") + b"x" + compress(b"second"))
+    with pytest.raises(CorpusError, match=r"is no valid (bzip2|xz|zstd) file"):
+        texts(path)

@@ -369,7 +369,7 @@ def test_a_fault_in_a_stream_ends_it_with_an_error() -> None:
         headers = [(b"content-type", b"text/event-stream")]
         await outbox({"type": "http.response.start", "status": 200, "headers": headers})
         await outbox.fail(500, "broken", [])
-        assert json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]["message"] == "broken"
+        assert json.loads(sent[-1]["body"].strip().removeprefix(b"data: "))["error"]["message"] == "broken"
         assert not sent[-1]["more_body"]
     run(work)
 

@@ -12,6 +12,7 @@ import pytest
 from gateway_rig import Running, cli, fake_engine, gateway
 from tiny_expanded import expanded_pair
 
+from serve.gateway import contract
 from serve.gateway.arms import ARMS, BASE, EXPANDED
 from serve.gateway.contract import ITEMS, stream_fault
 from serve.gateway.page import render_swap
@@ -173,6 +174,21 @@ def test_only_faults_of_the_expanded_arm_count(fault: str, names: list[str]) -> 
             assert "the base arm does not do it either (" in found[name].detail or name in answered
     for name in set(names) - answered:
         assert expanded[name].verdict == FAIL, expanded[name]
+
+
+@pytest.mark.parametrize("text", ["ปวดหัวและมีไข้ ", "the heart "])
+@pytest.mark.parametrize("tokens", [116, 32_764])
+def test_a_prompt_near_the_context_limit_is_found_in_any_script(text: str, tokens: int) -> None:
+    """Byte by byte, a character of Thai is three tokens."""
+    def answer(request: httpx.Request) -> httpx.Response:
+        count = len(json.loads(request.content)["prompt"].encode())
+        return httpx.Response(200, json={"count": count}, headers={"x-vocabext-arm": BASE})
+
+    client = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://gateway")
+    rehearsal = Rehearsal(client, [], SimpleNamespace(tokens=[TOKEN]), "m", tokens + 4)  # type: ignore[arg-type]
+    found = contract._text_of_length(rehearsal, text, tokens)
+    assert found is not None
+    assert tokens - 3 < found[1] == len(found[0].encode()) <= tokens
 
 
 def test_a_first_prompt_beyond_the_context_is_no_fault() -> None:

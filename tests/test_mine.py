@@ -426,6 +426,20 @@ def test_the_verb_speaks_json(tmp_path: Path, model: Path, corpus_file: Path) ->
     assert header["options"]["budget"] is None
 
 
+def test_what_is_not_read_of_the_corpus_is_one_line_and_in_the_header(
+    tmp_path: Path, model: Path, corpus_file: Path
+) -> None:
+    folder, output = tmp_path / "corpus", tmp_path / "candidates.jsonl"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(corpus_file.read_bytes())
+    (folder / "b.docx").write_text("no text")
+    code, _, err = invoke(folder, "--model", model, "-o", output, "--budget", "5")
+    assert code == 0
+    assert sum("unknown format .docx: 1" in line for line in err.splitlines()) == 1
+    header, _ = read_candidates(output)
+    assert header["left_out"]["unknown format .docx"]["names"] == [f"{folder}/b.docx"]
+
+
 def test_wrong_use_is_one_line_and_writes_nothing(tmp_path: Path, model: Path, corpus_file: Path) -> None:
     output = tmp_path / "candidates.jsonl"
     plain = (corpus_file, "--model", model, "-o", output)

@@ -69,6 +69,28 @@ def test_all_stages_run_once_and_then_are_up_to_date(config: RunConfig) -> None:
     assert (config.output / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_what_is_not_read_of_a_corpus_is_said_once_and_recorded_by_every_stage(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", [*DOCUMENTS, Document("empty", " ")])
+    (folder / "b.pdf").write_text("no text")
+    said: list[str] = []
+    run(replace(config, corpus=(str(folder),), heldout=(str(folder),)), say=said.append)
+    unread, empty = f"unknown format .pdf: 1 (such as {folder}/b.pdf)", f"empty record: 1 (such as {folder}/a.jsonl:"
+    assert sum(unread in line for line in said) == sum(empty in line for line in said) == 1
+    work = tmp_path / "new-work"
+    headers = [json.loads((work / name).read_text().splitlines()[0]) for name in ("candidates.jsonl", "snippets.jsonl")]
+    for recorded in (*headers, json.loads((config.output / "eval.json").read_text())):
+        assert recorded["left_out"]["unknown format .pdf"] == {"count": 1, "names": [f"{folder}/b.pdf"]}
+        assert recorded["left_out"]["empty record"]["count"] == 1
+    verified = json.loads((config.output / "verify.json").read_text())["checks"]
+    (detail,) = [check["detail"] for check in verified if check["name"] == "invariant on the corpus"]
+    assert "; not read: " in detail
+    assert unread in detail
+
+
 def test_a_changed_option_reruns_its_stage_and_those_behind_it(config: RunConfig) -> None:
     run(config)
     changed = replace(config, evaluate=replace(config.evaluate, prompts=0))

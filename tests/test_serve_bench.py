@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import random
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import edit_json, tiny_folder
 
 from serve import bench, pool
 from serve.bench import BenchConfig
@@ -17,6 +19,7 @@ from serve.pool import BASE, EXPANDED, ServerPool
 from serve.scenarios import DECODE, MIXED, PREFILL, Point
 from serve.summary import complete_rounds, is_good, summarize, with_points
 from vocabext.errors import ServerError, UsageError
+from vocabext.records import Document
 
 FAKE = Path(__file__).with_name("fake_server.py")
 TARGET = {"ttft_seconds": None, "request_seconds": None}
@@ -184,13 +187,70 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_flags_switch_prefix_caching_off_and_give_way_to_the_user() -> None:
-    assert bench.server_flags(CONFIG, 512, "cpu") == ("--no-enable-prefix-caching",)
-    long = bench.server_flags(CONFIG, 131072, "gpu")
+    assert bench.server_flags(CONFIG, 512, "cpu", 2224) == ("--no-enable-prefix-caching",)
+    long = bench.server_flags(CONFIG, 131072, "gpu", 2224)
     assert long == ("--no-enable-prefix-caching", "--max-model-len", "2224", "--gpu-memory-utilization", "0.42")
-    assert "0.42" not in bench.server_flags(CONFIG, 131072, "gpu", alone=True)
+    assert "0.42" not in bench.server_flags(CONFIG, 131072, "gpu", 2224, alone=True)
     mine = dataclasses.replace(CONFIG, vllm_flags=(
         "--enable-prefix-caching", "--max-model-len=9000", "--gpu-memory-utilization", "0.3"))
-    assert bench.server_flags(mine, 131072, "gpu") == mine.vllm_flags
+    assert bench.server_flags(mine, 131072, "gpu", 2224) == mine.vllm_flags
+
+
+def planned_server(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, corpus: list[str], *, context: int = 131072, **options: Any
+) -> tuple[bench.Setting, int, Journal]:
+    """Run `serve bench` up to the start of its servers; returns what is to be measured, and --max-model-len."""
+    base = tiny_folder(folder / "base")
+    edit_json(base / "config.json", max_position_embeddings=context)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
+    found: list[Any] = []
+
+    def compare(setting: bench.Setting, make: Any, client: Any, journal: Journal, *_: Any, **__: Any) -> None:
+        found.extend((setting, make(BASE, alone=True), journal))
+
+    monkeypatch.setattr(bench, "require_vllm", lambda: None)
+    monkeypatch.setattr(bench, "vllm_device", lambda: "cpu")
+    monkeypatch.setattr(bench, "LoadClient", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(bench, "vllm_server", lambda *_, flags, **__: flags)
+    monkeypatch.setattr(bench, "compare_servers", compare)
+    bench.run_bench(str(base), str(base), [str(folder / "corpus.jsonl")], config=BenchConfig(**options),
+                    output=folder / "bench.json", log_folder=folder)
+    setting, flags, journal = found
+    return setting, int(flags[flags.index("--max-model-len") + 1]), journal
+
+
+def thai(count: int, characters: int) -> list[str]:
+    choose = random.Random(1)
+    return ["".join(chr(choose.randrange(0xE01, 0xE2F)) for _ in range(characters)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE, MIXED])
+def test_thai_prompts_fit_the_server_that_is_started_for_them(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three base tokens per character: 1,700 characters are over 5,000 tokens."""
+    setting, length, _ = planned_server(monkeypatch, tmp_path, thai(6, 4000), scenario=(scenario,))
+    encoder = setting.encoders[BASE]
+    prompts = setting.prompts[scenario]
+    longest = max(len(encoder.encode(prompt)) for prompt in prompts)
+    assert longest > {PREFILL: 2000, DECODE: 500, MIXED: 4700}[scenario]
+    answer = 1 if scenario == PREFILL else len(encoder.encode(thai(1, 256)[0]))
+    assert longest + answer <= length <= longest + 2 * 3 * 256 + 200
+
+
+def test_the_method_says_how_long_prompts_are_and_how_many_documents_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, _, journal = planned_server(monkeypatch, tmp_path, thai(4, 300) * 2, scenario=(DECODE, MIXED))
+    journal.notes["prompt_tokens"] = setting.prompt_tokens
+    lines = " ".join(bench.method_of(setting.config, [], journal.notes))
+    assert "4 different ones of 8" in lines
+    counts = setting.prompt_tokens[BASE]
+    assert f"decode {min(counts[DECODE]):,} to {max(counts[DECODE]):,}, mixed {min(counts[MIXED]):,} to" in lines
+    monkeypatch.setattr(bench, "MAX_CORPUS_CHARACTERS", 500)
+    assert len(bench._texts([Document(str(i), text) for i, text in enumerate(thai(4, 300))])) == 2
+    lines = " ".join(bench.method_of(setting.config, [], {"documents": bench._described(thai(2, 300))}))
+    assert "the first 500 characters of the corpus" in lines
 
 
 def test_a_smaller_context_of_the_servers_limits_the_prompts(tmp_path: Path) -> None:

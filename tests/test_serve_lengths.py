@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_tokenizer_loading import CASES, base_folder, tekken
 from tiny_checkpoints import TEXT, tiny_folder
 
 from serve import lengths, shape
@@ -52,6 +53,18 @@ def test_counts_agree_with_the_tokenizers(folders: tuple[Path, Path], corpus: st
     assert found["invariant"] == {"documents": 5, "differing": 0, "first": ""}
     assert sum(found["saved_share_histogram"]["documents"]) == 5
     assert (found["documents_longer"], found["saved_share_percentiles"]["0"]) == (0, 0.0)
+
+
+def test_what_is_not_read_of_a_corpus_is_said_and_recorded(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, text in {"a.txt": "the heart", "b.md": "# heart", "c.csv": "id,text\n1,the muscle\n2,\n"}.items():
+        (tmp_path / name).write_text(text)
+    said: list[str] = []
+    found = lengths.measure_lengths(str(folders[0]), str(folders[1]), [str(tmp_path)], say=said.append)
+    assert found["documents"] == 2
+    assert found["left_out"] == {"unknown format .md": {"count": 1, "names": [f"{tmp_path}/b.md"]},
+                                 "empty record": {"count": 1, "names": [f"{tmp_path}/c.csv:3"]}}
+    assert [line.partition(":")[0] for line in said] == ["not read of the corpus",
+                                                         "passed over in the corpus of 2 documents"]
 
 
 def test_tokens_that_earn_and_tokens_that_never_fire(folders: tuple[Path, Path], corpus: str) -> None:
@@ -105,6 +118,24 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(TokenizerError, match="has no tokenizer that transformers can load"):
         load_encoder(tmp_path)
+
+
+def test_a_folder_with_both_of_mistrals_tokenizers_is_counted_as_it_is_mined(tmp_path: Path, corpus: str) -> None:
+    pytest.importorskip("mistral_common")
+    folder = base_folder(tmp_path / "both", CASES["tekken json"], **{"tekken.json": tekken()})
+    mined = load_tokenizer(folder)
+    encoder = load_encoder(folder)
+    assert [encoder.encode(text) for text in TEXT] == [mined.encode(text) for text in TEXT]
+    assert lengths.measure_lengths(str(folder), str(folder), [corpus])["saved_share"] == 0
+
+
+def test_one_place_loads_the_tokenizers_of_all_packages() -> None:
+    root = Path(lengths.__file__).parents[1]
+    loaders = ("AutoTokenizer.from_pretrained", "Tokenizer.from_pretrained", "Tokenizer.from_file", "get_tokenizer(")
+    found = {str(path.relative_to(root)) for package in ("vocabext", "serve") for path in (root / package).rglob("*.py")
+             if any(loader in line.partition("#")[0] and "`" not in line
+                    for line in path.read_text().splitlines() for loader in loaders)}
+    assert found == {"vocabext/tokenizer/loading.py"}
 
 
 def test_pieces_never_cut_a_character(folders: tuple[Path, Path]) -> None:

@@ -64,7 +64,7 @@ def run_comparison(
     options = BenchConfig(pairs=pairs, texts=4, output_characters=8,
                           **{"scenario": (PREFILL,), **(config or {})})  # type: ignore[arg-type]
     setting = Setting(options, {}, {BASE: Characters(), EXPANDED: Characters()},  # type: ignore[dict-item]
-                      {name: PROMPTS[name] for name in options.scenario}, None, "cpu")
+                      {name: PROMPTS[name] for name in options.scenario}, None, "cpu", most_answer_tokens=4)
     planted = {BASE: base.split(), EXPANDED: expanded.split()}
 
     def make(role: str, *, alone: bool) -> Server:

@@ -89,6 +89,21 @@ def test_a_prediction_needs_an_expanded_model_or_a_plan(folders: tuple[str, str]
     assert json.loads(json.dumps(made))["lengths"]["length_ratio"] == pytest.approx(1.25)
 
 
+def test_a_load_that_is_longer_than_the_context_in_tokens_is_named(folders: tuple[str, str]) -> None:
+    context = shape_of(Path(folders[0])).context_tokens
+    assert context is not None
+
+    def notes(rate: float) -> list[str]:
+        config = PredictConfig(prompt_characters=100, output_characters=100)
+        found = predict.run_predict(*folders, Lengths(rate, rate), H100, config=config)["notes"]
+        return [note for note in found if "context" in note]
+
+    assert notes(context / 200) == []
+    assert notes((context + 10) / 200) == [
+        f"A long prompt and its answer take {context + 10:,} base tokens, but the context has {context:,}: the base "
+        "cannot run this load; use fewer --prompt-characters."]
+
+
 def test_what_was_measured_stands_beside_what_the_lengths_predict() -> None:
     def role(prompt: int, output: int, characters: int) -> dict[str, int]:
         return {"prompt_tokens_per_run": prompt, "output_tokens_per_run": output,

@@ -5,7 +5,17 @@ import pytest
 
 from serve import answers
 from serve.engine import Server
-from serve.scenarios import DECODE, MIXED, PREFILL, Point, PromptShape, build_prompts, points_of
+from serve.scenarios import (
+    DECODE,
+    MIXED,
+    PREFILL,
+    Point,
+    PromptShape,
+    build_prompts,
+    max_output_tokens,
+    points_of,
+    tokens_per_character,
+)
 from vocabext.errors import CorpusError, ServerError, UsageError
 
 WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()
@@ -29,7 +39,8 @@ def documents(count: int = 40, words: int = 30) -> list[str]:
 
 def build(texts: list[str] | None = None, *, shape: PromptShape = SHAPE, points: tuple[Point, ...] = ALL,
           context: int | None = 512) -> dict[str, tuple[str, ...]]:
-    return build_prompts(documents() if texts is None else texts, Words(), shape, points, context)  # type: ignore[arg-type]
+    return build_prompts(documents() if texts is None else texts, Words(), shape, points, context,  # type: ignore[arg-type]
+                         answer_tokens=max_output_tokens(shape.output_characters, 0.2))
 
 
 def test_every_scenario_is_measured_at_every_load_once() -> None:
@@ -89,7 +100,7 @@ def test_a_corpus_of_empty_lines_is_one_clear_line(texts: list[str]) -> None:
 
 
 def test_a_small_corpus_gives_fewer_prompts_if_they_fill_the_load() -> None:
-    assert len(build(["only this"])[PREFILL]) == 1
+    assert len(build(["only this"], points=(Point(PREFILL),))[PREFILL]) == 1
     with pytest.raises(CorpusError, match="text for 1 prefill prompts, but prefill x8 needs 16"):
         build(["only this"], points=(Point(PREFILL, 8),))
     with pytest.raises(CorpusError, match="text for 1 decode prompts, but decode 3/s needs 30"):
@@ -123,14 +134,14 @@ def test_each_server_gets_the_tokens_that_its_characters_take(
     monkeypatch: pytest.MonkeyPatch, per_token: float, tokens: int, characters: int
 ) -> None:
     planted(monkeypatch, per_token)
-    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100)
+    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100, most_tokens=50)
     assert (plan.tokens, plan.characters) == ((tokens,), (characters,))
     assert plan.num_short(100) == 0
 
 
 def test_a_model_that_writes_nothing_visible_comes_to_an_end_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = planted(monkeypatch, 0.1)
-    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100)
+    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100, most_tokens=50)
     assert asked == [34, 50]
     assert plan.tokens == (50,)
     assert plan.num_short(100) == 1
@@ -141,4 +152,94 @@ def test_a_server_without_token_offsets_is_an_error(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(answers, "open_url", lambda *_, **__: io.BytesIO(b'{"choices": [{"text": "a"}]}'))
     with pytest.raises(ServerError, match="the server gave no token offsets; its answer begins"):
-        answers.plan_answers(Server([], "http://127.0.0.1:1", Path("log")), "base", ["a prompt"], 100)
+        answers.plan_answers(Server([], "http://127.0.0.1:1", Path("log")), "base", ["a prompt"], 100, most_tokens=50)
+
+
+# -- text whose characters take several tokens each ---------------------------------------------------------------
+
+class Bytes:
+    """A tokenizer with one token per byte: three for a character of Thai."""
+
+    num_ids = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def thai(count: int = 12, characters: int = 2000) -> list[str]:
+    choose = random.Random(1)
+    return ["".join(chr(choose.randrange(0xE01, 0xE2F)) for _ in range(characters)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("context", [1300, 4096, None])
+def test_thai_prompts_and_answers_fit_into_the_context_in_ids(context: int | None) -> None:
+    shape = PromptShape(4, None, 200, 1500, 64)
+    most = max_output_tokens(64, tokens_per_character(thai(), [Bytes()]))  # type: ignore[list-item]
+    assert most >= 3 * 64
+    found = build_prompts(thai(), Bytes(), shape, ALL, context, answer_tokens=most)  # type: ignore[arg-type]
+    for name, prompts in found.items():
+        longest = max(len(Bytes().encode(prompt)) for prompt in prompts)
+        assert longest + (1 if name == PREFILL else most) <= (context or 10**9)
+        if context is None and name == MIXED:
+            assert 3 * 1650 <= longest <= 3 * 1710
+
+
+def test_an_answer_may_take_twice_the_tokens_that_such_text_takes() -> None:
+    assert max_output_tokens(256, 0.22) == 128  # English: half as many as characters
+    assert max_output_tokens(256, 3.0) == 2 * 3 * 256
+    assert max_output_tokens(1, 0.0) == 1
+
+
+def test_an_answer_of_thai_is_asked_for_until_it_has_its_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, 1 / 3)
+    plan = answers.plan_answers(Server([], "", Path("log")), "base", ["a prompt"], 100, most_tokens=600)
+    assert plan.num_short(100) == 0
+    assert plan.tokens == (300,)
+
+
+# -- passages of other documents ----------------------------------------------------------------------------------
+
+def continued_and_passages(prompt: str, texts: list[str]) -> tuple[list[str], list[str]]:
+    """Return the documents that a mixed prompt continues, and those that its passages are from."""
+    *passages, opening = prompt.split("\n\n")
+    continued = [text for text in texts if text.startswith(opening)]
+    return continued, [text for passage in passages for text in texts if text.startswith(passage)]
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 7, 40])
+def test_no_passage_is_of_the_document_that_is_continued(count: int) -> None:
+    texts = documents(count)
+    prompts = build(texts, points=(Point(MIXED),))[MIXED]
+    assert len(prompts) == 4
+    for prompt in prompts:
+        continued, passages = continued_and_passages(prompt, texts)
+        assert len(continued) == 1
+        assert len(passages) == len(set(passages)) == 3
+        assert continued[0] not in passages
+
+
+def test_copies_of_a_document_are_the_same_document() -> None:
+    texts = documents(5)
+    copies = [f"{text}\n" for text in texts] + [f"  {text}" for text in texts] + texts
+    found = build(copies, points=(Point(MIXED), Point(DECODE)))
+    assert sorted(found[DECODE]) == sorted(set(found[DECODE]))
+    for prompt in found[MIXED]:
+        continued, passages = continued_and_passages(prompt, texts)
+        assert continued[0] not in passages
+
+
+def test_a_document_that_holds_the_continued_text_gives_no_passage() -> None:
+    texts = documents(5)
+    texts += [f"A copy with a heading. {text}" for text in texts]
+    for prompt in build(texts, points=(Point(MIXED),))[MIXED]:
+        *passages, opening = prompt.split("\n\n")
+        assert not any(opening in text for passage in passages for text in texts if text.startswith(passage))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_few_other_documents_are_one_line_with_both_numbers(count: int) -> None:
+    texts = documents(count)
+    with pytest.raises(CorpusError, match="needs passages of 3 other documents, but of the "
+                                          f"{count} different documents of the corpus {count - 1} do not hold"):
+        build(texts, points=(Point(MIXED),))
+    assert len(build(texts, points=(Point(DECODE),))[DECODE]) == count

@@ -98,7 +98,7 @@ def test_vllms_own_client_puts_load_on_it(
 
 
 def test_it_says_how_many_tokens_an_answer_takes(started: tuple[subprocess.Popen[str], Any], server: Server) -> None:
-    plan = plan_answers(server, started[1]["model"], TEXT[:2], 12)
+    plan = plan_answers(server, started[1]["model"], TEXT[:2], 12, most_tokens=6)
     for prompt, tokens, characters in zip(TEXT, plan.tokens, plan.characters, strict=False):
         body = json.dumps({"model": started[1]["model"], "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens,
                            "ignore_eos": True, "temperature": 0}).encode()

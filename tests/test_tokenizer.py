@@ -476,8 +476,8 @@ def test_a_folder_with_the_class_of_the_model_is_caught(tmp_path: Path, monkeypa
     base = load_tokenizer(str(tmp_path / "base"))
     new = extend(base, possible(base))
     original = AutoTokenizer.from_pretrained
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder: (
-        with_class(Path(folder), "LlamaTokenizer"), original(folder))[1])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **options: (
+        with_class(Path(folder), "LlamaTokenizer"), original(folder, **options))[1])
     with pytest.raises(TokenizerError, match=r"transformers loads another (model|pre_tokenizer) than was written"):
         save_expanded(new, tmp_path / "base", tmp_path / "new")
 

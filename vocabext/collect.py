@@ -206,7 +206,7 @@ def _written_text(index: int, continuation: Sequence[int], base: BaseTokenizer, 
 
 def write_snippets(
     path: Path, records: Sequence[TokenSnippets], header: Mapping[str, Any], *, config: CollectConfig,
-    corpus: Sequence[str],
+    corpus: Sequence[str], left_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write what was collected: a header, then one line per token in token-id order.
 
@@ -216,12 +216,14 @@ def write_snippets(
         header: The header of the candidates that they come from.
         config: The options of `collect`.
         corpus: The sources of the corpus, as they were given.
+        left_out: What of them was not read.
 
     Returns:
         The header.
     """
     new_header = {
         "base": header["base"], "options": {**header.get("options", {}), **asdict(config)}, "corpus": list(corpus),
+        "left_out": dict(left_out or {}),
         "snippets": sum(len(record.snippets) for record in records),
         "generated": sum(record.num_generated for record in records),
         "inside": sum(record.num_inside for record in records),

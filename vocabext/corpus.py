@@ -1,34 +1,44 @@
 """Read the documents of a corpus: files, folders, globs and hub datasets.
 
 A file's name says how it is read: `.txt` is one document, `.jsonl` (or `.json`, one object per
-line) and `.parquet` hold one document per record, and each may be compressed (`.gz`, `.zst`).
-Documents are streamed: a compressed corpus larger than memory is no problem, a single document is.
+line), `.parquet`, `.csv` and `.tsv` (with a header) hold one document per record, and each may be
+compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Documents are streamed: a compressed corpus larger than
+memory is no problem, a single document is.
 
-Nothing is repaired in silence. A line that is no JSON, a byte that is no UTF-8 or half a gzip
-stream ends the reading with the file's name and the line, because a corpus that is quietly shorter
-than its owner thinks makes every number measured on it wrong.
+Nothing is repaired or left out in silence, because a corpus that is quietly shorter than its owner
+thinks makes every number measured on it wrong. A line that is no JSON, a byte that is no UTF-8 or
+half a gzip stream ends the reading with the file's name and the line. What is passed over, such as
+a `.pdf` in a folder or an empty record, is counted, named in one line, and recorded (`LeftOut`).
 """
 
+import bz2
+import csv
+import fnmatch
 import glob
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vocabext.errors import CorpusError, UsageError
-from vocabext.records import Document
+from vocabext.records import Document, real_path
 
 CHUNK_BYTES = 1 << 20
-_COMPRESSIONS = (".gz", ".zst")
-_FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-_EXPECTED = ".txt, .jsonl or .parquet, plain, .gz or .zst"
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_EXPECTED = ".txt, .jsonl, .parquet, .csv or .tsv, plain, .gz, .bz2, .xz or .zst"
+_DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
+_EMPTY, _NO_RECORD = "empty record", "no record in the file"
+_MOST_NAMES = 1000  # of what was left out, in an artifact
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<split>[\w.-]+))?")
 
 
@@ -38,6 +48,7 @@ class _File(NamedTuple):
     path: Path
     format: str
     compression: str
+    was_named: bool  # by the user, not found in a folder
 
 
 class _HubDataset(NamedTuple):
@@ -47,7 +58,59 @@ class _HubDataset(NamedTuple):
     split: str | None
 
 
-def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Iterator[Document]:
+class LeftOut:
+    """What of a corpus was not read, by reason: such as `unknown format .pdf`, `hidden`, `empty record`.
+
+    Attributes:
+        counts: How much there is of each reason.
+        names: For each reason, the first names.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+        self._paths: set[tuple[str, Path]] = set()
+
+    def add(self, reason: str, name: str | Path) -> None:
+        """Count something, and keep its name; a path counts once, however many sources lead to it."""
+        if isinstance(name, Path):
+            if (reason, name) in self._paths:
+                return
+            self._paths.add((reason, name))
+        self.counts[reason] += 1
+        if len(names := self.names.setdefault(reason, [])) < _MOST_NAMES:
+            names.append(os.fsencode(str(name)).decode("utf-8", "replace"))  # a name on a disk may be any bytes
+
+    def describe(self, but: Container[str] = ()) -> str:
+        """Say in one line what was left out, for other reasons than `but`; nothing if there is nothing to say."""
+        parts = [f"{reason}: {self.counts[reason]:,} (such as {names[0]})" for reason, names in self.names.items()
+                 if reason not in but]
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return counts and names by reason, as JSON-ready values."""
+        return {reason: {"count": self.counts[reason], "names": list(names)} for reason, names in self.names.items()}
+
+
+class Documents(Iterator[Document]):
+    """The documents of a corpus, and what of it was left out so far.
+
+    Attributes:
+        left_out: Complete when the last document has been read.
+    """
+
+    def __init__(self, documents: Iterator[Document], left_out: LeftOut) -> None:
+        """Hand out `documents`."""
+        self._documents, self.left_out = documents, left_out
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+
+def read_documents(
+    sources: Sequence[str], *, text_field: str = "text", say: Callable[[str], None] = lambda _: None
+) -> Documents:
     """Read every document of a corpus, in a fixed order.
 
     Paths are checked, and hub datasets opened, by the call itself; texts are read while iterating.
@@ -55,22 +118,33 @@ def read_documents(sources: Sequence[str], *, text_field: str = "text") -> Itera
     whitespace are passed over.
 
     Args:
-        sources: Files, folders (searched recursively), globs or hub ids (`OWNER/NAME[:SPLIT]`).
-        text_field: Name of the field with the text, in `.jsonl`, `.parquet` and hub datasets.
+        sources: Files, folders (searched recursively, also behind links), globs or hub ids
+            (`OWNER/NAME[:SPLIT]`).
+        text_field: Name of the field with the text, in `.jsonl`, `.parquet`, `.csv`, `.tsv` and hub datasets.
+        say: Told what is left out: of the files by this call, of the records when the last one has been read.
 
     Returns:
-        An iterator over the documents. It raises `CorpusError` where a text cannot be read, and at
-        its end if there was no document at all.
+        The documents. Reading them raises `CorpusError` where a text cannot be read, and at
+        the end if there was no document at all.
 
     Raises:
         UsageError: If a source is neither a path nor a hub dataset, or a file's format is unknown.
         CorpusError: If a folder holds no file of a known format.
     """
+    left_out = LeftOut()
     streams = [
-        _open_hub_dataset(source, text_field) if isinstance(source, _HubDataset) else _read_file(source, text_field)
-        for source in _find_all(sources)
+        _open_hub_dataset(source, text_field) if isinstance(source, _HubDataset)
+        else _read_file(source, text_field, left_out)
+        for source in _find_all(sources, left_out)
     ]
-    return _pass_over_empty(streams, sources)
+    if line := left_out.describe():
+        say(f"not read of the corpus: {line}; formats that are read: {_EXPECTED}")
+    return Documents(_pass_over_empty(streams, sources, left_out, say), left_out)
+
+
+def left_out_of(documents: Iterable[Document]) -> dict[str, Any]:
+    """Return what was left out of documents that come from a corpus, as JSON-ready values."""
+    return documents.left_out.to_json() if isinstance(documents, Documents) else {}
 
 
 def corpus_signature(sources: Sequence[str]) -> str:
@@ -90,11 +164,12 @@ def corpus_signature(sources: Sequence[str]) -> str:
         CorpusError: If a folder holds no file of a known format.
     """
     digest = hashlib.sha256()
-    for source in _find_all(sources):
+    for source in _find_all(sources, LeftOut()):
         if isinstance(source, _HubDataset):
             entry: list[object] = ["hub", source.name, source.split]
         else:
-            status = source.path.stat()
+            with _blaming(source.path):
+                status = source.path.stat()
             entry = ["file", str(source.path.absolute()), status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
@@ -103,28 +178,24 @@ def corpus_signature(sources: Sequence[str]) -> str:
 # ---- finding -------------------------------------------------------------------------------------
 
 
-def _find_all(sources: Sequence[str]) -> list[_File | _HubDataset]:
+def _find_all(sources: Sequence[str], left_out: LeftOut) -> list[_File | _HubDataset]:
     if not sources:
         raise UsageError("no corpus was given")
     found: dict[object, _File | _HubDataset] = {}  # a dict keeps the order and drops repetitions
     for source in sources:
-        for item in _find(source):
-            found.setdefault(item.path.resolve() if isinstance(item, _File) else item, item)
+        for item in _find(source, left_out):
+            found.setdefault(real_path(item.path) if isinstance(item, _File) else item, item)
     return list(found.values())
 
 
-def _find(source: str) -> Sequence[_File | _HubDataset]:
+def _find(source: str, left_out: LeftOut) -> Sequence[_File | _HubDataset]:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _search_folder(path)
+        return _search_folder(path, left_out)
     if path.exists():
         return [_known_format(path)]
     if glob.has_magic(source):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        files = [_known_format(Path(match)) for match in matches if not Path(match).is_dir()]
-        if not files:
-            raise UsageError(f"no file matches {source}")
-        return files
+        return _match(source, path, left_out)
     hub_id = _HUB_ID.fullmatch(source)
     # OWNER is no folder here, and NAME no file: else it is a path with a typing error
     if hub_id and _split_suffixes(path)[0] not in _FORMATS and not path.parent.exists():
@@ -132,12 +203,72 @@ def _find(source: str) -> Sequence[_File | _HubDataset]:
     raise UsageError(f"{source} does not exist (a hub dataset is written OWNER/NAME or OWNER/NAME:SPLIT)")
 
 
-def _search_folder(folder: Path) -> list[_File]:
+def _match(source: str, pattern: Path, left_out: LeftOut) -> list[_File]:
+    matches = sorted(_glob(pattern), key=str)
+    files = [_known_format(path) for path in matches if not path.is_dir()]
+    if not files:
+        raise UsageError(f"no file matches {source}")
+    read = {parent for file in files for parent in file.path.parents}
+    for path in matches:
+        if path.is_dir() and path not in read:
+            left_out.add("folder that a pattern matches", path)
+    return files
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    """Find what a pattern matches, as `glob.glob` does; where links lead in circles, that one goes on for ever."""
+    parts = pattern.parts
+    first = parts.index("**") if "**" in parts else len(parts)
+    for start in map(Path, glob.glob(str(Path(*parts[:first])))):
+        rest = parts[first:]
+        if not rest:
+            yield start
+        elif start.is_dir():
+            for path in _paths_below(start, frozenset(), hidden=any(part.startswith(".") for part in rest)):
+                if _matches(path.relative_to(start).parts, rest):
+                    yield path
+
+
+def _paths_below(folder: Path, above: frozenset[str], *, hidden: bool) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real not in above:
+        for path in folder.iterdir():
+            if hidden or not path.name.startswith("."):
+                yield path
+                if path.is_dir():
+                    yield from _paths_below(path, above | {real}, hidden=hidden)
+
+
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Tell whether the names of a path match those of a pattern; only a leading dot matches a hidden name."""
+    if not parts or not names:
+        return not names and all(part == "**" for part in parts)
+    may_match = parts[0].startswith(".") or not names[0].startswith(".")
+    if parts[0] == "**":
+        return _matches(names, parts[1:]) or (may_match and _matches(names[1:], parts))
+    return may_match and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+
+
+def _search_folder(folder: Path, left_out: LeftOut) -> list[_File]:
     files: list[_File] = []
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+    seen: set[str] = set()  # links may lead to the same folder twice, or in a circle
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(name for name in (*folders, *names) if name.startswith(".")):
+            left_out.add("hidden", Path(parent, name))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        files += [_File(path, *_split_suffixes(path)) for path in paths if _split_suffixes(path)[0] in _FORMATS]
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            kind, compression = _split_suffixes(path)
+            if kind not in _FORMATS:
+                left_out.add(f"unknown format {kind + compression or '(no suffix)'}", path)
+            elif path.exists() and not path.is_file():  # a pipe would be waited for; a dangling link is an error
+                left_out.add("no regular file", path)
+            else:
+                files.append(_File(path, kind, compression, was_named=False))
     if not files:
         raise CorpusError(f"the folder {folder} holds no file of a known format ({_EXPECTED})")
     return files
@@ -158,34 +289,54 @@ def _known_format(path: Path) -> _File:
     kind, compression = _split_suffixes(path)
     if kind not in _FORMATS:
         raise UsageError(f"{path} has the unknown format {kind + compression or '(no suffix)'}; expected {_EXPECTED}")
-    return _File(path, kind, compression)
+    return _File(path, kind, compression, was_named=True)
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _pass_over_empty(streams: Iterable[Iterator[Document]], sources: Sequence[str]) -> Iterator[Document]:
-    num_documents = num_empty = 0
+def _pass_over_empty(
+    streams: Iterable[Iterator[Document]], sources: Sequence[str], left_out: LeftOut, say: Callable[[str], None]
+) -> Iterator[Document]:
+    said = set(left_out.counts)
+    num_documents = 0
     for stream in streams:
         for document in stream:
             if not document.text or document.text.isspace():
-                num_empty += 1
+                left_out.add(_EMPTY, document.name)
                 continue
             num_documents += 1
             yield document
+    line = left_out.describe(but=said)
     if not num_documents:
+        num_empty = left_out.counts[_EMPTY]
         seen = f"all {num_empty:,} records are empty" if num_empty else "there is no record in it"
+        if more := left_out.describe(but={*said, _EMPTY, _NO_RECORD}):
+            seen += f"; {more}; choose another with --text-field"
         raise CorpusError(f"the corpus {' '.join(sources)} holds no text: {seen}")
+    if line:
+        say(f"passed over in the corpus of {num_documents:,} documents: {line}")
 
 
-def _read_file(file: _File, text_field: str) -> Iterator[Document]:
+def _read_file(file: _File, text_field: str, left_out: LeftOut) -> Iterator[Document]:
+    num_records, before = 0, left_out.counts.total()
     with _blaming(file.path):
-        if file.format == ".txt":
-            yield Document(str(file.path), _read_text(file))
-        elif file.format == ".parquet":
-            yield from _read_parquet(file, text_field)
-        else:
-            yield from _read_json_lines(file, text_field)
+        for document in _read_records(file, text_field, left_out):
+            num_records += 1
+            yield document
+    if not num_records and left_out.counts.total() == before:
+        left_out.add(_NO_RECORD, file.path)
+
+
+def _read_records(file: _File, text_field: str, left_out: LeftOut) -> Iterator[Document]:
+    if file.format == ".txt":
+        yield Document(str(file.path), _read_text(file))
+    elif file.format == ".parquet":
+        yield from _read_parquet(file, text_field)
+    elif file.format in _DIALECTS:
+        yield from _read_table(file, text_field, left_out)
+    else:
+        yield from _read_json_lines(file, text_field)
 
 
 @contextmanager
@@ -249,6 +400,34 @@ def _text_of(record: dict[str, Any], text_field: str, name: str) -> str:
     return text
 
 
+def _read_table(file: _File, text_field: str, left_out: LeftOut) -> Iterator[Document]:
+    """Read the records of a table with a header; one that was found beside other files may be about something else."""
+    lines = (_decode(line, f"{file.path}:{number}") + "\n"
+             for number, line in enumerate(_split_lines(_read_chunks(file)), start=1))
+    csv.field_size_limit(2**31 - 1)  # the default is shorter than many a document
+    table = csv.reader(lines, _DIALECTS[file.format], strict=True)
+    try:
+        rows = (row for row in table if row)
+        header = next(rows, None)
+        if header is None:
+            return
+        if text_field not in header and not file.was_named:
+            left_out.add(f"no field {text_field!r}", f"{file.path}, which has {_list(header)}")
+            return
+        if text_field not in header:
+            raise CorpusError(f"{file.path} has no field {text_field!r}, only {_list(header)}; "
+                              "choose one with --text-field")
+        if header.count(text_field) > 1:
+            raise CorpusError(f"{file.path} has {header.count(text_field)} fields {text_field!r}; rename all but one")
+        for row in rows:
+            name = f"{file.path}:{table.line_num}"
+            if len(row) != len(header):
+                raise CorpusError(f"{name} ends a record of {len(row)} fields, but the header has {len(header)}")
+            yield Document(name, row[header.index(text_field)])
+    except csv.Error as error:
+        raise CorpusError(f"{file.path}:{table.line_num} is no readable {file.format} table: {error}") from None
+
+
 def _list(names: Iterable[str], limit: int = 8) -> str:
     names = [str(name) for name in names]
     return ", ".join(repr(name) for name in names[:limit]) + (", ..." if len(names) > limit else "") or "no fields"
@@ -291,34 +470,44 @@ def _seekable(file: _File) -> Iterator[IO[bytes]]:
 
 def _read_chunks(file: _File) -> Iterator[bytes]:
     """Yield a file's bytes, decompressed, a megabyte or so at a time."""
-    if file.compression == ".zst":
-        yield from _read_zst_chunks(file.path)
+    if file.compression not in ("", ".gz"):
+        yield from _read_frames(file)
         return
-    with gzip.open(file.path, "rb") if file.compression == ".gz" else open(file.path, "rb") as stream:
+    with gzip.open(file.path, "rb") if file.compression else open(file.path, "rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
 
 
-def _read_zst_chunks(path: Path) -> Iterator[bytes]:
-    # Not `stream_reader`: it takes a file that was cut off for a complete one.
+def _read_frames(file: _File) -> Iterator[bytes]:
+    # Not the readers of bz2, lzma and zstandard: they take a file for complete that was cut off, or that ends in bytes
+    # which are no frame.
+    kind, (new_frame, errors) = _COMPRESSIONS[file.compression], _decompressor(file.compression)
+    frame, is_open, is_first = new_frame(), False, True
+    with open(file.path, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            # between frames there may be zeros that fill a block of a disk or tape
+            while chunk := (chunk if is_open or is_first else chunk.lstrip(b"\0")):
+                try:
+                    yield frame.decompress(chunk)
+                except errors as error:
+                    raise CorpusError(f"{file.path} is no valid {kind} file: {_first_line(error)}; fetch or compress "
+                                      "it again") from None
+                chunk, is_open, is_first = frame.unused_data, not frame.eof, False
+                if frame.eof:
+                    frame = new_frame()
+    if is_open:
+        raise CorpusError(f"{file.path} is no complete {kind} file: it ends inside a frame; fetch or compress it again")
+
+
+def _decompressor(compression: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """Return what decompresses one frame, and the error that it raises for bytes that are none."""
+    if compression == ".bz2":
+        return bz2.BZ2Decompressor, OSError
+    if compression == ".xz":
+        return lzma.LZMADecompressor, lzma.LZMAError
     import zstandard
 
-    def new_frame() -> Any:
-        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-    frame, is_open = new_frame(), False
-    with open(path, "rb") as stream:
-        try:
-            while chunk := stream.read(CHUNK_BYTES):
-                while chunk:
-                    yield frame.decompress(chunk)
-                    chunk, is_open = frame.unused_data, not frame.eof
-                    if frame.eof:
-                        frame = new_frame()
-        except zstandard.ZstdError as error:
-            raise CorpusError(f"{path} is no valid zstd file: {error}; fetch or compress it again") from None
-    if is_open:
-        raise CorpusError(f"{path} is no complete zstd file: it ends inside a frame; fetch or compress it again")
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ import torch
 
 from vocabext.checkpoint import Checkpoint, Rows, open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
+from vocabext.corpus import left_out_of
 from vocabext.errors import CorpusError, UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.manifest import read_manifest
@@ -175,7 +176,7 @@ def evaluate_folder(
         row_sets = [_mean_rows(model, tokens)] if manifest.method == "mean" else [_mean_rows(model, tokens), own]
         found = evaluate(documents, model, base, expanded, row_sets, config, progress)
     result = {"artifact": "eval", "version": 1, "model": str(folder), "against": against,
-              "options": asdict(config), **found}  # fmt: skip
+              "options": asdict(config), "left_out": left_out_of(documents), **found}  # fmt: skip
     write_json(folder / EVAL_NAME, result)
     return result
 

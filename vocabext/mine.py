@@ -14,7 +14,7 @@ Merges have a price: a long token needs its *parts* among the tokens, also one t
 import heapq
 import re
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def mine(
 
 
 def write_candidates(
-    path: Path, result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str]
+    path: Path, result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str],
+    left_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write what was mined: a header, then one line per token in token-id order.
 
@@ -146,6 +147,7 @@ def write_candidates(
         model: Its folder or hub id, as it was given.
         config: The options of `mine`.
         corpus: The sources of the corpus, as they were given.
+        left_out: What of them was not read.
 
     Returns:
         The header.
@@ -153,7 +155,8 @@ def write_candidates(
     header = {
         "base": {"model": model, "num_used_ids": base.num_used_ids,
                  "tokenizer_sha256": file_sha256(resolve_model(model) / "tokenizer.json")},
-        "options": asdict(config), "corpus": list(corpus), "documents": result.documents,
+        "options": asdict(config), "corpus": list(corpus),
+        "left_out": dict(left_out or {}), "documents": result.documents,
         "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
         "candidates": result.candidates, "parts": result.parts,
         "searched": result.searched,

@@ -21,7 +21,7 @@ from vocabext import __version__
 from vocabext.checkpoint import resolve_model
 from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
-from vocabext.corpus import corpus_signature, read_documents
+from vocabext.corpus import Documents, corpus_signature, left_out_of, read_documents
 from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
 from vocabext.manifest import has_manifest
 from vocabext.mine import mine, read_candidates, write_candidates
@@ -131,6 +131,7 @@ class _Work:
         self._state_path = self.folder / "run.json"
         self._state: dict[str, Any] = read_json_or(self._state_path, {})
         self._patch_key = ""
+        self._said: set[str] = set()
 
     @cached_property
     def base_folder(self) -> Path:
@@ -225,15 +226,17 @@ class _Work:
 
     def _mine(self, output: Path) -> None:
         base = self._tokenizer()
-        result = mine(self._mining_documents(), base, self.config.mine, self.progress)
+        documents = self._mining_documents()
+        result = mine(documents, base, self.config.mine, self.progress)
         write_candidates(output, result, base, model=self.config.model, config=self.config.mine,
-                         corpus=self.config.corpus)  # fmt: skip
+                         corpus=self.config.corpus, left_out=left_out_of(documents))  # fmt: skip
 
     def _collect(self, candidates: Path, output: Path) -> None:
         config = self.config.collect
         base = self._tokenizer()
         header, tokens = read_candidates(candidates)
-        records = collect(self._mining_documents(), base, tokens, config, self.progress)
+        documents = self._mining_documents()
+        records = collect(documents, base, tokens, config, self.progress)
         if config.generate_missing and short_of_snippets(records, config):
             from vocabext.model import load_model, offloading
 
@@ -243,7 +246,8 @@ class _Work:
                                    trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
                                    offload_folder=elsewhere)  # fmt: skip
                 records = generate_missing(records, model, base, config, self.progress)
-        write_snippets(output, records, header, config=config, corpus=self.config.corpus)
+        write_snippets(output, records, header, config=config, corpus=self.config.corpus,
+                       left_out=left_out_of(documents))  # fmt: skip
 
     def _distill(self, source: Path, output: Path) -> None:
         from vocabext.distill import distill_file
@@ -295,18 +299,29 @@ class _Work:
 
         return load_tokenizer(self.base_folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _mining_documents(self) -> Iterator[Document]:
-        documents = read_documents(self.config.corpus, text_field=self.config.text_field)
-        return documents if self.config.heldout else (d for d in documents if not is_held_out(d))
-
-    def _held_out_documents(self) -> Iterator[Document]:
+    def _mining_documents(self) -> Documents:
+        documents = self._read(*self.config.corpus)
         if self.config.heldout:
-            return read_documents(self.config.heldout, text_field=self.config.text_field)
-        documents = read_documents(self.config.corpus, text_field=self.config.text_field)
-        return (d for d in documents if is_held_out(d))
+            return documents
+        return Documents((d for d in documents if not is_held_out(d)), documents.left_out)
 
-    def _all_documents(self) -> Iterator[Document]:
-        return read_documents((*self.config.corpus, *self.config.heldout), text_field=self.config.text_field)
+    def _held_out_documents(self) -> Documents:
+        if self.config.heldout:
+            return self._read(*self.config.heldout)
+        documents = self._read(*self.config.corpus)
+        return Documents((d for d in documents if is_held_out(d)), documents.left_out)
+
+    def _all_documents(self) -> Documents:
+        return self._read(*self.config.corpus, *self.config.heldout)
+
+    def _read(self, *sources: str) -> Documents:
+        return read_documents(sources, text_field=self.config.text_field, say=self._say_once)
+
+    def _say_once(self, line: str) -> None:
+        """Say something unless it was said: several stages read the same corpus."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
 
 def is_held_out(document: Document) -> bool:

@@ -6,6 +6,7 @@
     answers.py     JSON errors as OpenAI's clients expect them
     guard.py       limits on headers and body, and the API key
     upstream.py    calls to vLLM, and every way in which they fail
+    events.py      server-sent events, cut out of bytes as they come
     observe.py     what an answer was: text, length, times; read after it was passed on
     load.py        how busy the arms are: whose times may be compared
     app.py         the proxy: one request, one arm, from the first byte to the last

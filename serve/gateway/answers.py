@@ -31,5 +31,8 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def error_event(status: int, message: str) -> bytes:
-    """Return the event that ends a stream which cannot go on; no `[DONE]` follows it."""
-    return b"data: " + error_body(status, message) + b"\n\n"
+    """Return the event that ends a stream which cannot go on; no `[DONE]` follows it.
+
+    The blank line before it ends the event in whose midst the engine may have stopped.
+    """
+    return b"\n\ndata: " + error_body(status, message) + b"\n\n"

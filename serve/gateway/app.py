@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,12 +29,12 @@ from serve.gateway.calls import (
     DETOKENIZE,
     TOKENIZE,
     Call,
-    Converter,
     Request,
     parse,
     plain_call,
 )
 from serve.gateway.canary import Canary
+from serve.gateway.events import DONE, EventSplitter
 from serve.gateway.guard import Limits, Message, Receive, Scope, Send, check_headers, check_key, read_body
 from serve.gateway.load import Loads, Mark
 from serve.gateway.metrics import Metrics
@@ -51,7 +51,6 @@ MAX_MIRRORS = 16
 # stops an answer that comes along does not count.
 SILENT_SECONDS = 4.0
 SAVE_AGAIN_SECONDS = 5.0
-ARMS_OWN = b"\n\n"
 
 
 @dataclass
@@ -417,21 +416,20 @@ class Relay:
         await send_whole(self._send, self.status, body, [h for h in out if h[0] != b"content-length"])
         return self._observation(streamed=False)
 
-    async def _stream(self, parts: Any) -> Observation:
+    async def _stream(self, parts: AsyncIterator[bytes]) -> Observation:
         """Pass a stream on; if it breaks off, end it with an error event."""
         converter = self._call.converter if self.status == 200 else None
-        splitter = None if converter is None else _Splitter(converter)
-        tail, trouble = b"", ""
+        done, trouble = False, ""
         try:
-            async for part in parts:
-                out = part if splitter is None else splitter.feed(part)
+            async for part, events in _with_events(parts):
+                out = part if converter is None else b"".join(map(converter.event, events))
+                done = done or DONE in events
                 self._keep(out)
                 if out:
-                    tail = (tail + out)[-32:]
                     await self._send({"type": "http.response.body", "body": out, "more_body": True})
         except Exception as error:  # the context manager names what can go wrong with a connection; here it is caught
             trouble = _trouble(error, self._arm.name)
-        if not trouble and self.status == 200 and b"data: [DONE]" not in tail:
+        if not trouble and self.status == 200 and not done:
             trouble = f"the engine of the {self._arm.name} arm broke the answer off"
         last = error_event(502, trouble) if trouble else b""
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
@@ -456,16 +454,21 @@ class Relay:
         return observe(self._arm.name, self.status, self._parts, seconds, streamed=streamed)
 
 
-class _Splitter:
-    """Cuts a stream into events and has each of them converted."""
+async def _with_events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[bytes, list[bytes]]]:
+    """Yield every part of a stream with the data of the events that it completes."""
+    splitter = EventSplitter()
+    async for part in parts:
+        yield part, splitter.feed(part)
+    if last := [data for data in splitter.close() if data == DONE or _is_json(data)]:  # else it is half of one
+        yield b"", last
 
-    def __init__(self, converter: Converter) -> None:
-        self._converter = converter
-        self._rest = b""
 
-    def feed(self, part: bytes) -> bytes:
-        *events, self._rest = (self._rest + part).split(ARMS_OWN)
-        return b"".join(self._converter.event(event[5:].strip()) for event in events if event.startswith(b"data:"))
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def where(error: BaseException) -> str:

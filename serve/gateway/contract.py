@@ -457,8 +457,8 @@ def _text_of_length(r: Rehearsal, text: str, tokens: int) -> tuple[str, int] | N
     whole = text
     while len(whole) < tokens * 12:
         whole += " " + text
-    low, high, found = 0, len(whole), None
-    for _ in range(14):
+    low, high, found = 0, len(whole) + 1, None
+    while high - low > 1:  # down to a character: one may be several tokens
         middle = (low + high) // 2
         count = r.ask(BASE, "/tokenize", prompt=whole[:middle]).document.get("count")
         if not isinstance(count, int):

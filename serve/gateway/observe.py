@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.gateway.events import DONE, EventSplitter
+
 KEPT_BYTES = 8 * 2**20  # of one answer; what is longer is served all the same, and not looked into
 
 
@@ -80,7 +82,7 @@ def _from_events(arm: str, parts: Sequence[tuple[float, bytes]], seconds: float)
     texts: dict[int, list[str]] = {}
     first, reason, failed, done = None, None, False, False
     for when, event in events_of(parts):
-        if event == b"[DONE]":
+        if event == DONE:
             done = True
             continue
         try:
@@ -111,11 +113,7 @@ def choice_text(choice: dict[str, Any]) -> str:
 
 def events_of(parts: Sequence[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
     """Cut a stream into the data of its events, each with the time at which it was complete."""
-    found, rest = [], b""
+    splitter, found, when = EventSplitter(), [], 0.0
     for when, part in parts:
-        rest += part
-        if b"\n\n" not in rest:
-            continue
-        *events, rest = rest.split(b"\n\n")
-        found += [(when, event[5:].strip()) for event in events if event.startswith(b"data:")]
-    return found
+        found += [(when, data) for data in splitter.feed(part)]
+    return found + [(when, data) for data in splitter.close()]

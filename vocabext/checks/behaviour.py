@@ -9,6 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import PLAIN_TEXTS
+from vocabext.corpus import Documents
 from vocabext.expansion import Ids
 from vocabext.records import Document
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer
@@ -74,7 +75,9 @@ def invariant_on_corpus(pair: Pair, documents: Iterable[Document] | None) -> str
             new += int(pair.expansion.is_new(new_ids).sum())
             total += len(new_ids)
         count += len(batch)
-    return f"{count:,} documents, {new / max(1, total):.1%} of their tokens new"
+    left_out = documents.left_out.describe() if isinstance(documents, Documents) else ""
+    return f"{count:,} documents, {new / max(1, total):.1%} of their tokens new" + (
+        f"; not read: {left_out}" if left_out else "")
 
 
 def invariant_on_adversarial(pair: Pair, count: int) -> str:

@@ -52,7 +52,7 @@ def collect(
     from vocabext.checkpoint import resolve_model
     from vocabext.collect import collect as run_collect
     from vocabext.collect import generate_missing, short_of_snippets, write_snippets
-    from vocabext.corpus import read_documents
+    from vocabext.corpus import left_out_of, read_documents
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
     from vocabext.support import check_loads
@@ -62,7 +62,7 @@ def collect(
     check_output(output, force=force)
     header, tokens = read_candidates(candidates)
     model = model or str(header["base"]["model"])
-    documents = read_documents(corpus, text_field=text_field)
+    documents = read_documents(corpus, text_field=text_field, say=show.note)
     folder = resolve_model(model)
     if config.generate_missing:
         check_loads(folder, trust_remote_code=trust_remote_code)
@@ -74,7 +74,8 @@ def collect(
 
         frozen = load_model(folder, trust_remote_code=trust_remote_code)
         records = generate_missing(records, frozen, base, config, show.progress)
-    written = write_snippets(output, records, header, config=config, corpus=corpus)
+    written = write_snippets(output, records, header, config=config, corpus=corpus,
+                             left_out=left_out_of(documents))
     _name_short_ones(written["short"], config)
     summary = {"output": output, "tokens": len(records), **written}
 

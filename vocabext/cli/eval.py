@@ -41,7 +41,7 @@ def evaluate(
     from vocabext.corpus import read_documents
     from vocabext.evaluate import evaluate_folder
 
-    documents = read_documents(corpus, text_field=text_field)
+    documents = read_documents(corpus, text_field=text_field, say=show.note)
     config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype, max_memory=max_memory)
     result = evaluate_folder(folder, against, documents, config, trust_remote_code=trust_remote_code,
                              progress=show.progress)

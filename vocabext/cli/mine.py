@@ -61,7 +61,7 @@ def mine(
     before them are chosen; the curve shows how much shorter the corpus gets for which budget.
     """
     from vocabext.checkpoint import resolve_model
-    from vocabext.corpus import read_documents
+    from vocabext.corpus import left_out_of, read_documents
     from vocabext.mine import mine as run_mine
     from vocabext.mine import write_candidates
     from vocabext.records import check_output
@@ -70,13 +70,14 @@ def mine(
 
     config = MineConfig(**settings)
     check_output(output, force=force)
-    documents = read_documents(corpus, text_field=text_field)
+    documents = read_documents(corpus, text_field=text_field, say=show.note)
     folder = resolve_model(model)
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if holds_weights(folder):  # else it is a tokenizer, of whatever model
         check_patchable(folder, base.num_used_ids, num_new=config.budget or 1, trust_remote_code=trust_remote_code)
     result = run_mine(documents, base, config, show.progress)
-    header = write_candidates(output, result, base, model=model, config=config, corpus=corpus)
+    header = write_candidates(output, result, base, model=model, config=config, corpus=corpus,
+                              left_out=left_out_of(documents))
     if result.rejected:
         reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
         show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "

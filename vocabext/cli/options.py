@@ -9,8 +9,8 @@ import click
 
 _MODEL_HELP = "Model folder or hub id."
 _CORPUS_HELP = (
-    "File, folder, glob or hub dataset (OWNER/NAME[:SPLIT]) of .txt, .jsonl or .parquet, plain, .gz or .zst. "
-    "Repeatable."
+    "File, folder, glob or hub dataset (OWNER/NAME[:SPLIT]) of .txt, .jsonl, .parquet, .csv or .tsv, plain, .gz, "
+    ".bz2, .xz or .zst. Repeatable."
 )
 
 model_argument = click.argument("model", metavar="MODEL")  # model: str
@@ -33,7 +33,7 @@ text_field_option = click.option(  # text_field: str
     default="text",
     show_default=True,
     metavar="NAME",
-    help="The field of a .jsonl or .parquet record, or of a hub dataset, that holds the text.",
+    help="The field of a .jsonl, .parquet, .csv or .tsv record, or of a hub dataset, that holds the text.",
 )
 
 output_option = click.option(  # output: Path

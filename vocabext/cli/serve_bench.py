@@ -77,7 +77,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         result = run_bench(base, expanded, corpus, config=config, output=output, force=force, text_field=text_field,
-                           log_folder=folder, progress=show.progress)
+                           log_folder=folder, progress=show.progress, say=show.note)
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty

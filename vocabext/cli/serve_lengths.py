@@ -32,7 +32,7 @@ def lengths(
     if output is not None:
         check_output(output, force=force)
     result = measure_lengths(base, expanded, corpus, text_field=text_field, trust_remote_code=trust_remote_code,
-                             seed=seed, progress=show.progress)
+                             seed=seed, progress=show.progress, say=show.note)
     if output is not None:
         write_json(output, show.to_plain(result))
     show.emit(result, as_json, lambda: _show(result))

@@ -32,7 +32,7 @@ def verify(
     from vocabext.verdicts import FAIL, VERIFY_NAME
     from vocabext.verify import verify as run_verify
 
-    documents = read_documents(corpus, text_field=text_field) if corpus else None
+    documents = read_documents(corpus, text_field=text_field, say=show.note) if corpus else None
     result = run_verify(folder, against, documents, trust_remote_code=trust_remote_code, seed=seed,
                         load_weights=not skip_weights, use_vllm=use_vllm, progress=show.progress)
     write_json(folder / VERIFY_NAME, result.to_json())

@@ -56,7 +56,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
         if not Path(model).expanduser().is_dir():
             raise UsageError(f"the model folder {model} does not exist")
         model = Path(model).expanduser()
-    hf = _auto_tokenizer(model, trust_remote_code=trust_remote_code)
+    hf = load_hf_tokenizer(model, trust_remote_code=trust_remote_code)
     try:
         return BaseTokenizer(hf)
     except TokenizerError as error:
@@ -66,7 +66,12 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "Ba
         raise
 
 
-def _auto_tokenizer(model: str | Path, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer as transformers loads it, whether or not it can be extended: the only place that does.
+
+    Raises:
+        TokenizerError: If there is none, or only a slow one.
+    """
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -115,7 +120,7 @@ def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:
     Raises:
         TokenizerError: If transformers cannot load it.
     """
-    hf = _auto_tokenizer(folder, trust_remote_code=False)
+    hf = load_hf_tokenizer(folder, trust_remote_code=False)
     return ExpandedTokenizer(plain_copy(hf.backend_tokenizer), hf, expansion)
 
 
@@ -172,14 +177,12 @@ def _write_config(settings: Mapping[str, Any], folder: Path) -> None:
 
 def _found_otherwise(wanted: Tokenizer, base_folder: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield what transformers makes of a folder otherwise than it was written, with the model's config beside it."""
-    from transformers import AutoTokenizer
-
     config, here = base_folder / "config.json", folder / "config.json"
     borrowed = config.is_file() and not here.exists()  # its model type counts, too
     if borrowed:
         shutil.copyfile(config, here)
     try:
-        yield from _differences(wanted, AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer)
+        yield from _differences(wanted, load_hf_tokenizer(folder).backend_tokenizer)
     finally:
         if borrowed:
             here.unlink()
