@@ -393,7 +393,7 @@ class FrozenModel:
         """Continue prompts of equal length by sampling; returns the new ids of each."""
         torch.manual_seed(seed)
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
-        unused = torch.arange(num_used_ids, self.head_VD.shape[0], device=self.device).tolist()
+        unused = list(range(num_used_ids, self.head_VD.shape[0]))
         out = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=True,
             temperature=temperature, top_k=0, top_p=0.95, suppress_tokens=unused or None,

@@ -14,14 +14,14 @@ from typing import Any
 from vocabext.architecture import with_own_head, with_sizes
 from vocabext.checkpoint import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS, Checkpoint, RowsFile, read_json
 from vocabext.errors import CheckpointError
-from vocabext.manifest import MANIFEST_NAME, ORIGINALS_FOLDER, TensorRecord, has_manifest
+from vocabext.manifest import TensorRecord
+from vocabext.named_ids import MAX_MISSING_ROWS
 from vocabext.shards import Copied, Growth
 from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS
 
 SKIPPED_FOLDERS = (".git", ".cache")
 OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-OWN_FILES = (MANIFEST_NAME, "verify.json", "eval.json")  # what vocabext says about an expanded base
 MULTIPLE = 64
 # The bias of an output row that no token has: exp of it is 0, and every float format can hold it.
 SILENT_BIAS = -10_000.0
@@ -141,6 +141,9 @@ class _Draft:
     def __init__(self, checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untied: bool) -> None:
         self.checkpoint, self.num_used, self.num_new = checkpoint, num_used, len(file.tokens)
         self.silent_ids, self.untied = _silent_ids(file, num_used), untied
+        if num_used > checkpoint.vocab_size and not self.silent_ids:
+            # Ids without a row get one. Between two base rows it is never on top; zeros may be.
+            self.silent_ids = (checkpoint.vocab_size - 2, checkpoint.vocab_size - 1)
         self.growths: dict[str, Growth] = {}
         self.added: dict[str, Copied] = {}
         self.records: dict[str, TensorRecord] = {}
@@ -180,7 +183,7 @@ class _Draft:
         return role == HEAD or (role == EMBEDDING and self.checkpoint.tied and not self.untied)
 
     def _surplus_ids(self, growth: Growth, role: str, num_rows: int) -> tuple[int, ...]:
-        has_surplus = growth.num_rows > max(num_rows, growth.end_row)
+        has_surplus = growth.num_rows > max(num_rows, growth.end_row) or growth.first_row > num_rows
         return self.silent_ids if has_surplus and self._writes(role) else ()
 
 
@@ -196,7 +199,7 @@ def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
 
 
 def _check_room(checkpoint: Checkpoint, file: RowsFile, num_used: int) -> None:
-    if num_used > checkpoint.vocab_size:
+    if num_used > checkpoint.vocab_size + MAX_MISSING_ROWS:
         raise CheckpointError(
             f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
             "this tokenizer belongs to another checkpoint"
@@ -299,7 +302,6 @@ def plan_files(checkpoint: Checkpoint, plan: TensorPlan, stale: Mapping[str, str
         changed.add(CONFIG_NAME)
     if checkpoint.sharded and new_index(checkpoint, plan) is not None:
         changed.add(INDEX_NAME)
-    expanded = has_manifest(checkpoint.folder)
     for name in _files(checkpoint.folder, found.lost):
         reason, lost = _why_left_out(name, checkpoint)
         reason = reason or stale.get(name)
@@ -307,7 +309,7 @@ def plan_files(checkpoint: Checkpoint, plan: TensorPlan, stale: Mapping[str, str
             (found.lost if lost else found.left_out)[name] = reason
         if name in found.shards or lost:
             continue
-        if reason is not None or name in changed or (expanded and name in OWN_FILES):
+        if reason is not None or name in changed:
             found.kept.append(name)
         else:
             (found.weights if name in checkpoint.shards else found.others).append(name)
@@ -336,8 +338,6 @@ def _files(folder: Path, lost: dict[str, str]) -> Iterator[str]:
 def _why_left_out(name: str, checkpoint: Checkpoint) -> tuple[str | None, bool]:
     """Say why a file is left out (None if it is not), and whether it is too large to be kept for a way back."""
     base_name = name.rsplit("/", 1)[-1]
-    if name.startswith(f"{ORIGINALS_FOLDER}/"):
-        return "restores what the base was made from", False
     if fnmatch.fnmatch(name, "pytorch_model*.index.json"):
         return "the index of pickled weights", False
     if any(fnmatch.fnmatch(base_name, pattern) for pattern in PICKLE_PATTERNS):

@@ -23,7 +23,7 @@ from vocabext.collect import collect, generate_missing, short_of_snippets, write
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import corpus_signature, read_documents
 from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
-from vocabext.manifest import has_manifest
+from vocabext.manifest import has_manifest, refuse_expanded
 from vocabext.mine import mine, read_candidates, write_candidates
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, read_json_or, remove_unfinished, write_json
@@ -183,11 +183,14 @@ class _Work:
         """Refuse at once what a later stage would refuse after much work."""
         from vocabext.model import check_folder_runs_on_rows, layer_number, parse_max_memory, pick_device
         from vocabext.patch import check_places
+        from vocabext.tokenizer import given_rows
         from vocabext.writing.rows import choose_output_rows
 
         c = self.config
+        refuse_expanded(self.base_folder)
         check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
         base = open_checkpoint(self.base_folder, trust_remote_code=c.trust_remote_code)
+        given_rows(self._tokenizer(), base.vocab_size)
         config = base.config
         choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
                            biased=base.names.head_bias is not None)  # fmt: skip
@@ -287,9 +290,9 @@ class _Work:
     # -- text -----------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> Any:
-        from vocabext.tokenizer import load_tokenizer
+        from vocabext.tokenizer import load_base
 
-        return load_tokenizer(self.base_folder, trust_remote_code=self.config.trust_remote_code)
+        return load_base(self.base_folder, trust_remote_code=self.config.trust_remote_code)
 
     def _mining_documents(self) -> Iterator[Document]:
         documents = read_documents(self.config.corpus, text_field=self.config.text_field)

@@ -55,7 +55,7 @@ def collect(
     from vocabext.corpus import read_documents
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
-    from vocabext.tokenizer import check_made_for, load_tokenizer
+    from vocabext.tokenizer import check_made_for, load_base
 
     config = CollectConfig(**settings)
     check_output(output, force=force)
@@ -63,7 +63,7 @@ def collect(
     model = model or str(header["base"]["model"])
     documents = read_documents(corpus, text_field=text_field)
     folder = resolve_model(model)
-    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base = load_base(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, candidates)
     records = run_collect(documents, base, tokens, config, show.progress)
     if config.generate_missing and short_of_snippets(records, config):

@@ -65,12 +65,12 @@ def mine(
     from vocabext.mine import mine as run_mine
     from vocabext.mine import write_candidates
     from vocabext.records import check_output
-    from vocabext.tokenizer import load_tokenizer
+    from vocabext.tokenizer import load_base
 
     config = MineConfig(**settings)
     check_output(output, force=force)
     documents = read_documents(corpus, text_field=text_field)
-    base = load_tokenizer(resolve_model(model), trust_remote_code=trust_remote_code)
+    base = load_base(resolve_model(model), trust_remote_code=trust_remote_code)
     result = run_mine(documents, base, config, show.progress)
     header = write_candidates(output, result, base, model=model, config=config, corpus=corpus)
     if result.rejected:

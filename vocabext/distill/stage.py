@@ -26,7 +26,7 @@ from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
-from vocabext.tokenizer import check_made_for, extend, load_tokenizer
+from vocabext.tokenizer import check_made_for, extend, load_base
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
@@ -156,7 +156,7 @@ def distill_file(
         check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
     # Before the work: a class without a vocabulary to extend is one that `patch` would refuse.
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
-    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base = load_base(folder, trust_remote_code=trust_remote_code)
     made_from = base_record(folder, names, model=model, num_used_ids=base.num_used_ids)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
