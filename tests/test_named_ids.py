@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from vocabext.cli.inspect import inspect
 from vocabext.cli.main import cli
-from vocabext.config import MineConfig
+from vocabext.config import EvalConfig, MineConfig
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.evaluate import evaluate_folder
 from vocabext.manifest import read_manifest
@@ -28,6 +28,7 @@ from vocabext.tokenizer import BaseTokenizer, extend, load_base, load_tokenizer
 from vocabext.verdicts import FAIL, Verification
 from vocabext.verify import verify
 
+EVAL = EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")
 CHECK = "named ids, stops and bans kept"
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -72,11 +73,10 @@ NAMED: dict[str, tuple[str, dict[str, Any], int]] = {
     "a language": ("generation_config.json", {"lang_to_id": {"<|en|>": 290, "<|de|>": 291}}, 292),
     "sound of a processor": ("processor_config.json", {"audio_token_id": 293}, 294),
     "preprocessor": ("video_preprocessor_config.json", {"video_token_id": 290}, 291),
-    "added tokens": ("added_tokens.json", {"<|extra|>": 290}, 291),
     "nested part": ("config.json", {"vision_config": {"image_token_id": 290, "hidden_size": 8}}, 291),
     "deeper part": ("config.json", {"thinker_config": {"audio_config": {"audio_token_id": 295}}}, 296),
     "decoder": ("config.json", {"decoder": {"eos_token_id": 290}}, 291),
-    "none": ("config.json", {"eos_token_id": None, "pad_token_id": -1, "bos_token_id": []}, 290),
+    "none": ("config.json", {"eos_token_id": None, "pad_token_id": -1}, 290),
     "used already": ("config.json", {"eos_token_id": [0, 1, 289]}, 290),
     "another vocabulary": ("config.json", {"text_encoder": {"vocab_size": 999, "eos_token_id": 291}}, 290),
     "a count": ("config.json", {"num_image_token": 291, "max_length": 292, "hidden_size_id": 1}, 290),
@@ -95,11 +95,13 @@ def test_a_new_token_never_gets_an_id_that_a_file_names(case: str, tmp_path: Pat
     assert [expanded.backend.token_to_id(token.key) for token in tokens] == [first, first + 1, first + 2]
 
 
-def test_an_id_in_the_frame_of_added_tokens_decoder_is_left_free(tmp_path: Path) -> None:
+def test_ids_of_added_tokens_are_left_free(tmp_path: Path) -> None:
     base = folder_with(tmp_path, {"tokenizer_config.json": {"extra_image_token_id": 294}})
     assert load_tokenizer(base).num_used_ids == 295
     edit_json(base / "tokenizer_config.json", added_tokens_decoder={"297": {"content": "<s>"}})
+    (base / "added_tokens.json").write_text('{"<|extra|>": 298}')
     assert named_ids(base).where[297] == "tokenizer_config.json: added_tokens_decoder"
+    assert named_ids(base).where[298] == "added_tokens.json: added tokens"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,7 +125,7 @@ def test_a_checkpoint_whose_config_names_ids_behind_the_tokenizer_passes_verify(
     for name in ROWS[:1 if tied else 2]:
         before, after = (load_file(path / "model.safetensors")[name] for path in (base, folder))
         assert torch.equal(before[:294], after[:294])
-    evaluate_folder(folder, str(base), DOCUMENTS[:1])
+    evaluate_folder(folder, str(base), DOCUMENTS[:1], EVAL)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "gemma", "t5", "xlm-r"])
@@ -328,18 +330,14 @@ def test_a_special_id_without_a_row_gets_a_silent_one(
     assert tied or not tensors[ROWS[0]][290].any()
     result = verify(folder, str(base), DOCUMENTS)
     assert failed(result) == {}
-    evaluate_folder(folder, str(base), DOCUMENTS[:1])
+    evaluate_folder(folder, str(base), DOCUMENTS[:1], EVAL)
 
 
 def test_verify_fails_a_given_row_that_was_changed(tmp_path: Path) -> None:
     base = one_id_more(tmp_path)
     folder = patched(base, tmp_path)
 
-    def change(rows: torch.Tensor) -> torch.Tensor:
-        rows[290] += 1
-        return rows
-
-    edit_tensor(folder, ROWS[0], change)
+    edit_tensor(folder, ROWS[0], lambda rows: rows[290].add_(1))
     assert "row 290 of model.embed_tokens.weight belongs to no id of the base" in failed(
         verify(folder, str(base), load_weights=False))["old rows bit-identical"]
 
