@@ -198,8 +198,9 @@ def _settings(config: Mapping[str, Any], hf: "PreTrainedTokenizerBase") -> dict[
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.update({name: value for name, value in hf.special_tokens_map.items() if isinstance(value, str)})
     extra = [str(token) for token in getattr(hf, "extra_special_tokens", None) or []]
-    if extra and not isinstance(settings.get("extra_special_tokens"), dict):
-        settings["extra_special_tokens"] = extra
+    # Readers before transformers 5 know one of these names, and fail at a list under the other.
+    if extra and not isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = extra
     settings["model_input_names"] = list(hf.model_input_names)
     settings["padding_side"] = hf.padding_side
     settings["clean_up_tokenization_spaces"] = bool(hf.clean_up_tokenization_spaces)
