@@ -11,19 +11,22 @@ from planted import draw_fewer_texts, edit_tensor
 from safetensors.torch import load_file
 from tiny_checkpoints import edit_json, tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens, patched
+from tiny_families import tiny_family
 from tiny_tokenizers import FAMILIES, family_base
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from vocabext.cli.inspect import inspect
 from vocabext.cli.main import cli
-from vocabext.config import EvalConfig, MineConfig
+from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.evaluate import evaluate_folder
 from vocabext.manifest import read_manifest
 from vocabext.mine import mine
 from vocabext.model import load_model
 from vocabext.named_ids import NamedIds, Rules, named_ids
+from vocabext.pipeline import RunConfig, run
+from vocabext.revert import revert
 from vocabext.tokenizer import BaseTokenizer, extend, load_base, load_tokenizer
 from vocabext.verdicts import FAIL, Verification
 from vocabext.verify import verify
@@ -300,10 +303,14 @@ def test_generation_stops_where_the_base_stops(tmp_path: Path) -> None:
 def one_id_more(tmp_path: Path, *, special: bool = True, tied: bool = True) -> Path:
     """As Gemma 3: the last id of the tokenizer has no row."""
     base = tiny_folder(tmp_path / "base", num_rows=290, tied=tied)
+    _with_image_token(base, special=special)
+    return base
+
+
+def _with_image_token(base: Path, *, special: bool) -> None:
     hf = AutoTokenizer.from_pretrained(base)
     hf.add_tokens([AddedToken("<image_soft_token>", special=special, normalized=False)], special_tokens=special)
     hf.save_pretrained(base)
-    return base
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -333,12 +340,32 @@ def test_a_special_id_without_a_row_gets_a_silent_one(
     evaluate_folder(folder, str(base), DOCUMENTS[:1], EVAL)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_run_walks_the_whole_way_where_a_special_id_has_no_row(family: str, tmp_path: Path) -> None:
+    """Gemma 3 as text: an id for images behind the last row; here an end of text behind that, too."""
+    base = tiny_family(tmp_path / "base", family, num_rows=290)
+    _with_image_token(base, special=True)
+    edit_json(base / "generation_config.json", eos_token_id=[1, 292])
+    for name, documents in (("corpus", DOCUMENTS[:2]), ("heldout", DOCUMENTS[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    outcomes = run(RunConfig(
+        model=str(base), corpus=(str(tmp_path / "corpus.jsonl"),), heldout=(str(tmp_path / "heldout.jsonl"),),
+        output=tmp_path / "new", mine=MineConfig(budget=3, min_count=4), evaluate=EVAL,
+        collect=CollectConfig(snippets=4, window=16, min_snippets=2),
+        distill=DistillConfig(epochs=1, dtype="float32", device="cpu")))  # fmt: skip
+    assert [outcome.state for outcome in outcomes] == ["made"] * 6
+    manifest = read_manifest(tmp_path / "new")
+    assert (manifest.first_new_id, list(manifest.given_rows)) == (293, ["290", "292"])
+    revert(tmp_path / "new", tmp_path / "back")
+    assert all((tmp_path / "back" / path.name).read_bytes() == path.read_bytes() for path in base.iterdir())
+
+
 def test_verify_fails_a_given_row_that_was_changed(tmp_path: Path) -> None:
     base = one_id_more(tmp_path)
     folder = patched(base, tmp_path)
 
     edit_tensor(folder, ROWS[0], lambda rows: rows[290].add_(1))
-    assert "row 290 of model.embed_tokens.weight belongs to no id of the base" in failed(
+    assert "row 290 of model.embed_tokens.weight is none of the base's" in failed(
         verify(folder, str(base), load_weights=False))["old rows bit-identical"]
 
 

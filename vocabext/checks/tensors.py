@@ -192,7 +192,7 @@ def _check_silent(pair: Pair, name: str, begin: int, end: int) -> None:
     for start, rows in _rows(pair.new, name, begin, end):
         odd = (rows > SILENT if bias else rows != expected).any(dim=1).nonzero()
         if len(odd):
-            raise FaultError(f"row {start + int(odd[0])} of {name} belongs to no id of the base and is not "
+            raise FaultError(f"row {start + int(odd[0])} of {name} is none of the base's and is not "
                              f"{'silent' if bias else said}")
 
 
