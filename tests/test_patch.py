@@ -196,7 +196,7 @@ def test_the_index_and_the_metadata_are_kept_up(tmp_path: Path) -> None:
 
 def test_what_would_mislead_a_reader_is_left_out(case: Case) -> None:
     for name in ("pytorch_model.bin", "merges.txt", "stray.safetensors", "model.gguf", "sub/optimizer.pt",
-                 ".git/config", ".cache/x/y", ".gitattributes", "sub/adapter.safetensors", "vocabext.json"):
+                 ".git/config", ".cache/x/y", ".gitattributes", "sub/adapter.safetensors"):
         (case.base / name).parent.mkdir(parents=True, exist_ok=True)
         (case.base / name).write_text("x")
     (case.base / "nowhere").symlink_to("missing")
@@ -209,7 +209,6 @@ def test_what_would_mislead_a_reader_is_left_out(case: Case) -> None:
     assert not any((case.output / name).exists() for name in result.files.left_out)
     assert (case.output / "sub" / "adapter.safetensors").exists()
     assert (case.output / ".gitattributes").exists()
-    assert read_manifest(case.output).base.expanded
 
 
 def test_an_untied_head_takes_the_mean_of_its_pieces_unless_rows_are_given(tmp_path: Path) -> None:
@@ -254,16 +253,6 @@ def test_the_manifest_says_what_was_made_from_what(case: Case) -> None:
     assert manifest.base.config_sha256 == file_sha256(case.base / "config.json")
     embedding = stored(case.base)[EMBEDDING].numpy().tobytes()
     assert manifest.base.tensors_sha256 == {EMBEDDING: hashlib.sha256(embedding).hexdigest()}
-    assert not manifest.base.expanded
-
-
-def test_an_expanded_checkpoint_can_be_expanded_again(case: Case, tmp_path: Path) -> None:
-    case.patch()
-    second = Case(case.output, tmp_path / "rows2.safetensors", tmp_path / "twice")
-    make_rows(second.base, second.rows, (" coronary", " heart beat"))
-    second.patch()
-    check_expanded(second.base, second.output, "the muscle")
-    assert read_manifest(second.output).base.expanded
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_rows_that_belong_to_no_id_are_hardly_ever_drawn(
     result = verify(case.output, str(case.base))
     assert failed(result) == []
     edit_tensor(case.output, HEAD, set_row(294, 0.0))
-    assert "row 294 of lm_head.weight belongs to no id and is not the mean of the rows 7 and 11" in detail(
+    assert "row 294 of lm_head.weight is none of the base's and is not the mean of the rows 7 and 11" in detail(
         verify(case.output, str(case.base)), "new rows plausible")
 
 

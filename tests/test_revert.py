@@ -64,17 +64,6 @@ def test_names_that_readers_would_load_and_old_tokenizer_files_come_back_too(tmp
     assert contents(tmp_path / "back") == wanted
 
 
-def test_a_checkpoint_expanded_twice_goes_back_one_step_at_a_time(tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base", num_rows=291)
-    first = patched(base, tmp_path, [" muscle of"])
-    first = first.rename(tmp_path / "first")
-    second = patched(first, tmp_path, [" the heart"])
-    revert(second, tmp_path / "first again")
-    assert contents(tmp_path / "first again") == contents(first)
-    revert(tmp_path / "first again", tmp_path / "base again")
-    assert contents(tmp_path / "base again") == contents(base)
-
-
 def test_links_of_a_hub_cache_come_back_as_files(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "blobs")
     linked = tmp_path / "base"

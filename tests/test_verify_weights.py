@@ -176,7 +176,7 @@ FAULTS = {
     "a new row is 100 times too long": Fault(
         in_tensor(EMBEDDING, lambda matrix: matrix[FIRST].mul_(100)), NEW, "times as long as the longest base row"),
     "a row of no id is not zero": Fault(
-        in_tensor(HEAD, set_row(END + 2, 0.5)), NEW, f"row 295 of {HEAD} belongs to no id and is not zero", "grown"),
+        in_tensor(HEAD, set_row(END + 2, 0.5)), NEW, f"row 295 of {HEAD} is none of the base's and", "grown"),
     "two new rows change places": Fault(
         in_tensor(EMBEDDING, swap(FIRST, END - 1)), NEW, f"the new rows of {EMBEDDING} were changed after they were"),
     "the last bit of a new row": Fault(
@@ -343,8 +343,6 @@ def test_a_folder_that_is_made_anew_has_no_digests_of_the_old_one(linked: tuple[
     patched(base, folder.parent, link="hard", force=True)
     assert not (folder / VERIFY_NAME).exists()
     assert verify_and_write(base, folder).passed
-    twice = patched(folder.rename(folder.with_name("first")), folder.parent, [" muscles of"], link="hard")
-    assert not (twice / VERIFY_NAME).exists()
 
 
 # -- in chunks ----------------------------------------------------------------------------------------------------

@@ -156,12 +156,12 @@ def diff(base: str, expanded: Path, texts: Sequence[str] = (), *, trust_remote_c
         TokenizerError: If a tokenizer cannot be loaded.
     """
     from vocabext.expansion import Expansion
-    from vocabext.tokenizer import load_expanded, load_tokenizer
+    from vocabext.tokenizer import load_base_of, load_expanded
 
     manifest = read_manifest(expanded)
     folder = resolve_model(base)
     old, new = (open_checkpoint(path, trust_remote_code=trust_remote_code) for path in (folder, expanded))
-    before = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    before = load_base_of(folder, manifest.first_new_id, trust_remote_code=trust_remote_code)
     if before.num_used_ids != manifest.first_new_id:
         raise CheckpointError(f"{expanded} was made from {manifest.base.model} with {manifest.first_new_id:,} token "
                               f"ids, but {base} has {before.num_used_ids:,}; pass the base it was made from")

@@ -33,7 +33,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, NewToken, write_json
 from vocabext.rows import mean_rows
 from vocabext.support import check_runs
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_base_of, load_expanded
 from vocabext.vocabulary import HEAD_BIAS
 from vocabext.writing.held_out import IDENTICAL, HeldOut, measure_held_out
 
@@ -161,7 +161,7 @@ def evaluate_folder(
     tokens = [record.new_token for record in manifest.tokens]
     base_folder = resolve_model(against)
     check_runs(base_folder, trust_remote_code=trust_remote_code)
-    base = load_tokenizer(base_folder, trust_remote_code=trust_remote_code)
+    base = load_base_of(base_folder, manifest.first_new_id, trust_remote_code=trust_remote_code)
     if manifest.first_new_id != base.num_used_ids:
         raise UsageError(f"{folder} was made from {manifest.base.model} with {manifest.first_new_id} token ids, but "
                          f"{against} has {base.num_used_ids}; pass the model it was made from as --against")

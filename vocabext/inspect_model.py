@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vocabext.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from vocabext.errors import TokenizerError
-from vocabext.manifest import MANIFEST_NAME, has_manifest, read_manifest
+from vocabext.errors import CheckpointError, TokenizerError
+from vocabext.manifest import MANIFEST_NAME, expanded_from, has_manifest, read_manifest
 from vocabext.support import Support, support
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Inspection:
         vocab_tensors: Stored names of the tensors with one row per token id.
         row_tensors: The same with their sizes.
         num_rows: Rows stored (V).
-        num_used_ids: Ids the tokenizer addresses (U); None if that cannot be read off.
+        num_used_ids: Ids that the tokenizer addresses or a file names (U): the first new id; None if that cannot be
+            read off.
         num_free_rows: Rows that new tokens can take before the matrix grows; None as above.
         row_step: In multiples of how many rows it grows then.
         first_reserved_id: Ids from here on mean images or sounds, and cannot be new tokens; None if none do.
@@ -69,6 +70,9 @@ class Inspection:
         num_new_tokens: New tokens if this is an expanded checkpoint already, else 0.
         base: What it was expanded from; None if it was not.
         support: What can be done with it, or why not.
+        reserved: Ids behind the tokenizer's own that a file names; new tokens go behind them.
+        given_rows: Ids of special tokens, or named by a file, that have no row and would get a silent one.
+        out_of_reach: Ids that a file names though they lie far behind all rows.
     """
 
     folder: Path
@@ -97,6 +101,9 @@ class Inspection:
     num_new_tokens: int
     base: str | None
     support: Support
+    reserved: dict[int, str]
+    given_rows: dict[int, str]
+    out_of_reach: dict[int, str]
 
 
 def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
@@ -114,7 +121,7 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         CheckpointError: If the folder is damaged, or its parts contradict each other.
         UnsupportedError: If it is of a kind that no rows can be added to.
     """
-    from vocabext.tokenizer import load_tokenizer
+    from vocabext.tokenizer import given_rows, load_tokenizer
 
     folder = resolve_model(model)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
@@ -122,12 +129,19 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
     # What an expansion has put into the tokenizer may be of no kind that can be extended again.
     num_used, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
     class_name = warning = no_tokenizer = None
+    reserved: dict[int, str] = {}
+    given: dict[int, str] = {}
+    out_of_reach: dict[int, str] = {}
     try:
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         num_used, kind, extension = tokenizer.num_used_ids, tokenizer.kind, tokenizer.describe()
         class_name, warning = type(tokenizer.hf).__name__, _tokenizer_warning(folder, tokenizer)
-    except TokenizerError as error:
+        reserved, out_of_reach = tokenizer.reserved, tokenizer.named.out_of_reach(tokenizer.num_own_ids)
+        given = given_rows(tokenizer, checkpoint.vocab_size)
+    except (TokenizerError, CheckpointError) as error:
         extension, no_tokenizer = f"none: {error}", str(error)
+    if (said := expanded_from(folder)) is not None:
+        extension, no_tokenizer = f"none: {said}", said
     rows = _row_tensors(checkpoint)
     inner = checkpoint.config.get("text_config")
     return Inspection(
@@ -146,7 +160,8 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         tokenizer_warning=warning, extension=extension,
         num_new_tokens=len(manifest.tokens) if manifest is not None else 0,
         base=manifest.base.model if manifest is not None else None,
-        support=support(checkpoint, num_used, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer))
+        support=support(checkpoint, num_used, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer),
+        reserved=reserved, given_rows=given, out_of_reach=out_of_reach)
 
 
 def _row_tensors(checkpoint: Checkpoint) -> tuple[RowTensorFacts, ...]:

@@ -17,7 +17,6 @@ What it takes to get the base back, byte for byte and without the base, lies in 
 
 The suffix keeps any reader from taking an old file for a file of the model. A digest is that of the whole
 original file; it is None only for a carried-over shard, which is linked or copied without being looked into.
-An expanded base keeps its own vocabext.json and vocabext_base/ in this way too, one level further down.
 """
 
 import hashlib
@@ -51,11 +50,10 @@ class BaseRecord:
     Attributes:
         model: Folder or hub id, as it was given.
         num_rows: Rows its embedding stores (V).
-        num_used_ids: Ids its tokenizer addresses (U); the first new token has this id.
+        num_used_ids: Ids its tokenizer addresses, or its files name (U); the first new token has this id.
         config_sha256: Digest of its config.json.
         tokenizer_sha256: Digest of its tokenizer.json, None if it has none.
         tensors_sha256: Digest of the bytes of each vocabulary tensor, by stored name.
-        expanded: Whether it was an expanded checkpoint itself.
     """
 
     model: str
@@ -64,7 +62,6 @@ class BaseRecord:
     config_sha256: str
     tokenizer_sha256: str | None
     tensors_sha256: dict[str, str]
-    expanded: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,8 @@ class TensorRecord:
         num_rows_before: Rows in the base; 0 for a head that was separated from its embedding (`--untie`).
         num_rows: Rows in the new folder. Those behind the last new token are as in the base, or surplus.
         file: Its shard, the same in base and new folder.
-        surplus: Base ids whose mean row the surplus rows hold; empty for zeros (a bias: far below all others).
+        surplus: Base ids whose mean row the surplus rows hold, and rows of ids that had none; empty for zeros
+            (a bias: far below all others).
         new_rows_sha256: Digest of the bytes of its new rows; None where an older version wrote the file.
     """
 
@@ -196,6 +194,10 @@ class Manifest:
         untied: Whether the base was tied and the head is a tensor of its own here.
         tensors: Every tensor with a row per token id, by stored name; empty in version 1.
         originals: What restores the base; None in version 1.
+        reserved: Ids behind the tokenizer's own that a file of the base names, by the id, with file and entry.
+        given_rows: Ids that the base has no row for and that got one, by the id, with what they are: zeros, or what
+            surplus rows hold.
+        rules: Stops and bans of the base that no new token hides.
         created: When, in UTC, ISO 8601.
         vocabext_version: The version that wrote it.
         libraries: Versions of the libraries it used.
@@ -210,6 +212,9 @@ class Manifest:
     untied: bool = False
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     originals: Originals | None = None
+    reserved: dict[str, str] = field(default_factory=dict)
+    given_rows: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     vocabext_version: str = __version__
     libraries: dict[str, str] = field(default_factory=dict)
@@ -251,6 +256,32 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
+def expanded_from(folder: Path) -> str | None:
+    """Say what a model folder was expanded from, and how to go on from there; None if it was not, as far as one sees.
+
+    A folder without its vocabext.json shows it by what restores its base.
+    """
+    if has_manifest(folder):
+        model = read_manifest(folder).base.model
+        return (f"{folder} was expanded from {model} already; expand {model} again with the longer list of tokens, or "
+                f"get it back with: vocabext revert {folder} -o FOLDER")
+    if (folder / ORIGINALS_FOLDER).is_dir():
+        return (f"{folder} was expanded already: it holds {ORIGINALS_FOLDER}/, but its {MANIFEST_NAME} is gone; expand "
+                "the model that it was made from again with the longer list of tokens")
+    return None
+
+
+def refuse_expanded(folder: Path) -> None:
+    """Refuse a base that was expanded already: its own new tokens could be cut by those that are to come.
+
+    Raises:
+        UsageError: If it was.
+        CheckpointError: If its vocabext.json is damaged.
+    """
+    if (said := expanded_from(folder)) is not None:
+        raise UsageError(f"a model cannot be expanded twice yet: {said}")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read vocabext.json of an expanded checkpoint.
 
@@ -285,8 +316,7 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
     base, files = document["base"], document["files"]
     return Manifest(
         base=BaseRecord(str(base["model"]), int(base["num_rows"]), int(base["num_used_ids"]),
-                        str(base["config_sha256"]), base["tokenizer_sha256"], dict(base["tensors_sha256"]),
-                        bool(base.get("expanded"))),
+                        str(base["config_sha256"]), base["tokenizer_sha256"], dict(base["tensors_sha256"])),
         tokens=tuple(TokenRecord(str(row["token"]), str(row["key"]), tuple(int(i) for i in row["run"]),
                                  int(row["token_id"]), dict(row.get("distill") or {})) for row in document["tokens"]),
         method=str(document["method"]), options=dict(document["options"]), head_rows=str(document["head_rows"]),
@@ -294,8 +324,9 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
                          {inside(name): str(reason) for name, reason in files["left_out"].items()}),
         untied=bool(document.get("untied")), tensors=_tensors_from(document.get("tensors") or {}),
         originals=_originals_from(document["originals"]) if document.get("originals") else None,
-        created=str(document["created"]), vocabext_version=str(document["vocabext_version"]),
-        libraries=dict(document["libraries"]),
+        reserved=dict(document.get("reserved") or {}), given_rows=dict(document.get("given_rows") or {}),
+        rules=dict(document.get("rules") or {}), created=str(document["created"]),
+        vocabext_version=str(document["vocabext_version"]), libraries=dict(document["libraries"]),
     )
 
 

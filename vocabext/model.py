@@ -380,12 +380,17 @@ class FrozenModel:
     ) -> torch.Tensor:  # fmt: skip
         """Return what `log_probabilities` normalises, (P, num_base + N), float32."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base].to(hidden_PD.device)
+        num_rows = logits.shape[1]
         if new_rows_ND is not None:
             bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
             new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
             logits = torch.cat((logits, new_PN), dim=1)
         logits = logits.float()
-        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        logits = logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        if num_rows == num_base:
+            return logits
+        never = logits.new_full((len(logits), num_base - num_rows), -torch.inf)  # the last ids have no row
+        return torch.cat((logits[:, :num_rows], never, logits[:, num_rows:]), dim=1)
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
@@ -393,7 +398,7 @@ class FrozenModel:
         """Continue prompts of equal length by sampling; returns the new ids of each."""
         torch.manual_seed(seed)
         ids = torch.tensor([list(p) for p in prompts], dtype=torch.long, device=self.device)
-        unused = torch.arange(num_used_ids, self.head_VD.shape[0], device=self.device).tolist()
+        unused = list(range(num_used_ids, self.head_VD.shape[0]))
         out = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=True,
             temperature=temperature, top_k=0, top_p=0.95, suppress_tokens=unused or None,

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +37,11 @@ from vocabext.manifest import (
     Originals,
     file_sha256,
     has_manifest,
+    refuse_expanded,
     token_records,
     write_manifest,
 )
+from vocabext.named_ids import listed
 from vocabext.patch_plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
 from vocabext.patch_weights import Advance, WeightWriter
 from vocabext.progress import Progress, no_progress
@@ -71,6 +73,9 @@ class PatchResult:
         bytes_written: Size of everything that was written.
         folder_bytes: Size of the new folder, linked files included.
         seconds: Time it took.
+        reserved: Ids behind the tokenizer's own that a file names; the new tokens go behind them.
+        given_rows: Ids that had no row and got a silent one, with what they are.
+        rules: Stops and bans of the base that no new token holds.
     """
 
     folder: Path
@@ -87,6 +92,9 @@ class PatchResult:
     bytes_written: int
     folder_bytes: int
     seconds: float
+    reserved: dict[int, str] = field(default_factory=dict)
+    given_rows: dict[int, str] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
 
 
 def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
@@ -114,7 +122,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         CheckpointError: If the base is damaged, the rows were made for another model, or the disk is too full.
         TokenizerError: If the tokens cannot be added to the base's tokenizer.
     """
-    from vocabext.tokenizer import extend, load_tokenizer
+    from vocabext.tokenizer import extend, given_rows, load_base
 
     started = time.perf_counter()
     if link not in LINKS:
@@ -125,8 +133,10 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
     check_places(output, base_folder, rows_path)
+    refuse_expanded(base_folder)
     checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
-    base = load_tokenizer(str(base_folder), trust_remote_code=trust_remote_code)
+    base = load_base(base_folder, trust_remote_code=trust_remote_code)
+    given = given_rows(base, checkpoint.vocab_size)  # refuses a tokenizer of another checkpoint
     _check_rows(file, checkpoint, base.num_used_ids)
     expanded = extend(base, file.tokens)
     tensors = plan_tensors(checkpoint, file, base.num_used_ids, untie=untie)
@@ -146,12 +156,14 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
             others.write(expanded, copier)
         others.write_index(tensors)
         record = others.record()
+        _say_ids(base, given, say)
         write_manifest(folder, Manifest(
             base=_base_record(model, checkpoint, base, weights.tensors_sha256),
             tokens=token_records(file.tokens, base.num_used_ids, file.header.get("per_token") or ()),
             method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
             head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=weights.records(),
-            originals=weights.originals))
+            originals=weights.originals, reserved=_by_text(base.reserved), given_rows=_by_text(given),
+            rules=base.named.rules.to_json()))
         others.write_config(tensors)
         _check_new(folder, checkpoint, tensors, trust_remote_code=trust_remote_code)
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -161,7 +173,8 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         output_folder, len(file.tokens), len(base.scheme.searched(file.tokens)), base.num_used_ids,
         checkpoint.vocab_size, num_rows, tensors.head_rows, tensors.untied_bytes, record,
         len(weights.linked), next(iter(weights.linked.values()), None),
-        sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started)
+        sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started, base.reserved, given,
+        base.named.rules.to_json())
 
 
 # -- before the first byte ----------------------------------------------------------------------------------------
@@ -304,7 +317,23 @@ def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer",
     return BaseRecord(
         model=model, num_rows=checkpoint.vocab_size, num_used_ids=base.num_used_ids, config_sha256=config_sha256,
         tokenizer_sha256=file_sha256(checkpoint.folder / "tokenizer.json"),
-        tensors_sha256=dict(tensors_sha256), expanded=has_manifest(checkpoint.folder))
+        tensors_sha256=dict(tensors_sha256))
+
+
+def _say_ids(base: "BaseTokenizer", given: Mapping[int, str], say: Callable[[str], None]) -> None:
+    if base.reserved:
+        say(f"ids that files name are left free, the new tokens begin at {base.num_used_ids}: {listed(base.reserved)}")
+    if given:
+        say(f"ids that have no row in the base get one that is never written: {listed(given)}")
+    if beyond := base.named.out_of_reach(base.num_own_ids):
+        say(f"files name ids far behind all rows, which stay without one: {listed(beyond)}")
+    rules = base.named.rules
+    if rules.count > len(rules.anywhere) or rules.anywhere.keys() - {*base.added.values()}:
+        say(f"kept: {rules.describe()}")
+
+
+def _by_text(named: Mapping[int, str]) -> dict[str, str]:
+    return {str(i): what for i, what in named.items()}
 
 
 def _check_new(folder: Path, checkpoint: Checkpoint, tensors: TensorPlan, *, trust_remote_code: bool) -> None:

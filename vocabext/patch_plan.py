@@ -22,7 +22,8 @@ from vocabext.checkpoint import (
     read_json,
 )
 from vocabext.errors import CheckpointError
-from vocabext.manifest import MANIFEST_NAME, ORIGINALS_FOLDER, TensorRecord, has_manifest
+from vocabext.manifest import TensorRecord
+from vocabext.named_ids import MAX_MISSING_ROWS
 from vocabext.shards import Copied, Growth
 from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, quantisation
 
@@ -31,7 +32,6 @@ OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.pdpar
 ADAPTER_WEIGHTS = "adapter_model.*"
 WEIGHT_INDICES = ("*.index.json", "*.index.*.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-OWN_FILES = (MANIFEST_NAME, "verify.json", "eval.json")  # what vocabext says about an expanded base
 MULTIPLE = 64
 # The bias of an output row that no token has: exp of it is 0, and every float format can hold it.
 SILENT_BIAS = -10_000.0
@@ -150,6 +150,9 @@ class _Draft:
     def __init__(self, checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untied: bool) -> None:
         self.checkpoint, self.num_used, self.num_new = checkpoint, num_used, len(file.tokens)
         self.silent_ids, self.untied = _silent_ids(file, num_used), untied
+        if num_used > checkpoint.vocab_size and not self.silent_ids:
+            # Ids without a row get one. Between two base rows it is never on top; zeros may be.
+            self.silent_ids = (checkpoint.vocab_size - 2, checkpoint.vocab_size - 1)
         self.growths: dict[str, Growth] = {}
         self.added: dict[str, Copied] = {}
         self.records: dict[str, TensorRecord] = {}
@@ -189,7 +192,7 @@ class _Draft:
         return role == HEAD or (role == EMBEDDING and self.checkpoint.tied and not self.untied)
 
     def _surplus_ids(self, growth: Growth, role: str, num_rows: int) -> tuple[int, ...]:
-        has_surplus = growth.num_rows > max(num_rows, growth.end_row)
+        has_surplus = growth.num_rows > max(num_rows, growth.end_row) or growth.first_row > num_rows
         return self.silent_ids if has_surplus and self._writes(role) else ()
 
 
@@ -205,7 +208,7 @@ def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
 
 
 def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
-    """Refuse a model that has fewer rows than its tokenizer has ids, or no ids free for new tokens.
+    """Refuse a model that has far fewer rows than its tokenizer has ids, or no ids free for new tokens.
 
     Args:
         checkpoint: The base.
@@ -215,7 +218,7 @@ def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
     Raises:
         CheckpointError: If so.
     """
-    if num_used > checkpoint.vocab_size:
+    if num_used > checkpoint.vocab_size + MAX_MISSING_ROWS:
         raise CheckpointError(
             f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
             "this tokenizer belongs to another checkpoint"
@@ -308,7 +311,6 @@ def plan_files(checkpoint: Checkpoint, plan: TensorPlan, stale: Mapping[str, str
         changed.add(CONFIG_NAME)
     if checkpoint.sharded and new_index(checkpoint, plan) is not None:
         changed.add(INDEX_NAME)
-    expanded = has_manifest(checkpoint.folder)
     names = list(_files(checkpoint.folder, found.lost))
     verdicts = {name: _why_left_out(name, checkpoint) for name in names}
     gone = {name for name, (_, lost) in verdicts.items() if lost}
@@ -321,7 +323,7 @@ def plan_files(checkpoint: Checkpoint, plan: TensorPlan, stale: Mapping[str, str
             (found.lost if lost else found.left_out)[name] = reason
         if name in found.shards or lost:
             continue
-        if reason is not None or name in changed or (expanded and name in OWN_FILES):
+        if reason is not None or name in changed:
             found.kept.append(name)
         else:
             (found.weights if name in checkpoint.shards else found.others).append(name)
@@ -350,8 +352,6 @@ def _files(folder: Path, lost: dict[str, str]) -> Iterator[str]:
 def _why_left_out(name: str, checkpoint: Checkpoint) -> tuple[str | None, bool]:
     """Say why a file is left out (None if it is not), and whether it is too large to be kept for a way back."""
     base_name = name.rsplit("/", 1)[-1]
-    if name.startswith(f"{ORIGINALS_FOLDER}/"):
-        return "restores what the base was made from", False
     if fnmatch.fnmatch(name, ADAPTER_WEIGHTS):
         return "an adapter beside the model, which readers differ in loading: merge it, or load it from the base", True
     if any(fnmatch.fnmatch(base_name, pattern) for pattern in PICKLE_PATTERNS):

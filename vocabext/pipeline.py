@@ -23,7 +23,7 @@ from vocabext.collect import collect, generate_missing, short_of_snippets, write
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import Documents, corpus_signature, left_out_of, read_documents
 from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
-from vocabext.manifest import has_manifest
+from vocabext.manifest import has_manifest, refuse_expanded
 from vocabext.mine import mine, read_candidates, write_candidates
 from vocabext.progress import Progress, no_progress
 from vocabext.records import Document, read_json_or, remove_unfinished, write_json
@@ -185,13 +185,16 @@ class _Work:
         from vocabext.model import layer_number, parse_max_memory, pick_device
         from vocabext.patch import check_places
         from vocabext.support import check_loads, check_patchable, check_runs
+        from vocabext.tokenizer import given_rows
         from vocabext.writing.rows import choose_output_rows
 
         c = self.config
+        refuse_expanded(self.base_folder)
         check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
-        num_used = self._tokenizer().num_used_ids
-        base = check_patchable(self.base_folder, num_used, num_new=c.mine.budget or 1,
-                               trust_remote_code=c.trust_remote_code)  # fmt: skip
+        tokenizer = self._tokenizer()
+        base = check_patchable(self.base_folder, tokenizer.num_used_ids, num_new=c.mine.budget or 1,
+                               trust_remote_code=c.trust_remote_code)
+        given_rows(tokenizer, base.vocab_size)
         config = base.config
         choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
                            biased=base.names.head_bias is not None)  # fmt: skip
@@ -295,9 +298,9 @@ class _Work:
     # -- text -----------------------------------------------------------------------------------------------------
 
     def _tokenizer(self) -> Any:
-        from vocabext.tokenizer import load_tokenizer
+        from vocabext.tokenizer import load_base
 
-        return load_tokenizer(self.base_folder, trust_remote_code=self.config.trust_remote_code)
+        return load_base(self.base_folder, trust_remote_code=self.config.trust_remote_code)
 
     def _mining_documents(self) -> Documents:
         documents = self._read(*self.config.corpus)

@@ -397,9 +397,8 @@ class _ShardCopy:
             yield chunk
 
     def _write_gap(self, info: TensorInfo, growth: Growth) -> None:
-        """Write empty rows for ids of the base that a further table has none for."""
-        for _ in range(growth.first_row - info.shape[0]):
-            self._out.write(bytes(info.row_bytes))
+        """Write rows for ids of the base that it has none for."""
+        self._write_silent(info, growth, growth.first_row - info.shape[0])
 
     def _write_rows(self, info: TensorInfo, growth: Growth) -> str:
         """Write the new rows; returns their digest."""
@@ -414,6 +413,8 @@ class _ShardCopy:
         return digest.hexdigest()
 
     def _write_surplus(self, info: TensorInfo, growth: Growth) -> None:
-        surplus = growth.surplus or bytes(info.row_bytes)
-        for _ in range(growth.num_rows - max(info.shape[0], growth.end_row)):
-            self._out.write(surplus)
+        self._write_silent(info, growth, growth.num_rows - max(info.shape[0], growth.end_row))
+
+    def _write_silent(self, info: TensorInfo, growth: Growth, count: int) -> None:
+        for _ in range(count):
+            self._out.write(growth.surplus or bytes(info.row_bytes))

@@ -53,6 +53,7 @@ def verify(
     checks: list[tuple[str, Callable[[], str]]] = [
         ("shards complete", lambda: config.shards_complete(pair)),
         ("config agrees", lambda: config.config_agrees(pair)),
+        ("named ids, stops and bans kept", lambda: config.named_ids_kept(pair)),
         ("untouched tensors equal", lambda: tensors.untouched_tensors(pair)),
         ("old rows bit-identical", lambda: tensors.old_rows(pair)),
         ("new rows plausible", lambda: tensors.new_rows(pair, MAX_NORM_RATIO)),

@@ -179,7 +179,7 @@ def load_front(config: GatewayConfig) -> BaseFront:
     from vocabext.checkpoint import resolve_model
     from vocabext.expansion import Expansion
     from vocabext.records import NewToken
-    from vocabext.tokenizer import load_tokenizer
+    from vocabext.tokenizer import load_base_of
 
     if is_url(config.base):
         raise UsageError(f"with one engine, BASE is the base model for its tokenizer, not a URL ({config.base})")
@@ -189,7 +189,8 @@ def load_front(config: GatewayConfig) -> BaseFront:
                          f"runs already; it is {config.expanded}")
     manifest = read_manifest(Path(folder))
     tokens = [NewToken(token.token, token.key, token.run) for token in manifest.tokens]
-    base = load_tokenizer(resolve_model(config.base), trust_remote_code=config.trust_remote_code)
+    base = load_base_of(resolve_model(config.base), manifest.first_new_id,
+                        trust_remote_code=config.trust_remote_code)
     if base.num_used_ids != manifest.first_new_id:
         raise UsageError(f"the tokenizer of {config.base} has {base.num_used_ids} ids, but the new tokens of {folder} "
                          f"begin at {manifest.first_new_id}; this is not its base")

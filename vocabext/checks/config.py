@@ -5,7 +5,9 @@ from typing import Any
 
 from vocabext.checkpoint import CONFIG_NAME, read_json
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, TokenizerError
+from vocabext.named_ids import named_ids
+from vocabext.tokenizer import check_rules
 
 TIED_KEY = "tie_word_embeddings"
 SIZE_KEY = "vocab_size"
@@ -57,6 +59,25 @@ def _check_changes(pair: Pair, old: dict[str, Any], new: dict[str, Any]) -> None
 def _belongs_to_untying(name: str, old: Any, new: Any) -> bool:
     """Tell whether a change only says that the head is its own now, and is not quantised."""
     return (name == TIED_KEY and new is False) or (name in UNQUANTISED_KEYS and new == [*(old or ()), "lm_head"])
+
+
+def named_ids_kept(pair: Pair) -> str:
+    """Look for new tokens with an id that a file names, or that hide what generation stops at or must not write."""
+    found = [named_ids(folder) for folder in (pair.base_folder, pair.folder)]
+    found.append(pair.base_tokenizer.named)  # which knows the end of text that only the tokenizer names
+    first, end = pair.expansion.first_new_id, pair.expansion.end_id
+    for named in found:
+        for i, where in sorted(named.where.items()):
+            if first <= i < end:
+                token = pair.expansion.tokens[i - first].token
+                raise FaultError(f"{where} names the id {i}, which the new token {token!r} has; expand the base again")
+        try:
+            check_rules(named.rules, pair.expansion.tokens)
+        except TokenizerError as error:
+            raise FaultError(str(error)) from None
+    behind = len(pair.base_tokenizer.reserved)
+    said = f"; {behind} behind the tokenizer's own left free" if behind else ""
+    return f"{len(found[0].where):,} ids named, {found[0].rules.count:,} stops and bans{said}"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -56,9 +56,9 @@ def same_greedy(pair: Pair, use_vllm: bool) -> str:
 
 def _written(pair: Pair, folder: Path, rows: Sequence[list[int]]) -> list[dict[str, Any]]:
     """Return what vLLM writes behind some prompts, and how likely it was, from a process of its own."""
-    request = {"folder": str(folder.resolve()), "prompts": rows, "num_ids": pair.expansion.first_new_id,
-               "num_tokens": NUM_TOKENS, "max_length": _max_length(pair.base),
-               "trust_remote_code": pair.trust_remote_code}  # fmt: skip
+    num_ids = min(pair.expansion.first_new_id, pair.base.vocab_size)  # some may have no row in the base
+    request = {"folder": str(folder.resolve()), "prompts": rows, "num_ids": num_ids, "num_tokens": NUM_TOKENS,
+               "max_length": _max_length(pair.base), "trust_remote_code": pair.trust_remote_code}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer, log = (Path(scratch) / name for name in ("request.json", "answer.json", "log.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")

@@ -120,6 +120,6 @@ def _cut_head(loaded: Any, num_rows: int) -> None:
 @torch.no_grad()
 def _logits(loaded: Any, pair: Pair, rows: Any) -> list[torch.Tensor]:
     """Return the logits of base ids after each prompt."""
-    end = pair.expansion.first_new_id
+    end = min(pair.expansion.first_new_id, pair.base.vocab_size)  # some ids may have no row in the base
     inputs = (torch.tensor([ids], dtype=torch.long, device=loaded.device) for ids in rows)
     return [loaded.model(ids).logits[0, :, :end].float().cpu() for ids in inputs]

@@ -12,7 +12,7 @@ from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.expansion import Expansion
 from vocabext.manifest import Manifest
 from vocabext.shards import Shard
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_expanded, load_tokenizer
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_base_of, load_expanded
 from vocabext.verdicts import verified_sha256
 
 
@@ -101,7 +101,7 @@ class Pair:
     @cached_property
     def base_tokenizer(self) -> BaseTokenizer:
         """The base's effective tokenizer."""
-        return load_tokenizer(self.base_folder, trust_remote_code=self.trust_remote_code)
+        return load_base_of(self.base_folder, self.manifest.first_new_id, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def expansion(self) -> Expansion:

@@ -16,6 +16,7 @@ from vocabext.extent import Extent, first_difference, in_parallel, same_inode
 from vocabext.patch_plan import SILENT_BIAS
 from vocabext.rows import DTYPES, mean_row
 from vocabext.shards import CHUNK_BYTES
+from vocabext.tokenizer import given_rows
 from vocabext.vocabulary import PER_LAYER, TABLE
 
 if TYPE_CHECKING:
@@ -105,14 +106,14 @@ def old_rows(pair: Pair) -> str:
                              f"{after.dtype} {list(after.shape[1:])} here")
         num_old, num_new = before.shape[0], after.shape[0]
         if num_old < first and pair.new.row_tensors[name].role not in (PER_LAYER, TABLE):
-            raise FaultError(f"{source} has {num_old} rows in the base, but the new ids begin at {first}")
+            given_rows(pair.base_tokenizer, num_old)  # an error where ids of plain text have no row
         if num_new < max(num_old, end):
             raise FaultError(f"{name} has {num_new} rows; {max(num_old, end)} are needed")
         for start, stop in ((0, min(first, num_old)), (end, num_old)):
             if stop > start:
                 _compare_rows(pair, source, name, start, stop)
                 kept += stop - start
-        _check_gap(pair, name, num_old)
+        _check_silent(pair, name, num_old, first)
     return f"{kept:,} rows in {', '.join(pair.new.row_tensors)}"
 
 
@@ -129,15 +130,6 @@ def _compare_rows(pair: Pair, source: str, name: str, start: int, stop: int) -> 
         raise FaultError(f"row {row} of {name} differs from the base")
 
 
-def _check_gap(pair: Pair, name: str, num_old: int) -> None:
-    """Look at the rows of base ids that a further table has none for: `patch` writes zeros there."""
-    for start, rows in _rows(pair.new, name, num_old, pair.expansion.first_new_id):
-        odd = (rows != 0).any(dim=1).nonzero()
-        if len(odd):
-            raise FaultError(f"row {start + int(odd[0])} of {name} is not zero; the table of the base has {num_old} "
-                             "rows, and none for this id")
-
-
 def new_rows(pair: Pair, max_norm_ratio: float) -> str:
     """Look for new rows that are no numbers, zero, so long that they would win every softmax, or not what was written.
 
@@ -151,7 +143,8 @@ def new_rows(pair: Pair, max_norm_ratio: float) -> str:
     worst = 0.0
     for name in pair.new.row_tensors:
         worst = max(worst, _check_new_rows(pair, name, max_norm_ratio))
-        _check_surplus(pair, name)
+        begin = max(pair.expansion.end_id, pair.base.tensors[_source(pair, name)].shape[0])
+        _check_silent(pair, name, begin, pair.new.tensors[name].shape[0])
     unproven = [name for name in pair.new.row_tensors if _new_rows_sha256(pair, name) is None]
     note = f"; the bits of those in {', '.join(unproven)} were not checked: no digest was recorded" if unproven else ""
     return f"{pair.expansion.num_new:,} rows, the longest {worst:.2f} times the longest base row{note}"
@@ -190,15 +183,17 @@ def _new_rows_sha256(pair: Pair, name: str) -> str | None:
     return None if record is None else record.new_rows_sha256
 
 
-def _check_surplus(pair: Pair, name: str) -> None:
-    info = pair.new.tensors[name]
-    begin = max(pair.expansion.end_id, pair.base.tensors[_source(pair, name)].shape[0])
+def _check_silent(pair: Pair, name: str, begin: int, end: int) -> None:
+    """Look at rows that belong to no id, or to one that the base has no row for."""
+    if begin >= end:
+        return
+    bias = len(pair.new.tensors[name].shape) == 1
     expected, said = _surplus_row(pair, name)
-    for start, rows in _rows(pair.new, name, begin, info.shape[0]):
-        odd = (rows > SILENT if len(info.shape) == 1 else rows != expected).any(dim=1).nonzero()
+    for start, rows in _rows(pair.new, name, begin, end):
+        odd = (rows > SILENT if bias else rows != expected).any(dim=1).nonzero()
         if len(odd):
-            raise FaultError(f"row {start + int(odd[0])} of {name} belongs to no id and is not "
-                             f"{'silent' if len(info.shape) == 1 else said}")
+            raise FaultError(f"row {start + int(odd[0])} of {name} is none of the base's and is not "
+                             f"{'silent' if bias else said}")
 
 
 def _surplus_row(pair: Pair, name: str) -> tuple[torch.Tensor, str]:

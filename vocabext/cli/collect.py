@@ -56,7 +56,7 @@ def collect(
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
     from vocabext.support import check_loads
-    from vocabext.tokenizer import check_made_for, load_tokenizer
+    from vocabext.tokenizer import check_made_for, load_base
 
     config = CollectConfig(**settings)
     check_output(output, force=force)
@@ -66,7 +66,7 @@ def collect(
     folder = resolve_model(model)
     if config.generate_missing:
         check_loads(folder, trust_remote_code=trust_remote_code)
-    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base = load_base(folder, trust_remote_code=trust_remote_code)
     check_made_for(header, base, candidates)
     records = run_collect(documents, base, tokens, config, show.progress)
     if config.generate_missing and short_of_snippets(records, config):

@@ -22,6 +22,7 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
     """
     from vocabext.errors import UnsupportedError
     from vocabext.inspect_model import expanded_note, inspect_model
+    from vocabext.named_ids import listed
     from vocabext.support import Support
 
     try:
@@ -45,6 +46,9 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
             ("rows", f"{found.num_rows:,}"),
             ("ids in use", "unknown" if found.num_used_ids is None else f"{found.num_used_ids:,}"),
             ("free rows", "unknown" if found.num_free_rows is None else f"{found.num_free_rows:,}"),
+            *((what, listed(ids)) for what, ids in (
+                ("ids named by files", found.reserved), ("ids without a row", found.given_rows),
+                ("named, out of reach", found.out_of_reach)) if ids),
             ("grows by", f"multiples of {found.row_step} rows" if found.row_step > 1 else "any number of rows"),
             *([("reserved ids", f"from {found.first_reserved_id:,} on, for images or sounds")]
               if found.first_reserved_id is not None else []),

@@ -66,13 +66,13 @@ def mine(
     from vocabext.mine import write_candidates
     from vocabext.records import check_output
     from vocabext.support import check_patchable, holds_weights
-    from vocabext.tokenizer import load_tokenizer
+    from vocabext.tokenizer import load_base
 
     config = MineConfig(**settings)
     check_output(output, force=force)
     documents = read_documents(corpus, text_field=text_field, say=show.note)
     folder = resolve_model(model)
-    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base = load_base(folder, trust_remote_code=trust_remote_code)
     if holds_weights(folder):  # else it is a tokenizer, of whatever model
         check_patchable(folder, base.num_used_ids, num_new=config.budget or 1, trust_remote_code=trust_remote_code)
     result = run_mine(documents, base, config, show.progress)

@@ -26,7 +26,7 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
 from vocabext.support import check_patchable, check_runs
-from vocabext.tokenizer import check_made_for, extend, load_tokenizer
+from vocabext.tokenizer import check_made_for, extend, load_base
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
 # One snippet in this many is held out (at least one): it judges the row that the others made.
@@ -152,7 +152,7 @@ def distill_file(
     if not records:
         raise UsageError(f"{path} holds no tokens; mine again")
     folder = resolve_model(model)
-    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    base = load_base(folder, trust_remote_code=trust_remote_code)
     # Before the work: what `patch` would refuse afterwards.
     checkpoint = check_patchable(folder, base.num_used_ids, num_new=len(records), trust_remote_code=trust_remote_code)
     names = checkpoint.names

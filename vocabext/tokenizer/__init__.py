@@ -18,11 +18,13 @@ longer words).
 This package is the only importer of `tokenizers`.
 """
 
-from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, extend
+from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, check_rules, extend, given_rows
 from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.loading import (
     check_made_for,
     is_stale,
+    load_base,
+    load_base_of,
     load_expanded,
     load_hf_tokenizer,
     load_tokenizer,
@@ -30,5 +32,6 @@ from vocabext.tokenizer.loading import (
 )
 from vocabext.tokenizer.scheme import SPACE_MARK, Units
 
-__all__ = ["SPACE_MARK", "BaseTokenizer", "ExpandedTokenizer", "MergeChain", "Units", "check_made_for", "extend",
-           "is_stale", "load_expanded", "load_hf_tokenizer", "load_tokenizer", "save_expanded"]  # fmt: skip
+__all__ = ["SPACE_MARK", "BaseTokenizer", "ExpandedTokenizer", "MergeChain", "Units", "check_made_for",
+           "check_rules", "extend", "given_rows", "is_stale", "load_base", "load_base_of", "load_expanded",
+           "load_hf_tokenizer", "load_tokenizer", "save_expanded"]

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from vocabext.errors import TokenizerError
+from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.expansion import Expansion
+from vocabext.named_ids import MAX_MISSING_ROWS, NamedIds, Rules
 from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
 from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
@@ -19,6 +20,9 @@ from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MAX_NAMED = 3  # tokens that a message names
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
@@ -73,10 +77,16 @@ class BaseTokenizer(_Encoder):
 
     Attributes:
         scheme: What kind it is, and how it is extended.
+        named: What the files of its folder say about ids.
+        num_own_ids: One more than the highest id that the tokenizer itself has.
     """
 
-    def __init__(self, hf: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, hf: "PreTrainedTokenizerBase", named: NamedIds | None = None) -> None:
         """Take over a fast tokenizer of transformers.
+
+        Args:
+            hf: The tokenizer.
+            named: What the files beside it say about ids; None where nobody asks.
 
         Raises:
             TokenizerError: If it is of a kind that cannot be extended.
@@ -84,6 +94,9 @@ class BaseTokenizer(_Encoder):
         super().__init__(plain_copy(hf.backend_tokenizer), hf)
         self.scheme = scheme_of(self.backend)
         self.backend = self.scheme.backend
+        self.named = named or NamedIds()
+        self.num_own_ids = self.scheme.num_used_ids
+        self.scheme.num_used_ids = max(self.num_own_ids, 1 + max(self.reserved, default=-1))
         self._made: dict[str, NewToken] = {}
 
     @property
@@ -103,8 +116,13 @@ class BaseTokenizer(_Encoder):
 
     @property
     def num_used_ids(self) -> int:
-        """One more than the highest id in use."""
+        """One more than the highest id in use, by the tokenizer or by a file that names it: the first new id."""
         return self.scheme.num_used_ids
+
+    @property
+    def reserved(self) -> dict[int, str]:
+        """Ids behind the tokenizer's own that a file names, with the file and entry; new tokens go behind them."""
+        return self.named.reserved(self.num_own_ids)
 
     @property
     def barrier_ids(self) -> npt.NDArray[np.int64]:
@@ -113,14 +131,20 @@ class BaseTokenizer(_Encoder):
 
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""
-        return self.scheme.description
+        return self.scheme.describe()
 
     def new_token(self, text: str) -> NewToken:
         """Return the new token that stands for a text, or for what the normalizer makes of it.
 
         Raises:
-            TokenizerError: If the text cannot become one token; the message is the reason.
+            TokenizerError: If the text cannot become one token, or hides what must be seen; the message is the reason.
         """
+        token = self._token(text)
+        if (reason := self.named.rules.broken_by(token.token, token.run)) is not None:
+            raise TokenizerError(f"{text!r} {reason}")
+        return token
+
+    def _token(self, text: str) -> NewToken:
         if text not in self._made:
             self._made[text] = self.scheme.new_token(text)
         return self._made[text]
@@ -179,8 +203,64 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
         TokenizerError: If a token repeats, belongs to another tokenizer, or cannot be added safely.
     """
     _check_tokens(base, tokens)
+    check_rules(base.named.rules, tokens)
+    _check_ids(base, len(tokens))
     backend = Tokenizer.from_str(json.dumps(base.scheme.extended(tokens)))
     return ExpandedTokenizer(backend, base.hf, Expansion(tokens, base.num_used_ids))
+
+
+def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
+    """Refuse tokens that would carry past a rule of the model's what it stops at, bans or forces.
+
+    Args:
+        rules: What the files of the model say.
+        tokens: The new tokens.
+
+    Raises:
+        TokenizerError: If there are some; says how many, and names the first.
+    """
+    broken = [(token.token, reason) for token in tokens if (reason := rules.broken_by(token.token, token.run))]
+    if broken:
+        text, reason = broken[0]
+        others = "".join(f", {other!r}" for other, _ in broken[1:MAX_NAMED])
+        raise TokenizerError(
+            f"{len(broken)} of {len(tokens)} tokens would hide from generation what it stops at or must not write: "
+            f"{text!r} {reason}{f'; also{others[1:]}' if others else ''}{', …' * (len(broken) > MAX_NAMED)}; drop them")
+
+
+def given_rows(base: BaseTokenizer, num_rows: int) -> dict[int, str]:
+    """Return the ids that the matrix has no rows for, and that get some, with what they are.
+
+    A model cannot have read or written such an id. Where no text holds it (a place for an image, an end of text that
+    only a config names), an empty row does no harm.
+
+    Args:
+        base: The tokenizer.
+        num_rows: Rows of the matrix.
+
+    Raises:
+        CheckpointError: If ids of plain text have no row, or too many ids have none.
+    """
+    names = {i: content for content, i in {**base.vocabulary, **base.added}.items() if i >= num_rows}
+    special = {token["id"] for token in base.scheme.spec["added_tokens"] if token["special"]}
+    plain = sorted(names.keys() - special)
+    if plain or base.num_own_ids - num_rows > MAX_MISSING_ROWS:
+        first = plain[0] if plain else num_rows
+        raise CheckpointError(
+            f"the tokenizer has {base.num_own_ids} ids but the embedding matrix has only {num_rows} rows: there is "
+            f"none for id {first}, {names.get(first, 'a special token')!r}; "
+            "this tokenizer belongs to another checkpoint")
+    found = {i: f"the special token {content!r}" for i, content in names.items()}
+    return dict(sorted({**{i: where for i, where in base.reserved.items() if i >= num_rows}, **found}.items()))
+
+
+def _check_ids(base: BaseTokenizer, num_new: int) -> None:
+    """Refuse so many tokens that one would get an id which a file names, far behind all others."""
+    last = base.num_used_ids + num_new - 1
+    for i, where in base.named.out_of_reach(base.num_own_ids).items():
+        if i <= last:
+            raise TokenizerError(f"{where} names the id {i}, and the new tokens would have the ids {base.num_used_ids} "
+                                 f"to {last}; correct that entry, or take fewer tokens")
 
 
 def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
@@ -188,7 +268,7 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
     runs: dict[tuple[int, ...], NewToken] = {}
     for token in tokens:
         try:
-            real = base.new_token(token.token)
+            real = base._token(token.token)
         except TokenizerError as error:
             if base.scheme.extended_before:
                 raise

@@ -44,6 +44,8 @@ BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 # One of every sort of character that a split expression may forget.
 GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 ไทย שלום ـع "
              "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")  # fmt: skip
+# What splitting expressions list by its letters, in any language of theirs.
+CONTRACTION = re.compile("['’][A-Za-z]{1,2}$")
 # How many chunks at either end of a phrase can be changed by what stands next to it.
 EDGE = 2
 
@@ -138,6 +140,13 @@ class ChunkScheme(BpeScheme):
                     self._unmarked, self.backend.pre_tokenizer)):  # fmt: skip
                 yield token, 0
 
+    def describe(self) -> str:
+        """Say in one sentence what this is and what can be added."""
+        if self.splitting == OPAQUE or self._listed_phrase is None:
+            return self.description
+        return (f"byte-level BPE behind splitting that lists phrases, such as {self._listed_phrase!r}, as an extension "
+                "by vocabext does: words can be added, phrases not")
+
     # -- phrases --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -150,6 +159,17 @@ class ChunkScheme(BpeScheme):
         if len(pieces) > 1:
             self._phrase_guards(text)
 
+    @cached_property
+    def _listed_phrase(self) -> str | None:
+        """A phrase that the splitting knows by its letters, as it does once we have extended it; None for none.
+
+        It is one chunk, but with another letter at its end it is several: a rule treats all letters alike.
+        """
+        texts = (self.key_text(key) for key in self.vocabulary)
+        several = (text for text in texts if not text[1:].isalpha() and not CONTRACTION.search(text))
+        return next((text for text in several if (other := _with_another_end(text)) and len(self.split(text)) == 1
+                     and len(self.split(other)) > 1), None)  # fmt: skip
+
     def _phrase_guards(self, text: str) -> tuple[str, str]:
         """Return the assertions on both sides of a phrase.
 
@@ -160,6 +180,9 @@ class ChunkScheme(BpeScheme):
             raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OPAQUE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
+        if self._listed_phrase is not None:
+            raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer lists phrases already, as "
+                                 f"it does {self._listed_phrase!r}: one that begins inside {text!r} would be cut apart")
         if any(step["type"] == "Digits" for step in self.steps) and any(c.isnumeric() for c in text):
             raise TokenizerError(f"{text!r} is a phrase with digits, which this tokenizer always cuts apart")
         if self.marks_chunks and not all(self.key_text(piece).startswith(" ") for piece in self.pieces(text)):
@@ -286,6 +309,13 @@ class ChunkScheme(BpeScheme):
         model = Tokenizer.from_str(json.dumps(spec)).model
         return all([piece.id for piece in model.tokenize(token)] == [i]
                    for token, i in self.vocabulary.items() if token not in self.taken_out)  # fmt: skip
+
+
+def _with_another_end(text: str) -> str | None:
+    """Return a text with another character of the same sort at its end, None if its end is of no such sort."""
+    last = text[-1]
+    other = {"\n": "\r"}.get(last) or (last.islower() and "xq"[last == "x"]) or (last.isupper() and "XQ"[last == "X"])
+    return text[:-1] + other if other else None
 
 
 def _splitting_kind(steps: list[dict[str, Any]]) -> str:

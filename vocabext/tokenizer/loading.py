@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from vocabext.checkpoint import resolve_model
 from vocabext.errors import TokenizerError, UsageError
 from vocabext.expansion import Expansion
-from vocabext.manifest import has_manifest
-from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, plain_copy
+from vocabext.manifest import refuse_expanded
+from vocabext.named_ids import named_ids
+from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, given_rows, plain_copy
 from vocabext.tokenizer.scheme import SUPPORTED
 
 if TYPE_CHECKING:
@@ -45,25 +47,66 @@ def is_stale(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in STALE_FILES)
 
 
-def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "BaseTokenizer":
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False, heed_files: bool = True) -> "BaseTokenizer":
     """Load the effective tokenizer of a model folder or hub id.
+
+    Args:
+        model: The folder or hub id.
+        trust_remote_code: Whether code that comes with the model may run.
+        heed_files: Whether ids that the other files of the folder name are reserved, and their bans and stops kept.
 
     Raises:
         UsageError: If the folder does not exist.
         TokenizerError: If there is no tokenizer, or one that cannot be extended; says which.
+        CheckpointError: If a file beside it is damaged.
     """
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
         if not Path(model).expanduser().is_dir():
             raise UsageError(f"the model folder {model} does not exist")
         model = Path(model).expanduser()
+    elif not Path(model).is_dir():
+        model = resolve_model(model)  # other files count, too
     hf = load_hf_tokenizer(model, trust_remote_code=trust_remote_code)
-    try:
+    if not heed_files:
         return BaseTokenizer(hf)
-    except TokenizerError as error:
-        if Path(model).is_dir() and has_manifest(Path(model)):
-            raise TokenizerError(f"{model} is an expanded checkpoint already, and its tokenizer cannot be extended "
-                                 "again; start from its base (vocabext.json names it)") from error
-        raise
+    named = named_ids(Path(model))
+    if isinstance(hf.eos_token_id, int):
+        named.rules.anywhere.setdefault(hf.eos_token_id, "eos_token of the tokenizer")
+    return BaseTokenizer(hf, named)
+
+
+def load_base(folder: Path, *, trust_remote_code: bool = False) -> "BaseTokenizer":
+    """Load the tokenizer of a model that is to be expanded.
+
+    Args:
+        folder: The model folder.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        UsageError: If it was expanded already.
+        TokenizerError: If its tokenizer cannot be extended.
+        CheckpointError: If ids of plain text have no row, or a file is damaged.
+    """
+    refuse_expanded(folder)
+    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if base.named.num_rows is not None:
+        given_rows(base, base.named.num_rows)
+    return base
+
+
+def load_base_of(folder: Path, first_new_id: int, *, trust_remote_code: bool = False) -> "BaseTokenizer":
+    """Load the tokenizer of a base that an expanded checkpoint was made from.
+
+    Args:
+        folder: The base.
+        first_new_id: Where the new tokens begin; up to 0.2.0 they began behind the tokenizer's own ids, whatever other
+            files name.
+        trust_remote_code: Whether code that comes with the base may run.
+    """
+    base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if base.num_own_ids == first_new_id != base.num_used_ids:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code, heed_files=False)
+    return base
 
 
 def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -160,8 +203,9 @@ def _settings(config: Mapping[str, Any], hf: "PreTrainedTokenizerBase") -> dict[
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.update({name: value for name, value in hf.special_tokens_map.items() if isinstance(value, str)})
     extra = [str(token) for token in getattr(hf, "extra_special_tokens", None) or []]
-    if extra and not isinstance(settings.get("extra_special_tokens"), dict):
-        settings["extra_special_tokens"] = extra
+    # Readers before transformers 5 know one of these names, and fail at a list under the other.
+    if extra and not isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = extra
     settings["model_input_names"] = list(hf.model_input_names)
     settings["padding_side"] = hf.padding_side
     settings["clean_up_tokenization_spaces"] = bool(hf.clean_up_tokenization_spaces)

@@ -52,7 +52,7 @@ class Scheme(ABC):
         spec: Its specification, the content of tokenizer.json; never modified.
         vocabulary: Entries of the model to their ids.
         added: Contents of added tokens (special ones among them) to their ids.
-        num_used_ids: One more than the highest id in use.
+        num_used_ids: One more than the highest id in use, or reserved: the first new token has this id.
         extended_before: Whether an extension has changed its splitting.
     """
 
@@ -67,6 +67,10 @@ class Scheme(ABC):
         self.added: dict[str, int] = {a["content"]: a["id"] for a in spec["added_tokens"]}
         self.extended_before = any(map(is_ours, steps_of(spec["pre_tokenizer"])))
         self.num_used_ids = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
+
+    def describe(self) -> str:
+        """Say in one sentence what this is and what can be added."""
+        return self.description
 
     def new_token(self, text: str) -> NewToken:
         """Return the new token that stands for a text.

@@ -377,7 +377,7 @@ def silent_row(
     Returns:
         The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
     """
-    size, begin = sum(map(len, parts)), 0
+    size, begin, num_base = sum(map(len, parts)), 0, min(num_base, len(head_VD))  # the last ids may have no row
     at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
     worst_V = torch.full((num_base,), -math.inf)
     for part in parts:
