@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vocabext.branches import Branches
 from vocabext.checkpoint import Checkpoint, Rows, open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
 from vocabext.errors import CorpusError, UsageError
@@ -241,12 +242,11 @@ def _expanded_nats(
     model: FrozenModel, window: _Window, expanded: ExpandedTokenizer, base: BaseTokenizer, rows: RowSet
 ) -> tuple[float, float]:
     """Return nats of the base pieces, and of the expanded ids, both from merged context."""
-    layout = _branches(window.expanded, max(1, window.num_prefix), expanded)
-    ids, positions = (torch.from_numpy(a).to(model.device) for a in (layout.ids, layout.positions))
-    mask = torch.zeros(layout.visible.shape, dtype=model.dtype, device=model.device)
-    mask.masked_fill_(~torch.from_numpy(layout.visible).to(model.device), torch.finfo(model.dtype).min)
+    layout = _lay_out(window.expanded, max(1, window.num_prefix), expanded)
+    ids, positions, visible = (torch.from_numpy(a).to(model.device)
+                               for a in (layout.ids, layout.positions, layout.visible))  # fmt: skip
     inputs_BTD = model.embed(ids[None], rows.input_ND.to(model.device), expanded.first_new_id)
-    hidden_TD = model.hidden(inputs_BTD, position_ids=positions[None], mask=mask[None, None])[0]
+    hidden_TD = model.hidden(inputs_BTD, branches=Branches(positions[None], visible[None]))[0]
     logs = model.log_probabilities(hidden_TD[layout.sources], num_base=base.num_used_ids)
     reading = -float(logs.gather(1, torch.from_numpy(layout.targets).to(model.device)[:, None]).sum())
     first = max(1, window.num_prefix)
@@ -258,7 +258,7 @@ def _expanded_nats(
 
 
 @dataclass(frozen=True)
-class _Branches:
+class _Layout:
     """The merged text (the stem) and, behind it, a branch for the inner pieces of each new token."""
 
     ids: Ids
@@ -268,7 +268,7 @@ class _Branches:
     targets: Ids  # the base piece that each predicts
 
 
-def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
+def _lay_out(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Layout:
     """Lay out the stem and its branches.
 
     Args:
@@ -293,7 +293,7 @@ def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
     past = order <= order[:, None]
     seen_by_branch = (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & past)
     visible = np.where(on_stem[:, None], on_stem & past, seen_by_branch)
-    return _Branches(ids, positions, visible, sources, pieces)
+    return _Layout(ids, positions, visible, sources, pieces)
 
 
 def _prompts(

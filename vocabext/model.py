@@ -9,11 +9,13 @@ base, mean-of-pieces and distilled rows side by side.
 This is the only module that imports the models of transformers.
 """
 
+import copy
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,29 @@ import torch
 from torch import nn
 
 from vocabext.architecture import read_config
+from vocabext.branches import Branches, unrolled
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
+from vocabext.logit_map import LogitMap, measure_logit_map
 
-# For each layer its keys and values, (B, heads, T, size of a head).
+# What later text needs of earlier text. For each layer its keys and values, (B, heads, T, size of a head). Of a model
+# that does not take branches, where these are not all there is: the embeddings themselves, as one pair with one head.
 Past = Sequence[tuple[torch.Tensor, torch.Tensor]]
-# What transformers calls the norm after the last layer: Llama and most others, GPT-2, GPT-NeoX, ...
 PROBE_POSITIONS = 32
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+# What transformers calls the norm after the last layer: Llama and most others, GPT-2, GPT-NeoX, ..., Mamba.
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+# Two ways of adding up the same numbers may differ by this, relative to all of them together, per dtype.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+# And the same way on the same text by this share of it.
+SAME_WAY = 0.2
+# A text on which a model is tried: a stem, far more off its first position than elsewhere, and a branch off its middle.
+STEM, OFF_FIRST, ON_BRANCH = 6, 20, 3
+# What configs call the longest input: most of them, MPT, GPT-2 of old, RWKV, ...
+MAX_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
+UNBOUNDED = 2**31
+# How many names of tensors an error lists.
+NAMED = 3
+WITHOUT_RUNNING = "`distill --method mean` and `patch` extend it without running it"
 
 
 def pick_device(name: str) -> torch.device:
@@ -154,6 +171,7 @@ class FrozenModel:
         self.device, self.dtype = device, dtype
         self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.num_layers = int(self._text_config.num_hidden_layers)
+        self._cuts: dict[int, bool] = {}
         # Some weights are elsewhere and come in for each layer's turn.
         self.offloaded = any(parameter.is_meta for parameter in self.model.parameters())
         if self.offloaded:
@@ -162,10 +180,6 @@ class FrozenModel:
     @property
     def _text_config(self) -> Any:
         return self.model.config.get_text_config()
-
-    @property
-    def _has_layer_types(self) -> bool:
-        return bool(getattr(self._text_config, "layer_types", None))
 
     @property
     def _stack_names(self) -> tuple[str | None, str | None]:
@@ -217,13 +231,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def past_bytes(self, layer: int | None = None) -> int:
-        """Return how much memory the keys and values of one position take, measured on one position."""
+        """Return how much memory the keys and values of one position take; 0 where they are not kept."""
+        if not self.takes_branches:
+            return 0
         probe = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        try:
-            past = self.hidden_and_past(probe, layer=layer)[1]
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            return 0  # a model that keeps its past in a way of its own; nobody asks it to
-        return sum(keys.nbytes + values.nbytes for keys, values in past)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.hidden_and_past(probe, layer=layer)[1])
 
     def step_bytes(self, layer: int | None = None) -> int:
         """Return how much memory one position takes while gradients are computed, measured on a few positions."""
@@ -241,11 +253,10 @@ class FrozenModel:
         del kept
         return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
 
-    @property
-    def logit_cap(self) -> float | None:
-        """The bound that the model puts on logits (Gemma 2); None for no bound."""
-        cap = getattr(self._text_config, "final_logit_softcapping", None)
-        return float(cap) if cap else None
+    @cached_property
+    def logit_map(self) -> LogitMap:
+        """What the class makes of the products of its head before it calls them logits; measured on the class."""
+        return measure_logit_map(self.model, self._probe_ids()) or LogitMap()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -255,8 +266,11 @@ class FrozenModel:
 
     @property
     def max_positions(self) -> int:
-        """The longest input the model was made for."""
-        return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
+        """The longest input the model was made for; very long where it has no bound."""
+        stated = (getattr(self._text_config, name, None) for name in MAX_POSITIONS)
+        bound = next((size for size in stated if isinstance(size, int) and size > 0), UNBOUNDED)
+        return min([bound, *(_learned_positions(name, module) for name, module in self._body.named_modules()
+                             if isinstance(module, nn.Embedding))])  # fmt: skip
 
     def layer_number(self, target: str) -> int:
         """Return the number of layers to run for a target layer, as the function of this name does."""
@@ -273,24 +287,37 @@ class FrozenModel:
         Returns:
             What the first layer reads, (B, T, D), in the model's dtype.
         """
-        layer = self.model.get_input_embeddings()
         new_BT = ids_BT >= first_new_id if rows_ND is not None else torch.zeros_like(ids_BT, dtype=torch.bool)
-        base_BTD: torch.Tensor = layer(ids_BT.masked_fill(new_BT, 0))
+        base_BTD: torch.Tensor = self.model.get_input_embeddings()(ids_BT.masked_fill(new_BT, 0))
         if rows_ND is None:
             return base_BTD
-        looked_up_BTD = self.scaled(rows_ND[(ids_BT - first_new_id).clamp(min=0)])
+        looked_up_BTD = self._look_up((ids_BT - first_new_id).clamp(min=0), rows_ND)
         return torch.where(new_BT.unsqueeze(-1), looked_up_BTD, base_BTD)
 
-    def scaled(self, rows_D: torch.Tensor) -> torch.Tensor:
+    def scaled(self, rows_SD: torch.Tensor) -> torch.Tensor:
         """Return rows as the first layer reads them, in the model's dtype.
 
         Some models (Gemma) scale what they look up; a new row is stored unscaled like the others.
         """
-        return rows_D.to(self.dtype) * float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+        return self._look_up(torch.arange(len(rows_SD), device=rows_SD.device), rows_SD)
+
+    def _look_up(self, at: torch.Tensor, rows_ND: torch.Tensor) -> torch.Tensor:
+        """Let the class's own embedding look up rows as if they were its matrix."""
+        found: torch.Tensor = torch.func.functional_call(
+            self._bare_embedding, {"weight": rows_ND.to(self.dtype)}, (at.to(rows_ND.device),))
+        return found.to(self.dtype)
+
+    @cached_property
+    def _bare_embedding(self) -> nn.Module:
+        """The embedding without what accelerate does to fetch its weight."""
+        bare: nn.Module = copy.copy(self.model.get_input_embeddings())
+        bare.__dict__.pop("forward", None)
+        bare.padding_idx = None  # no row of ours is padding
+        return bare
 
     def hidden(
-        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None, past: Past | None = None,
+        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, branches: Branches | None = None,
+        past: Past | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model up to a layer; nothing above it is computed.
 
@@ -299,62 +326,123 @@ class FrozenModel:
         Args:
             inputs_BTD: Embeddings from `embed`.
             layer: How many layers to run; None or L runs all and applies the final norm.
-            position_ids: Positions (B, T), where they are not 0 .. T-1.
-            mask: Additive attention mask (B, 1, T, T), where it is not the causal one.
-            past: Keys and values of text before the inputs; then `position_ids` and `mask` are needed, and the mask
-                is (B, 1, T, P + T).
+            branches: What each position follows, where it is not the one on its left.
+            past: What is kept of text before the inputs; then `branches` is needed.
 
         Returns:
             Hidden states (B, T, D).
         """
-        options = {"position_ids": position_ids, "attention_mask": mask}
-        if past is None:
-            return self._run(inputs_BTD, layer, use_cache=False, **options)
-        return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_cache(past), **options)
+        if branches is None:
+            return self._run(inputs_BTD, layer, use_cache=False)
+        if not self.takes_branches:
+            return unrolled(lambda texts: self._run(texts, layer, use_cache=False), _whole(inputs_BTD, past), branches)
+        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": _cache(past)}
+        return self._run_branches(inputs_BTD, layer, branches, **cache)
 
     def hidden_and_past(
-        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None, past: Past = (),
+        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, branches: Branches | None = None, past: Past = (),
     ) -> tuple[torch.Tensor, Past]:  # fmt: skip
-        """Run the model up to a layer as `hidden` does, and keep the keys and values of the layers that ran.
+        """Run the model up to a layer as `hidden` does, and keep what text after it needs.
 
         Returns:
             Hidden states (B, T, D), and for each layer its keys and values (B, heads, P + T, size of a head). Fewer
             layers, or other lengths, mean that the model does not keep all of the past.
         """
+        if not self.takes_branches:
+            every_BKD = _whole(inputs_BTD, past)[:, None]
+            return self.hidden(inputs_BTD, layer=layer, branches=branches, past=past), ((every_BKD, every_BKD),)
+        return self._hidden_and_past(inputs_BTD, layer, branches, past)
+
+    def _hidden_and_past(
+        self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches | None, past: Past
+    ) -> tuple[torch.Tensor, Past]:
         cache = _cache(past)
-        hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache, position_ids=position_ids,
-                               attention_mask=mask)  # fmt: skip
+        if branches is None:
+            hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache)
+        else:
+            hidden_BTD = self._run_branches(inputs_BTD, layer, branches, use_cache=True, past_key_values=cache)
         return hidden_BTD, tuple((kept.keys, kept.values) for kept in cache.layers if kept.is_initialized)
 
-    def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
-        hidden_BTD: torch.Tensor
-        stack, norm = self._stack_names
-        if layer is None or layer == self.num_layers:
-            hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-        elif stack and norm:
-            layers, final = getattr(self._body, stack), getattr(self._body, norm)
+    def _run_branches(
+        self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches, **options: Any
+    ) -> torch.Tensor:
+        # Without a mask, transformers takes numbers that do not rise for texts that are packed together.
+        size = (len(inputs_BTD), branches.position_BK.shape[1])
+        everything = torch.ones(size, dtype=torch.long, device=inputs_BTD.device)
+        positions_BT = branches.input_positions.to(inputs_BTD.device).expand(len(inputs_BTD), -1)
+        with branches.masks():
+            return self._run(inputs_BTD, layer, position_ids=positions_BT, attention_mask=everything, **options)
+
+    @cached_property
+    def takes_branches(self) -> bool:
+        """Whether texts that branch, and text after a kept past, give the states of the same texts one by one.
+
+        Tried on a short text. Models that go by the order in which positions lie (ALiBi, recurrent states) do not.
+        """
+        parents = _probe_parents(min(OFF_FIRST, self.max_positions - 2))
+        branches, count = Branches.of(parents), len(parents) - STEM
+        inputs_BTD = self.embed(self._probe_ids(len(parents)))
+        with torch.no_grad():
+            plain_BTD = unrolled(lambda texts: self._run(texts, None, use_cache=False), inputs_BTD, branches)
             try:
-                setattr(self._body, stack, layers[:layer])
-                setattr(self._body, norm, nn.Identity())
-                hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-            finally:
-                setattr(self._body, stack, layers)
-                setattr(self._body, norm, final)
-        else:  # a body of another shape: run all of it and pick
-            hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
+                at_once_BTD = self._run_branches(inputs_BTD, None, branches, use_cache=False)
+                stem_BTD, past = self._hidden_and_past(inputs_BTD[:, :STEM], None, None, ())
+                after_BTD = self._run_branches(inputs_BTD[:, STEM:], None, branches.of_inputs(count), use_cache=True,
+                                               past_key_values=_cache(past))  # fmt: skip
+            except Exception:  # a class that has no such cache, or takes no such mask, says so in many ways
+                return False
+        in_two_BTD = torch.cat((stem_BTD, after_BTD), 1)
+        return all(relative_difference(found, plain_BTD) < TOLERANCE[self.dtype] for found in (at_once_BTD, in_two_BTD))
+
+    def _probe_ids(self, size: int = PROBE_POSITIONS) -> torch.Tensor:
+        """Return some text of ids that are in use in every vocabulary, (1, T), the same each time."""
+        rows, padding = self.model.get_input_embeddings().weight.shape[0], getattr(
+            self._text_config, "pad_token_id", None)  # fmt: skip
+        ids = [number for number in range(min(rows, 256)) if number != padding]
+        chosen = torch.randint(len(ids), (size,), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(ids, device=self.device)[chosen.to(self.device)][None]
+
+    def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
+        if layer is None or layer == self.num_layers:
+            hidden_BTD: torch.Tensor = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+        elif self._cuts_right(layer):
+            hidden_BTD = self._run_cut(inputs_BTD, layer, **options)
+        else:
+            hidden_BTD = self._run_all(inputs_BTD, layer, **options)
         return hidden_BTD.to(inputs_BTD.device)  # of a model that is spread the last layer may be elsewhere
 
-    def sliding_window(self, layer: int | None = None) -> int | None:
-        """Return how far the first `layer` layers look back at least: None for all the way, 0 where it is unknown.
+    def _run_all(self, inputs_BTD: torch.Tensor, layer: int, **options: Any) -> torch.Tensor:
+        """Run the whole body and pick the states of a layer."""
+        states: Sequence[torch.Tensor] = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True,
+                                                    **options).hidden_states  # fmt: skip
+        return states[layer]
 
-        Unknown are layers that are neither full nor sliding attention, such as recurrent ones.
-        """
-        kinds = set((getattr(self._text_config, "layer_types", None) or ["full_attention"])[:layer])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            return 0
-        window = getattr(self._text_config, "sliding_window", None)
-        return int(window) if window and ("sliding_attention" in kinds or not self._has_layer_types) else None
+    def _run_cut(self, inputs_BTD: torch.Tensor, layer: int, **options: Any) -> torch.Tensor:
+        """Run the body without the layers above."""
+        stack, norm = self._stack_names
+        assert stack is not None
+        assert norm is not None
+        layers, final = getattr(self._body, stack), getattr(self._body, norm)
+        try:
+            setattr(self._body, stack, layers[:layer])
+            setattr(self._body, norm, nn.Identity())
+            found: torch.Tensor = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+        finally:
+            setattr(self._body, stack, layers)
+            setattr(self._body, norm, final)
+        return found
+
+    @torch.no_grad()
+    def _cuts_right(self, layer: int) -> bool:
+        """Tell whether the body without the layers above gives the states that the class gives; tried once."""
+        if layer not in self._cuts:
+            self._cuts[layer] = None not in self._stack_names
+            if self._cuts[layer]:
+                probe_BTD = self.embed(self._probe_ids())
+                whole, cut = (run(probe_BTD, layer, use_cache=False).to(self.device)
+                              for run in (self._run_all, self._run_cut))  # fmt: skip
+                self._cuts[layer] = relative_difference(cut, whole) < SAME_WAY * TOLERANCE[self.dtype]
+        return self._cuts[layer]
 
     def log_probabilities(
         self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
@@ -384,8 +472,36 @@ class FrozenModel:
             bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
             new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
             logits = torch.cat((logits, new_PN), dim=1)
-        logits = logits.float()
-        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return self.logit_map(logits.float())
+
+    @torch.no_grad()
+    def check_against_class(self) -> None:
+        """Compare what is computed here with what the class itself computes from token ids, on a short text.
+
+        Everything that is measured or trained goes through rows, states and products that are put together here. What a
+        class does besides (another scale, other positions) would make all of it wrong, and nobody would notice.
+
+        Raises:
+            UsageError: If anything differs by more than rounding, or the class cannot be run so.
+        """
+        name = type(self.model).__name__
+        try:
+            ids = self._probe_ids(min(PROBE_POSITIONS, self.max_positions))
+            own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            looked_up = self.embed(ids)
+            rows_VD, first = self.embedding_VD, len(self.embedding_VD)
+            as_new = self.embed(first + torch.arange(ids.shape[1], device=self.device)[None],
+                                rows_VD[ids[0].to(rows_VD.device)].to(self.device), first)  # fmt: skip
+            logits = self.logits(self.hidden(as_new)[0], num_base=own.shape[1]).to(own.device)
+        except Exception as error:  # a model class raises what it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"{name} cannot be run on embeddings ({reason}); {WITHOUT_RUNNING}") from error
+        for what, found, wanted in (("embeddings of rows", as_new, looked_up), ("logits", logits, own)):
+            difference = relative_difference(found, wanted)
+            if not difference < SAME_WAY * TOLERANCE[self.dtype]:
+                raise UsageError(f"the {what} of {name}, put together from its rows, differ from its own by "
+                                 f"{difference:.2%}, which is more than rounding: the class does something that "
+                                 f"vocabext does not know; {WITHOUT_RUNNING}")  # fmt: skip
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
@@ -400,6 +516,35 @@ class FrozenModel:
             pad_token_id=getattr(self.model.config, "pad_token_id", None) or 0,
         )  # fmt: skip
         return [row[len(prompts[0]) :].tolist() for row in out]
+
+
+def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return how far numbers are from others, relative to their size."""
+    exact = torch.promote_types(wanted.dtype, torch.float32)
+    size = wanted.to(exact).square().sum().sqrt()
+    return float((found.to(wanted.device, exact) - wanted.to(exact)).square().sum().sqrt() / size.clamp(min=1e-30))
+
+
+def _whole(inputs_BTD: torch.Tensor, past: Past | None) -> torch.Tensor:
+    """Return the embeddings of earlier text and of the inputs, where the past of a model consists of the former."""
+    return torch.cat((past[0][0][:, 0], inputs_BTD), 1) if past else inputs_BTD
+
+
+def _probe_parents(off_first: int) -> list[int]:
+    """Lay out a stem, a long branch off its first position, and a short one off its middle."""
+    stem = [*range(-1, STEM - 1)]
+    long = [0, *range(STEM, STEM + off_first - 1)]
+    short = [STEM // 2, *range(STEM + off_first, STEM + off_first + ON_BRANCH - 1)]
+    return [*stem, *long, *short]
+
+
+def _learned_positions(name: str, module: nn.Embedding) -> int:
+    """Return how many positions a table of them has; some begin behind a few that mean something else."""
+    last = name.rpartition(".")[2]
+    if "pos" not in last and last != "wpe":
+        return UNBOUNDED
+    padding = module.padding_idx
+    return module.num_embeddings - int(getattr(module, "offset", 0) or (0 if padding is None else padding + 1))
 
 
 def check_runs_on_rows(config: Any) -> None:
@@ -419,7 +564,7 @@ def check_runs_on_rows(config: Any) -> None:
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         raise UsageError(
             f"{name} has hidden_size_per_layer_input {size}: its layers look up token ids themselves, so distill and "
-            "eval cannot run it on new rows; `distill --method mean` and `patch` extend it without running it")
+            f"eval cannot run it on new rows; {WITHOUT_RUNNING}")
 
 
 def check_folder_runs_on_rows(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -448,7 +593,7 @@ def offloading(beside: Path) -> Iterator[Path]:
 
 def load_model(
     folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
-    max_memory: str | None = None, offload_folder: Path | None = None,
+    max_memory: str | None = None, offload_folder: Path | None = None, complete: bool = True, runs: bool = True,
 ) -> FrozenModel:  # fmt: skip
     """Load a causal language model, frozen.
 
@@ -459,10 +604,12 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
         max_memory: Spread the model over devices, such as `0=20GiB,cpu=60GiB`; what fits nowhere stays on disk.
         offload_folder: Where weights lie that fit nowhere.
+        complete: Refuse a folder that does not hold every weight of the class, or holds others.
+        runs: Whether it will be run on rows: it is compared with its class then.
 
     Raises:
-        CheckpointError: If transformers cannot load it.
-        UsageError: If the device or dtype does not exist here.
+        CheckpointError: If transformers cannot load it, or would put random numbers in place of weights.
+        UsageError: If the device or dtype does not exist here, or what is computed here is not what the class computes.
     """
     from transformers import AutoModelForCausalLM
 
@@ -474,13 +621,50 @@ def load_model(
         if offload_folder is not None:
             spread["offload_folder"] = str(offload_folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True, **spread)
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     if model.get_output_embeddings() is None:
         raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
                               "a causal language model is needed")
-    return FrozenModel(model, place, number)
+    if complete:
+        _check_complete(folder, type(model).__name__, report)
+    frozen = FrozenModel(model, place, number)
+    if runs:
+        frozen.check_against_class()
+    return frozen
+
+
+def _check_complete(folder: str | Path, name: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights whose names are not those of the class: transformers goes on with random numbers in their place.
+
+    Args:
+        folder: The model.
+        name: Its class.
+        report: What transformers says about the loading; what a class declares to be optional is not in it.
+    """
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    shapes = sorted(f"{key} {tuple(stored)} instead of {tuple(wanted)}"
+                    for key, stored, wanted in report["mismatched_keys"])  # fmt: skip
+    faults = [f"{len(names)} {what} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"
+              for what, names in (("missing", missing), ("of another shape", shapes),
+                                  ("that it does not know", unknown)) if names]  # fmt: skip
+    if faults:
+        raise CheckpointError(f"the tensors of {folder} are not those of {name}: {'; '.join(faults)}; "
+                              f"{_cure(missing, unknown)}")  # fmt: skip
+
+
+def _cure(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say what to do about names that do not match."""
+    for stored in unknown:
+        wanted = next((name for name in missing if stored.endswith(f".{name}")), None)
+        if wanted is not None:
+            prefix = stored.removesuffix(wanted)
+            return f"strip {prefix!r} from their names, or save the model again from the module inside its wrapper"
+    if missing:
+        return "save the model again with save_pretrained of this class"
+    return "remove them if no model computes with them, or name the class that does in config.json"
+

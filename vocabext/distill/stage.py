@@ -378,7 +378,7 @@ class _Work:
         exact = False
         if some:
             probe = self._lay_out([self.records[i] for i in some], some)
-            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id, longest=before)
+            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
         width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
         wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
         budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)

@@ -109,7 +109,7 @@ def _at_places(
         found[name] = {}
         for key, some in zip(("places", "merged"), parts[name], strict=True):
             every = concatenate(some)
-            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_cap, rows.bias_N)
+            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_map, rows.bias_N)
             found[name][key] = measure_writing(every, uses, lengths_N).to_json()
     return found
 
