@@ -133,7 +133,7 @@ def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
-        with _Quiet():
+        with Quiet():
             saved = {name: next(iter(revert_weight_conversion(model, {name: torch.empty(1)}))) for name in names}
     except Exception:  # not every version has it, and not every class; names are then compared by their ends
         return {}
@@ -202,7 +202,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        with _Quiet():
+        with Quiet():
             return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises
         raise _cannot_build(folder, error) from error
@@ -218,7 +218,7 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
         architectures = getattr(config, "architectures", None) or []
         named: Any = getattr(transformers, architectures[0], None) if architectures else None
         known = named is not None and getattr(named, "config_class", None) is type(config)
-        with torch.device("meta"), _Quiet():
+        with torch.device("meta"), Quiet():
             if known and hasattr(named, "_from_config"):
                 return named._from_config(config)
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -231,7 +231,7 @@ def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: {reason}")
 
 
-class _Quiet:
+class Quiet:
     """Keep transformers' remarks about a model without weights off the terminal."""
 
     def __enter__(self) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 # Products that the class is given to see what it makes of them; float16 holds them, and each has few digits.
-SMALL, LARGE = 2.0**-7, 2.0**14
+SMALL, LARGE = 2.0**-10, 2.0**14
 BETWEEN = (-64.0, -1.0, 4.0, 32.0)
 ROUNDING = 0.01
+UNSCALED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def measure_logit_map(model: Any, ids_BT: torch.Tensor) -> LogitMap | None:
     finally:
         hook.remove()
     scale = logits[0] / SMALL
+    scale = 1.0 if abs(scale - 1.0) < UNSCALED else scale
     linear = abs(logits[-1] - scale * LARGE) <= ROUNDING * abs(logits[-1])
     found = LogitMap(scale, None if linear else abs(logits[-1]))
     expected = found(torch.tensor(products, dtype=torch.float64)).tolist()

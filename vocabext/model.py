@@ -10,6 +10,7 @@ This is the only module that imports the models of transformers.
 """
 
 import copy
+import inspect
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vocabext.architecture import read_config
+from vocabext.architecture import Quiet, read_config
 from vocabext.branches import Branches, unrolled
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
@@ -32,8 +33,6 @@ from vocabext.logit_map import LogitMap, measure_logit_map
 # that does not take branches, where these are not all there is: the embeddings themselves, as one pair with one head.
 Past = Sequence[tuple[torch.Tensor, torch.Tensor]]
 PROBE_POSITIONS = 32
-# What transformers calls the norm after the last layer: Llama and most others, GPT-2, GPT-NeoX, ..., Mamba.
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 # Two ways of adding up the same numbers may differ by this, relative to all of them together, per dtype.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 # And the same way on the same text by this share of it.
@@ -169,9 +168,8 @@ class FrozenModel:
         # Evaluation mode: dropout would make teacher and student differ by chance.
         self.model: Any = (model if spread else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
-        self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self._body: Any = _body(model)
         self.num_layers = int(self._text_config.num_hidden_layers)
-        self._cuts: dict[int, bool] = {}
         # Some weights are elsewhere and come in for each layer's turn.
         self.offloaded = any(parameter.is_meta for parameter in self.model.parameters())
         if self.offloaded:
@@ -182,12 +180,11 @@ class FrozenModel:
         return self.model.config.get_text_config()
 
     @property
-    def _stack_names(self) -> tuple[str | None, str | None]:
-        """The names of the body's list of layers and of its final norm, where it has them."""
-        stacks = [name for name, child in self._body.named_children()
-                  if isinstance(child, nn.ModuleList) and len(child) == self.num_layers]
-        norms = [name for name in FINAL_NORMS if hasattr(self._body, name)]
-        return stacks[0] if len(stacks) == 1 else None, norms[0] if norms else None
+    def _stack(self) -> nn.ModuleList | None:
+        """The body's list of layers, where it has one."""
+        stacks = [child for child in self._body.children()
+                  if isinstance(child, nn.ModuleList) and len(child) == self.num_layers]  # fmt: skip
+        return stacks[0] if len(stacks) == 1 else None
 
     @property
     def embedding_VD(self) -> torch.Tensor:  # noqa: N802
@@ -289,6 +286,7 @@ class FrozenModel:
         """
         new_BT = ids_BT >= first_new_id if rows_ND is not None else torch.zeros_like(ids_BT, dtype=torch.bool)
         base_BTD: torch.Tensor = self.model.get_input_embeddings()(ids_BT.masked_fill(new_BT, 0))
+        base_BTD = base_BTD if self._input_scale == 1.0 else base_BTD * self._input_scale
         if rows_ND is None:
             return base_BTD
         looked_up_BTD = self._look_up((ids_BT - first_new_id).clamp(min=0), rows_ND)
@@ -305,15 +303,16 @@ class FrozenModel:
         """Let the class's own embedding look up rows as if they were its matrix."""
         found: torch.Tensor = torch.func.functional_call(
             self._bare_embedding, {"weight": rows_ND.to(self.dtype)}, (at.to(rows_ND.device),))
-        return found.to(self.dtype)
+        return (found if self._input_scale == 1.0 else found * self._input_scale).to(self.dtype)
 
     @cached_property
     def _bare_embedding(self) -> nn.Module:
         """The embedding without what accelerate does to fetch its weight."""
-        bare: nn.Module = copy.copy(self.model.get_input_embeddings())
+        bare: Any = copy.copy(self.model.get_input_embeddings())
         bare.__dict__.pop("forward", None)
         bare.padding_idx = None  # no row of ours is padding
-        return bare
+        found: nn.Module = bare
+        return found
 
     def hidden(
         self, inputs_BTD: torch.Tensor, *, layer: int | None = None, branches: Branches | None = None,
@@ -403,46 +402,46 @@ class FrozenModel:
         return torch.tensor(ids, device=self.device)[chosen.to(self.device)][None]
 
     def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
+        hidden_BTD: torch.Tensor
         if layer is None or layer == self.num_layers:
-            hidden_BTD: torch.Tensor = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-        elif self._cuts_right(layer):
-            hidden_BTD = self._run_cut(inputs_BTD, layer, **options)
-        else:
-            hidden_BTD = self._run_all(inputs_BTD, layer, **options)
-        return hidden_BTD.to(inputs_BTD.device)  # of a model that is spread the last layer may be elsewhere
+            hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+        elif self._stack is not None:
+            hidden_BTD = self._run_until(self._stack[layer - 1], inputs_embeds=inputs_BTD, **options)
+        else:  # a body of another shape: run all of it and pick
+            hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
+        # Of a model that is spread the last layer may be elsewhere; and some add up their states in float32 (Mamba).
+        return hidden_BTD.to(inputs_BTD)
 
-    def _run_all(self, inputs_BTD: torch.Tensor, layer: int, **options: Any) -> torch.Tensor:
-        """Run the whole body and pick the states of a layer."""
-        states: Sequence[torch.Tensor] = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True,
-                                                    **options).hidden_states  # fmt: skip
-        return states[layer]
+    def _run_until(self, layer: nn.Module, *, reads: bool = False, **options: Any) -> torch.Tensor:
+        """Run the body up to one of its layers and return what this gives, or reads; nothing behind is computed."""
 
-    def _run_cut(self, inputs_BTD: torch.Tensor, layer: int, **options: Any) -> torch.Tensor:
-        """Run the body without the layers above."""
-        stack, norm = self._stack_names
-        assert stack is not None
-        assert norm is not None
-        layers, final = getattr(self._body, stack), getattr(self._body, norm)
+        def stop(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
+            found = (inputs[0] if inputs else named["hidden_states"]) if reads else output
+            raise _Stopped(found[0] if isinstance(found, tuple) else found)
+
+        register = layer.register_forward_pre_hook if reads else layer.register_forward_hook
+        hook = register(stop, with_kwargs=True)
         try:
-            setattr(self._body, stack, layers[:layer])
-            setattr(self._body, norm, nn.Identity())
-            found: torch.Tensor = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
+            self._body(**options)
+        except _Stopped as stopped:
+            return stopped.states
         finally:
-            setattr(self._body, stack, layers)
-            setattr(self._body, norm, final)
-        return found
+            hook.remove()
+        raise RuntimeError(f"{type(self._body).__name__} does not run {type(layer).__name__}")
 
+    @cached_property
     @torch.no_grad()
-    def _cuts_right(self, layer: int) -> bool:
-        """Tell whether the body without the layers above gives the states that the class gives; tried once."""
-        if layer not in self._cuts:
-            self._cuts[layer] = None not in self._stack_names
-            if self._cuts[layer]:
-                probe_BTD = self.embed(self._probe_ids())
-                whole, cut = (run(probe_BTD, layer, use_cache=False).to(self.device)
-                              for run in (self._run_all, self._run_cut))  # fmt: skip
-                self._cuts[layer] = relative_difference(cut, whole) < SAME_WAY * TOLERANCE[self.dtype]
-        return self._cuts[layer]
+    def _input_scale(self) -> float:
+        """By what a body multiplies the embeddings that it looks up itself, and no others (Falcon-H1)."""
+        if self._stack is None:
+            return 1.0
+        ids = self._probe_ids()
+        own, ours = (self._run_until(self._stack[0], reads=True, use_cache=False, **options) for options in (
+            {"input_ids": ids}, {"inputs_embeds": self.model.get_input_embeddings()(ids)}))  # fmt: skip
+        own, ours = own.double(), ours.double()
+        scale = float((own * ours).sum() / ours.square().sum())
+        rounding = SAME_WAY * TOLERANCE[self.dtype]
+        return scale if abs(scale - 1) > rounding and relative_difference(scale * ours, own) < rounding else 1.0
 
     def log_probabilities(
         self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
@@ -518,6 +517,23 @@ class FrozenModel:
         return [row[len(prompts[0]) :].tolist() for row in out]
 
 
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """The layer that was asked for has run."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _body(model: Any) -> Any:
+    """Return what gives a class's last hidden states: what is around the layers, without the head."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if found is not model:
+        return found
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return next((child for child in model.children() if child is not head and embedding in child.modules()), model)
+
+
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return how far numbers are from others, relative to their size."""
     exact = torch.promote_types(wanted.dtype, torch.float32)
@@ -568,13 +584,53 @@ def check_runs_on_rows(config: Any) -> None:
 
 
 def check_folder_runs_on_rows(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Do what `check_runs_on_rows` does, before any weight is read.
+    """Refuse a model that cannot be run on rows, before any weight is read.
 
     Raises:
-        CheckpointError: If transformers cannot read the configuration.
-        UsageError: As there.
+        CheckpointError: As `check_folder_loads` does.
+        UsageError: As `check_runs_on_rows` does, or if the class takes no embeddings.
     """
     check_runs_on_rows(read_config(folder, trust_remote_code=trust_remote_code))
+    model = check_folder_loads(folder, trust_remote_code=trust_remote_code)
+    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
+        raise UsageError(f"{type(model).__name__} takes no embeddings, only token ids, so distill and eval cannot run "
+                         f"it on new rows; {WITHOUT_RUNNING}")  # fmt: skip
+
+
+def check_folder_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Refuse a folder that `load_model` would refuse, before any weight is read.
+
+    Returns:
+        The model without its weights.
+
+    Raises:
+        CheckpointError: If transformers cannot load it as a causal language model, or its tensors are not those of the
+            class.
+    """
+    model, report = _from_pretrained(folder, trust_remote_code, device_map="meta")
+    _check_complete(folder, type(model).__name__, report)
+    return model
+
+
+def _from_pretrained(folder: str | Path, trust_remote_code: bool, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Load a model and return it with what transformers says about its tensors."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with Quiet():  # what it says about tensors is said by us, in one line
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
+                **options)  # fmt: skip
+    except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+    if model.config.is_encoder_decoder:
+        raise CheckpointError(f"{folder} is an encoder and a decoder ({type(model).__name__}); "
+                              "a causal language model is needed")  # fmt: skip
+    if model.get_output_embeddings() is None:
+        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
+                              "a causal language model is needed")
+    return model, report
 
 
 @contextmanager
@@ -611,8 +667,6 @@ def load_model(
         CheckpointError: If transformers cannot load it, or would put random numbers in place of weights.
         UsageError: If the device or dtype does not exist here, or what is computed here is not what the class computes.
     """
-    from transformers import AutoModelForCausalLM
-
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     spread: dict[str, Any] = {}
@@ -620,16 +674,7 @@ def load_model(
         spread = {"device_map": "auto", "max_memory": parse_max_memory(max_memory)}
         if offload_folder is not None:
             spread["offload_folder"] = str(offload_folder)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True,
-            output_loading_info=True, **spread)
-    except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
-    if model.get_output_embeddings() is None:
-        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
-                              "a causal language model is needed")
+    model, report = _from_pretrained(folder, trust_remote_code, dtype=number, **spread)
     if complete:
         _check_complete(folder, type(model).__name__, report)
     frozen = FrozenModel(model, place, number)

@@ -181,7 +181,13 @@ class _Work:
 
     def check_inputs(self) -> None:
         """Refuse at once what a later stage would refuse after much work."""
-        from vocabext.model import check_folder_runs_on_rows, layer_number, parse_max_memory, pick_device
+        from vocabext.model import (
+            check_folder_loads,
+            check_folder_runs_on_rows,
+            layer_number,
+            parse_max_memory,
+            pick_device,
+        )
         from vocabext.patch import check_places
         from vocabext.writing.rows import choose_output_rows
 
@@ -196,6 +202,8 @@ class _Work:
             parse_max_memory(c.distill.max_memory)
         if c.distill.method == "distill":
             check_folder_runs_on_rows(self.base_folder, trust_remote_code=c.trust_remote_code)
+        else:
+            check_folder_loads(self.base_folder, trust_remote_code=c.trust_remote_code)
         num_layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(num_layers, int) and c.distill.method == "distill":
             layer_number(c.distill.target_layer, num_layers)
@@ -236,7 +244,7 @@ class _Work:
             with offloading(output) as elsewhere:
                 model = load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
                                    trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
-                                   offload_folder=elsewhere)  # fmt: skip
+                                   offload_folder=elsewhere, runs=False)  # fmt: skip
                 records = generate_missing(records, model, base, config, self.progress)
         write_snippets(output, records, header, config=config, corpus=self.config.corpus)
 

@@ -162,7 +162,8 @@ def distill_file(
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
     beside = output.with_name(f".{output.name}.groups")
     frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
-                        max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
+                        max_memory=config.max_memory, offload_folder=beside / "offloaded",
+                        runs=config.method != "mean")  # fmt: skip
     choice = choose_output_rows(config, architecture=type(frozen.model).__name__, tied=frozen.tied,
                                 biased=frozen.head_bias_V is not None)  # fmt: skip
     if choice.why is not None:
@@ -249,6 +250,9 @@ class _Work:
             raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
                              f"{config.target_layer}; the next token is predicted from the last layer")  # fmt: skip
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
+        if (longest := self._longest_text()) > model.max_positions:
+            raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
+                             "at most; collect again with a smaller --window")  # fmt: skip
         embedding_VD = model.embedding_VD
         self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()

@@ -9,7 +9,7 @@ which is convex; all tokens are normalised together, so that they do not claim t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -38,7 +38,7 @@ class Task:
 
     places: Places
     label_P: torch.Tensor
-    logit_map: LogitMap = field(default_factory=LogitMap)
+    logit_map: LogitMap
 
     def scores(self, rows_ND: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the logits of rows at some places, (I, N), float32."""

@@ -128,7 +128,7 @@ def as_read(places: Places, model: FrozenModel, merged: Sequence[Ids], expansion
         rows: Rows of the new tokens.
     """
     input_ND, states, keys = rows.input_ND.to(model.device), [], []
-    longest = int(places.position_P.max()) + 1
+    longest = max(int(expansion.run_lengths(ids).sum()) for ids in merged)
     for window, ids in enumerate(merged):
         inputs = torch.from_numpy(ids.copy()).to(model.device)[None]
         states.append(model.hidden(model.embed(inputs, input_ND, expansion.first_new_id))[0])
