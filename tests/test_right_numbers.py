@@ -79,6 +79,26 @@ def test_logits_are_those_of_the_class(name: str) -> None:
     assert torch.allclose(both[:, FIRST:], ours[:, [5, 9]], atol=close(name), rtol=close(name))
 
 
+@pytest.mark.parametrize("name", [*UNROLLED, "mistral-window", "mixtral", "llama4-chunks"])
+def test_sixteen_bits_do_not_hide_that_a_class_goes_by_the_order_of_positions(name: str) -> None:
+    torch.manual_seed(0)
+    model = FrozenModel(EVERY[name](296), torch.device("cpu"), torch.bfloat16)  # as small as it is initialised
+    before = {key: (value.dtype, value.clone()) for key, value in model.model.state_dict().items()}
+    assert model.takes_branches == (name not in UNROLLED)
+    after = model.model.state_dict()
+    assert all(after[key].dtype == dtype and torch.equal(after[key], value) for key, (dtype, value) in before.items())
+
+
+@torch.no_grad()
+def test_a_loaded_model_keeps_the_digits_of_its_positions(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = tiny_family(tmp_path / "model", "llama"), torch.from_numpy(text(120))[None]
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(input_ids=ids).logits[0, :, :FIRST]
+    model = load_model(folder, device="cpu", dtype="bfloat16")
+    assert torch.equal(model.logits(model.hidden(model.embed(ids))[0], num_base=FIRST), own.float())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", RIGHT)
 def test_the_states_of_a_layer_are_those_of_the_class(name: str) -> None:

@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -166,7 +166,10 @@ class FrozenModel:
         """
         spread = getattr(model, "hf_device_map", None) is not None
         # Evaluation mode: dropout would make teacher and student differ by chance.
-        self.model: Any = (model if spread else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+        self.model: Any = (model if spread else model.to(device)).eval().requires_grad_(False)
+        # What was loaded in a dtype stays as it is: some parts, such as the frequencies of positions, keep more digits.
+        if not spread and model.get_input_embeddings().weight.dtype != dtype:
+            self.model.to(dtype)
         self.device, self.dtype = device, dtype
         self._body: Any = _body(model)
         self.num_layers = int(self._text_config.num_hidden_layers)
@@ -379,19 +382,56 @@ class FrozenModel:
         Tried on a short text. Models that go by the order in which positions lie (ALiBi, recurrent states) do not.
         """
         parents = _probe_parents(min(OFF_FIRST, self.max_positions - 2))
-        branches, count = Branches.of(parents), len(parents) - STEM
-        inputs_BTD = self.embed(self._probe_ids(len(parents)))
-        with torch.no_grad():
-            plain_BTD = unrolled(lambda texts: self._run(texts, None, use_cache=False), inputs_BTD, branches)
-            try:
-                at_once_BTD = self._run_branches(inputs_BTD, None, branches, use_cache=False)
-                stem_BTD, past = self._hidden_and_past(inputs_BTD[:, :STEM], None, None, ())
-                after_BTD = self._run_branches(inputs_BTD[:, STEM:], None, branches.of_inputs(count), use_cache=True,
-                                               past_key_values=_cache(past))  # fmt: skip
-            except Exception:  # a class that has no such cache, or takes no such mask, says so in many ways
-                return False
+        branches, inputs_BTD = Branches.of(parents), self.embed(self._probe_ids(len(parents)))
+        if self.offloaded:
+            return self._branches_differ(inputs_BTD, branches) < SAME_WAY * TOLERANCE[self.dtype]
+        exact = torch.promote_types(self.dtype, torch.float32)
+        with self._exactly():  # rounding to 16 bits would hide a small bias
+            return self._branches_differ(inputs_BTD.to(exact), branches) < TOLERANCE[exact]
+
+    @torch.no_grad()
+    def _branches_differ(self, inputs_BTD: torch.Tensor, branches: Branches) -> float:
+        """Return by how much states of branches differ from those of texts of their own, at once or after a past."""
+        plain_BTD = unrolled(lambda texts: self._run(texts, None, use_cache=False), inputs_BTD, branches)
+        try:
+            at_once_BTD = self._run_branches(inputs_BTD, None, branches, use_cache=False)
+            stem_BTD, past = self._hidden_and_past(inputs_BTD[:, :STEM], None, None, ())
+            after_BTD = self._run_branches(inputs_BTD[:, STEM:], None, branches.of_inputs(inputs_BTD.shape[1] - STEM),
+                                           use_cache=True, past_key_values=_cache(past))  # fmt: skip
+        except Exception:  # a class that has no such cache, or takes no such mask, says so in many ways
+            return math.inf
         in_two_BTD = torch.cat((stem_BTD, after_BTD), 1)
-        return all(relative_difference(found, plain_BTD) < TOLERANCE[self.dtype] for found in (at_once_BTD, in_two_BTD))
+        return max(relative_difference(found, plain_BTD) for found in (at_once_BTD, in_two_BTD))
+
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Let the body compute in 32 bits at least, with the weights of a layer at a time."""
+        kept: dict[nn.Parameter, torch.Tensor] = {}
+
+        def widen(parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    kept[parameter] = parameter.data
+                    parameter.data = parameter.data.float()
+
+        def restore(parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter in kept:
+                    parameter.data = kept.pop(parameter)
+
+        layers = list(self._stack or ())
+        apart = {parameter for module in (*layers, self.model.get_input_embeddings())
+                 for parameter in module.parameters()}  # fmt: skip
+        hooks = [hook for layer in layers for hook in (
+            layer.register_forward_pre_hook(lambda layer, _: widen(layer.parameters())),
+            layer.register_forward_hook(lambda layer, *_: restore(layer.parameters()), always_call=True))]  # fmt: skip
+        try:
+            widen(parameter for parameter in self._body.parameters() if parameter not in apart)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            restore(list(kept))
 
     def _probe_ids(self, size: int = PROBE_POSITIONS) -> torch.Tensor:
         """Return some text of ids that are in use in every vocabulary, (1, T), the same each time."""
