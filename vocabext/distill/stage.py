@@ -48,7 +48,7 @@ FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
 # Counts changes of this package after which finished groups of an older one do not fit to new ones.
-WORK_VERSION = 2
+WORK_VERSION = 3
 # Options that no group depends on: they decide what becomes of finished input rows, and about the output rows.
 AFTERWARDS = ("output_rows", "writing_places", "false_use", "leave_out")
 
