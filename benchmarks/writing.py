@@ -69,7 +69,7 @@ class Bench:
 
     def measure(self, rows_ND: torch.Tensor) -> dict[str, Any]:
         """Measure rows at held-out places, as they are and at 1 % wrong."""
-        uses = find_uses(self.held, rows_ND)
+        uses = find_uses(self.held, rows_ND, self.model.logit_map)
         found = measure_writing(self.held, uses, self.lengths_N)
         return {"adoption": found.adoption, "wrong": found.false_use, "nll_rise_nats": found.nll_rise_nats,
                 "pieces": found.adopted_pieces / max(1, found.adoptable_pieces),
@@ -78,7 +78,8 @@ class Bench:
     def fit(self, kind: type[Fit] | None = None, places: Places | None = None, caution: float = 1.0) -> torch.Tensor:
         """Fit rows in some way."""
         places = self.train if places is None else places
-        fit = (kind or Fit)(Task(places, longest_runs(places, self.lengths_N)), self.num_new, self.model.device)
+        task = Task(places, longest_runs(places, self.lengths_N), self.model.logit_map)
+        fit = (kind or Fit)(task, self.num_new, self.model.device)
         fit.train(EPOCHS, caution)
         return fit.rows_ND.cpu()
 
@@ -196,8 +197,8 @@ def first_windows(places: Places, share: float) -> Places:
     number_P = kept_P.cumsum(0) - 1
     kept_R = kept_P[places.place_R]
     return Places(**{name: value[kept_R] if name.endswith("_R") else value[kept_P]
-                     for name, value in vars(places).items() if name != "place_R"},
-                  place_R=number_P[places.place_R[kept_R]])  # fmt: skip
+                     for name, value in vars(places).items() if name not in ("place_R", "num_windows")},
+                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)  # fmt: skip
 
 
 # -- limits -------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     lengths_N, head_VD = bench.lengths_N, model.head_VD
     mean_ND = mean_rows(head_VD, tokens)
     texts = {piece: len(base.decode([piece]).strip()) or 1 for token in tokens for piece in token.run}
-    silent_D, leak, _ = silent_row(head_VD, [bench.train], base.num_used_ids)
+    silent_D, leak, _ = silent_row(head_VD, [bench.train], base.num_used_ids, model.logit_map)
     ways = {
         "ours (default)": given.output_ND,
         "zero": torch.zeros_like(mean_ND),
@@ -376,8 +377,8 @@ def fewer(places: Places, lengths_N: torch.Tensor) -> Places:
     kept_P = ~other_P | (other_P.cumsum(0) % 2 == 0)
     number_P, kept_R = kept_P.cumsum(0) - 1, kept_P[places.place_R]
     return Places(**{name: value[kept_R] if name.endswith("_R") else value[kept_P]
-                     for name, value in vars(places).items() if name != "place_R"},
-                  place_R=number_P[places.place_R[kept_R]])  # fmt: skip
+                     for name, value in vars(places).items() if name not in ("place_R", "num_windows")},
+                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)  # fmt: skip
 
 
 def fitted_silence(bench: Bench, steps: int = 300) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from vocabext.checkpoint import load_rows
 from vocabext.collect import collect
@@ -246,10 +247,16 @@ def test_layers_are_named_by_number_fraction_or_last() -> None:
 
 
 def test_new_rows_are_scaled_like_the_rows_of_a_model_that_scales_its_embedding() -> None:
-    model = frozen()
-    model.model.get_input_embeddings().embed_scale = 3.0
-    row = torch.ones(1, 64)
-    assert torch.equal(model.embed(torch.tensor([[FIRST]]), row, FIRST)[0, 0], 3 * row[0])
+    config = Gemma3TextConfig(vocab_size=FIRST, hidden_size=40, intermediate_size=48, num_hidden_layers=1, head_dim=20,
+                              num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):  # the class rounds its scale, the root of 40, to the dtype
+        model = FrozenModel(Gemma3ForCausalLM(config), torch.device("cpu"), dtype)
+        rows = model.embedding_VD[[7, 9]].float().requires_grad_()
+        new = model.embed(torch.tensor([[FIRST, FIRST + 1]]), rows, FIRST)
+        assert torch.equal(new, model.embed(torch.tensor([[7, 9]])))
+        assert torch.allclose(new[0].float(), 40**0.5 * rows, rtol=0.01)
+        gradient = torch.autograd.grad(new.sum(), rows)[0]
+        assert float(gradient.min()) > 6  # that of the first new row, too, which is no padding
 
 
 def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
@@ -408,6 +415,7 @@ def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, targ
     folder, found = collected(tmp_path)
     model = FrozenModel(tiny_model(layers=3, tied=False), torch.device("cpu"), torch.float32)
     ran: Counter[str] = Counter()
+    assert model.takes_branches  # tried once, on all layers
     watched = {"head": model.model.get_output_embeddings(),
                **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}  # fmt: skip
     for name, module in watched.items():

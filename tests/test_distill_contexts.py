@@ -140,22 +140,16 @@ def test_a_body_in_bfloat16_shares_and_trains_rows_in_float32() -> None:
 
 
 @pytest.mark.parametrize("make", [gemma, mistral])
-def test_a_window_shorter_than_a_snippet_takes_the_plain_way(make: Any) -> None:
+@pytest.mark.parametrize("window", [4, 64])
+def test_a_window_shares_whether_it_is_shorter_than_a_snippet_or_not(make: Any, window: int) -> None:
     examples = laid_out()
-    longest = int((examples.before_S + examples.length_S).max())
-    assert sharing_is_exact(frozen(make, window=longest), examples, 3, FIRST)
-    assert not sharing_is_exact(frozen(make, window=longest - 1), examples, 3, FIRST)
+    assert 4 < int((examples.before_S + examples.length_S).max()) < 64
+    model = frozen(make, window=window)
+    for layer in (1, 2, 3):
+        assert sharing_is_exact(model, examples, layer, FIRST)
 
 
-def test_layers_below_the_first_window_still_share() -> None:
-    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
-    model = frozen(lambda: Gemma3ForCausalLM(Gemma3TextConfig(
-        **{**SIZES, "head_dim": 16}, sliding_window=4, layer_types=kinds)))  # fmt: skip
-    assert sharing_is_exact(model, laid_out(), 1, FIRST)
-    assert not sharing_is_exact(model, laid_out(), 2, FIRST)
-
-
-def test_a_model_that_takes_no_mask_of_ours_takes_the_plain_way() -> None:
+def test_a_model_that_goes_by_the_order_of_positions_takes_the_plain_way() -> None:
     model, examples = frozen(bloom), laid_out()
     assert not sharing_is_exact(model, examples, 3, FIRST)
     contexts = teach(model, examples, 3, keep_past=False)

@@ -16,9 +16,9 @@ from vocabext.distill import distill_file
 from vocabext.errors import CorpusError, UsageError
 from vocabext.evaluate import (
     RowSet,
-    _branches,
     _expanded_nats,
     _gap_recovered,
+    _lay_out,
     _Sums,
     _windows,
     evaluate,
@@ -68,7 +68,7 @@ def test_a_branch_sees_nothing_of_its_own_token_or_later() -> None:
 
         expansion = Expansion([NewToken("abc", "abc", (1, 2, 3))], 10)
 
-    layout = _branches(np.asarray([5, 10, 6]), 1, Tokenizer())  # type: ignore[arg-type]
+    layout = _lay_out(np.asarray([5, 10, 6]), 1, Tokenizer())  # type: ignore[arg-type]
     assert layout.ids.tolist() == [5, 10, 6, 1, 2]
     assert layout.positions.tolist() == [0, 1, 2, 1, 2]
     assert layout.visible.astype(int).tolist() == [
@@ -168,7 +168,7 @@ def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> Non
     logits = model.logits(states, num_base=290, new_rows_ND=whole.head_VD[new], new_bias_N=bias_N)
     assert torch.allclose(logits, wanted, atol=1e-4)
     places = find_places(model, [ids[0].numpy()], RunTree.of(tokens), num_base=290)
-    ahead_P = find_uses(places, whole.head_VD[new], None, bias_N).ahead_P
+    ahead_P = find_uses(places, whole.head_VD[new], whole.logit_map, bias_N).ahead_P
     assert torch.allclose(ahead_P, wanted[:, new].amax(1) - wanted[:, :290].amax(1), atol=2e-3)
 
 

@@ -13,11 +13,12 @@ from tiny_writing import NUM_BASE, sharp_model, some_tokens
 from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
+from vocabext.logit_map import LogitMap
 from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
-from vocabext.writing.fit import Fit, Task, capped, longest_runs
+from vocabext.writing.fit import Fit, Task, longest_runs
 from vocabext.writing.measure import Writing, find_uses, measure_writing, per_token
 from vocabext.writing.places import Places
 from vocabext.writing.rows import _reports, make_output_rows, silent_row
@@ -32,7 +33,8 @@ def made_places(hidden_PD: torch.Tensor, runs: list[tuple[int, int]], top: float
     zeros = torch.zeros(size, dtype=torch.long)
     place_R, token_R = (torch.tensor([pair[side] for pair in runs], dtype=torch.long) for side in (0, 1))
     return Places(hidden_PD, torch.full((size,), top), zeros, torch.full((size,), top + 1), zeros, zeros, zeros,
-                  place_R, token_R, torch.zeros(len(runs)), torch.ones(len(runs), dtype=torch.bool))  # fmt: skip
+                  place_R, token_R, torch.zeros(len(runs)), torch.ones(len(runs), dtype=torch.bool),
+                  num_windows=1)  # fmt: skip
 
 
 def planted(size: int, seed: int) -> tuple[Places, list[int]]:
@@ -48,7 +50,7 @@ def planted(size: int, seed: int) -> tuple[Places, list[int]]:
 
 
 def fitted(places: Places, caution: float = 1.0, cap: float | None = None) -> torch.Tensor:
-    fit = Fit(Task(places, longest_runs(places, LENGTHS), cap), 2, torch.device("cpu"))
+    fit = Fit(Task(places, longest_runs(places, LENGTHS), LogitMap(cap=cap)), 2, torch.device("cpu"))
     fit.train(60, caution)
     return fit.rows_ND
 
@@ -57,7 +59,7 @@ def fitted(places: Places, caution: float = 1.0, cap: float | None = None) -> to
 def test_the_fit_writes_at_new_places_that_deserve_it_and_nowhere_else(cap: float | None) -> None:
     rows_ND = fitted(planted(3_000, 0)[0], cap=cap)
     places, kind = planted(600, 1)
-    uses = find_uses(places, rows_ND, cap)
+    uses = find_uses(places, rows_ND, LogitMap(cap=cap))
     assert uses.on_top_P.tolist() == [which < 2 for which in kind]
     assert uses.right_P[uses.on_top_P].all()
     found = measure_writing(places, uses, LENGTHS)
@@ -70,7 +72,8 @@ def test_caution_makes_wrong_uses_rarer() -> None:
     places, _ = planted(3_000, 0)
     noise = torch.Generator().manual_seed(5)
     blurred = replace(places, hidden_PD=places.hidden_PD + 5 * torch.randn(3_000, 8, generator=noise))
-    found = [measure_writing(blurred, find_uses(blurred, fitted(blurred, caution)), LENGTHS) for caution in (1.0, 8.0)]
+    found = [measure_writing(blurred, find_uses(blurred, fitted(blurred, caution), LogitMap()), LENGTHS)
+             for caution in (1.0, 8.0)]
     assert found[0].false_use > 2 * found[1].false_use > 0
     assert found[0].adoption is not None
     assert found[1].adoption is not None
@@ -85,7 +88,7 @@ def test_the_longest_run_is_the_label() -> None:
 def test_uses_are_counted_against_base_own_continuation() -> None:
     # Logits of the two rows are the two numbers of each state; base's best is 3, its normaliser 4.
     places = made_places(torch.tensor([[5.0, 0.0], [0.0, 5.0], [5.0, 0.0], [0.0, 0.0]]), [(0, 0), (1, 0), (3, 1)])
-    uses = find_uses(places, torch.eye(2))
+    uses = find_uses(places, torch.eye(2), LogitMap())
     assert uses.token_P.tolist()[:3] == [0, 1, 0]
     found = measure_writing(places, uses, LENGTHS)
     assert (found.places, found.deserved, found.adoption, found.false_use) == (4, 3, 1 / 3, 0.5)
@@ -98,14 +101,14 @@ def test_uses_are_counted_against_base_own_continuation() -> None:
 
 def test_another_token_whose_run_base_writes_is_right_too() -> None:
     places = made_places(torch.tensor([[5.0, 0.0]]), [(0, 0), (0, 1)])
-    assert measure_writing(places, find_uses(places, torch.eye(2)), LENGTHS).adoption == 1.0
+    assert measure_writing(places, find_uses(places, torch.eye(2), LogitMap()), LENGTHS).adoption == 1.0
 
 
 def test_logits_are_bounded_as_in_the_model() -> None:
-    assert capped(torch.tensor([100.0]), 30.0).item() == pytest.approx(30 * math.tanh(100 / 30))
+    assert LogitMap(cap=30.0)(torch.tensor([100.0])).item() == pytest.approx(30 * math.tanh(100 / 30))
     places = made_places(torch.tensor([[100.0, 0.0]]), [], top=31.0)
-    assert bool(find_uses(places, torch.eye(2)).on_top_P[0])
-    assert not bool(find_uses(places, torch.eye(2), 30.0).on_top_P[0])
+    assert bool(find_uses(places, torch.eye(2), LogitMap()).on_top_P[0])
+    assert not bool(find_uses(places, torch.eye(2), LogitMap(cap=30.0)).on_top_P[0])
 
 
 def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
@@ -116,7 +119,7 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     hidden_PD = torch.randn(600, 16, generator=generator) + torch.ones(16)
     logits_PV = hidden_PD @ head_VD[:39].T
     places = replace(made_places(hidden_PD, []), normaliser_P=logits_PV.logsumexp(1))
-    row_D, leak, ids = silent_row(head_VD, [places], 39)
+    row_D, leak, ids = silent_row(head_VD, [places], 39, LogitMap())
     assert torch.allclose(row_D, head_VD[list(ids)].mean(0))
     assert torch.allclose(row_D, head_VD[[7, 21]].mean(0))
     shares = torch.exp(hidden_PD @ row_D - places.normaliser_P)
@@ -136,10 +139,10 @@ def test_tokens_that_are_more_often_wrong_than_right_are_named() -> None:
     places = made_places(states, [(0, 0), (1, 0), (3, 1), (5, 2)])
     places = replace(places, hidden_PD=states)
     wrong = torch.eye(3)
-    reports = _reports([record("a"), record("b"), record("c")], places, find_uses(places, wrong))
+    reports = _reports([record("a"), record("b"), record("c")], places, find_uses(places, wrong, LogitMap()))
     assert [(r.deserved, r.right, r.wrong) for r in reports] == [(2, 2, 1), (1, 1, 1), (1, 0, 0)]
     assert [r.silent for r in reports] == [None, None, "never right at 1 held-out places that deserve it"]
-    worse = find_uses(made_places(states, [(0, 0)]), wrong)
+    worse = find_uses(made_places(states, [(0, 0)]), wrong, LogitMap())
     reports = _reports([record("a"), record("b"), record("c")], made_places(states, [(0, 0)]), worse)
     assert reports[0].silent == "wrong at 2 held-out places, right at 1"
     assert reports[1].silent == "no place to judge it by"
@@ -151,7 +154,7 @@ def expansion(records: list[TokenSnippets]) -> Expansion:
 
 def fake_model() -> Any:
     weight = torch.arange(12.0).view(4, 3)
-    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_cap=None, head_bias_V=None)
+    return SimpleNamespace(head_VD=weight, device=torch.device("cpu"), logit_map=LogitMap(), head_bias_V=None)
 
 
 def test_the_baselines_need_no_text() -> None:
@@ -183,7 +186,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert made.bound_met
     assert made.held_out.adoption > 0.1
     assert [token.silent is None for token in made.tokens] == [True, True, False]
-    silent_D, leak, _ = silent_row(model.head_VD, [blurred], 4)
+    silent_D, leak, _ = silent_row(model.head_VD, [blurred], 4, LogitMap())
     assert torch.equal(made.output_ND[2], silent_D)
     assert made.leak == pytest.approx(leak, rel=1e-2)
     summary = made.summary()
@@ -191,7 +194,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     assert [token["token"] for token in summary["silent"]] == ["c"]  # type: ignore[attr-defined]
     quiet = make_output_rows("none", records, model, expansion(records))  # type: ignore[arg-type]
     assert torch.equal(quiet.output_ND[0], quiet.output_ND[2])
-    assert not find_uses(blurred, quiet.output_ND).on_top_P.any()
+    assert not find_uses(blurred, quiet.output_ND, LogitMap()).on_top_P.any()
 
 
 def test_rows_are_capped_below_what_verify_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
     tokens = [token, base.new_token(SILENT)]
     prompt = np.asarray([*base.prefix_ids, *base.encode(PROMPT), *pieces], np.int64)
     places = find_places(model, [prompt], RunTree.of(tokens), num_base=base.num_used_ids)
-    silent_D, _, _ = silent_row(model.head_VD, [places], base.num_used_ids)
+    silent_D, _, _ = silent_row(model.head_VD, [places], base.num_used_ids, model.logit_map)
     rows = Rows(mean_rows(model.embedding_VD, tokens), torch.stack([planted_row(model, base, pieces, start), silent_D]))
     header = {"base": {"model": str(MODEL), "num_used_ids": base.num_used_ids, "hidden_size": len(silent_D),
                        "tokenizer_sha256": file_sha256(MODEL / "tokenizer.json")}, "method": "distill", "options": {}}

@@ -21,7 +21,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "n
 def _text(name: str, **config: Any) -> Callable[[int], PreTrainedModel]:
     def build(num_rows: int) -> PreTrainedModel:
         settings = getattr(transformers, f"{name}Config")(vocab_size=num_rows, **{**SHAPE, **config})
-        return getattr(transformers, f"{name}ForCausalLM")(settings)
+        return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(settings)
 
     return build
 
@@ -89,6 +89,47 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
         "fullatt_block_indexes": [0]}),
     "mistral3": _wrapped("Mistral3", {"model_type": "mistral"},
                          vision_config={**VISION, "model_type": "pixtral", "head_dim": 16}),
+}
+
+
+def _plain(name: str, head: str = "ForCausalLM", **config: Any) -> Callable[[int], PreTrainedModel]:
+    """A class whose config has names of its own."""
+    def build(num_rows: int) -> PreTrainedModel:
+        settings = getattr(transformers, f"{name}Config")(vocab_size=num_rows, bos_token_id=0, eos_token_id=1, **config)
+        return getattr(transformers, f"{name}{head}")(settings)
+
+    return build
+
+
+WINDOW = 16
+BLOCKS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+# What a reader of text must get right: windows and chunks shorter than it, scaled and bounded logits, scaled rows,
+# positions that are learned or only biases of attention, states that run on, and several of these in one model.
+READERS: dict[str, Callable[[int], PreTrainedModel]] = {
+    "mistral-window": _text("Mistral", sliding_window=WINDOW),
+    "qwen2-window": _text("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "gemma2-window": _text("Gemma2", sliding_window=WINDOW, query_pre_attn_scalar=32, final_logit_softcapping=2.0),
+    "gemma3-window": _text("Gemma3Text", sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "gpt-oss": _text("GptOss", sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2),
+    "llama4-chunks": _text("Llama4Text", attention_chunk_size=WINDOW, intermediate_size_mlp=96, num_local_experts=2,
+                           no_rope_layers=[1, 0], layer_types=["chunked_attention", "full_attention"]),
+    "granite": _text("Granite", logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2),
+    "granite-moe": _text("GraniteMoe", logits_scaling=6.0, num_local_experts=4, num_experts_per_tok=2),
+    "cohere": _text("Cohere", logit_scale=0.0625),
+    "cohere2": _text("Cohere2", logit_scale=0.25, sliding_window=WINDOW, sliding_window_pattern=2),
+    "nanochat": _text("NanoChat", final_logit_softcapping=2.0),
+    "falcon-h1": _text("FalconH1", lm_head_multiplier=0.25, embedding_multiplier=3.0, mamba_d_ssm=64, mamba_n_heads=4,
+                       mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16),
+    "recurrent-gemma": _text("RecurrentGemma", attention_window_size=WINDOW, logits_soft_cap=2.0, lru_width=64,
+                             block_types=("recurrent", "attention")),
+    "bloom": _plain("Bloom", hidden_size=64, n_layer=2, n_head=2),
+    "mpt": _plain("Mpt", d_model=64, n_layers=2, n_heads=2, max_seq_len=128),
+    "falcon-alibi": _plain("Falcon", alibi=True, **BLOCKS),
+    "falcon-rotary": _plain("Falcon", alibi=False, **BLOCKS),
+    "opt": _plain("OPT", ffn_dim=96, word_embed_proj_dim=32, max_position_embeddings=128, **BLOCKS),
+    "xglm": _plain("XGLM", d_model=64, ffn_dim=96, num_layers=2, attention_heads=2, max_position_embeddings=128),
+    "mamba": _plain("Mamba", hidden_size=64, num_hidden_layers=2, state_size=8),
+    "rwkv": _plain("Rwkv", hidden_size=64, num_hidden_layers=2, context_length=128),
 }
 
 

@@ -253,7 +253,7 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
         del config.quantization_config  # its library need not be there
     headers = {name: torch.empty(info.shape, dtype=torch.float32, device="meta") for name, info in tensors.items()}
     try:
-        with _Quiet():
+        with Quiet():
             model, report = cls.from_pretrained(None, config=config, state_dict=headers, device_map="meta",
                                                 ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:  # whatever a class raises on tensors it cannot use
@@ -261,6 +261,22 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
             return None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"transformers cannot make {cls.__name__} of the tensors of {folder}: {reason}") from None
+    return describe_misfit(folder, model, report, quantised=quantised)
+
+
+def describe_misfit(folder: str | Path, model: Any, report: "Mapping[str, Any]", *, quantised: bool = False
+                    ) -> Misfit | None:
+    """Say how the tensors of a folder differ from those of the model that transformers has made of them.
+
+    Args:
+        folder: The model folder.
+        model: The model.
+        report: What transformers says about the loading; what a class declares to be optional is not in it.
+        quantised: Whether modules may hold other tensors than the class says.
+
+    Returns:
+        None if they do not.
+    """
     missing, unknown = set(report["missing_keys"]), set(report["unexpected_keys"])
     shapes = sorted(f"{name} is {list(stored)} instead of {list(wanted)}"
                     for name, stored, wanted in report["mismatched_keys"])
@@ -276,7 +292,7 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
                     None)
     cure = "config.json names another model than the weights are of, or they are not whole; save both with " \
            "save_pretrained of one class" if wrapping is None else f"they were {wrapping[0]}: {wrapping[1]}"
-    return Misfit(f"the tensors of {folder} are not those of {cls.__name__}: {'; '.join(counts)}; {cure}",
+    return Misfit(f"the tensors of {folder} are not those of {type(model).__name__}: {'; '.join(counts)}; {cure}",
                   wrapping is not None)
 
 
@@ -331,7 +347,7 @@ def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
-        with _Quiet():
+        with Quiet():
             empty = torch.empty(1, dtype=torch.float32)
             saved = {name: next(iter(revert_weight_conversion(model, {name: empty}))) for name in names}
     except Exception:  # not every version has it, and not every class; names are then compared by their ends
@@ -401,7 +417,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        with _Quiet():
+        with Quiet():
             return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises
         raise _cannot_build(folder, error) from error
@@ -415,7 +431,7 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
     try:
         # A model inside a wrapper (text_config) is no AutoModelForCausalLM; its own class is.
         named = _named_class(config)
-        with torch.device("meta"), _Quiet():
+        with torch.device("meta"), Quiet():
             if named is not None and hasattr(named, "_from_config"):
                 return named._from_config(config)
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -428,7 +444,7 @@ def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: {reason}")
 
 
-class _Quiet:
+class Quiet:
     """Keep transformers' remarks about a model without weights, and its progress with it, off the terminal."""
 
     def __enter__(self) -> None:

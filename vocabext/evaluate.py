@@ -14,7 +14,7 @@ pieces, how many characters a decode step gives, and what that does to greedy an
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vocabext.branches import Branches
 from vocabext.checkpoint import Checkpoint, Rows, open_checkpoint, resolve_model
 from vocabext.config import EvalConfig
 from vocabext.corpus import left_out_of
@@ -39,6 +40,7 @@ from vocabext.writing.held_out import IDENTICAL, HeldOut, measure_held_out
 
 EVAL_NAME = "eval.json"
 BOOTSTRAP_DRAWS = 1000
+LEAST_CONTEXT = 16
 
 Floats = npt.NDArray[np.float64]
 
@@ -103,6 +105,7 @@ def evaluate(
     check_runs_on_rows(model.model.config)
     texts = _texts(documents, config.max_bytes)
     pairs = list(zip(base.encode_batch(texts), expanded.encode_batch(texts), strict=True))
+    config = _within(config, model, len(base.prefix_ids), expanded.expansion)
     windows = [w for i, (text, (_, ids)) in enumerate(zip(texts, pairs, strict=True))
                for w in _windows(i, ids, text, expanded, base, config)]  # fmt: skip
     if not windows:
@@ -131,7 +134,8 @@ def evaluate(
                            expanded.decode)  # fmt: skip
         written = measure_held_out(model, expanded.expansion, held_out, {
             rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress)  # fmt: skip
-    return _summary(texts, pairs, expanded, sums, num_bytes, num_pieces, written)
+    return {"context": config.context, "continuation": config.continuation,
+            **_summary(texts, pairs, expanded, sums, num_bytes, num_pieces, written)}  # fmt: skip
 
 
 def evaluate_folder(
@@ -222,6 +226,24 @@ def _windows(
         start = stop
 
 
+def _within(config: EvalConfig, model: FrozenModel, num_prefix: int, expansion: Expansion) -> EvalConfig:
+    """Shorten windows and continuations to what the model takes.
+
+    Raises:
+        UsageError: If it takes hardly anything.
+    """
+    room, longest = model.max_positions - num_prefix, _longest_run(expansion)
+    if room < LEAST_CONTEXT + longest:
+        raise UsageError(f"the model takes {model.max_positions} positions, {num_prefix} of them in front of every "
+                         f"text; to measure a token of {longest} base ids, eval needs {LEAST_CONTEXT + longest} more")
+    return replace(config, context=min(config.context, room),
+                   continuation=min(config.continuation, (room - longest) // 2))  # fmt: skip
+
+
+def _longest_run(expansion: Expansion) -> int:
+    return max(len(token.run) for token in expansion.tokens)
+
+
 @torch.no_grad()
 def _base_nats(model: FrozenModel, ids: Ids, num_prefix: int, base: BaseTokenizer) -> float:
     """Return the negative log likelihood of base ids from base context."""
@@ -237,12 +259,11 @@ def _expanded_nats(
     model: FrozenModel, window: _Window, expanded: ExpandedTokenizer, base: BaseTokenizer, rows: RowSet
 ) -> tuple[float, float]:
     """Return nats of the base pieces, and of the expanded ids, both from merged context."""
-    layout = _branches(window.expanded, max(1, window.num_prefix), expanded)
-    ids, positions = (torch.from_numpy(a).to(model.device) for a in (layout.ids, layout.positions))
-    mask = torch.zeros(layout.visible.shape, dtype=model.dtype, device=model.device)
-    mask.masked_fill_(~torch.from_numpy(layout.visible).to(model.device), torch.finfo(model.dtype).min)
+    layout = _lay_out(window.expanded, max(1, window.num_prefix), expanded)
+    ids, positions, visible = (torch.from_numpy(a).to(model.device)
+                               for a in (layout.ids, layout.positions, layout.visible))  # fmt: skip
     inputs_BTD = model.embed(ids[None], rows.input_ND.to(model.device), expanded.first_new_id)
-    hidden_TD = model.hidden(inputs_BTD, position_ids=positions[None], mask=mask[None, None])[0]
+    hidden_TD = model.hidden(inputs_BTD, branches=Branches(positions[None], visible[None]))[0]
     logs = model.log_probabilities(hidden_TD[layout.sources], num_base=base.num_used_ids)
     reading = -float(logs.gather(1, torch.from_numpy(layout.targets).to(model.device)[:, None]).sum())
     first = max(1, window.num_prefix)
@@ -254,7 +275,7 @@ def _expanded_nats(
 
 
 @dataclass(frozen=True)
-class _Branches:
+class _Layout:
     """The merged text (the stem) and, behind it, a branch for the inner pieces of each new token."""
 
     ids: Ids
@@ -264,7 +285,7 @@ class _Branches:
     targets: Ids  # the base piece that each predicts
 
 
-def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
+def _lay_out(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Layout:
     """Lay out the stem and its branches.
 
     Args:
@@ -289,22 +310,28 @@ def _branches(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Branches:
     past = order <= order[:, None]
     seen_by_branch = (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & past)
     visible = np.where(on_stem[:, None], on_stem & past, seen_by_branch)
-    return _Branches(ids, positions, visible, sources, pieces)
+    return _Layout(ids, positions, visible, sources, pieces)
 
 
 def _prompts(
     pairs: Sequence[tuple[list[int], list[int]]], base: BaseTokenizer, expanded: ExpandedTokenizer, model: FrozenModel,
     config: EvalConfig,
 ) -> list[Ids]:  # fmt: skip
-    """Return the beginnings of documents that hold a new token, in expanded ids."""
+    """Return the beginnings of documents that hold a new token, in expanded ids.
+
+    With what is written after them, and in base ids, they are no longer than the model takes.
+    """
+    expansion, prefix = expanded.expansion, np.asarray(base.prefix_ids, np.int64)
     budget = max(16, min(config.context, model.max_positions - config.continuation) // 2)
+    most = model.max_positions - len(prefix) - config.continuation - _longest_run(expansion) + 1
     prompts: list[Ids] = []
     for _, ids in pairs:
         if len(prompts) == config.prompts:
             break
         array = np.asarray(ids[:budget], np.int64)
-        if len(array) == budget and expanded.expansion.is_new(array).any():
-            prompts.append(np.concatenate((np.asarray(base.prefix_ids, np.int64), array)))
+        short = array[: int(np.searchsorted(expansion.edges(array), most, side="right")) - 1]
+        if len(array) == budget and expansion.is_new(short).any():
+            prompts.append(np.concatenate((prefix, short)))
     return prompts
 
 

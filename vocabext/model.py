@@ -9,26 +9,42 @@ base, mean-of-pieces and distilled rows side by side.
 This is the only module that imports the models of transformers.
 """
 
+import copy
+import inspect
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vocabext.architecture import loading_class, read_config
+from vocabext.architecture import Quiet, describe_misfit, loading_class, read_config
+from vocabext.branches import Branches, unrolled
 from vocabext.config import DEVICE
 from vocabext.errors import CheckpointError, UsageError
+from vocabext.logit_map import LogitMap, measure_logit_map
 
-# For each layer its keys and values, (B, heads, T, size of a head).
+# What later text needs of earlier text. For each layer its keys and values, (B, heads, T, size of a head). Of a model
+# that does not take branches, where these are not all there is: the embeddings themselves, as one pair with one head.
 Past = Sequence[tuple[torch.Tensor, torch.Tensor]]
-# What transformers calls the norm after the last layer: Llama and most others, GPT-2, GPT-NeoX, ...
 PROBE_POSITIONS = 32
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+# Two ways of adding up the same numbers may differ by this, relative to all of them together, per dtype.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+# And the same way on the same text by this share of it.
+SAME_WAY = 0.2
+# A text on which a model is tried: a stem, far more off its first position than elsewhere, and a branch off its middle.
+STEM, OFF_FIRST, ON_BRANCH = 6, 20, 3
+# What configs call the longest input: most of them, MPT, GPT-2 of old, RWKV, ...
+MAX_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
+UNBOUNDED = 2**31
+# How many names of tensors an error lists.
+NAMED = 3
+WITHOUT_RUNNING = "`distill --method mean` and `patch` extend it without running it"
 
 
 def pick_device(name: str) -> torch.device:
@@ -150,9 +166,12 @@ class FrozenModel:
         """
         spread = getattr(model, "hf_device_map", None) is not None
         # Evaluation mode: dropout would make teacher and student differ by chance.
-        self.model: Any = (model if spread else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
+        self.model: Any = (model if spread else model.to(device)).eval().requires_grad_(False)
+        # What was loaded in a dtype stays as it is: some parts, such as the frequencies of positions, keep more digits.
+        if not spread and model.get_input_embeddings().weight.dtype != dtype:
+            self.model.to(dtype)
         self.device, self.dtype = device, dtype
-        self._body: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self._body: Any = _body(model)
         self.num_layers = int(self._text_config.num_hidden_layers)
         # Some weights are elsewhere and come in for each layer's turn.
         self.offloaded = any(parameter.is_meta for parameter in self.model.parameters())
@@ -164,16 +183,11 @@ class FrozenModel:
         return self.model.config.get_text_config()
 
     @property
-    def _has_layer_types(self) -> bool:
-        return bool(getattr(self._text_config, "layer_types", None))
-
-    @property
-    def _stack_names(self) -> tuple[str | None, str | None]:
-        """The names of the body's list of layers and of its final norm, where it has them."""
-        stacks = [name for name, child in self._body.named_children()
-                  if isinstance(child, nn.ModuleList) and len(child) == self.num_layers]
-        norms = [name for name in FINAL_NORMS if hasattr(self._body, name)]
-        return stacks[0] if len(stacks) == 1 else None, norms[0] if norms else None
+    def _stack(self) -> nn.ModuleList | None:
+        """The body's list of layers, where it has one."""
+        stacks = [child for child in self._body.children()
+                  if isinstance(child, nn.ModuleList) and len(child) == self.num_layers]  # fmt: skip
+        return stacks[0] if len(stacks) == 1 else None
 
     @property
     def embedding_VD(self) -> torch.Tensor:  # noqa: N802
@@ -217,13 +231,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def past_bytes(self, layer: int | None = None) -> int:
-        """Return how much memory the keys and values of one position take, measured on one position."""
+        """Return how much memory the keys and values of one position take; 0 where they are not kept."""
+        if not self.takes_branches:
+            return 0
         probe = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        try:
-            past = self.hidden_and_past(probe, layer=layer)[1]
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            return 0  # a model that keeps its past in a way of its own; nobody asks it to
-        return sum(keys.nbytes + values.nbytes for keys, values in past)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.hidden_and_past(probe, layer=layer)[1])
 
     def step_bytes(self, layer: int | None = None) -> int:
         """Return how much memory one position takes while gradients are computed, measured on a few positions."""
@@ -241,11 +253,10 @@ class FrozenModel:
         del kept
         return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
 
-    @property
-    def logit_cap(self) -> float | None:
-        """The bound that the model puts on logits (Gemma 2); None for no bound."""
-        cap = getattr(self._text_config, "final_logit_softcapping", None)
-        return float(cap) if cap else None
+    @cached_property
+    def logit_map(self) -> LogitMap:
+        """What the class makes of the products of its head before it calls them logits; measured on the class."""
+        return measure_logit_map(self.model, self._probe_ids()) or LogitMap()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -255,8 +266,11 @@ class FrozenModel:
 
     @property
     def max_positions(self) -> int:
-        """The longest input the model was made for."""
-        return int(getattr(self._text_config, "max_position_embeddings", 0) or 2048)
+        """The longest input the model was made for; very long where it has no bound."""
+        stated = (getattr(self._text_config, name, None) for name in MAX_POSITIONS)
+        bound = next((size for size in stated if isinstance(size, int) and size > 0), UNBOUNDED)
+        return min([bound, *(_learned_positions(name, module) for name, module in self._body.named_modules()
+                             if isinstance(module, nn.Embedding))])  # fmt: skip
 
     def layer_number(self, target: str) -> int:
         """Return the number of layers to run for a target layer, as the function of this name does."""
@@ -273,24 +287,39 @@ class FrozenModel:
         Returns:
             What the first layer reads, (B, T, D), in the model's dtype.
         """
-        layer = self.model.get_input_embeddings()
         new_BT = ids_BT >= first_new_id if rows_ND is not None else torch.zeros_like(ids_BT, dtype=torch.bool)
-        base_BTD: torch.Tensor = layer(ids_BT.masked_fill(new_BT, 0))
+        base_BTD: torch.Tensor = self.model.get_input_embeddings()(ids_BT.masked_fill(new_BT, 0))
+        base_BTD = base_BTD if self._input_scale == 1.0 else base_BTD * self._input_scale
         if rows_ND is None:
             return base_BTD
-        looked_up_BTD = self.scaled(rows_ND[(ids_BT - first_new_id).clamp(min=0)])
+        looked_up_BTD = self._look_up((ids_BT - first_new_id).clamp(min=0), rows_ND)
         return torch.where(new_BT.unsqueeze(-1), looked_up_BTD, base_BTD)
 
-    def scaled(self, rows_D: torch.Tensor) -> torch.Tensor:
+    def scaled(self, rows_SD: torch.Tensor) -> torch.Tensor:
         """Return rows as the first layer reads them, in the model's dtype.
 
         Some models (Gemma) scale what they look up; a new row is stored unscaled like the others.
         """
-        return rows_D.to(self.dtype) * float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+        return self._look_up(torch.arange(len(rows_SD), device=rows_SD.device), rows_SD)
+
+    def _look_up(self, at: torch.Tensor, rows_ND: torch.Tensor) -> torch.Tensor:
+        """Let the class's own embedding look up rows as if they were its matrix."""
+        found: torch.Tensor = torch.func.functional_call(
+            self._bare_embedding, {"weight": rows_ND.to(self.dtype)}, (at.to(rows_ND.device),))
+        return (found if self._input_scale == 1.0 else found * self._input_scale).to(self.dtype)
+
+    @cached_property
+    def _bare_embedding(self) -> nn.Module:
+        """The embedding without what accelerate does to fetch its weight."""
+        bare: Any = copy.copy(self.model.get_input_embeddings())
+        bare.__dict__.pop("forward", None)
+        bare.padding_idx = None  # no row of ours is padding
+        found: nn.Module = bare
+        return found
 
     def hidden(
-        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None, past: Past | None = None,
+        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, branches: Branches | None = None,
+        past: Past | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Run the model up to a layer; nothing above it is computed.
 
@@ -299,62 +328,160 @@ class FrozenModel:
         Args:
             inputs_BTD: Embeddings from `embed`.
             layer: How many layers to run; None or L runs all and applies the final norm.
-            position_ids: Positions (B, T), where they are not 0 .. T-1.
-            mask: Additive attention mask (B, 1, T, T), where it is not the causal one.
-            past: Keys and values of text before the inputs; then `position_ids` and `mask` are needed, and the mask
-                is (B, 1, T, P + T).
+            branches: What each position follows, where it is not the one on its left.
+            past: What is kept of text before the inputs; then `branches` is needed.
 
         Returns:
             Hidden states (B, T, D).
         """
-        options = {"position_ids": position_ids, "attention_mask": mask}
-        if past is None:
-            return self._run(inputs_BTD, layer, use_cache=False, **options)
-        return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_cache(past), **options)
+        if branches is None:
+            return self._run(inputs_BTD, layer, use_cache=False)
+        if not self.takes_branches:
+            return unrolled(lambda texts: self._run(texts, layer, use_cache=False), _whole(inputs_BTD, past), branches)
+        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": _cache(past)}
+        return self._run_branches(inputs_BTD, layer, branches, **cache)
 
     def hidden_and_past(
-        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None, past: Past = (),
+        self, inputs_BTD: torch.Tensor, *, layer: int | None = None, branches: Branches | None = None, past: Past = (),
     ) -> tuple[torch.Tensor, Past]:  # fmt: skip
-        """Run the model up to a layer as `hidden` does, and keep the keys and values of the layers that ran.
+        """Run the model up to a layer as `hidden` does, and keep what text after it needs.
 
         Returns:
             Hidden states (B, T, D), and for each layer its keys and values (B, heads, P + T, size of a head). Fewer
             layers, or other lengths, mean that the model does not keep all of the past.
         """
+        if not self.takes_branches:
+            every_BKD = _whole(inputs_BTD, past)[:, None]
+            return self.hidden(inputs_BTD, layer=layer, branches=branches, past=past), ((every_BKD, every_BKD),)
+        return self._hidden_and_past(inputs_BTD, layer, branches, past)
+
+    def _hidden_and_past(
+        self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches | None, past: Past
+    ) -> tuple[torch.Tensor, Past]:
         cache = _cache(past)
-        hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache, position_ids=position_ids,
-                               attention_mask=mask)  # fmt: skip
+        if branches is None:
+            hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache)
+        else:
+            hidden_BTD = self._run_branches(inputs_BTD, layer, branches, use_cache=True, past_key_values=cache)
         return hidden_BTD, tuple((kept.keys, kept.values) for kept in cache.layers if kept.is_initialized)
+
+    def _run_branches(
+        self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches, **options: Any
+    ) -> torch.Tensor:
+        # Without a mask, transformers takes numbers that do not rise for texts that are packed together.
+        size = (len(inputs_BTD), branches.position_BK.shape[1])
+        everything = torch.ones(size, dtype=torch.long, device=inputs_BTD.device)
+        positions_BT = branches.input_positions.to(inputs_BTD.device).expand(len(inputs_BTD), -1)
+        with branches.masks():
+            return self._run(inputs_BTD, layer, position_ids=positions_BT, attention_mask=everything, **options)
+
+    @cached_property
+    def takes_branches(self) -> bool:
+        """Whether texts that branch, and text after a kept past, give the states of the same texts one by one.
+
+        Tried on a short text. Models that go by the order in which positions lie (ALiBi, recurrent states) do not.
+        """
+        parents = _probe_parents(min(OFF_FIRST, self.max_positions - 2))
+        branches, inputs_BTD = Branches.of(parents), self.embed(self._probe_ids(len(parents)))
+        if self.offloaded:
+            return self._branches_differ(inputs_BTD, branches) < SAME_WAY * TOLERANCE[self.dtype]
+        exact = torch.promote_types(self.dtype, torch.float32)
+        with self._exactly():  # rounding to 16 bits would hide a small bias
+            return self._branches_differ(inputs_BTD.to(exact), branches) < TOLERANCE[exact]
+
+    @torch.no_grad()
+    def _branches_differ(self, inputs_BTD: torch.Tensor, branches: Branches) -> float:
+        """Return by how much states of branches differ from those of texts of their own, at once or after a past."""
+        plain_BTD = unrolled(lambda texts: self._run(texts, None, use_cache=False), inputs_BTD, branches)
+        try:
+            at_once_BTD = self._run_branches(inputs_BTD, None, branches, use_cache=False)
+            stem_BTD, past = self._hidden_and_past(inputs_BTD[:, :STEM], None, None, ())
+            after_BTD = self._run_branches(inputs_BTD[:, STEM:], None, branches.of_inputs(inputs_BTD.shape[1] - STEM),
+                                           use_cache=True, past_key_values=_cache(past))  # fmt: skip
+        except Exception:  # a class that has no such cache, or takes no such mask, says so in many ways
+            return math.inf
+        in_two_BTD = torch.cat((stem_BTD, after_BTD), 1)
+        return max(relative_difference(found, plain_BTD) for found in (at_once_BTD, in_two_BTD))
+
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Let the body compute in 32 bits at least, with the weights of a layer at a time."""
+        kept: dict[nn.Parameter, torch.Tensor] = {}
+
+        def widen(parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    kept[parameter] = parameter.data
+                    parameter.data = parameter.data.float()
+
+        def restore(parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter in kept:
+                    parameter.data = kept.pop(parameter)
+
+        layers = list(self._stack or ())
+        apart = {parameter for module in (*layers, self.model.get_input_embeddings())
+                 for parameter in module.parameters()}  # fmt: skip
+        hooks = [hook for layer in layers for hook in (
+            layer.register_forward_pre_hook(lambda layer, _: widen(layer.parameters())),
+            layer.register_forward_hook(lambda layer, *_: restore(layer.parameters()), always_call=True))]  # fmt: skip
+        try:
+            widen(parameter for parameter in self._body.parameters() if parameter not in apart)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            restore(list(kept))
+
+    def _probe_ids(self, size: int = PROBE_POSITIONS) -> torch.Tensor:
+        """Return some text of ids that are in use in every vocabulary, (1, T), the same each time."""
+        rows, padding = self.model.get_input_embeddings().weight.shape[0], getattr(
+            self._text_config, "pad_token_id", None)  # fmt: skip
+        ids = [number for number in range(min(rows, 256)) if number != padding]
+        chosen = torch.randint(len(ids), (size,), generator=torch.Generator().manual_seed(0))
+        return torch.tensor(ids, device=self.device)[chosen.to(self.device)][None]
 
     def _run(self, inputs_BTD: torch.Tensor, layer: int | None, **options: Any) -> torch.Tensor:
         hidden_BTD: torch.Tensor
-        stack, norm = self._stack_names
         if layer is None or layer == self.num_layers:
             hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-        elif stack and norm:
-            layers, final = getattr(self._body, stack), getattr(self._body, norm)
-            try:
-                setattr(self._body, stack, layers[:layer])
-                setattr(self._body, norm, nn.Identity())
-                hidden_BTD = self._body(inputs_embeds=inputs_BTD, **options).last_hidden_state
-            finally:
-                setattr(self._body, stack, layers)
-                setattr(self._body, norm, final)
+        elif self._stack is not None:
+            hidden_BTD = self._run_until(self._stack[layer - 1], inputs_embeds=inputs_BTD, **options)
         else:  # a body of another shape: run all of it and pick
             hidden_BTD = self._body(inputs_embeds=inputs_BTD, output_hidden_states=True, **options).hidden_states[layer]
-        return hidden_BTD.to(inputs_BTD.device)  # of a model that is spread the last layer may be elsewhere
+        # Of a model that is spread the last layer may be elsewhere; and some add up their states in float32 (Mamba).
+        return hidden_BTD.to(inputs_BTD)
 
-    def sliding_window(self, layer: int | None = None) -> int | None:
-        """Return how far the first `layer` layers look back at least: None for all the way, 0 where it is unknown.
+    def _run_until(self, layer: nn.Module, *, reads: bool = False, **options: Any) -> torch.Tensor:
+        """Run the body up to one of its layers and return what this gives, or reads; nothing behind is computed."""
 
-        Unknown are layers that are neither full nor sliding attention, such as recurrent ones.
-        """
-        kinds = set((getattr(self._text_config, "layer_types", None) or ["full_attention"])[:layer])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            return 0
-        window = getattr(self._text_config, "sliding_window", None)
-        return int(window) if window and ("sliding_attention" in kinds or not self._has_layer_types) else None
+        def stop(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
+            found = (inputs[0] if inputs else named["hidden_states"]) if reads else output
+            raise _Stopped(found[0] if isinstance(found, tuple) else found)
+
+        register = layer.register_forward_pre_hook if reads else layer.register_forward_hook
+        hook = register(stop, with_kwargs=True)
+        try:
+            self._body(**options)
+        except _Stopped as stopped:
+            return stopped.states
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self._body).__name__} does not run {type(layer).__name__}")
+
+    @cached_property
+    @torch.no_grad()
+    def _input_scale(self) -> float:
+        """By what a body multiplies the embeddings that it looks up itself, and no others (Falcon-H1)."""
+        if self._stack is None:
+            return 1.0
+        ids = self._probe_ids()
+        own, ours = (self._run_until(self._stack[0], reads=True, use_cache=False, **options) for options in (
+            {"input_ids": ids}, {"inputs_embeds": self.model.get_input_embeddings()(ids)}))  # fmt: skip
+        own, ours = own.double(), ours.double()
+        scale = float((own * ours).sum() / ours.square().sum())
+        rounding = SAME_WAY * TOLERANCE[self.dtype]
+        return scale if abs(scale - 1) > rounding and relative_difference(scale * ours, own) < rounding else 1.0
 
     def log_probabilities(
         self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
@@ -385,12 +512,40 @@ class FrozenModel:
             bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
             new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
             logits = torch.cat((logits, new_PN), dim=1)
-        logits = logits.float()
-        logits = logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+        logits = self.logit_map(logits.float())
         if num_rows == num_base:
             return logits
         never = logits.new_full((len(logits), num_base - num_rows), -torch.inf)  # the last ids have no row
         return torch.cat((logits[:, :num_rows], never, logits[:, num_rows:]), dim=1)
+
+    @torch.no_grad()
+    def check_against_class(self) -> None:
+        """Compare what is computed here with what the class itself computes from token ids, on a short text.
+
+        Everything that is measured or trained goes through rows, states and products that are put together here. What a
+        class does besides (another scale, other positions) would make all of it wrong, and nobody would notice.
+
+        Raises:
+            UsageError: If anything differs by more than rounding, or the class cannot be run so.
+        """
+        name = type(self.model).__name__
+        try:
+            ids = self._probe_ids(min(PROBE_POSITIONS, self.max_positions))
+            own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            looked_up = self.embed(ids)
+            rows_VD, first = self.embedding_VD, len(self.embedding_VD)
+            as_new = self.embed(first + torch.arange(ids.shape[1], device=self.device)[None],
+                                rows_VD[ids[0].to(rows_VD.device)].to(self.device), first)  # fmt: skip
+            logits = self.logits(self.hidden(as_new)[0], num_base=own.shape[1]).to(own.device)
+        except Exception as error:  # a model class raises what it likes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"{name} cannot be run on embeddings ({reason}); {WITHOUT_RUNNING}") from error
+        for what, found, wanted in (("embeddings of rows", as_new, looked_up), ("logits", logits, own)):
+            difference = relative_difference(found, wanted)
+            if not difference < SAME_WAY * TOLERANCE[self.dtype]:
+                raise UsageError(f"the {what} of {name}, put together from its rows, differ from its own by "
+                                 f"{difference:.2%}, which is more than rounding: the class does something that "
+                                 f"vocabext does not know; {WITHOUT_RUNNING}")  # fmt: skip
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
@@ -405,6 +560,52 @@ class FrozenModel:
             pad_token_id=getattr(self.model.config, "pad_token_id", None) or 0,
         )  # fmt: skip
         return [row[len(prompts[0]) :].tolist() for row in out]
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """The layer that was asked for has run."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _body(model: Any) -> Any:
+    """Return what gives a class's last hidden states: what is around the layers, without the head."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if found is not model:
+        return found
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return next((child for child in model.children() if child is not head and embedding in child.modules()), model)
+
+
+def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return how far numbers are from others, relative to their size."""
+    exact = torch.promote_types(wanted.dtype, torch.float32)
+    size = wanted.to(exact).square().sum().sqrt()
+    return float((found.to(wanted.device, exact) - wanted.to(exact)).square().sum().sqrt() / size.clamp(min=1e-30))
+
+
+def _whole(inputs_BTD: torch.Tensor, past: Past | None) -> torch.Tensor:
+    """Return the embeddings of earlier text and of the inputs, where the past of a model consists of the former."""
+    return torch.cat((past[0][0][:, 0], inputs_BTD), 1) if past else inputs_BTD
+
+
+def _probe_parents(off_first: int) -> list[int]:
+    """Lay out a stem, a long branch off its first position, and a short one off its middle."""
+    stem = [*range(-1, STEM - 1)]
+    long = [0, *range(STEM, STEM + off_first - 1)]
+    short = [STEM // 2, *range(STEM + off_first, STEM + off_first + ON_BRANCH - 1)]
+    return [*stem, *long, *short]
+
+
+def _learned_positions(name: str, module: nn.Embedding) -> int:
+    """Return how many positions a table of them has; some begin behind a few that mean something else."""
+    last = name.rpartition(".")[2]
+    if "pos" not in last and last != "wpe":
+        return UNBOUNDED
+    padding = module.padding_idx
+    return module.num_embeddings - int(getattr(module, "offset", 0) or (0 if padding is None else padding + 1))
 
 
 def check_runs_on_rows(config: Any) -> None:
@@ -424,17 +625,57 @@ def check_runs_on_rows(config: Any) -> None:
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         raise UsageError(
             f"{name} has hidden_size_per_layer_input {size}: its layers look up token ids themselves, so distill and "
-            "eval cannot run it on new rows; `distill --method mean` and `patch` extend it without running it")
+            f"eval cannot run it on new rows; {WITHOUT_RUNNING}")
 
 
 def check_folder_runs_on_rows(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Do what `check_runs_on_rows` does, before any weight is read.
+    """Refuse a model that cannot be run on rows, before any weight is read.
 
     Raises:
-        CheckpointError: If transformers cannot read the configuration.
-        UsageError: As there.
+        CheckpointError: As `check_folder_loads` does.
+        UsageError: As `check_runs_on_rows` does, or if the class takes no embeddings.
     """
     check_runs_on_rows(read_config(folder, trust_remote_code=trust_remote_code))
+    model = check_folder_loads(folder, trust_remote_code=trust_remote_code)
+    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
+        raise UsageError(f"{type(model).__name__} takes no embeddings, only token ids, so distill and eval cannot run "
+                         f"it on new rows; {WITHOUT_RUNNING}")  # fmt: skip
+
+
+def check_folder_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Refuse a folder that `load_model` would refuse, before any weight is read.
+
+    Returns:
+        The model without its weights.
+
+    Raises:
+        CheckpointError: If transformers cannot load it as a causal language model, or its tensors are not those of the
+            class.
+    """
+    model, report = _from_pretrained(folder, trust_remote_code, device_map="meta")
+    _check_complete(folder, model, report)
+    return model
+
+
+def _from_pretrained(folder: str | Path, trust_remote_code: bool, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Load a model and return it with what transformers says about its tensors."""
+    try:
+        # A wrapper for images that AutoModelForCausalLM does not know is loaded by the class that its config names.
+        loader = loading_class(read_config(Path(folder), trust_remote_code=trust_remote_code))
+        with Quiet():  # what it says about tensors is said by us, in one line
+            model, report = loader.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
+                **options)  # fmt: skip
+    except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+    if model.config.is_encoder_decoder:
+        raise CheckpointError(f"{folder} is an encoder and a decoder ({type(model).__name__}); "
+                              "a causal language model is needed")  # fmt: skip
+    if model.get_output_embeddings() is None:
+        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
+                              "a causal language model is needed")
+    return model, report
 
 
 @contextmanager
@@ -453,7 +694,7 @@ def offloading(beside: Path) -> Iterator[Path]:
 
 def load_model(
     folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
-    max_memory: str | None = None, offload_folder: Path | None = None,
+    max_memory: str | None = None, offload_folder: Path | None = None, complete: bool = True, runs: bool = True,
 ) -> FrozenModel:  # fmt: skip
     """Load a causal language model, frozen.
 
@@ -464,10 +705,12 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
         max_memory: Spread the model over devices, such as `0=20GiB,cpu=60GiB`; what fits nowhere stays on disk.
         offload_folder: Where weights lie that fit nowhere.
+        complete: Refuse a folder that does not hold every weight of the class, or holds others.
+        runs: Whether it will be run on rows: it is compared with its class then.
 
     Raises:
-        CheckpointError: If transformers cannot load it.
-        UsageError: If the device or dtype does not exist here.
+        CheckpointError: If transformers cannot load it, or would put random numbers in place of weights.
+        UsageError: If the device or dtype does not exist here, or what is computed here is not what the class computes.
     """
     place = pick_device(device)
     number = pick_dtype(dtype, place)
@@ -476,16 +719,17 @@ def load_model(
         spread = {"device_map": "auto", "max_memory": parse_max_memory(max_memory)}
         if offload_folder is not None:
             spread["offload_folder"] = str(offload_folder)
-    try:
-        # A wrapper for images that AutoModelForCausalLM does not know is loaded by the class that its config names.
-        loader = loading_class(read_config(Path(folder), trust_remote_code=trust_remote_code))
-        model = loader.from_pretrained(
-            str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
-    if model.get_output_embeddings() is None:
-        raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
-                              "a causal language model is needed")
-    return FrozenModel(model, place, number)
+    model, report = _from_pretrained(folder, trust_remote_code, dtype=number, **spread)
+    if complete:
+        _check_complete(folder, model, report)
+    frozen = FrozenModel(model, place, number)
+    if runs:
+        frozen.check_against_class()
+    return frozen
+
+
+def _check_complete(folder: str | Path, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are not the class's: transformers goes on with random numbers in their place."""
+    misfit = describe_misfit(folder, model, report, quantised=hasattr(model.config, "quantization_config"))
+    if misfit is not None:
+        raise CheckpointError(misfit.said)

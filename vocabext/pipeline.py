@@ -247,7 +247,7 @@ class _Work:
             with offloading(output) as elsewhere:
                 model = load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
                                    trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
-                                   offload_folder=elsewhere)  # fmt: skip
+                                   offload_folder=elsewhere, runs=False)  # fmt: skip
                 records = generate_missing(records, model, base, config, self.progress)
         write_snippets(output, records, header, config=config, corpus=self.config.corpus,
                        left_out=left_out_of(documents))  # fmt: skip

@@ -77,8 +77,8 @@ def check_runs(folder: Path, *, trust_remote_code: bool = False) -> None:
     """
     from vocabext.model import check_folder_runs_on_rows
 
-    check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
     check_loads(folder, trust_remote_code=trust_remote_code)
+    check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
 
 
 def support(checkpoint: Checkpoint, num_used: int | None, *, trust_remote_code: bool = False,

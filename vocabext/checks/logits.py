@@ -103,7 +103,7 @@ def _load(pair: Pair, *, new: bool) -> Any:
     from vocabext.model import load_model
 
     loaded = load_model(pair.folder if new else pair.base_folder, device=DEVICE, dtype=DTYPE,
-                        trust_remote_code=pair.trust_remote_code)
+                        trust_remote_code=pair.trust_remote_code, complete=False, runs=False)
     for parameter in loaded.model.parameters():
         # Weights that stay in their file lie at any address, and matrix products may round by the address.
         parameter.data = parameter.data.clone()

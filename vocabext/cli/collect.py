@@ -72,7 +72,7 @@ def collect(
     if config.generate_missing and short_of_snippets(records, config):
         from vocabext.model import load_model
 
-        frozen = load_model(folder, trust_remote_code=trust_remote_code)
+        frozen = load_model(folder, trust_remote_code=trust_remote_code, runs=False)
         records = generate_missing(records, frozen, base, config, show.progress)
     written = write_snippets(output, records, header, config=config, corpus=corpus,
                              left_out=left_out_of(documents))

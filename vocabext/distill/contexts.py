@@ -7,8 +7,7 @@ Teacher and student read the same ids before the token. The teacher's keys and v
 kept, once per text, so that a training step computes the positions from the token on and nothing else. That is
 exact, and used, where
 
-- each layer keeps the keys and values of all positions in transformers' own cache, and takes a mask of ours,
-- no layer looks back less far than the longest snippet (sliding windows),
+- keys and values are all that a layer needs of earlier text (`FrozenModel.takes_branches`),
 - on the longest snippets the states are those of the plain way (`sharing_is_exact` tries it),
 - and they fit into the memory set aside for them (`memory.py`).
 
@@ -20,15 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
+from vocabext.branches import Branches
 from vocabext.distill.examples import Examples
-from vocabext.model import FrozenModel, Past
+from vocabext.model import TOLERANCE, FrozenModel, Past, relative_difference
 
 # Positions that go through the model at once when nothing is trained.
 FORWARD_POSITIONS = 8_192
 # Snippets on which sharing is tried.
 PROBES = 4
-# Two ways of adding up the same numbers may differ by this, relative to the states, per dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,7 @@ def student_states(
     if past is not None:
         inputs_STD = _embed(model, part.ids_ST, part.ids_ST[:, :1], row_SD, first_new_id, others_ND)
         count, width = part.before_SP.shape[1], part.ids_ST.shape[1]
-        steps_T = torch.arange(width, device=model.device)
-        mask = _mask(part.before_S, count, width, model.dtype)
-        return model.hidden(inputs_STD, layer=layer, position_ids=part.before_S[:, None] + steps_T, mask=mask,
-                            past=past)  # fmt: skip
+        return model.hidden(inputs_STD, layer=layer, branches=_behind(part.before_S, count, width), past=past)
     ids, at = _joined(part)
     inputs_STD = _embed(model, ids, part.ids_ST[:, :1], row_SD, first_new_id, others_ND)
     hidden_STD = model.hidden(inputs_STD, layer=layer)
@@ -191,20 +186,20 @@ def _joined(part: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         max=int((part.before_S + part.length_S).max()) - 1)
 
 
-def _mask(before_S: torch.Tensor, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return which keys each position reads: what is before the token, and what is not after itself.
+def _behind(before_S: torch.Tensor, count: int, width: int) -> Branches:
+    """Return where positions from the token on are: behind what comes before it, which a kept past is cut to.
 
     A kept past goes on behind the token, and what stands there is padding.
     """
     place = torch.arange(count + width, device=before_S.device)
     step_T1 = torch.arange(width, device=before_S.device)[:, None]
-    read = (place < before_S[:, None, None]) | ((place >= count) & (place <= count + step_T1))
-    return torch.zeros((), dtype=dtype, device=before_S.device).where(read, torch.finfo(dtype).min)[:, None]
+    sees_STK = (place < before_S[:, None, None]) | ((place >= count) & (place <= count + step_T1))
+    return Branches(torch.where(place < count, place, place - count + before_S[:, None]), sees_STK)
 
 
 @torch.no_grad()
 def sharing_is_exact(
-    model: FrozenModel, examples: Examples, layer: int, first_new_id: int, *, longest: int = 0
+    model: FrozenModel, examples: Examples, layer: int, first_new_id: int
 ) -> bool:
     """Tell whether the kept past gives the states of the plain way, tried on the longest snippets.
 
@@ -213,25 +208,18 @@ def sharing_is_exact(
         examples: Some snippets.
         layer: How many layers to run.
         first_new_id: The id of the first new token.
-        longest: Positions of the longest text there is, if it is not among the examples.
     """
-    window = model.sliding_window(layer)
-    longest = max(longest, int((examples.before_S + examples.length_S).max()))
-    if model.offloaded or (window is not None and longest > window):
+    if model.offloaded or not model.takes_branches:
         return False
     at = torch.argsort(examples.before_S + examples.length_S, descending=True)[:PROBES]
     some = examples.take(at).to(model.device)
     row_SD = model.embedding_VD[:1].float().expand(len(at), -1)
-    try:
-        contexts = teach(model, some, layer, keep_past=True)
-        if contexts.past is None or len(contexts.past) != layer:
-            return False
-        own = contexts.take(torch.arange(len(some)), some)
-        shared, plain = (student_states(model, some, past, row_SD, layer, first_new_id).float()
-                         for past in (own.past, None))  # fmt: skip
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return False  # a model that has no such cache, or takes no such mask, says so in many ways
+    contexts = teach(model, some, layer, keep_past=True)
+    if contexts.past is None or len(contexts.past) != layer:
+        return False
+    own = contexts.take(torch.arange(len(some)), some)
+    shared, plain = (student_states(model, some, past, row_SD, layer, first_new_id).float()
+                     for past in (own.past, None))  # fmt: skip
     width = some.ids_ST.shape[1]
     counted_ST = (torch.arange(width, device=model.device) < some.length_S[:, None])[..., None]
-    difference = ((shared - plain) * counted_ST).square().sum() / (plain * counted_ST).square().sum()
-    return bool(difference.sqrt() < TOLERANCE[model.dtype])
+    return relative_difference(shared * counted_ST, plain * counted_ST) < TOLERANCE[model.dtype]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vocabext.distill.examples import Examples
+from vocabext.logit_map import LogitMap
 from vocabext.model import FrozenModel
 
 # Places looked at in each step, out of those kept.
@@ -29,15 +30,17 @@ class Background:
     Attributes:
         hidden_PD: Final hidden states.
         normaliser_P: Log of the sum over base tokens of the exponentials of their logits.
+        logit_map: From products to logits, as the model class does it.
     """
 
     hidden_PD: torch.Tensor
     normaliser_P: torch.Tensor
+    logit_map: LogitMap
 
     def sample(self, generator: torch.Generator) -> "Background":
         """Return some of the places."""
         at = torch.randint(len(self.hidden_PD), (PLACES_PER_STEP,), generator=generator).to(self.hidden_PD.device)
-        return Background(self.hidden_PD[at], self.normaliser_P[at])
+        return Background(self.hidden_PD[at], self.normaliser_P[at], self.logit_map)
 
     def taken(self, rows_GD: torch.Tensor, bias_G: torch.Tensor | None = None) -> torch.Tensor:
         """Return, for each row, how much it lowers the base tokens' log probability on average, (G,), in nats.
@@ -49,7 +52,7 @@ class Background:
         logits_GP = rows_GD.to(self.hidden_PD.dtype) @ self.hidden_PD.T
         if bias_G is not None:
             logits_GP = logits_GP + bias_G.to(logits_GP)[:, None]
-        return torch.nn.functional.softplus(logits_GP.float() - self.normaliser_P).mean(1)
+        return torch.nn.functional.softplus(self.logit_map(logits_GP.float()) - self.normaliser_P).mean(1)
 
 
 @torch.no_grad()
@@ -75,4 +78,4 @@ def sample_background(
     kept_PD = every_PD[at]
     normalisers = (torch.logsumexp(model.logits(part_PD, num_base=num_base), -1)
                    for part_PD in kept_PD.split(NORMALISER_PLACES))  # fmt: skip
-    return Background(kept_PD, torch.cat(list(normalisers)))
+    return Background(kept_PD, torch.cat(list(normalisers)), model.logit_map)

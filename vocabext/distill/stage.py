@@ -48,7 +48,7 @@ FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
 # Counts changes of this package after which finished groups of an older one do not fit to new ones.
-WORK_VERSION = 2
+WORK_VERSION = 3
 # Options that no group depends on: they decide what becomes of finished input rows, and about the output rows.
 AFTERWARDS = ("output_rows", "writing_places", "false_use", "leave_out")
 
@@ -274,6 +274,9 @@ class _Work:
             raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
                              f"{config.target_layer}; the next token is predicted from the last layer")  # fmt: skip
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
+        if (longest := self._longest_text()) > model.max_positions:
+            raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
+                             "at most; collect again with a smaller --window")  # fmt: skip
         embedding_VD = model.embedding_VD
         self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
@@ -403,7 +406,7 @@ class _Work:
         exact = False
         if some:
             probe = self._lay_out([self.records[i] for i in some], some)
-            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id, longest=before)
+            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
         width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
         wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
         budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vocabext.branches import Branches
 from vocabext.checkpoint import Rows
 from vocabext.expansion import Expansion, Ids
 from vocabext.model import FrozenModel
@@ -65,7 +66,8 @@ def _write(
     hidden_BPD, past = model.hidden_and_past(model.embed(ids_BP, input_ND, first))
     last_BD = hidden_BPD[torch.arange(len(prompts)), lengths_B - 1]
     # Prompts are padded on the right: what is written must not see the padding.
-    seen_BP = torch.arange(ids_BP.shape[1], device=model.device) < lengths_B[:, None]
+    position_BP = torch.arange(ids_BP.shape[1], device=model.device).expand(len(prompts), -1)
+    seen_BP = position_BP < lengths_B[:, None]
     written: list[list[int]] = [[] for _ in prompts]
     count = [0] * len(prompts)
     done = [False] * len(prompts)
@@ -81,11 +83,9 @@ def _write(
             break
         step = max(map(len, written))
         seen_BP = torch.cat((seen_BP, seen_BP.new_ones(len(prompts), 1)), 1)
-        mask = torch.zeros((), dtype=model.dtype, device=model.device).where(
-            seen_BP[:, None, None], torch.finfo(model.dtype).min)  # fmt: skip
-        hidden_BPD, past = model.hidden_and_past(
-            model.embed(chosen_B[:, None], input_ND, first), position_ids=(lengths_B + step - 1)[:, None], mask=mask,
-            past=past)  # fmt: skip
+        position_BP = torch.cat((position_BP, (lengths_B + step - 1)[:, None]), 1)
+        hidden_BPD, past = model.hidden_and_past(model.embed(chosen_B[:, None], input_ND, first),
+                                                 branches=Branches(position_BP, seen_BP[:, None]), past=past)
         last_BD = hidden_BPD[:, -1]
     return [Written(ids, expansion.unmerge(ids).tolist()) for ids in written]
 

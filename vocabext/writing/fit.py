@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vocabext.logit_map import LogitMap
 from vocabext.writing.places import Places
 
 # Places per step, fewer where there are few, and the step size in units of whitened states.
@@ -32,21 +33,16 @@ class Task:
     Attributes:
         places: The places.
         label_P: The new token that should be written there; N for none.
-        cap: Bound that the model puts on logits; None for no bound.
+        logit_map: From products to logits, as the model class does it.
     """
 
     places: Places
     label_P: torch.Tensor
-    cap: float | None = None
+    logit_map: LogitMap
 
     def scores(self, rows_ND: torch.Tensor, at: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Return the logits of rows at some places, (I, N), float32."""
-        return capped((self.places.hidden_PD[at].to(rows_ND.device).float() @ rows_ND.T), self.cap)
-
-
-def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Bound logits as the model does."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.logit_map(self.places.hidden_PD[at].to(rows_ND.device).float() @ rows_ND.T)
 
 
 def longest_runs(places: Places, lengths_N: torch.Tensor) -> torch.Tensor:
@@ -75,7 +71,8 @@ class Fit:
         self.task, self.device = task, device
         self.generator = torch.Generator().manual_seed(seed)
         some_PD = task.places.hidden_PD[torch.randperm(len(task.places), generator=self.generator)[:SAMPLE]].float()
-        second_DD = some_PD.T @ some_PD / len(some_PD)
+        # So that a step moves logits by as much in a class that scales them.
+        second_DD = task.logit_map.scale**2 * (some_PD.T @ some_PD) / len(some_PD)
         second_DD += RIDGE * second_DD.diagonal().mean() * torch.eye(len(second_DD))
         self.factor_DD = torch.linalg.cholesky(second_DD).to(device)
         self.white_ND = torch.zeros(num_tokens, len(second_DD), device=device)

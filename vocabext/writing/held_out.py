@@ -109,7 +109,7 @@ def _at_places(
         found[name] = {}
         for key, some in zip(("places", "merged"), parts[name], strict=True):
             every = concatenate(some)
-            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_cap, rows.bias_N)
+            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_map, rows.bias_N)
             found[name][key] = measure_writing(every, uses, lengths_N).to_json()
     return found
 
@@ -128,7 +128,7 @@ def as_read(places: Places, model: FrozenModel, merged: Sequence[Ids], expansion
         rows: Rows of the new tokens.
     """
     input_ND, states, keys = rows.input_ND.to(model.device), [], []
-    longest = int(places.position_P.max()) + 1
+    longest = max(int(expansion.run_lengths(ids).sum()) for ids in merged)
     for window, ids in enumerate(merged):
         inputs = torch.from_numpy(ids.copy()).to(model.device)[None]
         states.append(model.hidden(model.embed(inputs, input_ND, expansion.first_new_id))[0])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from vocabext.writing.fit import capped
+from vocabext.logit_map import LogitMap
 from vocabext.writing.places import Places
 
 AT_ONCE = 8_192
@@ -68,14 +68,14 @@ class Writing:
 
 @torch.no_grad()
 def find_uses(
-    places: Places, rows_ND: torch.Tensor, cap: float | None = None, bias_N: torch.Tensor | None = None
+    places: Places, rows_ND: torch.Tensor, logit_map: LogitMap, bias_N: torch.Tensor | None = None
 ) -> Uses:
     """Compare rows with the base's logits at every place.
 
     Args:
         places: The places.
         rows_ND: Output rows of the new tokens.
-        cap: Bound that the model puts on logits.
+        logit_map: From products to logits, as the model class does it.
         bias_N: Entries of the head's bias for the new tokens; None for a head without one.
     """
     num_new = len(rows_ND)
@@ -86,7 +86,7 @@ def find_uses(
     tokens, ahead, lost = [], [], []
     for at in torch.arange(len(places)).split(AT_ONCE):
         logits_CN = places.hidden_PD[at].to(rows_ND.device).float() @ rows_ND.float().T
-        logits_CN = capped(logits_CN.add_(added_N), cap).cpu()
+        logits_CN = logit_map(logits_CN.add_(added_N)).cpu()
         best_C, token_C = logits_CN.max(1)
         tokens.append(token_C)
         ahead.append(best_C - places.top_P[at])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vocabext.branches import Branches
 from vocabext.expansion import Ids
 from vocabext.model import FrozenModel, Past
 from vocabext.writing.runs import ROOT, RunTree
@@ -42,6 +43,7 @@ class Places:
         token_R: The new token.
         log_p_R: Log probability of the whole run there.
         greedy_R: Whether base, decoding greedily, writes all of it.
+        num_windows: How many windows were read; some may have no place.
     """
 
     hidden_PD: torch.Tensor
@@ -55,6 +57,7 @@ class Places:
     token_R: torch.Tensor
     log_p_R: torch.Tensor
     greedy_R: torch.Tensor
+    num_windows: int
 
     def __len__(self) -> int:
         """How many places there are."""
@@ -64,14 +67,14 @@ class Places:
 def concatenate(parts: Sequence[Places]) -> Places:
     """Put places of several batches one after the other; windows are numbered on."""
     windows, places = 0, 0
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in vars(parts[0])}
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in vars(parts[0]) if name != "num_windows"}
     for part in parts:
-        for name, value in vars(part).items():
-            columns[name].append(value + {"window_P": windows, "place_R": places}.get(name, 0)
-                                 if name in ("window_P", "place_R") else value)  # fmt: skip
-        windows += int(part.window_P.max()) + 1 if len(part) else 0
+        for name, column in columns.items():
+            column.append(getattr(part, name) + {"window_P": windows, "place_R": places}[name]
+                          if name in ("window_P", "place_R") else getattr(part, name))  # fmt: skip
+        windows += part.num_windows
         places += len(part)
-    return Places(**{name: torch.cat(column) for name, column in columns.items()})
+    return Places(**{name: torch.cat(column) for name, column in columns.items()}, num_windows=windows)
 
 
 @torch.no_grad()
@@ -134,7 +137,8 @@ def _read(
                                                  strict=True)]  # fmt: skip
     place_R, node_R, log_p_R, greedy_R = ended
     return Places(hidden_PD.cpu(), reading.top_P, reading.top_id_P, reading.normaliser_P, window_P, position_P,
-                  following_ST[window_P, position_P], place_R, tree.token_of[node_R], log_p_R, greedy_R)  # fmt: skip
+                  following_ST[window_P, position_P], place_R, tree.token_of[node_R], log_p_R, greedy_R,
+                  len(windows))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -220,9 +224,9 @@ def _run_branches(
     sees_window = torch.arange(length) <= place.repeat_interleave(depth, 1)[..., None]
     slot_W, step_W = torch.arange(slots).repeat_interleave(depth), steps.repeat(slots)
     sees_branch = (slot_W == slot_W[:, None]) & (step_W <= step_W[:, None])
-    sees = torch.cat((sees_window, sees_branch.expand(len(windows), -1, -1)), 2)[:, None].to(model.device)
-    mask = torch.zeros((), dtype=model.dtype, device=model.device).where(sees, torch.finfo(model.dtype).min)
-    hidden = model.hidden(model.embed(ids.view(len(windows), -1).to(model.device)), position_ids=positions.to(
-        model.device), mask=mask, past=[(keys[windows.to(keys.device)], values[windows.to(values.device)])
-                                    for keys, values in past])  # fmt: skip
+    sees = torch.cat((sees_window, sees_branch.expand(len(windows), -1, -1)), 2)
+    branches = Branches(torch.cat((torch.arange(length).expand(len(windows), -1), positions), 1), sees)
+    hidden = model.hidden(
+        model.embed(ids.view(len(windows), -1).to(model.device)), branches=branches,
+        past=[(keys[windows.to(keys.device)], values[windows.to(values.device)]) for keys, values in past])  # fmt: skip
     return hidden.view(len(windows), slots, depth, -1)[row_F.to(hidden.device), slot_F.to(hidden.device), -1]

@@ -14,13 +14,14 @@ import torch
 from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
+from vocabext.logit_map import LogitMap
 from vocabext.model import FrozenModel
 from vocabext.progress import Progress, no_progress
 from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
 from vocabext.rows import mean_rows
 from vocabext.vocabulary import MAX_NORM_RATIO
-from vocabext.writing.fit import Fit, Task, capped, longest_runs
+from vocabext.writing.fit import Fit, Task, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
 from vocabext.writing.places import Places, concatenate, find_places
 from vocabext.writing.runs import RunTree
@@ -197,7 +198,7 @@ def make_output_rows(
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     head_VD, lengths_N = model.head_VD, torch.tensor([len(token.run) for token in tokens])
-    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_cap)
+    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_map)
     size = sum(map(len, parts))
     if kind == "none" or not held_out:
         reports = tuple(TokenWriting(token.token, 0, 0, 0, UNJUDGED) for token in tokens) if kind == "fit" else ()
@@ -206,8 +207,8 @@ def make_output_rows(
     places, judged = parts
     longest = LONGEST * float(torch.linalg.vector_norm(head_VD[:expansion.first_new_id], dim=1,
                                                        dtype=torch.float32).max())
-    judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_cap)
-    fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_cap), len(tokens), model.device, seed)
+    judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_map)
+    fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_map), len(tokens), model.device, seed)
     best = _fit(fit, judge, false_use, progress)
     return OutputRows(best.rows_ND, kind, best.writing, best.tokens, best.caution, size,
                       leak if any(t.silent for t in best.tokens) else None, silent_ids, read_seconds,
@@ -297,13 +298,13 @@ class _Judge:
     lengths_N: torch.Tensor
     silent_D: torch.Tensor
     longest: float
-    cap: float | None
+    logit_map: LogitMap
 
     def __call__(self, rows_ND: torch.Tensor, caution: float) -> _Try:
         shipped_ND = rows_ND * (self.longest / rows_ND.norm(dim=1, keepdim=True).clamp(min=self.longest))
-        tokens = _reports(self.records, self.places, find_uses(self.places, shipped_ND, self.cap))
+        tokens = _reports(self.records, self.places, find_uses(self.places, shipped_ND, self.logit_map))
         shipped_ND[[i for i, token in enumerate(tokens) if token.silent is not None]] = self.silent_D.to(rows_ND)
-        uses = find_uses(self.places, shipped_ND, self.cap)
+        uses = find_uses(self.places, shipped_ND, self.logit_map)
         return _Try(shipped_ND.cpu(), tokens, measure_writing(self.places, uses, self.lengths_N), caution)
 
 
@@ -360,7 +361,7 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
 
 
 def silent_row(
-    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, cap: float | None = None
+    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, logit_map: LogitMap
 ) -> tuple[torch.Tensor, float, tuple[int, ...]]:  # fmt: skip
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
@@ -372,7 +373,7 @@ def silent_row(
         head_VD: The base's output rows.
         parts: Places at which to look, some in each part.
         num_base: How many of the rows are in use.
-        cap: Bound that the model puts on logits.
+        logit_map: From products to logits, as the model class does it.
 
     Returns:
         The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
@@ -385,11 +386,11 @@ def silent_row(
         begin += len(part)
         for some in own.split(ROWS_AT_ONCE) if len(own) else ():
             logits_CV = part.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
-            share_CV = capped(logits_CV, cap).cpu() - part.normaliser_P[some, None]
+            share_CV = logit_map(logits_CV).cpu() - part.normaliser_P[some, None]
             worst_V = torch.maximum(worst_V, share_CV.amax(0))
     least = worst_V.topk(min(2, num_base), largest=False).indices
     row_D = head_VD[least.to(head_VD.device)].float().mean(0).cpu()
-    leak = max(float((capped(hidden_CD.float() @ row_D, cap) - normaliser_C).max())
+    leak = max(float((logit_map(hidden_CD.float() @ row_D) - normaliser_C).max())
                for part in parts for hidden_CD, normaliser_C in zip(
                    part.hidden_PD.split(8_192), part.normaliser_P.split(8_192), strict=True))  # fmt: skip
     return row_D, math.exp(leak), tuple(least.tolist())
