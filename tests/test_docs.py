@@ -142,6 +142,12 @@ def test_the_readme_is_read_in_two_minutes() -> None:
     assert max(map(len, lines)) <= 160
 
 
+def test_the_changelog_has_one_line_for_each_change() -> None:
+    entries = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("## [Unreleased]")[2].splitlines()
+    assert not [line for line in entries if line and not re.match(r"- |#|[\w`, ]+$", line)]
+    assert max(map(len, entries)) <= 140
+
+
 # ---- command lines -------------------------------------------------------------------------------
 
 
