@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from vocabext.cli.main import cli
 from vocabext.manifest import BaseRecord, FileRecord, Manifest, Original, OverwrittenRows, TensorRecord, TokenRecord
@@ -342,6 +344,23 @@ def section(title: str) -> str:
 def test_every_field_of_a_file_is_described(title: str) -> None:
     names = {field.name for record in FORMATS[title] for field in dataclasses.fields(record)}
     assert not [name for name in sorted(names - {"new_token"}) if f"`{name}`" not in section(title)]
+
+
+def test_every_field_of_mined_and_collected_files_is_described(tmp_path: Path) -> None:
+    corpus, model = tmp_path / "corpus.jsonl", str(ROOT / "examples" / "model")
+    corpus.write_text("".join(json.dumps({"text": f"{i} asynchronous generators, {i} coroutines"}) + "\n"
+                              for i in range(30)), encoding="utf-8")
+    candidates, snippets = str(tmp_path / "candidates.jsonl"), str(tmp_path / "snippets.jsonl")
+    for words in (["mine", str(corpus), "--model", model, "--budget", "2", "-o", candidates],
+                  ["collect", candidates, "--corpus", str(corpus), "-o", snippets]):  # fmt: skip
+        outcome = CliRunner().invoke(cli, words, prog_name="vocabext")
+        assert outcome.exit_code == 0, outcome.output
+    common = section("candidates.jsonl")
+    for path, text in ((candidates, common), (snippets, common + section("snippets.jsonl"))):
+        header, *rows = (json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines())
+        assert len(rows) == 2
+        names = {*header, *header["base"], *rows[0]} - {"artifact", "version"}
+        assert not [name for name in sorted(names) if f"`{name}`" not in text]
 
 
 def test_every_field_of_a_rows_file_is_described() -> None:
