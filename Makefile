@@ -36,7 +36,7 @@ check: setup ## What continuous integration runs: ruff, mypy, all tests
 
 docs: setup ## Write docs/cli.md from the --help of all verbs, and build the site in site/
 	$(BIN) -m vocabext.cli.docs docs/cli.md
-	$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints/$(VLLM).txt --editable '.[docs]'
+	@$(BIN) -c "import material, mkdocs, mkdocstrings" 2>/dev/null || scripts/setup.sh $(VLLM) docs
 	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --strict --quiet
 
 lock: setup ## Write constraints/ anew from what is installed (on a machine without a GPU)
