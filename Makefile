@@ -34,12 +34,14 @@ check: setup ## What continuous integration runs: ruff, mypy, all tests
 	$(BIN) -m mypy
 	$(BIN) -m pytest $(ARGS)
 
-docs: setup ## Write docs/cli.md from the --help of all verbs
+docs: setup ## Write docs/cli.md from the --help of all verbs, and build the site in site/
 	$(BIN) -m vocabext.cli.docs docs/cli.md
+	@$(BIN) -c "import material, mkdocs, mkdocstrings" 2>/dev/null || scripts/setup.sh $(VLLM) docs
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --strict --quiet
 
 lock: setup ## Write constraints/ anew from what is installed (on a machine without a GPU)
 	scripts/lock.sh
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf .venv demo-out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

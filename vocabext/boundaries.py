@@ -135,7 +135,7 @@ class Definitions:
     """Expressions that are written once and called by name wherever they are needed.
 
     Thousands of copies of a few guards take most of the time of reading a folder. But every name makes the search
-    slower, whether it is called or not (docs/decisions.md), so only what saves most gets one.
+    slower, whether it is called or not (docs/decisions/tokenizer-speed.md), so only what saves most gets one.
     """
 
     def __init__(self, written: str = "") -> None:

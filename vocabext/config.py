@@ -1,7 +1,7 @@
 """The options of every stage, checked when they are made.
 
 A field's comment says what it means, in which unit, and why its default is what it is. Measurements
-behind the defaults stand in docs/decisions.md.
+behind the defaults stand in docs/decisions/.
 """
 
 import math

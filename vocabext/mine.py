@@ -6,7 +6,7 @@ strings up (`vocabext.mining.runs`), pairs of tokens where new tokens are merges
 
 What a candidate saves in the one *section* (a document, or a part of a long one) that uses it most does
 not count: a name that fills one document says little about the next. Held-out text gets shorter by it, though
-the mining corpus gets longer (measured in docs/decisions.md).
+the mining corpus gets longer (measured in docs/decisions/mining.md).
 
 Merges have a price: a long token needs its *parts* among the tokens, also one that is hardly ever left over.
 """

@@ -10,7 +10,7 @@ meant, together with the ban on new tokens (ban.py). Ids are made in two ways:
 
 Both go to `/v1/completions`, which has taken ids since vLLM's first versions. vLLM's render servers and
 `/inference/v1/generate` would do the same in one more process, and are switched off by default as unfinished
-(docs/decisions.md). Text comes back from the engine: base ids decode alike under both tokenizers.
+(docs/decisions/gateway.md). Text comes back from the engine: base ids decode alike under both tokenizers.
 """
 
 import asyncio

@@ -6,8 +6,8 @@ requests in flight while it was made, or hardly any. The numbers are means over 
 came into an idle engine just before thirty others did not run alone.
 
 The price: an arm that is so slow that requests pile up on it is not compared while they do. That is said in
-docs/gateway.md; the alternative, to take as the arm's own doing whatever piles up where shares are equal, took back
-identical arms in simulation, because a random gap between two busy engines lasts for hundreds of requests.
+docs/guides/canary.md; the alternative, to take as the arm's own doing whatever piles up where shares are equal,
+took back identical arms in simulation, because a random gap between two busy engines lasts for hundreds of requests.
 """
 
 import time

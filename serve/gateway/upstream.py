@@ -1,7 +1,7 @@
 """Calls to vLLM, and every way in which they fail.
 
 aiohttp, not httpx: under 32 streams the same proxy took 23 seconds of CPU time with httpx and 2 with
-aiohttp (docs/decisions.md), and vLLM brings both. An answer that began ends where it began. One thing is
+aiohttp (docs/decisions/gateway.md), and vLLM brings both. An answer that began ends where it began. One thing is
 repeated, on the same arm: a request whose kept-alive connection turned out to be closed before a byte came
 back. vLLM closes idle connections after five seconds, and a request that is on its way then is lost.
 """

@@ -10,7 +10,7 @@ directions and hardly in most, and in the same ones for every row. So the direct
 of all tokens together: a step is taken along C^-1/2 g, with C the mean of g g' over the unit
 gradients seen so far (full-matrix AdaGrad, Duchi et al. 2011, with one matrix for all rows), and its length is the
 step size, whatever the gradient's. A token sees a few dozen gradients; Adam, which must learn the scale of each
-element from these alone, needs several times as many for the same error (docs/decisions.md).
+element from these alone, needs several times as many for the same error (docs/decisions/distillation.md).
 
 A token works in rounds. Each round raises its step size to the peak and lets it decay to zero, so that
 every round ends with a finished row: stopping early costs nothing. After a round the held-out snippets

@@ -5,7 +5,7 @@ Shape suffixes: S snippets, P positions before the token, T positions from the t
 A snippet falls into the part before its token, which no row of the token can change (attention is
 causal), and the part from the token on, where the student is compared. Position t of the latter lines
 up with the last base id of its run in the teacher's text. Only so many positions behind the token are
-laid out: the error lives near it (docs/decisions.md).
+laid out: the error lives near it (docs/decisions/distillation-rounds.md).
 
 The student reads its own token merged and every other new token taken apart, so that each row is an
 independent problem; or, in the second pass, all of them merged, as text arrives in production.
