@@ -32,7 +32,6 @@ from vocabext.checkpoint import (
 from vocabext.class_record import KnownClass, check_class, known_class
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.folders import Syncer, new_folder
-from vocabext.imports import without_collecting
 from vocabext.links import AUTO, LINKS, Copier
 from vocabext.manifest import (
     ORIGINAL_SUFFIX,
@@ -98,7 +97,6 @@ class PatchResult:
     seconds: float
 
 
-@without_collecting()
 def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
           untie: bool = False, trust_remote_code: bool = False, progress: Progress = no_progress,
           say: Callable[[str], None] = lambda _: None) -> PatchResult:

@@ -5,6 +5,7 @@ what was made from what, followed by one line per record. The header makes a wro
 error instead of a strange one.
 """
 
+import io
 import json
 import os
 import re
@@ -125,9 +126,34 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+class _OutputFile(io.FileIO):
+    """A temporary file; an error of writing it names the output that it will be."""
+
+    def __init__(self, path: Path, output: Path) -> None:
+        self._output = output
+        with naming(output):
+            super().__init__(path, "w")
+
+    def write(self, data: Any, /) -> int:
+        with naming(self._output):
+            return super().write(data)
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Let errors of the system name an output: a full disk does not say which, and temporary names mean nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(output), None
+        raise
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary sibling of `path` for writing; rename it onto `path` if the block succeeds.
+
+    An error of the system that comes from the output names `path`; any other of the block stays as it is.
 
     Raises:
         UsageError: If `path` is a folder.
@@ -136,14 +162,14 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise UsageError(f"{path} is a folder, but a file is written here; choose another output")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with io.BufferedWriter(_OutputFile(temporary, path)) as binary:
+            file = binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk does not say which; the temporary name would mean nothing to a user
-        raise
+            with naming(path):
+                os.fsync(file.fileno())
+        with naming(path):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

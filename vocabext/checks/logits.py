@@ -10,6 +10,7 @@ import torch
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import prompts
+from vocabext.errors import lacks_memory
 
 DEVICE = DTYPE = "auto"
 MEMORY_FACTOR = 1.2  # what loading takes, in units of the weights
@@ -32,6 +33,8 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
         base = _load(pair, new=False)
         before = _logits(base, pair, texts.values())
     except Exception as error:  # a model class raises what it likes; what the base cannot do is no fault of ours
+        if lacks_memory(error):
+            raise
         raise NotCheckedError(f"the base itself cannot be run on text alone: {_first_line(error)}") from None
     epsilon = torch.finfo(base.dtype).eps
     repeats = _all_equal(before, _logits(base, pair, texts.values()))
@@ -39,9 +42,9 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
     model = _load(pair, new=True)
     try:
         after = _logits(model, pair, texts.values())
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the folder
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error):
+            raise  # says nothing about the folder
         raise FaultError(f"the base can be run on text, this folder cannot: {_first_line(error)}") from None
     for text, old, new in zip(texts, before, after, strict=True):
         # A longer head may be multiplied by another kernel, which rounds differently in the last place.
