@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.errors import TokenizerError
+from vocabext.errors import TokenizerError, in_one_line
 
 
 class Encoder:
@@ -64,8 +64,7 @@ def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     try:
         hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
+        raise TokenizerError(f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}") from error
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"the tokenizer of {folder} is {type(hf).__name__}, which has no tokenizer.json form")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, in_one_line
 
 PROBE_ROWS = 64  # by which the vocabulary is made larger to see what grows
 
@@ -227,8 +227,8 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
 
 
 def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: {reason}")
+    return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: "
+                           f"{in_one_line(error)}")
 
 
 class _Quiet:

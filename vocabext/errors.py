@@ -71,6 +71,19 @@ class BadCheckpointError(VocabextError):
     exit_code = 3
 
 
+def in_one_line(error: BaseException, length: int = 300) -> str:
+    """Return what a library's error says; advice to its Python callers as the option that does the same.
+
+    Args:
+        error: The error.
+        length: At most so many characters.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in said:
+        return "it comes with code of its own; look at the code, and pass --trust-remote-code to run it"
+    return said[:length]
+
+
 def lacks_memory(error: BaseException | None) -> bool:
     """Tell whether an error, or one that it was made from, says that memory could not be had.
 

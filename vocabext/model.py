@@ -22,7 +22,7 @@ from torch import nn
 
 from vocabext.architecture import read_config
 from vocabext.config import DEVICE
-from vocabext.errors import CheckpointError, UsageError
+from vocabext.errors import CheckpointError, UsageError, in_one_line
 
 # For each layer its keys and values, (B, heads, T, size of a head).
 Past = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -478,8 +478,7 @@ def load_model(
             str(folder), dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **spread
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load {folder}: {in_one_line(error)}") from error
     if model.get_output_embeddings() is None:
         raise CheckpointError(f"{folder} has no output head ({type(model).__name__}); "
                               "a causal language model is needed")

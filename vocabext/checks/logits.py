@@ -10,7 +10,7 @@ import torch
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import prompts
-from vocabext.errors import lacks_memory
+from vocabext.errors import in_one_line, lacks_memory
 
 DEVICE = DTYPE = "auto"
 MEMORY_FACTOR = 1.2  # what loading takes, in units of the weights
@@ -35,7 +35,7 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
     except Exception as error:  # a model class raises what it likes; what the base cannot do is no fault of ours
         if lacks_memory(error):
             raise
-        raise NotCheckedError(f"the base itself cannot be run on text alone: {_first_line(error)}") from None
+        raise NotCheckedError(f"the base itself cannot be run on text alone: {in_one_line(error)}") from None
     epsilon = torch.finfo(base.dtype).eps
     repeats = _all_equal(before, _logits(base, pair, texts.values()))
     del base
@@ -45,7 +45,7 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if lacks_memory(error):
             raise  # says nothing about the folder
-        raise FaultError(f"the base can be run on text, this folder cannot: {_first_line(error)}") from None
+        raise FaultError(f"the base can be run on text, this folder cannot: {in_one_line(error)}") from None
     for text, old, new in zip(texts, before, after, strict=True):
         # A longer head may be multiplied by another kernel, which rounds differently in the last place.
         if not torch.allclose(old, new, rtol=4 * epsilon, atol=4 * epsilon * float(old.abs().max())):
@@ -60,10 +60,6 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
         if not torch.equal(old, new):
             raise FaultError(f"the logits of {text!r} are the base's up to rounding, but not to the last bit")
     return f"{len(texts)} texts without new tokens, bit-equal over the base's rows, up to rounding over all"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _all_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

@@ -30,10 +30,12 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
     free rows first, and every other file is carried over. vocabext.json says what was made from what, and with
     vocabext_base/ `vocabext revert` gets MODEL back. Weights are never loaded; the folder appears when it is whole.
     """
+    from vocabext.imports import without_collecting
     from vocabext.patch import patch as run_patch
 
-    result = run_patch(rows, model, output, force=force, link=link, untie=untie, trust_remote_code=trust_remote_code,
-                       progress=show.progress, say=show.note)  # fmt: skip
+    with without_collecting():  # here the process is ours
+        result = run_patch(rows, model, output, force=force, link=link, untie=untie,
+                           trust_remote_code=trust_remote_code, progress=show.progress, say=show.note)  # fmt: skip
 
     def render() -> None:
         linked = f", {result.num_linked} of them as {result.links}s" if result.num_linked else ""

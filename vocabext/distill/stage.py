@@ -24,7 +24,7 @@ from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
-from vocabext.records import TokenSnippets, check_output, read_jsonl
+from vocabext.records import TokenSnippets, check_output, read_tokens
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
@@ -144,13 +144,7 @@ def distill_file(
     """
     check_output(output, force=force)
     accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
-    header, rows = read_jsonl(path, accepted)
-    try:
-        records = [TokenSnippets.from_json(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
-    if not records:
-        raise UsageError(f"{path} holds no tokens; mine again")
+    header, records = read_tokens(path, accepted, TokenSnippets.from_json)
     folder = resolve_model(model)
     if config.method != "mean":
         check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
@@ -187,7 +181,7 @@ def distill_file(
             say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
                 f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
-        "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
+        "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
     })  # fmt: skip
     FinishedGroups(beside, "").remove()

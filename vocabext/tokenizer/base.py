@@ -17,6 +17,9 @@ from vocabext.tokenizer.scheme import SPACE_MARK, SUPPORTED, Scheme, Units, step
 from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, never_cuts
 
+# How many refused tokens a message names; all are counted.
+NUM_NAMED = 10
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -175,11 +178,13 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
 def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
     keys: dict[str, NewToken] = {}
     runs: dict[tuple[int, ...], NewToken] = {}
+    refused: list[str] = []
     for token in tokens:
         try:
             real = base.new_token(token.token)
         except TokenizerError as error:
-            raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
+            refused.append(str(error))
+            continue
         if (real.key, real.run) != (token.key, token.run):
             raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
                                  "these tokens were made for another tokenizer")
@@ -187,6 +192,10 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
             other = keys.get(token.key) or runs[token.run]
             raise TokenizerError(f"{token.token!r} and {other.token!r} have the same base ids; keep one of them")
         keys[token.key], runs[token.run] = token, token
+    if refused:
+        more = f"; and {len(refused) - NUM_NAMED:,} more" if len(refused) > NUM_NAMED else ""
+        raise TokenizerError(f"{len(refused):,} of {len(tokens):,} tokens cannot be added to this tokenizer: "
+                             f"{'; '.join(refused[:NUM_NAMED])}{more}; leave them out")
 
 
 def scheme_of(backend: Tokenizer) -> Scheme:
