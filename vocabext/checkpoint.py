@@ -177,8 +177,8 @@ class Checkpoint:
 
 # Files that transformers looks for by name and can do without, or that we do.
 READ_BY_NAME = ("*config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
-                "merges.txt", "vocab.txt", "tekken.json", "*.model", "special_tokens_map.json", "added_tokens.json",
-                "chat_template.*")  # fmt: skip
+                "merges.txt", "vocab.txt", "tekken.json", "tokenizer.model", "special_tokens_map.json",
+                "added_tokens.json", "chat_template.*")  # fmt: skip
 
 
 def resolve_model(model: str) -> Path:
@@ -215,7 +215,7 @@ def _check_links(folder: Path) -> None:
     """Refuse links to nowhere under names that readers ask for: they would go on as if the file had never been."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and any(fnmatch.fnmatch(path.name, name) for name in READ_BY_NAME):
-            raise CheckpointError(f"{path} is a link to nowhere ({os.readlink(path)}); the model is not complete, "
+            raise CheckpointError(f"{path} is a link to nowhere ({path.readlink()}); the model is not complete, "
                                   "download it again")
 
 

@@ -25,8 +25,8 @@ UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_file` calls a file th
 MADE_BY = {"candidates": "mine", "snippets": "collect"}
 # What a file of candidates looks like, and the way in for words that were not mined.
 CANDIDATES_LAYOUT = (
-    """its first line is {"artifact": "candidates", "version": 1, "base": {"model": MODEL}}, and each further line is """
-    """a token, such as {"token": " word", "key": "\u0120word", "run": [12, 345]}; for a word of your own, """
+    """its first line is {"artifact": "candidates", "version": 1, "base": {"model": MODEL}}, each further line is a """
+    """token, such as {"token": " word", "key": "\u0120word", "run": [12, 345]}; for a word of your own, """
     """vocabext.tokenizer.load_tokenizer(MODEL).new_token(" word").to_json() returns what belongs on its line""")
 
 

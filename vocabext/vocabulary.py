@@ -136,7 +136,7 @@ def _check_shape(folder: Path, name: str, info: TensorInfo, tensor: RowTensor, n
 
 def _what_it_is(dtype: str) -> str:
     """Say what numbers of a stored dtype are."""
-    if dtype.startswith(("F4", "F6", "F8", "I4", "I8", "U4", "U8")):
+    if dtype.startswith(("F4", "F6_", "F8", "I4", "I8", "U4", "U8")):
         return "quantised numbers"
     return {"F64": "numbers of double precision", "C64": "complex numbers", "BOOL": "truth values"}.get(
         dtype, "whole numbers" if dtype[0] in "IU" else "numbers that vocabext does not know")

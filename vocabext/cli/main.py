@@ -199,8 +199,8 @@ def _memory_line(error: BaseException | None) -> str:
     """Say that memory is short, and how much was asked for where an error says that."""
     asked = ""
     while error is not None and not asked:
-        found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", str(error))
-        asked, error = f": {found[1]} more were asked for" if found else "", error.__cause__
+        found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))", str(error))
+        asked, error = f": {found[1]} were asked for" if found else "", error.__cause__
     return (f"not enough memory{asked}; free some, raise the limit (see `ulimit -v`), or use a machine or device with "
             "more")
 

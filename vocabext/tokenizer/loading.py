@@ -135,7 +135,7 @@ def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) 
     Raises:
         TokenizerError: If `AutoTokenizer` would load something else than what was written.
     """
-    expanded.backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(expanded.backend.to_str(pretty=True), "utf-8")
     path = base_folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     _write_config(_settings(config, expanded.hf), folder)
