@@ -23,7 +23,7 @@ from vocabext.tokenizer.look_alikes import look_alike, look_alikes
 
 SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
-             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XLM-R, XGLM)")  # fmt: skip
+             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XGLM)")  # fmt: skip
 
 
 @dataclass(frozen=True)
