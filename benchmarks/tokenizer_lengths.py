@@ -29,7 +29,7 @@ from vocabext.config import MineConfig
 from vocabext.corpus import read_documents
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
-from vocabext.records import Document, read_json_or, write_json
+from vocabext.records import Document, read_object, write_json
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
@@ -82,7 +82,7 @@ def main() -> None:
             write(_line(rows[-1], arguments.tokens))
     if arguments.output:
         found = {"tokens": arguments.tokens, "min_count": arguments.min_count, **circumstances()}
-        kept = read_json_or(arguments.output, {}) if arguments.keep else {}
+        kept = (read_object(arguments.output) or {}) if arguments.keep else {}
         write_json(arguments.output, {**found, "refused": {**kept.get("refused", {}), **refused},
                                       "rows": joined(kept.get("rows", []), [asdict(row) for row in rows])})
     if any(row.violations for row in rows):

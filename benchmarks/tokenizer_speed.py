@@ -32,7 +32,7 @@ from vocabext.config import MineConfig
 from vocabext.corpus import read_documents
 from vocabext.errors import TokenizerError
 from vocabext.mine import mine
-from vocabext.records import Document, NewToken, read_json_or, write_json
+from vocabext.records import Document, NewToken, read_object, write_json
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, MergeChain, extend, load_tokenizer
 
 HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
@@ -69,7 +69,7 @@ def main() -> None:
                   f"| {rows[-1]['ratio']:.2f} | | | |")
         rows += alternatives(_short(path), base, tokens[: min(arguments.tokens)], corpora, arguments.turns)
     if arguments.output:
-        kept = read_json_or(arguments.output, {}).get("rows", []) if arguments.keep else []
+        kept = (read_object(arguments.output) or {}).get("rows", []) if arguments.keep else []
         write_json(arguments.output, {"turns": arguments.turns, "bytes": arguments.bytes, **circumstances(),
                                       "rows": joined(kept, rows)})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vocabext.errors import CheckpointError
 from vocabext.manifest import has_manifest, read_manifest
-from vocabext.records import read_json_or
+from vocabext.records import read_object
 from vocabext.verdicts import VERIFY_NAME
 
 
@@ -48,10 +48,12 @@ def require_verified(folder: Path) -> None:
     if verification is None:
         raise CheckpointError(f"{folder} is an expanded model that was not verified (no {VERIFY_NAME}); {advice}")
     if verification.get("passed") is not True:
-        failed = [str(check.get("name")) for check in verification.get("checks", []) if check.get("verdict") == "fail"]
+        checks = verification.get("checks")
+        failed = [str(check.get("name")) for check in (checks if isinstance(checks, list) else [])
+                  if isinstance(check, dict) and check.get("verdict") == "fail"]
         raise CheckpointError(f"{folder} failed verification ({', '.join(failed) or 'see ' + VERIFY_NAME}); {advice}")
 
 
 def _verification(folder: Path) -> dict[str, Any] | None:
-    document = read_json_or(folder / VERIFY_NAME, None)
-    return document if isinstance(document, dict) and document.get("artifact") == "verify" else None
+    document = read_object(folder / VERIFY_NAME) or {}
+    return document if document.get("artifact") == "verify" else None

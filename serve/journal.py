@@ -17,7 +17,7 @@ from serve.answers import AnswerPlan
 from serve.client import Load
 from serve.scenarios import Point
 from vocabext.errors import OutputExistsError, UsageError
-from vocabext.records import read_json_or, write_json
+from vocabext.records import read_object, write_json
 
 FORMAT_VERSION = 2
 PARTIAL, COMPLETE = "partial", "complete"
@@ -94,21 +94,29 @@ class Journal:
         journal = cls(path, settings)
         if force or not path.exists():
             return journal
-        document = read_json_or(path, None)
+        document = read_object(path) or {}
         if not is_partial(document):
             raise OutputExistsError(path)
-        old = document.get("settings") or {}
+        old = document.get("settings")
+        old = old if isinstance(old, dict) else {}
         if document.get("version") != FORMAT_VERSION or old != journal.settings:
             raise UsageError(f"{path} holds a partial result of other settings ({_difference(old, journal.settings)}); "
                              "choose another output, or pass --force to begin anew")
-        journal.runs = [Run.from_json(row) for row in document["runs"]]
-        journal.failures = list(document["failures"])
-        journal.dropped_runs = int(document["dropped_runs"])
-        journal.answers = {role: {name: AnswerPlan(tuple(plan["tokens"]), tuple(plan["characters"]))
-                                  for name, plan in plans.items()} for role, plans in document["answers"].items()}
-        journal.notes = dict(document["notes"])
-        journal.resumed = int(document["resumed"]) + 1
+        try:
+            journal._take_up(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); choose another output, or pass "
+                             "--force to begin anew") from None
         return journal
+
+    def _take_up(self, document: Mapping[str, Any]) -> None:
+        self.runs = [Run.from_json(row) for row in document["runs"]]
+        self.failures = list(document["failures"])
+        self.dropped_runs = int(document["dropped_runs"])
+        self.answers = {role: {name: AnswerPlan(tuple(plan["tokens"]), tuple(plan["characters"]))
+                               for name, plan in plans.items()} for role, plans in document["answers"].items()}
+        self.notes = dict(document["notes"])
+        self.resumed = int(document["resumed"]) + 1
 
     def keep_blocks(self, blocks: Sequence[Sequence[tuple[int, int, Point]]]) -> None:
         """Drop the runs of blocks that are not complete.

@@ -105,7 +105,7 @@ def read_result(path: Path, artifact: str) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON document: {error}") from None
     kind = document.get("artifact") if isinstance(document, dict) else None
     if kind != artifact:

@@ -126,7 +126,7 @@ def test_a_weight_that_has_as_many_rows_by_accident_is_accepted(tmp_path: Path) 
 
 def test_a_quantised_embedding_is_refused(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"stored as I8; rows can be added to F32, F16, BF16 only"):
+    with pytest.raises(CheckpointError, match="stored as I8, quantised numbers; rows can be added to"):
         open_checkpoint(folder)
 
 

@@ -22,6 +22,8 @@ from vocabext.cli.main import VERBS, LazyGroup, Verb, cli, one_line
 from vocabext.progress import Progress, no_progress
 
 ROOT = Path(__file__).parent.parent
+LARGER = "raise the limit (see `ulimit -f`), or choose an output on another file system"
+MORE = "free some, raise the limit (see `ulimit -v`), or use a machine or device with more"
 
 
 # ---- verbs made for these tests ------------------------------------------------------------------
@@ -39,6 +41,17 @@ def fail(name: str) -> None:
         "lines": errors.CheckpointError("a message\n  in two lines"),
         "full": full,
         "wrapped": RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "large": OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/out/model.safetensors"),
+        "rust": RuntimeError("I/O error: File too large (os error 27)"),
+        "device": OSError(errno.EIO, os.strerror(errno.EIO), "/usb/x"),
+        "readonly": OSError(errno.EROFS, os.strerror(errno.EROFS), "/cdrom/x"),
+        "quota": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/home/x"),
+        "gone": FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "corpus/a.txt"),
+        "library": OSError("Can't load it\nfrom 'here'"),
+        "memory": MemoryError(),
+        "mmap": OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "model.safetensors"),
+        "linker": ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        "log": errors.ServerError("the server died\n  CUDA out of memory"),
         "permission": PermissionError(errno.EACCES, "Permission denied", "/root/x"),
         "bug": KeyError("a bug"),
         "interrupt": KeyboardInterrupt(),
@@ -49,6 +62,17 @@ def fail(name: str) -> None:
             raise full
         except OSError as error:
             raise RuntimeError("saving failed") from error
+    if name == "tensor":
+        import torch
+
+        torch.empty(1 << 56, dtype=torch.uint8)
+    if name == "array":
+        np.empty(1 << 56, np.uint8)
+    if name == "blamed":
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise errors.CheckpointError("transformers cannot load the model") from error
     if name in raised:
         raise raised[name]
     raise getattr(errors, name)("what is wrong; what to do")
@@ -118,6 +142,20 @@ def test_every_error_is_one_line_and_its_exit_code(error: type[errors.VocabextEr
         ("cause", 1, "error: no space left on the device at /full/rows.safetensors; free some, or choose an output "
                      "elsewhere"),
         ("permission", 1, "error: no permission at /root/x: permission denied"),
+        ("large", 1, f"error: a file would become larger than it may be at /out/model.safetensors; {LARGER}"),
+        ("rust", 1, f"error: a file would become larger than it may be; {LARGER}"),
+        ("device", 1, "error: the device failed at /usb/x: input/output error; check the disk, or use another one"),
+        ("readonly", 1, "error: no permission at /cdrom/x: read-only file system"),
+        ("quota", 1, "error: no space left on the device at /home/x; free some, or choose an output elsewhere"),
+        ("gone", 1, "error: no such file or directory: corpus/a.txt"),
+        ("library", 1, "error: Can't load it from 'here'"),
+        ("memory", 1, f"error: not enough memory; {MORE}"),
+        ("mmap", 1, f"error: not enough memory; {MORE}"),
+        ("linker", 1, f"error: not enough memory; {MORE}"),
+        ("tensor", 1, f"error: not enough memory: 72057594037927936 bytes were asked for; {MORE}"),
+        ("array", 1, f"error: not enough memory: 64.0 PiB were asked for; {MORE}"),
+        ("blamed", 1, f"error: not enough memory; {MORE}"),
+        ("log", 1, "error: the server died\n  CUDA out of memory"),
         ("interrupt", 130, "interrupted"),
     ],
 )  # fmt: skip
@@ -142,7 +180,9 @@ def test_a_bug_is_not_hidden() -> None:
 
 def test_an_error_is_looked_at_once_only() -> None:
     assert one_line(ValueError("x")) is None
-    assert one_line(OSError(errno.EIO, "Input/output error")) is None
+    bug = KeyError("a bug")
+    bug.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "x")  # which was handled, but for the bug
+    assert one_line(bug) is None
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_snippets_survive_the_file(tmp_path: Path) -> None:
     assert header["options"] == {"budget": 2, **vars(config)}
     assert (header["snippets"], header["generated"], header["short"]) == (3, 0, [" ureter"])
     write_jsonl(path, "snippets", {}, [{"token": "x"}])
-    with pytest.raises(UsageError, match=r"is damaged \(KeyError: 'key'\); collect again"):
+    with pytest.raises(UsageError, match=r"is damaged at token 1: 'key' is missing; run vocabext collect again"):
         read_snippets(path)
 
 

@@ -305,7 +305,7 @@ def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path)
 
 @pytest.mark.parametrize(("header", "rows", "message"), [
     ({}, [], "holds no tokens; mine again"),
-    ({}, [{"token": "x"}], "is damaged .KeyError: 'key'."),
+    ({}, [{"token": "x"}], "is damaged at token 1: 'key' is missing; mine again, or mend it"),
     ({"base": {"model": "org/other", "num_used_ids": 7}}, None, "was made for org/other with 7 token ids, but this"),
 ])  # fmt: skip
 def test_a_damaged_empty_or_foreign_file_is_refused(

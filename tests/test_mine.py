@@ -377,8 +377,8 @@ def test_candidates_survive_the_file(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "rows", "message"),
     [
-        ({"base": {"model": "m"}}, [{"token": "x"}], r"is damaged \(KeyError: 'key'\); mine again"),
-        ({}, [{"token": "x", "key": "x", "run": [1, 2]}], r"is damaged \(KeyError: 'base'\)"),
+        ({"base": {"model": "m"}}, [{"token": "x"}], "is damaged at token 1: 'key' is missing; mine again, or mend it"),
+        ({"base": "m"}, [{"token": "x", "key": "x", "run": [1, 2]}], "'base' of its first line is 'm', not an object"),
         ({"base": {"model": "m"}}, [], "holds no tokens"),
     ],
 )

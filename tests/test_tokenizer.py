@@ -175,7 +175,7 @@ def test_the_text_of_a_byte_token_does_not_become_the_byte(kind: str) -> None:
     texts = ["<0x0A>", " <0x0A>", "\n<0x0A>\n", "</s><0x0A>", "cardiac<0x0A>cardiac", "<0x0A><0x0A>", "cardiac<unk>"]
     check_all(base, new, texts)
     check_all(base, extend(base, [base.new_token("0x0A"), base.new_token(" cardiac")]), texts)
-    check_all(base, extend(base, [base.new_token("0x0A>"), base.new_token("<0x0A>\u200d")][:1]), texts)
+    check_all(base, extend(base, [base.new_token("0x0A>")]), texts)
     assert base.vocabulary["<0x0A>"] not in new.encode("cardiac<0x0A>")
     assert base.vocabulary["<0x0A>"] in new.encode("\n")
 

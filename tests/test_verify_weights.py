@@ -246,7 +246,7 @@ def test_a_check_that_breaks_off_takes_no_other_verdict_along(
     result = verify(folder, str(base), load_weights=False)
     assert failed(result) == [NEW, FILES]
     assert detail(result, FILES) == "the check broke off with KeyError: 'odd'"
-    assert detail(result, NEW) == "the check broke off with OSError: unreadable"
+    assert detail(result, NEW) == "the check broke off with OSError: unreadable and more"
     assert skipped(result)[OLD] == "the memory is too small for it: MemoryError"
     assert skipped(result)[CONFIG] == "the memory is too small for it: CUDA out of memory"
 
@@ -479,4 +479,4 @@ def test_a_base_that_cannot_be_run_is_no_fault_but_a_folder_that_cannot_is(
     assert failed(result) == ([LOGITS] if broken == "expanded" else [])
     said = {"base": "the base itself cannot be run on text alone",
             "expanded": "the base can be run on text, this folder cannot"}[broken]
-    assert detail(result, LOGITS) == f"{said}: where() received an invalid combination"
+    assert detail(result, LOGITS) == f"{said}: where() received an invalid combination of arguments"

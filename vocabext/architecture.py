@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vocabext.errors import CheckpointError, UnsupportedError
+from vocabext.errors import CheckpointError, UnsupportedError, in_one_line
 
 if TYPE_CHECKING:
     from vocabext.shards import TensorInfo
@@ -440,8 +440,8 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
 
 
 def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: {reason}")
+    return CheckpointError(f"cannot build the model class that {folder / 'config.json'} describes: "
+                           f"{in_one_line(error)}")
 
 
 class Quiet:

@@ -5,6 +5,7 @@ Headers alone tell everything that `inspect` and `patch` must decide; see `vocab
 Shapes: V rows of the vocabulary as stored, U rows the tokenizer addresses, N new rows, D hidden size.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from vocabext.architecture import EmbeddingNames, embedding_names, find_misfit
-from vocabext.errors import CheckpointError, UnsupportedError, UsageError
+from vocabext.errors import CheckpointError, UnsupportedError, UsageError, in_one_line
 from vocabext.records import FORMAT_VERSION, NewToken, atomic_file
 from vocabext.shards import DTYPE_BYTES as DTYPE_BYTES  # sizes are asked of this module
 from vocabext.shards import Shard, TensorInfo, byte_range, read_shard
@@ -183,6 +184,12 @@ class Checkpoint:
 
 # -- finding a model ----------------------------------------------------------------------------------------------
 
+# Files that transformers looks for by name and can do without, or that we do.
+READ_BY_NAME = ("*config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
+                "merges.txt", "vocab.txt", "tekken.json", "tokenizer.model", "special_tokens_map.json",
+                "added_tokens.json", "chat_template.*")  # fmt: skip
+
+
 def resolve_model(model: str) -> Path:
     """Turn a folder or a hub id into a folder.
 
@@ -207,6 +214,7 @@ def resolve_model(model: str) -> Path:
         folder = _download(model)
     else:
         raise UsageError(f"the model folder {model} does not exist")
+    _check_links(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise _adapter(folder) or CheckpointError(f"{folder} has no {CONFIG_NAME}; it is no model folder")
     return folder
@@ -219,6 +227,14 @@ def _adapter(folder: Path) -> UnsupportedError | None:
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "a model that it does not name"
     return UnsupportedError(f"{folder} is an adapter of {base}; merge it first (peft: merge_and_unload), then pass the "
                             "merged folder")
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links to nowhere under names that readers ask for: they would go on as if the file had never been."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists() and any(fnmatch.fnmatch(path.name, name) for name in READ_BY_NAME):
+            raise CheckpointError(f"{path} is a link to nowhere ({path.readlink()}); the model is not complete, "
+                                  "download it again")
 
 
 def _download(model: str) -> Path:
@@ -237,9 +253,8 @@ def _download(model: str) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from None
     except Exception as error:  # connection errors come in the flavours of three HTTP libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
-            f"{model} is no folder here, and it cannot be had from the hub ({reason}); "
+            f"{model} is no folder here, and it cannot be had from the hub ({in_one_line(error, 200)}); "
             "download it where there is a network, and pass the folder"
         ) from error
 
@@ -435,7 +450,10 @@ def open_rows(path: Path) -> RowsFile:
                 f"{ROWS_ARTIFACT!r} of version {FORMAT_VERSION}; make the file again"
             )
         tokens = tuple(NewToken.from_json(row) for row in json.loads(metadata["tokens"]))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        facts = header.get("per_token", [])
+        if not isinstance(header.get("options", {}), dict) or not all(isinstance(fact, dict) for fact in facts):
+            raise ValueError("options and facts are objects")
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has damaged metadata; make the file again") from None
     shapes = {name: list(info.shape) for name, info in shard.tensors.items()}
     if any(len(shape) != 2 or shape[0] != len(tokens) for shape in shapes.values()) or "input" not in shapes:

@@ -20,10 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from vocabext.config import CollectConfig
-from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken, TokenSnippets, read_jsonl, write_jsonl
+from vocabext.records import Document, NewToken, TokenSnippets, read_tokens, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
 
 BATCH = 256
@@ -222,7 +221,7 @@ def write_snippets(
         The header.
     """
     new_header = {
-        "base": header["base"], "options": {**header.get("options", {}), **asdict(config)}, "corpus": list(corpus),
+        "base": header["base"], "options": {**header["options"], **asdict(config)}, "corpus": list(corpus),
         "left_out": dict(left_out or {}),
         "snippets": sum(len(record.snippets) for record in records),
         "generated": sum(record.num_generated for record in records),
@@ -242,11 +241,7 @@ def read_snippets(path: Path) -> tuple[dict[str, Any], list[TokenSnippets]]:
     Raises:
         UsageError: If the file is missing, damaged or another artifact.
     """
-    header, rows = read_jsonl(path, ("snippets",))
-    try:
-        return header, [TokenSnippets.from_json(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); collect again") from None
+    return read_tokens(path, ("snippets",), TokenSnippets.from_json)
 
 
 def short_of_snippets(records: Sequence[TokenSnippets], config: CollectConfig) -> list[int]:

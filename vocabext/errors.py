@@ -15,7 +15,13 @@ A message says what is wrong, with the values that disagree, and what to do: one
 full stop. Anything else that escapes (`AssertionError`, `KeyError`, ...) is a bug of ours.
 """
 
+import errno
+import os
 from typing import ClassVar
+
+# What torch, its devices, C++ and the linker say when there is no memory left.
+NO_MEMORY = (os.strerror(errno.ENOMEM), "can't allocate memory", "out of memory", "std::bad_alloc",
+             "can't start new thread", "failed to map segment")  # fmt: skip
 
 
 class VocabextError(Exception):
@@ -68,3 +74,29 @@ class BadCheckpointError(VocabextError):
     """`verify` ran to its end and found at least one fault."""
 
     exit_code = 3
+
+
+def in_one_line(error: BaseException, length: int = 300) -> str:
+    """Return what a library's error says; advice to its Python callers as the option that does the same.
+
+    Args:
+        error: The error.
+        length: At most so many characters.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in said:
+        return "it comes with code of its own; look at the code, and pass --trust-remote-code to run it"
+    return said[:length]
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it was made from, says that memory could not be had.
+
+    Many libraries, and whoever turns their errors into lines about a model, would blame the model for the machine.
+    """
+    while error is not None:
+        said = "" if isinstance(error, VocabextError) else str(error)  # ours may quote a server's log
+        if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vocabext.errors import OutputExistsError, UsageError
+from vocabext.records import naming
 
+# What only a write can meet: no space, no quota, a file that is too large, nothing may be written at all.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
 
 
@@ -40,6 +43,10 @@ def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
             yield temporary
             sync_tree(temporary)
             _put(temporary, output, force=force)
+        except OSError as error:
+            if error.errno in NO_ROOM:  # nothing else is written meanwhile, and nobody knows the temporary name
+                error.filename, error.filename2 = str(output), None
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -79,7 +86,8 @@ def _put(temporary: Path, output: Path, *, force: bool) -> None:
 def _lock(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with naming(output):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

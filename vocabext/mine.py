@@ -30,7 +30,7 @@ from vocabext.mining.corpus import BATCH, Choice, Corpus, read_corpus, text_of
 from vocabext.mining.merges import choose_merges
 from vocabext.mining.runs import choose_runs, frequent_runs
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken, read_jsonl, write_jsonl
+from vocabext.records import Document, NewToken, read_tokens, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, extend
 
 # `auto` looks for the knee among this many tokens.
@@ -177,15 +177,7 @@ def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:
     Raises:
         UsageError: If the file is missing, damaged or another artifact.
     """
-    header, rows = read_jsonl(path, ("candidates",))
-    try:
-        tokens = [NewToken.from_json(row) for row in rows]
-        str(header["base"]["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); mine again") from None
-    if not tokens:
-        raise UsageError(f"{path} holds no tokens; mine again")
-    return header, tokens
+    return read_tokens(path, ("candidates",), NewToken.from_json)
 
 
 def _reason(why: str) -> str:

@@ -26,7 +26,7 @@ from torch import nn
 from vocabext.architecture import Quiet, describe_misfit, loading_class, read_config
 from vocabext.branches import Branches, unrolled
 from vocabext.config import DEVICE
-from vocabext.errors import CheckpointError, UsageError
+from vocabext.errors import CheckpointError, UsageError, in_one_line
 from vocabext.logit_map import LogitMap, measure_logit_map
 
 # What later text needs of earlier text. For each layer its keys and values, (B, heads, T, size of a head). Of a model
@@ -42,8 +42,6 @@ STEM, OFF_FIRST, ON_BRANCH = 6, 20, 3
 # What configs call the longest input: most of them, MPT, GPT-2 of old, RWKV, ...
 MAX_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
 UNBOUNDED = 2**31
-# How many names of tensors an error lists.
-NAMED = 3
 WITHOUT_RUNNING = "`distill --method mean` and `patch` extend it without running it"
 
 
@@ -538,7 +536,7 @@ class FrozenModel:
                                 rows_VD[ids[0].to(rows_VD.device)].to(self.device), first)  # fmt: skip
             logits = self.logits(self.hidden(as_new)[0], num_base=own.shape[1]).to(own.device)
         except Exception as error:  # a model class raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = in_one_line(error, 200)
             raise UsageError(f"{name} cannot be run on embeddings ({reason}); {WITHOUT_RUNNING}") from error
         for what, found, wanted in (("embeddings of rows", as_new, looked_up), ("logits", logits, own)):
             difference = relative_difference(found, wanted)
@@ -667,8 +665,7 @@ def _from_pretrained(folder: str | Path, trust_remote_code: bool, **options: Any
                 str(folder), trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
                 **options)  # fmt: skip
     except Exception as error:  # transformers and safetensors raise many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load {folder}: {in_one_line(error)}") from error
     if model.config.is_encoder_decoder:
         raise CheckpointError(f"{folder} is an encoder and a decoder ({type(model).__name__}); "
                               "a causal language model is needed")  # fmt: skip

@@ -408,7 +408,7 @@ def new_index(checkpoint: Checkpoint, plan: TensorPlan) -> dict[str, Any] | None
     if not grown_bytes:
         return None
     index = read_json(checkpoint.folder / INDEX_NAME)
-    metadata = dict(index.get("metadata") or {})
+    metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
     if isinstance(metadata.get("total_size"), int | float) and math.isfinite(metadata["total_size"]):
         metadata["total_size"] = int(metadata["total_size"]) + grown_bytes
     if isinstance(metadata.get("total_parameters"), int):

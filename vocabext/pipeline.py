@@ -26,7 +26,7 @@ from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
 from vocabext.manifest import has_manifest, refuse_expanded
 from vocabext.mine import mine, read_candidates, write_candidates
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, read_json_or, remove_unfinished, write_json
+from vocabext.records import Document, read_object, remove_unfinished, write_json
 
 # Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
 HELD_OUT_EVERY = 20
@@ -129,7 +129,7 @@ class _Work:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"the working folder {self.folder} is a file; choose another with --work")
         self._state_path = self.folder / "run.json"
-        self._state: dict[str, Any] = read_json_or(self._state_path, {})
+        self._state = read_object(self._state_path) or {}
         self._patch_key = ""
         self._said: set[str] = set()
 
@@ -338,5 +338,5 @@ def _digest(value: Any) -> str:
 
 def _model_signature(folder: Path) -> list[tuple[str, int, int]]:
     """Return name, size and time of change of every file of a model that matters."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

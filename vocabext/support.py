@@ -12,7 +12,7 @@ from typing import Any
 
 from vocabext.architecture import read_config
 from vocabext.checkpoint import ADAPTER_CONFIG, INDEX_NAME, PICKLE_PATTERNS, Checkpoint, open_checkpoint, read_json
-from vocabext.errors import CheckpointError, UsageError
+from vocabext.errors import CheckpointError, UsageError, in_one_line
 from vocabext.vocabulary import QUANTISED_FILES, quantisation
 
 WITHOUT_LOADING = "`distill --method mean` and `patch` extend it without loading it"
@@ -142,6 +142,6 @@ def _check_quantiser(folder: Path, config: Any) -> None:
     try:
         AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
     except Exception as error:  # a package or a device that is missing, or a method it does not know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = in_one_line(error)
         raise UsageError(f"{folder} is quantised by {method}, and transformers cannot load it here: {reason}; "
                          f"{WITHOUT_LOADING}") from None

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vocabext.records import read_json_or
+from vocabext.records import read_object
 
 VERIFY_NAME = "verify.json"
 PASS, FAIL, SKIPPED = "pass", "fail", "not checked"
@@ -63,6 +63,5 @@ def verified_sha256(folder: Path) -> dict[str, str]:
     Args:
         folder: The expanded checkpoint.
     """
-    document = read_json_or(folder / VERIFY_NAME, {})
-    found = document.get("carried_sha256") if isinstance(document, dict) else None
+    found = (read_object(folder / VERIFY_NAME) or {}).get("carried_sha256")
     return {str(name): str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}

@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from vocabext.checks import behaviour, config, engine, files, logits, pipeline, tensors
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.errors import CheckpointError, TokenizerError, VocabextError
+from vocabext.errors import CheckpointError, TokenizerError, VocabextError, in_one_line, lacks_memory
 from vocabext.manifest import read_manifest
 from vocabext.progress import Progress, Task, no_progress
 from vocabext.records import Document
@@ -105,15 +103,11 @@ def _verdict(name: str, check: Callable[[], str]) -> Check:
         return Check(name, PASS, check())
     except NotCheckedError as reason:
         return Check(name, SKIPPED, str(reason))
-    except (FaultError, CheckpointError, TokenizerError) as fault:
-        return Check(name, FAIL, str(fault))
-    except VocabextError:
-        raise  # a corpus that cannot be read, or a package that is missing, is no fault of the checkpoint
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return Check(name, SKIPPED, f"the memory is too small for it: {_one_line(error)}")
     except Exception as error:  # a check that breaks must not take the verdicts of the others along
-        return Check(name, FAIL, f"the check broke off with {type(error).__name__}: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        if lacks_memory(error):
+            return Check(name, SKIPPED, f"the memory is too small for it: {in_one_line(error)}")
+        if isinstance(error, FaultError | CheckpointError | TokenizerError):
+            return Check(name, FAIL, str(error))
+        if isinstance(error, VocabextError):
+            raise  # a corpus that cannot be read, or a package that is missing, is no fault of the checkpoint
+        return Check(name, FAIL, f"the check broke off with {type(error).__name__}: {in_one_line(error)}")

@@ -122,10 +122,8 @@ def _check_complete(folder: Path, names: EmbeddingNames, roles: Collection[str])
 
 def _check_shape(folder: Path, name: str, info: TensorInfo, tensor: RowTensor, names: EmbeddingNames) -> None:
     if info.dtype not in FLOAT_DTYPES:
-        cure = "save the model in one of these" if info.dtype == "F64" else \
-            "use a checkpoint whose embedding and head are not quantised"
-        raise UnsupportedError(f"{name} is stored as {info.dtype}; rows can be added to {', '.join(FLOAT_DTYPES)} "
-                               f"only, {cure}")
+        raise UnsupportedError(f"{name} is stored as {info.dtype}, {_what_it_is(info.dtype)}; rows can be added to "
+                               f"{', '.join(FLOAT_DTYPES)} only, {_way_out(info.dtype)}")
     wanted = names.shapes[tensor.parameter]
     if len(info.shape) == len(wanted) and info.shape[1:] == wanted[1:] and info.shape != wanted:
         raise CheckpointError(
@@ -137,6 +135,20 @@ def _check_shape(folder: Path, name: str, info: TensorInfo, tensor: RowTensor, n
             f"{name} has shape {list(info.shape)}, but {folder / 'config.json'} describes {list(wanted)}; "
             "the weights are damaged or of another model"
         )
+
+
+def _what_it_is(dtype: str) -> str:
+    """Say what numbers of a stored dtype are."""
+    if dtype.startswith(("F4", "F6_", "F8", "I4", "I8", "U4", "U8")):
+        return "quantised numbers"
+    return {"F64": "numbers of double precision", "C64": "complex numbers", "BOOL": "truth values"}.get(
+        dtype, "whole numbers" if dtype[0] in "IU" else "numbers that vocabext does not know")
+
+
+def _way_out(dtype: str) -> str:
+    if _what_it_is(dtype) == "quantised numbers":
+        return "use a checkpoint whose embedding and head are not quantised"
+    return "convert it to one of these first (transformers: from_pretrained with a dtype, then save_pretrained)"
 
 
 def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Mapping[str, TensorInfo],

@@ -110,7 +110,7 @@ def read_state(path: Path) -> State:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; start `vocabext serve gateway` first, or name its --state") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as the state of a gateway ({error}); move it away to start with "
                          "all requests on base") from None
     if not isinstance(document, dict) or document.get("artifact") != "gateway-state":
@@ -120,7 +120,7 @@ def read_state(path: Path) -> State:
     try:
         return State(path, Policy.from_json(document["policy"]), int(document["serial"]), list(document["changes"]),
                      str(document["admin_url"]), str(document["token"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); move it away to start with all "
                          "requests on base") from None
 

@@ -10,6 +10,7 @@ import torch
 from vocabext.checkpoint import Checkpoint
 from vocabext.checks.pair import FaultError, NotCheckedError, Pair
 from vocabext.checks.plain import prompts
+from vocabext.errors import in_one_line, lacks_memory
 from vocabext.support import check_loads
 
 DEVICE = DTYPE = "auto"
@@ -34,17 +35,19 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
         base = _load(pair, new=False)
         before = _logits(base, pair, texts.values())
     except Exception as error:  # a model class raises what it likes; what the base cannot do is no fault of ours
-        raise NotCheckedError(f"the base itself cannot be run on text alone: {_first_line(error)}") from None
+        if lacks_memory(error):
+            raise
+        raise NotCheckedError(f"the base itself cannot be run on text alone: {in_one_line(error)}") from None
     epsilon = torch.finfo(base.dtype).eps
     repeats = _all_equal(before, _logits(base, pair, texts.values()))
     del base
     model = _load(pair, new=True)
     try:
         after = _logits(model, pair, texts.values())
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the folder
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise FaultError(f"the base can be run on text, this folder cannot: {_first_line(error)}") from None
+        if lacks_memory(error):
+            raise  # says nothing about the folder
+        raise FaultError(f"the base can be run on text, this folder cannot: {in_one_line(error)}") from None
     for text, old, new in zip(texts, before, after, strict=True):
         # A longer head may be multiplied by another kernel, which rounds differently in the last place.
         if not torch.allclose(old, new, rtol=4 * epsilon, atol=4 * epsilon * float(old.abs().max())):
@@ -59,10 +62,6 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
         if not torch.equal(old, new):
             raise FaultError(f"the logits of {text!r} are the base's up to rounding, but not to the last bit")
     return f"{len(texts)} texts without new tokens, bit-equal over the base's rows, up to rounding over all"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _all_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

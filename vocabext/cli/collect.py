@@ -53,6 +53,7 @@ def collect(
     from vocabext.collect import collect as run_collect
     from vocabext.collect import generate_missing, short_of_snippets, write_snippets
     from vocabext.corpus import left_out_of, read_documents
+    from vocabext.errors import UsageError
     from vocabext.mine import read_candidates
     from vocabext.records import check_output
     from vocabext.support import check_loads
@@ -61,7 +62,9 @@ def collect(
     config = CollectConfig(**settings)
     check_output(output, force=force)
     header, tokens = read_candidates(candidates)
-    model = model or str(header["base"]["model"])
+    model = model or header["base"].get("model")
+    if not isinstance(model, str):
+        raise UsageError(f"{candidates} does not say which model it was made for; pass --model")
     documents = read_documents(corpus, text_field=text_field, say=show.note)
     folder = resolve_model(model)
     if config.generate_missing:

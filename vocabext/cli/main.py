@@ -6,7 +6,7 @@ here as one line on stderr:
     VocabextError          the error's own exit code (see `vocabext.errors`)
     wrong usage            2
     Ctrl-C, SIGTERM        130, 143; outputs are renamed into place last, so nothing is half-written
-    disk full, no permission  1
+    the system says no     1: a full disk, a limit, no memory, no permission
     reader of stdout gone  1, without a word
     anything else          a traceback: a bug of ours
 """
@@ -15,6 +15,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from vocabext import __version__
-from vocabext.errors import ServerError, VocabextError
+from vocabext.errors import ServerError, VocabextError, lacks_memory
 
 
 class Verb(NamedTuple):
@@ -140,6 +141,8 @@ def one_line(error: BaseException) -> str | None:
     Returns:
         The line, or None for a bug of ours.
     """
+    if lacks_memory(error):
+        return _memory_line(error)
     if isinstance(error, ServerError):
         return str(error)  # its further lines are the end of the server's log
     if isinstance(error, VocabextError):
@@ -151,18 +154,55 @@ def one_line(error: BaseException) -> str | None:
     return _operating_system_line(error)
 
 
-def _operating_system_line(error: BaseException | None) -> str | None:
-    """Find a full disk or a missing permission in an error, or in what caused it."""
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        # safetensors and pyarrow wrap the system's error into types of their own, and keep its text
-        if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            return f"no space left on the device{where}; free some, or choose an output elsewhere"
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission{where}: {os.strerror(number).lower()}"
-        error = error.__cause__ or error.__context__
+def _operating_system_line(error: BaseException) -> str | None:
+    """Say what the operating system refuses, if an error or one that led to it is such a refusal."""
+    link: BaseException | None = error
+    while link is not None:
+        if (line := _refusal(link)) is not None:
+            return line
+        link = link.__cause__ or link.__context__
+    # Any other error of the system is a state of the user's files; behind an error of ours, it may have been handled.
+    if not isinstance(error, OSError):
+        return None
+    text = error.strerror.lower() if error.strerror else " ".join(str(error).split())
+    return f"{text}: {error.filename}" if error.filename else text or None
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Say what the system lacks: space, memory, permission; None if the error is of another kind."""
+    number = _error_number(error)
+    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the device{where}; free some, or choose an output elsewhere"
+    if number == errno.EFBIG:
+        return (f"a file would become larger than it may be{where}; raise the limit (see `ulimit -f`), or choose an "
+                "output on another file system")
+    if number == errno.EIO:
+        return f"the device failed{where}: {os.strerror(number).lower()}; check the disk, or use another one"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}: {os.strerror(number).lower()}"
     return None
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the system's number of an error; libraries wrap it into types of their own, and keep its text."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if os.strerror(errno.ENOSPC) in text:
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
+
+
+def _memory_line(error: BaseException | None) -> str:
+    """Say that memory is short, and how much was asked for where an error says that."""
+    asked = ""
+    while error is not None and not asked:
+        found = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))", str(error))
+        asked, error = f": {found[1]} were asked for" if found else "", error.__cause__
+    return (f"not enough memory{asked}; free some, raise the limit (see `ulimit -v`), or use a machine or device with "
+            "more")
 
 
 def _fail(line: str, code: int) -> int:

@@ -33,7 +33,7 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
     from vocabext.patch import patch as run_patch
 
     result = run_patch(rows, model, output, force=force, link=link, untie=untie, trust_remote_code=trust_remote_code,
-                       progress=show.progress, say=show.note)  # fmt: skip
+                       progress=show.progress, say=show.note)
 
     def render() -> None:
         linked = f", {result.num_linked} of them as {result.links}s" if result.num_linked else ""

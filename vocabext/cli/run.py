@@ -43,7 +43,7 @@ def run(
     from vocabext.evaluate import EVAL_NAME
     from vocabext.pipeline import RunConfig
     from vocabext.pipeline import run as run_stages
-    from vocabext.records import read_json_or
+    from vocabext.records import read_object
 
     everything = {**settings, "seed": seed, "device": device, "dtype": dtype}
 
@@ -56,7 +56,7 @@ def run(
         distill=DistillConfig(**pick(DistillConfig)), evaluate=EvalConfig(**pick(EvalConfig)),  # type: ignore[arg-type]
         force=force, trust_remote_code=trust_remote_code,
     ), show.progress, show.note)  # fmt: skip
-    evaluation = read_json_or(output / EVAL_NAME, None)
+    evaluation = read_object(output / EVAL_NAME)
 
     def render() -> None:
         show.table([(o.name, o.state, f"{o.seconds:.1f} s", o.output) for o in outcomes],

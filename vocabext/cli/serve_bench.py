@@ -65,9 +65,9 @@ def bench(
     from serve.journal import is_partial
     from serve.scenarios import SCENARIOS
     from vocabext.errors import UsageError
-    from vocabext.records import check_output, read_json_or
+    from vocabext.records import check_output, read_object
 
-    partial = is_partial(read_json_or(output, None))
+    partial = is_partial(read_object(output))
     check_output(output, force=force or partial)
     config = BenchConfig(scenario=scenario or SCENARIOS, concurrency=concurrency or (() if rate else (1,)), rate=rate,
                          vllm_flags=vllm_flags, **settings)
@@ -81,7 +81,7 @@ def bench(
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty
-        if not isinstance(error, Exception) and is_partial(read_json_or(output, None)):
+        if not isinstance(error, Exception) and is_partial(read_object(output)):
             show.note(f"what was measured is kept in {output}; the same command goes on from there")
         raise
     if logs is None:

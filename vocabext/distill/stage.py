@@ -23,7 +23,7 @@ from vocabext.expansion import Expansion
 from vocabext.manifest import base_record
 from vocabext.model import FrozenModel, check_runs_on_rows, load_model
 from vocabext.progress import Progress, no_progress
-from vocabext.records import TokenSnippets, check_output, read_jsonl
+from vocabext.records import TokenSnippets, check_output, read_tokens
 from vocabext.rows import mean_rows
 from vocabext.support import check_patchable, check_runs
 from vocabext.tokenizer import check_made_for, extend, load_base
@@ -144,13 +144,7 @@ def distill_file(
     """
     check_output(output, force=force)
     accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
-    header, rows = read_jsonl(path, accepted)
-    try:
-        records = [TokenSnippets.from_json(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); make it again") from None
-    if not records:
-        raise UsageError(f"{path} holds no tokens; mine again")
+    header, records = read_tokens(path, accepted, TokenSnippets.from_json)
     folder = resolve_model(model)
     base = load_base(folder, trust_remote_code=trust_remote_code)
     # Before the work: what `patch` would refuse afterwards.
@@ -178,7 +172,7 @@ def distill_file(
                                say=say)  # fmt: skip
     result = replace(result, choice=choice)
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
-        "base": made_from, "method": config.method, "options": {**header.get("options", {}), **asdict(config)},
+        "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
     })  # fmt: skip
     FinishedGroups(beside, "").remove()

@@ -18,6 +18,9 @@ from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Sc
 from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 
+# How many refused tokens a message names; all are counted.
+NUM_NAMED = 10
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -266,13 +269,15 @@ def _check_ids(base: BaseTokenizer, num_new: int) -> None:
 def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
     keys: dict[str, NewToken] = {}
     runs: dict[tuple[int, ...], NewToken] = {}
+    refused: list[str] = []
     for token in tokens:
         try:
             real = base._token(token.token)
         except TokenizerError as error:
             if base.scheme.extended_before:
                 raise
-            raise TokenizerError(f"{error}; these tokens were made for another tokenizer") from None
+            refused.append(str(error))
+            continue
         if (real.key, real.run) != (token.key, token.run):
             raise TokenizerError(f"{token.token!r} stands for {list(real.run)} here, not for {list(token.run)}; "
                                  "these tokens were made for another tokenizer")
@@ -280,6 +285,10 @@ def _check_tokens(base: BaseTokenizer, tokens: Sequence[NewToken]) -> None:
             other = keys.get(token.key) or runs[token.run]
             raise TokenizerError(f"{token.token!r} and {other.token!r} have the same base ids; keep one of them")
         keys[token.key], runs[token.run] = token, token
+    if refused:
+        more = f"; and {len(refused) - NUM_NAMED:,} more" if len(refused) > NUM_NAMED else ""
+        raise TokenizerError(f"{len(refused):,} of {len(tokens):,} tokens cannot be added to this tokenizer: "
+                             f"{'; '.join(refused[:NUM_NAMED])}{more}; leave them out")
 
 
 def scheme_of(backend: Tokenizer) -> Scheme:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from vocabext.checkpoint import resolve_model
-from vocabext.errors import TokenizerError, UsageError
+from vocabext.checkpoint import read_json, resolve_model
+from vocabext.errors import TokenizerError, UsageError, in_one_line
 from vocabext.expansion import Expansion
 from vocabext.manifest import refuse_expanded
 from vocabext.named_ids import named_ids
@@ -123,7 +123,7 @@ def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> 
     try:
         hf = AutoTokenizer.from_pretrained(str(model), **options)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = in_one_line(error)
         names = [path.name for path in Path(model).iterdir()] if Path(model).is_dir() else ["tokenizer.json"]
         if not any(name == "tokenizer.json" or is_stale(name) for name in names):
             reason = "there is no tokenizer.json in it; copy the tokenizer files that belong to the model there"
@@ -182,9 +182,9 @@ def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) 
     Raises:
         TokenizerError: If `AutoTokenizer` would load something else than what was written.
     """
-    expanded.backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(expanded.backend.to_str(pretty=True), "utf-8")
     path = base_folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     _write_config(_settings(config, expanded.hf), folder)
     if list(_found_otherwise(expanded.backend, base_folder, folder)):
         # The type of the model outweighs the class; a class of the folder's own outweighs the type.

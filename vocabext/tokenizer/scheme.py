@@ -5,6 +5,7 @@ and which changes to the tokenizer's specification make them one. `chunks.py` (b
 split expression), `whole_text.py` (BPE that sees everything) and `unigram.py` are the three.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from tokenizers import Encoding, Tokenizer
 from vocabext.errors import TokenizerError
 from vocabext.records import NewToken
 from vocabext.tokenizer.chain import MergeChain
+from vocabext.tokenizer.look_alikes import look_alike, look_alikes
 
 SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
-             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (T5, XLM-R)")  # fmt: skip
+             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XGLM)")  # fmt: skip
 
 # A comment in front of every splitting expression of an extension. What such an expression finds is an edge that no
 # look at the rest of the splitting shows, so a second one could cut it.
@@ -82,6 +84,8 @@ class Scheme(ABC):
             raise TokenizerError("the text is empty")
         if held := next((a for a in self.added if a in text), None):
             raise TokenizerError(f"{text!r} contains the added token {held!r}")
+        if (found := look_alike(text, self._look_alikes)) is not None:
+            raise TokenizerError(f"{text!r} holds {found!r}, which looks like a special token")
         if "\ufffd" in text:
             raise TokenizerError(f"{text!r} contains the character that stands for broken text")
         text, given = self.normalize(text), text
@@ -166,6 +170,10 @@ class Scheme(ABC):
         """The id of the unknown token, if there is one."""
         unknown = self.spec["model"].get("unk_token")
         return [self.vocabulary[unknown]] if unknown in self.vocabulary else []
+
+    @cached_property
+    def _look_alikes(self) -> re.Pattern[str]:
+        return look_alikes(self.added)
 
     # Whether every new token is best made by a merge; if not, a chain accepts those that are.
     only_merges = False

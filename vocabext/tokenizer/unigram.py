@@ -279,7 +279,7 @@ class _WholeScores:
         if max(-worst, best, self.known_raise + best) * MAX_CHUNK > 2**53:
             raise TokenizerError(f"the scores of this Unigram tokenizer go down to {min(scores) / scale:g} in steps of "
                                  f"1/{scale}; sums of them are rounded, and the rounding decides between equal cuts; "
-                                 "make it exact with vocabext.tokenizer.unigram.exact_scores first")
+                                 "round them in tokenizer.json first")
 
     def vocabulary(self, fillers: Sequence[str], keys: Mapping[str, int]) -> list[tuple[str, float]]:
         """Return all entries with their raised scores.
