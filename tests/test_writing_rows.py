@@ -13,6 +13,7 @@ from tiny_writing import NUM_BASE, sharp_model, some_tokens
 from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
+from vocabext.overlap import text_numbers
 from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
 from vocabext.vocabulary import MAX_NORM_RATIO
@@ -301,6 +302,21 @@ def test_states_are_kept_once_and_stated_before_the_work(monkeypatch: pytest.Mon
     stated = module.states_bytes("none", records, model, every, prefix_ids=[3, 4])
     assert stated == made.places * 32 * 8
     assert module.states_bytes("mean", records, model, every) == 0
+
+
+def test_no_text_that_rows_are_fitted_to_judges_them() -> None:
+    """Neither one that is a snippet of two tokens, nor one under two positions, nor a window that overlaps another."""
+    records, every = snippets(9)
+    rng = np.random.default_rng(1)
+    common = [tuple(rng.integers(0, NUM_BASE, 24).tolist()) for _ in range(6)]
+    both = [text[:12] + (NUM_BASE, NUM_BASE + 1) + text[12:] for text in common]
+    records[0] = replace(records[0], snippets=tuple(both + both), positions=(12,) * 12)
+    records[1] = replace(records[1], snippets=tuple(text[4:] for text in both), positions=(9,) * 6)
+    train, held_out = module._windows(records, every, [3], 10_000)
+    numbers = text_numbers([ids[1:] for ids in (*train, *held_out)])
+    assert len(train) + len(held_out) == sum(len(made.snippets) for made in records)
+    assert len(train) > len(held_out) >= len(records)
+    assert not set(numbers[: len(train)]) & set(numbers[len(train) :])
 
 
 def test_places_of_many_batches_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,21 @@ from vocabext.distill.silence import Background, sample_background
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on_rows, load_model
+from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
-# One snippet in this many is held out (at least one): it judges the row that the others made.
+# One snippet in this many is held out (at least one): it judges the row that the others made. Snippets of one text
+# (`overlap.py`) are on one side, so that no text judges what it has trained.
 HELD_OUT_EVERY = 8
 # Snippets from which the places are sampled where rows should not be written, and how many of them at once.
 BACKGROUND_SNIPPETS = 256
 BACKGROUND_AT_ONCE = 128
-# Fewer snippets than this cannot be split into training and held-out ones.
+# Fewer different snippets than this are not trained on. Where there are more, but all of one text, all train, the token
+# stops early, and nothing judges its row.
 MIN_SNIPPETS = 2
 # Positions that one training step should have at least, to keep the matrix units busy.
 POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
@@ -48,7 +52,7 @@ FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
 PROBE_TOKENS = 32
 # Counts changes of this package after which finished groups of an older one do not fit to new ones.
-WORK_VERSION = 2
+WORK_VERSION = 3
 # Options that no group depends on: they decide what becomes of finished input rows, and about the output rows.
 AFTERWARDS = ("output_rows", "writing_places", "false_use", "leave_out")
 
@@ -177,6 +181,10 @@ def distill_file(
                      progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
                      parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
     result = replace(result, choice=choice)
+    if config.method != "mean" and (unjudged := sum(report.start_error is None for report in result.reports)):
+        say(f"{unjudged:,} tokens have fewer than two different texts (one snippet, or windows of one text), so that none "
+            "is left to judge their rows by, and their errors are not known; collect from more text, or pass "
+            "--generate-missing")  # fmt: skip
     if own_head:
         made = make_output_rows(
             choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
@@ -252,7 +260,7 @@ class _Work:
         embedding_VD = model.embedding_VD
         self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
-        self.trainable = [i for i, record in enumerate(records) if len(record.snippets) >= MIN_SNIPPETS]
+        self.trainable = [i for i, record in enumerate(records) if self._different(record) >= MIN_SNIPPETS]
         # Tokens with about the same number of snippets go together, so that nobody waits for the others.
         self.trainable.sort(key=lambda i: -len(records[i].snippets))
         self.background = self._background() if model.tied else None
@@ -280,7 +288,8 @@ class _Work:
         """Train all groups; `rows_ND` is changed in place.
 
         Returns:
-            For each trained token its held-out errors (start, end), and how many snippets it was shown.
+            For each token that is judged its held-out errors (start, end), and for each that was trained how many
+            snippets it was shown.
         """
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
@@ -291,22 +300,23 @@ class _Work:
                 fit = self._group(group, f"{'all' if merge_all else 'own'}-{number:08d}", rows_ND[group], others_ND)
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
-                errors.update(zip(group, pairs, strict=True))
+                errors.update(compress(zip(group, pairs, strict=True), self._judged(group)))
                 shown.update(zip(group, fit.shown_G.tolist(), strict=True))
                 task.advance(len(group))
                 start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
-                task.note(f"error {end / start:.0%} of the start")
+                task.note(f"error {end / start:.0%} of the start" if start else "nothing to judge by")
         return errors, shown
 
     def errors(self, rows_ND: torch.Tensor, progress: Progress) -> dict[int, float]:
-        """Return the held-out error of each trained token, in texts where it alone is merged."""
+        """Return the held-out error of each token that is judged, in texts where it alone is merged."""
         found: dict[int, float] = {}
         with progress("measuring the final rows", len(self.trainable), "tokens") as task:
             for group in self._groups(self.memory.group):
                 objective, judged = self._objective((), None, group), Taught()
-                judged.add(self.model, self._lay_out(self._parts(group)[0], group), objective)
+                if (held_out := self._held_out(group)) is not None:
+                    judged.add(self.model, held_out, objective)
                 errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
-                found.update(zip(group, errors_G.tolist(), strict=True))
+                found.update(compress(zip(group, errors_G.tolist(), strict=True), self._judged(group)))
                 task.advance(len(group))
         return found
 
@@ -318,7 +328,7 @@ class _Work:
         parts = self._parts(group)
         train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
                  for part in parts[1:]]  # fmt: skip
-        held_out, rounds = self._lay_out(parts[0], group, merge_all=merge_all), self._rounds(group)
+        held_out, rounds = self._held_out(group, merge_all=merge_all), self._rounds(group)
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
@@ -350,7 +360,40 @@ class _Work:
 
     def _rounds(self, group: Sequence[int]) -> list[tuple[int, int]]:
         most = max(len(self.records[i].snippets) for i in group)
-        return _rounds(most - len(_held_out(most)), self.config.epochs, self.config.rounds)
+        return _rounds(most - -(-most // HELD_OUT_EVERY), self.config.epochs, self.config.rounds)
+
+    def _held_out(self, group: Sequence[int], *, merge_all: bool = False) -> Examples | None:
+        """Return the held-out snippets of a group; None where each of its tokens has one text only."""
+        part = self._parts(group)[0]
+        return self._lay_out(part, group, merge_all=merge_all) if any(record.snippets for record in part) else None
+
+    def _judged(self, group: Sequence[int]) -> list[bool]:
+        """Tell which tokens have held-out snippets."""
+        return [bool(record.snippets) for record in self._parts(group)[0]]
+
+    def _texts(self, record: TokenSnippets) -> list[int]:
+        """Return which text each snippet of a token is."""
+        return text_numbers(self.expansion.unmerge_batch(record.snippets))
+
+    def _different(self, record: TokenSnippets) -> int:
+        """Return how many different snippets a token has, however they are merged."""
+        return len({ids.tobytes() for ids in self.expansion.unmerge_batch(record.snippets)})
+
+    def _shared(self, group: Sequence[int], first: int) -> list[tuple[TokenSnippets, list[int]]]:
+        """Return what the tokens of a group learn from, and which text each snippet is.
+
+        A token that would get snippets of one text only keeps its own, where these are of more.
+        """
+        own = [self.records[i] for i in group]
+        shared = share_texts(own, [self.expansion.first_new_id + i for i in group], first)
+        found = []
+        for record, other in zip(own, shared, strict=True):
+            texts = self._texts(other)
+            if len(set(texts)) > 1 or len(set(own_texts := self._texts(record))) < 2:
+                found.append((other, texts))
+            else:
+                found.append((record, own_texts))
+        return found
 
     def _parts(self, group: Sequence[int]) -> list[list[TokenSnippets]]:
         """Return the held-out snippets of a group, and what each round adds to the training ones.
@@ -359,8 +402,7 @@ class _Work:
         """
         first = FIRST_SNIPPETS + -(-FIRST_SNIPPETS // (HELD_OUT_EVERY - 1))  # those of the first round, and held out
         if tuple(group) not in self._divided:  # the plan of the memory has asked already
-            ids = [self.expansion.first_new_id + i for i in group]
-            split = [_split(record) for record in share_texts([self.records[i] for i in group], ids, first)]
+            split = [_split(record, texts) for record, texts in self._shared(group, first)]
             added = [[_slice(train, low, high) for train, _ in split] for low, high in _bounds(self._rounds(group))]
             self._divided[tuple(group)] = [[held_out for _, held_out in split], *added]
         return self._divided[tuple(group)]
@@ -436,15 +478,23 @@ def _bounds(rounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(pairwise(uses))
 
 
-def _split(record: TokenSnippets) -> tuple[TokenSnippets, TokenSnippets]:
-    """Set some snippets aside; returns what to train on and what to judge by."""
-    size = len(record.snippets)
-    held = _held_out(size)
-    return _only(record, [i for i in range(size) if i not in held]), _only(record, held)
+def _split(record: TokenSnippets, texts: Sequence[int]) -> tuple[TokenSnippets, TokenSnippets]:
+    """Set some snippets aside, whole texts only; returns what to train on and what to judge by.
 
-
-def _held_out(size: int) -> range:
-    return range(0, size, HELD_OUT_EVERY)
+    Args:
+        record: The snippets.
+        texts: Which text each of them is. If all are one, all train.
+    """
+    size, held = len(record.snippets), set[int]()
+    wanted, count = -(-size // HELD_OUT_EVERY), Counter(texts)
+    if len(count) > 1:
+        for at, text in enumerate(texts):
+            taken = sum(count[other] for other in held)
+            if text not in held and at >= HELD_OUT_EVERY * taken and count[text] <= wanted - taken:
+                held.add(text)
+        held = held or {min(count, key=lambda text: count[text])}
+    sides = [[i for i in range(size) if (texts[i] in held) == side] for side in (False, True)]
+    return _only(record, sides[0]), _only(record, sides[1])
 
 
 def _slice(record: TokenSnippets, low: int, high: int) -> TokenSnippets:

@@ -5,6 +5,7 @@ Shape suffixes: N new tokens, D hidden size, P places.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -15,6 +16,7 @@ from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.model import FrozenModel
+from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
@@ -232,20 +234,45 @@ def _windows(
 ) -> tuple[list[Ids], list[Ids]]:
     """Choose snippets of each token, in base ids: those to fit to, and those to judge by.
 
-    Without any snippet the runs themselves are text: enough to find rows that are silent.
+    The rows are fitted together, so no text is on both sides, whichever tokens it was chosen for. Without any snippet
+    the runs themselves are text: enough to find rows that are silent.
     """
     prefix = np.asarray(prefix_ids, np.int64)
-    train: list[Ids] = []
-    held_out: list[Ids] = []
+    chosen: list[Ids] = []
+    owned: list[range] = []
     for record in records:
-        wanted = places_per_token
-        for number, ids in enumerate(expansion.unmerge_batch(record.snippets)):
-            (held_out if number % HELD_OUT_EVERY == 1 else train).append(np.concatenate((prefix, ids)))
+        begin, wanted = len(chosen), places_per_token
+        for ids in expansion.unmerge_batch(record.snippets):
+            chosen.append(ids)
             wanted -= len(ids)
             if wanted <= 0:
                 break
+        owned.append(range(begin, len(chosen)))
+    texts = text_numbers(chosen)
+    judging = _judging_texts(owned, texts)
+    sides: dict[bool, list[Ids]] = {False: [], True: []}
+    for ids, text in zip(chosen, texts, strict=True):
+        sides[text in judging].append(np.concatenate((prefix, ids)))
+    train, held_out = sides[False], sides[True]
     runs = [np.asarray([*prefix_ids, *record.new_token.run], np.int64) for record in records]
     return train or runs, held_out
+
+
+def _judging_texts(owned: Sequence[range], texts: Sequence[int]) -> set[int]:
+    """Choose the texts to judge by: for each token some of its own, rather those that few windows are of.
+
+    Args:
+        owned: The windows of each token.
+        texts: Which text each window is.
+    """
+    count, train, held = Counter(texts), set[int](), set[int]()
+    for windows in owned:
+        order = sorted(windows, key=lambda at: (count[texts[at]], (at - windows.start) % HELD_OUT_EVERY != 1, at))
+        free = [at for at in order if texts[at] not in train and 2 * count[texts[at]] <= len(texts)]
+        wanted = -(-(len(windows) - 1) // HELD_OUT_EVERY)  # of a single one none
+        held |= {texts[at] for at in free[:wanted]}
+        train |= {texts[at] for at in windows} - held
+    return held
 
 
 def _read(
