@@ -251,7 +251,7 @@ def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
 
 
 def work_on(found: list[TokenSnippets], first: int) -> _Work:
-    return _Work(found, frozen(1), DistillConfig(epochs=1), first, (), None)
+    return _Work(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
 
 
 @pytest.mark.parametrize("length", [40, 70])

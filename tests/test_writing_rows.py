@@ -16,6 +16,7 @@ from vocabext.expansion import Expansion
 from vocabext.overlap import text_numbers
 from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
+from vocabext.rows import rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
@@ -128,6 +129,29 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     assert bool((anywhere @ row_D < (anywhere @ head_VD[:39].T).amax(1)).all())
 
 
+def test_a_silent_row_is_made_of_rows_in_use_only() -> None:
+    """Never of zero rows, rows next to nothing, reserved ids, ids beyond the tokenizer, or rows that are all the same."""
+    generator = torch.Generator().manual_seed(0)
+    head_VD = torch.randn(40, 16, generator=generator)
+    unlikely_D = -3 * torch.ones(16)
+    head_VD[3], head_VD[4] = 0.0, 1e-6
+    head_VD[[5, 6, 7]] = 2 * unlikely_D  # never trained: all the same
+    head_VD[[8, 39]] += 2 * unlikely_D  # 8 is reserved, 39 beyond the tokenizer
+    head_VD[[20, 21]] += unlikely_D
+    hidden_PD = torch.rand(600, 16, generator=generator) + torch.ones(16)
+    places = replace(made_places(hidden_PD, []), normaliser_P=(hidden_PD @ head_VD[:39].T).logsumexp(1))
+    usable_V = rows_in_use(head_VD, 39, [8])
+    assert (~usable_V).nonzero().flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    for dtype in (torch.float32, torch.bfloat16):
+        ids = silent_row(head_VD.to(dtype), [places], 39, usable_V=usable_V)[2]
+        assert sorted(ids) == [20, 21]
+    with pytest.raises(UsageError, match="all 39 output rows of the model are zero"):
+        silent_row(0 * head_VD, [places], 39)
+    opposite_VD = torch.stack((unlikely_D, -unlikely_D))
+    row_D, _, ids = silent_row(opposite_VD, [places], 2)
+    assert (ids, torch.equal(row_D, unlikely_D)) == ((0,), True)
+
+
 def record(name: str) -> TokenSnippets:
     return TokenSnippets(NewToken(name, name, (1, 2)))
 
@@ -172,7 +196,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     monkeypatch.setattr(module, "_read", lambda *_: blurred)
     monkeypatch.setattr(module, "FIRST_EPOCHS", 40.0)
     monkeypatch.setattr(module, "TRY_EPOCHS", 20.0)
-    head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]) * torch.eye(8)[7]
+    head_VD = torch.tensor([[2.0], [1.0], [-0.1], [0.05]]) * torch.eye(8)[7]
     model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
     records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)), ("c", (3, 3)))]
     made = make_output_rows("fit", records, model, expansion(records), false_use=0.02)  # type: ignore[arg-type]

@@ -293,7 +293,18 @@ class _Work:
 
     def _mining_documents(self) -> Iterator[Document]:
         documents = read_documents(self.config.corpus, text_field=self.config.text_field)
-        return documents if self.config.heldout else (d for d in documents if not is_held_out(d))
+        if not self.config.heldout:
+            return (d for d in documents if not is_held_out(d))
+        return (d for d in documents if _text_digest(d) not in self._held_out_texts)
+
+    @cached_property
+    def _held_out_texts(self) -> set[bytes]:
+        """Digests of the held-out texts; what the corpus holds of them is not mined."""
+        held_out = {_text_digest(document) for document in self._held_out_documents()}
+        documents = read_documents(self.config.corpus, text_field=self.config.text_field)
+        if common := sum(_text_digest(document) in held_out for document in documents):
+            self.say(f"{common:,} documents of the corpus are in --heldout, too; they are not mined")
+        return held_out
 
     def _held_out_documents(self) -> Iterator[Document]:
         if self.config.heldout:
@@ -308,6 +319,10 @@ class _Work:
 def is_held_out(document: Document) -> bool:
     """Tell whether a document is kept from mining: decided by its text, so the same text always is."""
     return zlib.crc32(document.text.encode()) % HELD_OUT_EVERY == 0
+
+
+def _text_digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _digest(value: Any) -> str:

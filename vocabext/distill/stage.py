@@ -1,7 +1,7 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress, pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from vocabext.model import FrozenModel, check_folder_runs_on_rows, check_runs_on
 from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
-from vocabext.rows import mean_rows
+from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
 from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
 
@@ -179,6 +179,7 @@ def distill_file(
                                  places_per_token=config.writing_places)  # fmt: skip
     result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
                      progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
+                     reserved_ids=base.reserved_ids,
                      parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
     result = replace(result, choice=choice)
     if config.method != "mean" and (unjudged := sum(report.start_error is None for report in result.reports)):
@@ -189,7 +190,7 @@ def distill_file(
         made = make_output_rows(
             choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
             places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
-            progress=progress)  # fmt: skip
+            progress=progress, reserved_ids=base.reserved_ids)  # fmt: skip
         result = replace(result, output=made, taken_nats=None, taken_nats_start=None)
         if made.held_out is not None and not made.bound_met:
             say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
@@ -205,7 +206,7 @@ def distill_file(
 def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
-    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (),
+    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (), reserved_ids: Collection[int] = (),
 ) -> DistillResult:  # fmt: skip
     """Make the input rows of all new tokens.
 
@@ -219,14 +220,19 @@ def distill(
         finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
         writing_bytes: What the output rows need afterwards, to be stated with the rest.
         parts: For each token the indices of those that it is merged from; they stay as long as it does.
+        reserved_ids: Base ids that no text has; their rows are no measure for new ones.
     """
     tokens = [record.new_token for record in records]
-    rows_ND = mean_rows(model.embedding_VD.cpu(), tokens)
+    embedding_VD = model.embedding_VD
+    rows_ND = mean_rows(embedding_VD, tokens).cpu()
+    usable_V = rows_in_use(embedding_VD, num_used_ids, reserved_ids)
     if config.method == "mean":
-        reports = _reports(records, rows_ND, rows_ND, {}, {}, config, model, num_used_ids, parts)
+        reports = _reports(records, rows_ND, rows_ND, {}, {}, config, embedding_VD, usable_V, parts)
         return DistillResult(rows_ND, reports, 0)
     start_ND = rows_ND.clone()
-    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
+    norms_V = row_norms(embedding_VD[:num_used_ids])[usable_V]
+    scale = float((norms_V.square().mean() / embedding_VD.shape[1]).sqrt())
+    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder, scale)
     taken_start = work.taken(rows_ND)
     memory = replace(work.memory, writing_bytes=writing_bytes)
     with progress(memory.describe()):
@@ -239,7 +245,7 @@ def distill(
         # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
         final = work.errors(rows_ND, progress)
         errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
-    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model, num_used_ids, parts)
+    reports = _reports(records, rows_ND, start_ND, errors, shown, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
@@ -248,7 +254,7 @@ class _Work:
 
     def __init__(
         self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, num_used_ids: int,
-        prefix_ids: Sequence[int], finished_folder: Path | None,
+        prefix_ids: Sequence[int], finished_folder: Path | None, scale: float,
     ) -> None:  # fmt: skip
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
         check_runs_on_rows(model.model.config)
@@ -258,7 +264,7 @@ class _Work:
                              f"{config.target_layer}; the next token is predicted from the last layer")  # fmt: skip
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
         embedding_VD = model.embedding_VD
-        self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
+        self.rate = config.learning_rate * scale  # root mean square of the elements of base rows
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
         self.trainable = [i for i, record in enumerate(records) if self._different(record) >= MIN_SNIPPETS]
         # Tokens with about the same number of snippets go together, so that nobody waits for the others.
@@ -508,13 +514,13 @@ def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
 
 def _reports(
     records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
-    errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig, model: FrozenModel,
-    num_used_ids: int, parts: Sequence[Sequence[int]],
+    errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig,
+    embedding_VD: torch.Tensor, usable_V: torch.Tensor, parts: Sequence[Sequence[int]],
 ) -> tuple[TokenReport, ...]:  # fmt: skip
-    base_VD = model.embedding_VD[:num_used_ids]
-    typical = float(base_VD.float().norm(dim=1).median())
+    base_VD = embedding_VD[: len(usable_V)]
+    typical = float(row_norms(base_VD)[usable_V].median())
     reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out, parts)
-    nearest = nearest_rows(rows_ND, base_VD)
+    nearest = nearest_rows(rows_ND, base_VD, usable_V)
     reports = []
     for i, record in enumerate(records):
         start, end = errors.get(i, (None, None))

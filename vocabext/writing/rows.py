@@ -6,7 +6,7 @@ Shape suffixes: N new tokens, D hidden size, P places.
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
-from vocabext.rows import mean_rows
+from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
@@ -168,7 +168,7 @@ def choose_output_rows(config: DistillConfig, *, architecture: str, tied: bool, 
 def make_output_rows(
     kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
     prefix_ids: Sequence[int] = (), places_per_token: int = 200, false_use: float = 0.01, seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = no_progress, reserved_ids: Collection[int] = (),
 ) -> OutputRows:  # fmt: skip
     """Make the output rows of all new tokens.
 
@@ -184,6 +184,7 @@ def make_output_rows(
         false_use: Share of held-out places at which a new token may be on top where base writes something else.
         seed: Of every choice.
         progress: Where to report.
+        reserved_ids: Base ids that no text has: their rows are no examples of what is never written.
     """
     tokens = [record.new_token for record in records]
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
@@ -199,15 +200,15 @@ def make_output_rows(
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     head_VD, lengths_N = model.head_VD, torch.tensor([len(token.run) for token in tokens])
-    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_cap)
+    usable_V = rows_in_use(head_VD, expansion.first_new_id, reserved_ids)
+    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_cap, usable_V)
     size = sum(map(len, parts))
     if kind == "none" or not held_out:
         reports = tuple(TokenWriting(token.token, 0, 0, 0, UNJUDGED) for token in tokens) if kind == "fit" else ()
         return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, reports, None, size, leak, silent_ids,
                           read_seconds, time.perf_counter() - began)  # fmt: skip
     places, judged = parts
-    longest = LONGEST * float(torch.linalg.vector_norm(head_VD[:expansion.first_new_id], dim=1,
-                                                       dtype=torch.float32).max())
+    longest = LONGEST * float(row_norms(head_VD[:expansion.first_new_id])[usable_V].max())
     judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_cap)
     fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_cap), len(tokens), model.device, seed)
     best = _fit(fit, judge, false_use, progress)
@@ -280,7 +281,7 @@ def _read(
 ) -> Places:
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
     skipped = max(0, first - 1)
-    hidden_PD, done = torch.empty(0), 0
+    hidden_PD, done = torch.empty(0, dtype=model.dtype), 0
     parts: list[Places] = []
     with progress("reading what the base writes", len(windows), "snippets") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
@@ -387,7 +388,8 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
 
 
 def silent_row(
-    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, cap: float | None = None
+    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, cap: float | None = None,
+    usable_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float, tuple[int, ...]]:  # fmt: skip
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
@@ -398,25 +400,37 @@ def silent_row(
     Args:
         head_VD: The base's output rows.
         parts: Places at which to look, some in each part.
-        num_base: How many of the rows are in use.
+        num_base: How many of the rows the tokenizer addresses.
         cap: Bound that the model puts on logits.
+        usable_V: Which of these may be chosen; None finds those in use (`rows_in_use`).
 
     Returns:
         The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
+
+    Raises:
+        UsageError: If there is no row to choose.
     """
+    usable_V = rows_in_use(head_VD, num_base) if usable_V is None else usable_V
+    if not bool(usable_V.any()):
+        raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from being "
+                         "written; the weights are damaged, or were never trained")  # fmt: skip
     size, begin = sum(map(len, parts)), 0
     at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
-    worst_V = torch.full((num_base,), -math.inf)
+    worst_V = torch.full((num_base,), -math.inf, dtype=torch.float32)
     for part in parts:
         own = at[(at >= begin) & (at < begin + len(part))] - begin
         begin += len(part)
         for some in own.split(ROWS_AT_ONCE) if len(own) else ():
-            logits_CV = part.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
-            share_CV = capped(logits_CV, cap).cpu() - part.normaliser_P[some, None]
+            logits_CV = part.hidden_PD[some].to(head_VD) @ head_VD[:num_base].T  # the head in its own dtype: no copy
+            share_CV = capped(logits_CV.float(), cap).cpu() - part.normaliser_P[some, None]
             worst_V = torch.maximum(worst_V, share_CV.amax(0))
-    least = worst_V.topk(min(2, num_base), largest=False).indices
-    row_D = head_VD[least.to(head_VD.device)].float().mean(0).cpu()
+    worst_V[~usable_V] = math.inf
+    first, *others = worst_V.topk(min(3, int(usable_V.sum())), largest=False).indices.tolist()
+    for least in ([first, others[0]], [first, others[-1]], [first]) if others else ([first],):
+        row_D = head_VD[least].float().mean(0).cpu()
+        if bool(row_D.to(head_VD.dtype).any()):  # not each other's opposite
+            break
     leak = max(float((capped(hidden_CD.float() @ row_D, cap) - normaliser_C).max())
                for part in parts for hidden_CD, normaliser_C in zip(
                    part.hidden_PD.split(8_192), part.normaliser_P.split(8_192), strict=True))  # fmt: skip
-    return row_D, math.exp(leak), tuple(least.tolist())
+    return row_D, math.exp(leak), tuple(least)
