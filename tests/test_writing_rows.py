@@ -130,7 +130,7 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
 
 
 def test_a_silent_row_is_made_of_rows_in_use_only() -> None:
-    """Never of zero rows, rows next to nothing, reserved ids, ids beyond the tokenizer, or rows that are all the same."""
+    """Never of zero rows, rows next to nothing, reserved ids, ids beyond the tokenizer, or rows that are equal."""
     generator = torch.Generator().manual_seed(0)
     head_VD = torch.randn(40, 16, generator=generator)
     unlikely_D = -3 * torch.ones(16)
@@ -333,7 +333,7 @@ def test_no_text_that_rows_are_fitted_to_judges_them() -> None:
     records, every = snippets(9)
     rng = np.random.default_rng(1)
     common = [tuple(rng.integers(0, NUM_BASE, 24).tolist()) for _ in range(6)]
-    both = [text[:12] + (NUM_BASE, NUM_BASE + 1) + text[12:] for text in common]
+    both = [(*text[:12], NUM_BASE, NUM_BASE + 1, *text[12:]) for text in common]
     records[0] = replace(records[0], snippets=tuple(both + both), positions=(12,) * 12)
     records[1] = replace(records[1], snippets=tuple(text[4:] for text in both), positions=(9,) * 6)
     train, held_out = module._windows(records, every, [3], 10_000)

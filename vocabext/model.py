@@ -123,6 +123,33 @@ def parse_max_memory(text: str) -> dict[int | str, str]:
     return limits
 
 
+def _readable(past: Past) -> Any:
+    """Return what transformers' layers read earlier keys and values from.
+
+    Nothing is kept there: a layer's are put together in its turn only.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):  # type: ignore[misc]
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+            keys, values = past[number]
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = (one.new_empty(()).expand(one.shape) for one in (keys, values))  # the shapes alone
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+                   ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            before = past[self.number]
+            return torch.cat((before[0], keys), dim=-2), torch.cat((before[1], values), dim=-2)
+
+    cache = DynamicCache()
+    cache.layers = [Layer(number) for number in range(len(past))]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
 def _cache(past: Past) -> Any:
     """Return what transformers' layers read earlier keys and values from, and append theirs to."""
     from transformers import DynamicCache
@@ -225,8 +252,14 @@ class FrozenModel:
             return 0  # a model that keeps its past in a way of its own; nobody asks it to
         return sum(keys.nbytes + values.nbytes for keys, values in past)
 
-    def step_bytes(self, layer: int | None = None) -> int:
-        """Return how much memory one position takes while gradients are computed, measured on a few positions."""
+    def step_bytes(self, layer: int | None = None, *, positions: int = PROBE_POSITIONS, before: int = 0) -> int:
+        """Return how much memory a text takes while gradients are computed, measured on one.
+
+        Args:
+            layer: How many layers run.
+            positions: Positions of the text that are computed.
+            before: Positions in front of them whose keys and values are kept.
+        """
         known = {parameter.data_ptr() for parameter in self.model.parameters()}
         sizes: dict[int, int] = {}
 
@@ -235,11 +268,19 @@ class FrozenModel:
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        probe = self.embed(torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=self.device)).requires_grad_()
+        options: dict[str, Any] = {}
+        if before:
+            with torch.no_grad():
+                text = self.embed(torch.zeros(1, before, dtype=torch.long, device=self.device))
+                past = self.hidden_and_past(text, layer=layer)[1]
+            options = {"past": past, "position_ids": torch.arange(before, before + positions, device=self.device)[None],
+                       "mask": torch.zeros(1, 1, positions, before + positions, dtype=self.dtype, device=self.device)}
+        probe = self.embed(torch.zeros(1, positions, dtype=torch.long, device=self.device)).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = self.hidden(probe, layer=layer)
+            kept = self.hidden(probe, layer=layer, **options)
         del kept
-        return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
+        # While a layer runs, forward or backward, as much again is there for a moment as it keeps.
+        return math.ceil(sum(sizes.values()) * (1 + 2 / (layer or self.num_layers)))
 
     @property
     def logit_cap(self) -> float | None:
@@ -310,7 +351,7 @@ class FrozenModel:
         options = {"position_ids": position_ids, "attention_mask": mask}
         if past is None:
             return self._run(inputs_BTD, layer, use_cache=False, **options)
-        return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_cache(past), **options)
+        return self._run(inputs_BTD, layer, use_cache=True, past_key_values=_readable(past), **options)
 
     def hidden_and_past(
         self, inputs_BTD: torch.Tensor, *, layer: int | None = None, position_ids: torch.Tensor | None = None,

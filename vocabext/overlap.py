@@ -21,8 +21,8 @@ COMMON = 0.5
 def text_numbers(texts: Sequence[Ids]) -> list[int]:
     """Return for each snippet which text it is, numbered in the order of their first snippets.
 
-    Two snippets are one text if one begins inside the other (or with it), goes on as it does until one of them ends, and
-    has at least `COMMON` of the shorter in common with it; and so are two that are one with a third.
+    Two snippets are one text if one begins inside the other (or with it), goes on as it does until one of them
+    ends, and has at least `COMMON` of the shorter in common with it; and so are two that are one with a third.
 
     Args:
         texts: Snippets in base ids.

@@ -15,11 +15,10 @@ from itertools import pairwise
 import torch
 
 from vocabext.distill.clocks import Clocks, decayed
-from vocabext.distill.contexts import Contexts, chunks, student_states, teach
+from vocabext.distill.contexts import READ_AT_ONCE, Contexts, chunks, student_states, teach
 from vocabext.distill.examples import Examples
 from vocabext.distill.silence import Background
 from vocabext.model import FrozenModel
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -90,8 +89,9 @@ class Taught:
                 ) -> Iterator[tuple[Examples, Contexts]]:  # fmt: skip
         """Yield chosen snippets of each part, in batches of similar length."""
         for examples, contexts, wanted in zip(self.examples, self.contexts, chosen, strict=True):
-            # Without a kept past the student runs over the text before the token as well.
-            length_S = examples.length_S if contexts.past is not None else examples.before_S + examples.length_S
+            # Without a kept past the student runs over the text before the token as well; with one it only reads it.
+            before_S = examples.before_S if contexts.past is None else examples.before_S // READ_AT_ONCE
+            length_S = before_S + examples.length_S
             for at in chunks(length_S, wanted, positions):
                 part = examples.take(at)
                 yield part.to(device), contexts.take(at, part)
@@ -131,7 +131,7 @@ def held_out_errors(
     model: FrozenModel, taught: Taught, rows_GD: torch.Tensor, objective: Objective,
     active_G: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return each token's mean error over its snippets, (G,): 0 for tokens not asked for, infinite for those without."""
+    """Return each token's mean error over its snippets, (G,): 0 if it is not asked for, infinite if it has none."""
     total_G, count_G = (torch.zeros(len(rows_GD), device=rows_GD.device) for _ in range(2))
     wanted = [_of(examples, active_G) for examples in taught.examples]
     for part, contexts in taught.batches(wanted, objective.positions, model.device):

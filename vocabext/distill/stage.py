@@ -16,6 +16,7 @@ from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
 from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
 from vocabext.distill.examples import Examples, build_examples
+from vocabext.distill.heap import give_back_large_blocks
 from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
 from vocabext.distill.resume import FinishedGroups, model_facts, work_digest
@@ -46,7 +47,7 @@ POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
 # they learn together which directions matter (`clocks.py`).
 TOKENS_PER_GROUP = 512
 # Positions that go through the model at once while gradients are computed: a bound for long snippets.
-POSITIONS_AT_ONCE = {"cpu": 5_000, "cuda": 16_000}
+POSITIONS_AT_ONCE = {"cpu": 2_000, "cuda": 16_000}
 # The first round shows so many snippets of a token, each once; every further round twice as many.
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
@@ -183,8 +184,8 @@ def distill_file(
                      parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
     result = replace(result, choice=choice)
     if config.method != "mean" and (unjudged := sum(report.start_error is None for report in result.reports)):
-        say(f"{unjudged:,} tokens have fewer than two different texts (one snippet, or windows of one text), so that none "
-            "is left to judge their rows by, and their errors are not known; collect from more text, or pass "
+        say(f"{unjudged:,} tokens have fewer than two different texts (one snippet, or windows of one text): none is "
+            "left to judge their rows by, and their errors are not known; collect from more text, or pass "
             "--generate-missing")  # fmt: skip
     if own_head:
         made = make_output_rows(
@@ -222,6 +223,7 @@ def distill(
         parts: For each token the indices of those that it is merged from; they stay as long as it does.
         reserved_ids: Base ids that no text has; their rows are no measure for new ones.
     """
+    give_back_large_blocks()
     tokens = [record.new_token for record in records]
     embedding_VD = model.embedding_VD
     rows_ND = mean_rows(embedding_VD, tokens).cpu()
@@ -433,7 +435,7 @@ class _Work:
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
                            wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets, texts=self._most_texts)  # fmt: skip
+                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)  # fmt: skip
 
     def _longest_text(self) -> int:
         """Return how many base ids the longest snippet has, with what stands in front of it."""
@@ -444,10 +446,24 @@ class _Work:
         starts = np.cumsum([0, *map(len, rows[:-1])])
         return len(self.prefix_ids) + int(np.add.reduceat(lengths, starts).max())
 
-    def _most_texts(self, size: int) -> int:
-        """Return how many texts are kept of a group at most, in groups of a size."""
-        return max((sum(len({ids for record in part for ids in record.snippets}) for part in self._parts(group))
-                    for group in self._groups(size)), default=0)  # fmt: skip
+    def _kept_positions(self, size: int) -> tuple[int, int]:
+        """Return how many positions stand before tokens, in the texts of a group and in one of them, at most.
+
+        Texts are padded to the longest that a part of a group has.
+        """
+        kept, longest = 0, 0
+        for group in self._groups(size):
+            parts = [self._most_before(part, group) for part in self._parts(group)]
+            kept = max(kept, sum(texts * before for texts, before in parts))
+            longest = max(longest, *(before for _, before in parts))
+        return kept, longest
+
+    def _most_before(self, part: Sequence[TokenSnippets], group: Sequence[int]) -> tuple[int, int]:
+        """Return how many texts some snippets are, and how many base ids stand before the token in one at most."""
+        starts = [(ids, ids.index(self.expansion.first_new_id + i))
+                  for i, record in zip(group, part, strict=True) for ids in record.snippets]  # fmt: skip
+        before = max((int(self.expansion.run_lengths(ids[:at]).sum()) for ids, at in starts), default=0)
+        return len({ids for ids, _ in starts}), len(self.prefix_ids) + before
 
     def _background(self) -> Background | None:
         """Sample places from one snippet of each of some tokens, spread over all of them."""

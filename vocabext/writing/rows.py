@@ -49,7 +49,7 @@ LONGEST = 0.97 * MAX_NORM_RATIO
 ALMOST_ZERO = 1e-4
 # Places at which the least likely base rows are looked for.
 SILENCE_PLACES = 4_096
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 UNJUDGED = "no place to judge it by"
 
 
@@ -412,8 +412,8 @@ def silent_row(
     """
     usable_V = rows_in_use(head_VD, num_base) if usable_V is None else usable_V
     if not bool(usable_V.any()):
-        raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from being "
-                         "written; the weights are damaged, or were never trained")  # fmt: skip
+        raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from "
+                         "being written; the weights are damaged, or were never trained")  # fmt: skip
     size, begin = sum(map(len, parts)), 0
     at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
     worst_V = torch.full((num_base,), -math.inf, dtype=torch.float32)
