@@ -49,7 +49,7 @@ def run(config: PretrainedConfig, tokens: int, snippets: int, **options: object)
     """Distill; returns the memory that was stated."""
     torch.manual_seed(0)
     model = FrozenModel(AutoModelForCausalLM.from_config(config), torch.device("cpu"), torch.float32)
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew: that of making a model is its own
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew: making a model has one of its own
     settings = DistillConfig(rounds=1, epochs=1, **options)  # type: ignore[arg-type]
     result = distill(records(config.vocab_size, tokens, snippets), model, settings, num_used_ids=config.vocab_size)
     assert result.memory is not None

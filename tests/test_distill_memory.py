@@ -45,7 +45,8 @@ def test_a_budget_bounds_what_is_kept_of_a_group() -> None:
 def test_what_a_position_needs_is_measured() -> None:
     model = frozen()
     assert model.past_bytes(1) * 2 == model.past_bytes(2) == 2 * 2 * 64 * 4
-    assert 1.5 < model.step_bytes(2) / model.step_bytes(1) < 2.1
+    assert 1.1 < model.step_bytes(2) / model.step_bytes(1) < 2.1
+    assert model.step_bytes(2, positions=8, before=24) > model.step_bytes(2, positions=8)
     assert model.weight_bytes == sum(p.numel() * 4 for p in model.model.parameters())
 
 

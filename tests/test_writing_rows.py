@@ -16,7 +16,7 @@ from vocabext.expansion import Expansion
 from vocabext.overlap import text_numbers
 from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
-from vocabext.rows import rows_in_use
+from vocabext.rows import mean_rows, rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
 from vocabext.writing.fit import Fit, Task, capped, longest_runs
@@ -341,6 +341,23 @@ def test_no_text_that_rows_are_fitted_to_judges_them() -> None:
     assert len(train) + len(held_out) == sum(len(made.snippets) for made in records)
     assert len(train) > len(held_out) >= len(records)
     assert not set(numbers[: len(train)]) & set(numbers[len(train) :])
+
+
+def test_a_default_dtype_that_somebody_changed_changes_nothing() -> None:
+    """Loading a model in another thread changes it for the whole process."""
+    places = made_places(torch.randn(5_000, 16, generator=torch.Generator().manual_seed(0)), [(0, 0), (1, 1)])
+    head_VD = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append((silent_row(head_VD, [places], 39)[0], fitted(places), rows_in_use(head_VD, 39),
+                          find_uses(places, head_VD[:2]).lost_P, mean_rows(head_VD, [NewToken("a", "a", (1, 2))])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_places_of_many_batches_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def _readable(past: Past) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    class Layer(DynamicLayer):  # type: ignore[misc]
+    class Layer(DynamicLayer):
         def __init__(self, number: int) -> None:
             super().__init__()
             self.number = number
@@ -239,8 +239,13 @@ class FrozenModel:
 
     @property
     def weight_bytes(self) -> int:
-        """How much memory the weights take, wherever they are."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """How much memory the weights take; of those that are elsewhere, the largest layer or matrix, in its turn."""
+        here = sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.is_meta)
+        stack, _ = self._stack_names
+        layers = list(getattr(self._body, stack)) if stack else [self._body]
+        matrices = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        return here + max(sum(parameter.nbytes for parameter in module.parameters() if parameter.is_meta)
+                          for module in (*layers, *matrices))  # fmt: skip
 
     @torch.no_grad()
     def past_bytes(self, layer: int | None = None) -> int:

@@ -20,6 +20,7 @@ from vocabext.distill.examples import Examples
 from vocabext.distill.silence import Background
 from vocabext.model import FrozenModel
 
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised, and how.
@@ -132,7 +133,7 @@ def held_out_errors(
     active_G: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return each token's mean error over its snippets, (G,): 0 if it is not asked for, infinite if it has none."""
-    total_G, count_G = (torch.zeros(len(rows_GD), device=rows_GD.device) for _ in range(2))
+    total_G, count_G = (rows_GD.new_zeros(len(rows_GD), dtype=torch.float32) for _ in range(2))
     wanted = [_of(examples, active_G) for examples in taught.examples]
     for part, contexts in taught.batches(wanted, objective.positions, model.device):
         errors_S = snippet_errors(model, part, contexts, rows_GD, objective)[0].float()

@@ -35,7 +35,8 @@ class MemoryPlan:
         step_bytes: What one step computes (an estimate).
         group: Tokens that train together.
         keep_past: Whether keys and values are kept.
-        writing_bytes: States that output rows are made from, on the host, once all groups are finished.
+        writing_bytes: What output rows are made from, and the work itself (an estimate), once all groups are finished;
+            beside the model.
     """
 
     weights_bytes: int
@@ -56,7 +57,7 @@ class MemoryPlan:
         """Say it in one line."""
         parts = {"model": self.weights_bytes, "rows": self.rows_bytes, "states to match": self.states_bytes,
                  "text before the tokens": self.past_bytes, "a step": self.step_bytes}  # fmt: skip
-        after = f"; for the output rows, afterwards and on the host: states {_size(self.writing_bytes)}"
+        after = f"; for the output rows, afterwards: {_size(self.writing_bytes)} beside the model"
         return (f"{_size(self.total_bytes)} of memory for {self.group:,} tokens at a time: "
                 + ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
                 + (after if self.writing_bytes else ""))
@@ -115,8 +116,8 @@ def plan_memory(
     at_once = min(max(1, positions // (computed + read // READ_AT_ONCE)), group * batch_snippets)
     step = at_once * model.step_bytes(layer, positions=computed, before=read)
     # The teacher reads more at once: it holds the keys and values of all layers, and one layer's inner states.
-    teacher = FORWARD_POSITIONS[model.device.type] * (
-        past + model.step_bytes(layer) // (PROBE_POSITIONS * (layer + 2)))
+    teacher = min(FORWARD_POSITIONS[model.device.type], group * snippets * before) * (
+        (past if keep_past else 0) + model.step_bytes(layer) // (PROBE_POSITIONS * (layer + 2)))
     return MemoryPlan(
         weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4,
         states_bytes=group * states, past_bytes=past * counted(group)[0] if keep_past else 0,

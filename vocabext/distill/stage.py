@@ -30,7 +30,14 @@ from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_jsonl
 from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.tokenizer import check_made_for, extend, load_tokenizer
-from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
+from vocabext.writing.rows import (
+    OutputChoice,
+    OutputRows,
+    choose_output_rows,
+    make_output_rows,
+    states_bytes,
+    work_bytes,
+)
 
 # One snippet in this many is held out (at least one): it judges the row that the others made. Snippets of one text
 # (`overlap.py`) are on one side, so that no text judges what it has trained.
@@ -176,16 +183,17 @@ def distill_file(
     # Input rows that are nothing else need not be kept silent.
     reading = replace(config, silence=0.0) if own_head else config
     expansion = Expansion([record.new_token for record in records], base.num_used_ids)
-    writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids,
-                                 places_per_token=config.writing_places)  # fmt: skip
+    writing_bytes = work_bytes(choice.kind, len(records), frozen) + states_bytes(
+        choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids,
+        places_per_token=config.writing_places)  # fmt: skip
     result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
                      progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
                      reserved_ids=base.reserved_ids,
                      parts=base.scheme.parts([record.new_token for record in records]))  # fmt: skip
     result = replace(result, choice=choice)
     if config.method != "mean" and (unjudged := sum(report.start_error is None for report in result.reports)):
-        say(f"{unjudged:,} tokens have fewer than two different texts (one snippet, or windows of one text): none is "
-            "left to judge their rows by, and their errors are not known; collect from more text, or pass "
+        say(f"tokens without two different texts (one snippet, or windows of one text): {unjudged:,}; nothing is left "
+            "to judge their rows by, and their errors are not known; collect from more text, or pass "
             "--generate-missing")  # fmt: skip
     if own_head:
         made = make_output_rows(

@@ -15,16 +15,16 @@ import torch
 from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
-from vocabext.model import FrozenModel
+from vocabext.model import PROBE_POSITIONS, FrozenModel
 from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
 from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
-from vocabext.writing.fit import Fit, Task, capped, longest_runs
+from vocabext.writing.fit import BATCH, Fit, Task, capped, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
-from vocabext.writing.places import Places, concatenate, find_places
+from vocabext.writing.places import HEAD_PLACES, WINDOW_POSITIONS, Places, concatenate, find_places
 from vocabext.writing.runs import RunTree
 
 # One window in this many judges rows that the others made.
@@ -230,6 +230,18 @@ def states_bytes(
     return sum(sizes) * model.head_VD.shape[1] * model.dtype.itemsize
 
 
+def work_bytes(kind: str, num_tokens: int, model: FrozenModel) -> int:
+    """Return about how much memory `make_output_rows` works in, beside the states; 0 if it reads no text."""
+    if kind not in ("fit", "none") or model.head_bias_V is not None:
+        return 0
+    rows, width = model.head_VD.shape
+    inner = model.step_bytes() // (PROBE_POSITIONS * (model.num_layers + 2))  # of one position and layer
+    reading = WINDOW_POSITIONS * (2 * model.past_bytes() + inner) + 3 * HEAD_PLACES * rows * 4
+    # Scores with their gradients; rows, whitened rows, gradients and Adam's two; the second moments and their root.
+    fitting = 4 * (3 * BATCH * num_tokens + 6 * num_tokens * width + 3 * width**2) if kind == "fit" else 0
+    return max(reading, fitting)
+
+
 def _windows(
     records: Sequence[TokenSnippets], expansion: Expansion, prefix_ids: Sequence[int], places_per_token: int
 ) -> tuple[list[Ids], list[Ids]]:
@@ -415,7 +427,7 @@ def silent_row(
         raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from "
                          "being written; the weights are damaged, or were never trained")  # fmt: skip
     size, begin = sum(map(len, parts)), 0
-    at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
+    at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES), dtype=torch.float64).long()
     worst_V = torch.full((num_base,), -math.inf, dtype=torch.float32)
     for part in parts:
         own = at[(at >= begin) & (at < begin + len(part))] - begin
