@@ -22,15 +22,15 @@ from vocabext.distill import distill, distill_file, stage
 from vocabext.distill.contexts import Contexts, teach
 from vocabext.distill.engine import Objective, Taught, _schedule, held_out_errors, next_token_nats, snippet_errors
 from vocabext.distill.examples import build_examples
-from vocabext.distill.sharing import share_texts
 from vocabext.distill.silence import sample_background
-from vocabext.distill.stage import _rounds, _split, _Work
+from vocabext.distill.stage import _rounds, _Work
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import file_sha256
 from vocabext.model import FrozenModel, pick_device
+from vocabext.overlap import text_numbers
 from vocabext.progress import Task
-from vocabext.records import NewToken, TokenSnippets, write_jsonl
+from vocabext.records import Document, NewToken, TokenSnippets, write_jsonl
 from vocabext.rows import mean_rows
 from vocabext.tokenizer import load_tokenizer
 
@@ -224,9 +224,11 @@ def test_a_row_that_training_makes_worse_stays_at_the_better_start(tmp_path: Pat
     for report, row, mean, record in zip(result.reports, result.input_ND, means, found, strict=True):
         kept = mean if report.method == "mean" else model.embedding_VD[record.new_token.run[-1]]
         assert torch.equal(row, kept)
-        assert report.end_error is not None
-        assert report.start_error is not None
-        assert (report.end_error < report.start_error) == (report.method == "piece")
+        if report.start_error is None:  # its windows are all of one text, so nothing judges it
+            assert (report.token, report.end_error, report.method) == (" are rated", None, "mean")
+        else:
+            assert report.end_error is not None
+            assert (report.end_error < report.start_error) == (report.method == "piece")
 
 
 def test_a_token_without_snippets_is_kept_at_the_mean_and_said_to_be(tmp_path: Path) -> None:
@@ -236,6 +238,61 @@ def test_a_token_without_snippets_is_kept_at_the_mean_and_said_to_be(tmp_path: P
     result = distill(found, frozen(1), DistillConfig(epochs=2), num_used_ids=base.num_used_ids)
     assert (result.reports[1].method, result.reports[1].start_error) == ("mean", None)
     assert result.reports[0].start_error is not None
+
+
+def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
+    """For each token the base ids it trains on, and those that judge it."""
+    def texts(record: TokenSnippets) -> set[bytes]:
+        return {ids.tobytes() for ids in work.expansion.unmerge_batch(record.snippets)}
+
+    held_out, *train = work._parts(work.trainable)
+    return {token: (set().union(*(texts(part[at]) for part in train)), texts(held_out[at]))
+            for at, token in enumerate(work.trainable)}  # fmt: skip
+
+
+def work_on(found: list[TokenSnippets], first: int) -> _Work:
+    return _Work(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
+
+
+@pytest.mark.parametrize("length", [40, 70])
+def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_path: Path, length: int) -> None:
+    """A short one gives one text under two positions, a longer one windows that overlap."""
+    folder = tiny_folder(tmp_path / "base")
+    base, rng = load_tokenizer(folder), np.random.default_rng(0)
+    words = ["the heart", " muscle", " rate", " rest", " of", " so", " and", " a", " is", " are"]
+    documents = []
+    for number in range(12):
+        filling = "".join(words[i] for i in rng.integers(1, len(words), length))
+        ids = base.encode(filling)[: length - 12]
+        half = len(ids) // 2
+        documents.append(Document(str(number), f"{base.decode(ids[:half])} the heart {number} the heart "
+                                               f"{base.decode(ids[half:])}"))  # fmt: skip
+    found = collect([*documents, *documents], base, new_tokens(folder)[1:2],
+                    CollectConfig(snippets=40, window=50, min_snippets=2))  # fmt: skip
+    assert len(found[0].snippets) > 12
+    train, judges = sides(work_on(found, base.num_used_ids))[0]
+    numbers = text_numbers([np.frombuffer(text, np.int64) for text in (*train, *judges)])
+    assert train
+    assert judges
+    assert not set(numbers[: len(train)]) & set(numbers[len(train) :])
+
+
+def test_a_token_of_one_text_is_trained_and_judged_by_nothing(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    result = distill(found, frozen(1), DistillConfig(epochs=4), num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert [(r.token, r.start_error) for r in result.reports if r.start_error is None] == [(" are rated", None)]
+    alone = result.reports[2]
+    assert (alone.method, alone.end_error, alone.left_out, alone.shown) == ("distill", None, None, 21)
+    train, judges = sides(work_on(found, load_tokenizer(folder).num_used_ids))[2]
+    assert (len(train), judges) == (4, set())
+
+
+def test_one_text_under_two_positions_is_too_little_to_train_on(tmp_path: Path) -> None:
+    folder, found = collected(tmp_path)
+    twice = found[2].snippets[:1] * 2
+    found[2] = replace(found[2], snippets=twice, positions=(found[2].positions[0], len(twice[0]) - 1))
+    result = distill(found, frozen(1), DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    assert (result.reports[2].method, result.reports[2].start_error, result.reports[2].shown) == ("mean", None, 0)
 
 
 def test_layers_are_named_by_number_fraction_or_last() -> None:
@@ -462,9 +519,9 @@ def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -
 def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     first, model = load_tokenizer(folder).num_used_ids, frozen(2)
-    expansion = Expansion([r.new_token for r in found], first)
-    shared = share_texts(found, range(first, expansion.end_id), 10)
-    held_out = build_examples([_split(r)[1] for r in shared], expansion, range(len(found)), reach=8)
+    work = work_on(found, first)
+    group = work.trainable
+    held_out = build_examples(work._parts(group)[0], work.expansion, group, reach=8)
     once, result = (distill(found, model, DistillConfig(epochs=2, learning_rate=0.3, second_pass=second),
                             num_used_ids=first) for second in (False, True))  # fmt: skip
     changed = (once.input_ND != result.input_ND).any(1).tolist()
@@ -472,16 +529,18 @@ def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(t
     judged, alone = Taught(), Objective(2, first, ((1, 1),), 0.1)
     judged.add(model, held_out, alone)
     for made in (once, result):
-        errors = held_out_errors(model, judged, made.input_ND, alone)
-        assert [report.end_error for report in made.reports] == pytest.approx(errors.tolist(), rel=1e-4)
+        errors = held_out_errors(model, judged, made.input_ND[group], alone)
+        assert [made.reports[i].end_error or math.inf for i in group] == pytest.approx(errors.tolist(), rel=1e-4)
     assert [r.start_error for r in result.reports] == [r.start_error for r in once.reports]
-    assert [a.end_error != b.end_error for a, b in zip(once.reports, result.reports, strict=True)] == changed
+    assert [a.end_error != b.end_error for a, b in zip(once.reports, result.reports, strict=True)
+            if a.end_error is not None] == changed[:2]
     assert all(report.method == "distill" for report, moved in zip(result.reports, changed, strict=True) if moved)
 
 
 def test_the_gate_judges_the_rows_of_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, found = collected(tmp_path)
     monkeypatch.setattr(_Work, "errors", lambda work, *_: {i: 50.0 if i == 1 else 0.1 for i in work.trainable})
+    monkeypatch.setattr(_Work, "_texts", lambda _, record: list(range(len(record.snippets))))
     config = DistillConfig(epochs=1, second_pass=True)
     result = distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids)
     assert [report.left_out is not None for report in result.reports] == [i == 1 for i in range(len(found))]

@@ -45,7 +45,8 @@ def test_a_budget_bounds_what_is_kept_of_a_group() -> None:
 def test_what_a_position_needs_is_measured() -> None:
     model = frozen()
     assert model.past_bytes(1) * 2 == model.past_bytes(2) == 2 * 2 * 64 * 4
-    assert 1.5 < model.step_bytes(2) / model.step_bytes(1) < 2.1
+    assert 1.1 < model.step_bytes(2) / model.step_bytes(1) < 2.1
+    assert model.step_bytes(2, positions=8, before=24) > model.step_bytes(2, positions=8)
     assert model.weight_bytes == sum(p.numel() * 4 for p in model.model.parameters())
 
 
@@ -84,3 +85,15 @@ def test_limits_of_memory_are_read_or_refused() -> None:
     for wrong in ("", "20GiB", "gpu=1GiB", "0=20", "0:20GiB"):
         with pytest.raises(UsageError, match="--max-memory is"):
             parse_max_memory(wrong)
+
+
+def test_weights_that_stay_on_disk_are_not_counted_as_memory(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    tiny_model(layers=3).save_pretrained(folder)
+    spread = load_model(folder, device="cpu", dtype="float32", max_memory="cpu=150KB",
+                        offload_folder=tmp_path / "offload")  # fmt: skip
+    every = sum(parameter.nbytes for parameter in spread.model.parameters())
+    here = sum(parameter.nbytes for parameter in spread.model.parameters() if not parameter.is_meta)
+    layer = sum(parameter.nbytes for parameter in spread.model.model.layers[-1].parameters())
+    assert here <= 150_000 < every
+    assert here + layer <= spread.weight_bytes < every

@@ -51,12 +51,13 @@ def test_a_model_that_keeps_one_matrix_gets_no_output_rows_and_says_so(tmp_path:
     said: list[str] = []
     rows, header = made(folder, said)
     assert rows.output_ND is None
-    assert said == [header["writing"]["why"]]
+    assert said[:1] == [header["writing"]["why"]]
     assert header["writing"]["kind"] == "input"
     assert "vLLM ties the head of Gemma2ForCausalLM" in said[0]
     said.clear()
     _, header = made(folder, said, output_rows="input")
-    assert (said, header["writing"]) == ([], {"kind": "input", "why": None})
+    assert header["writing"] == {"kind": "input", "why": None}
+    assert not any("output rows" in line for line in said)
 
 
 def test_a_head_with_a_bias_is_not_fitted_to_and_that_is_said(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_head_with_a_bias_is_not_fitted_to_and_that_is_said(tmp_path: Path) ->
     said: list[str] = []
     rows, header = made(folder, said)
     assert rows.output_ND is not None
-    assert said == [header["writing"]["why"]]
+    assert said[:1] == [header["writing"]["why"]]
     assert header["writing"]["kind"] == "none"
 
 
@@ -74,7 +75,7 @@ def test_the_mean_says_that_it_makes_no_output_rows(tmp_path: Path) -> None:
     said: list[str] = []
     rows, header = made(tiny_folder(tmp_path / "base"), said, method="mean")
     assert rows.output_ND is None
-    assert said == [header["writing"]["why"]]
+    assert said[:1] == [header["writing"]["why"]]
     assert "--method mean makes no output rows" in said[0]
 
 
@@ -117,7 +118,8 @@ def test_a_bound_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(stage, "make_output_rows", wrong)
     said: list[str] = []
     _, header = made(tiny_folder(tmp_path / "base"), said)
-    assert said == ["new tokens are written wrongly at 2.34% of held-out places, above the 1.00% of --false-use; "
+    assert said[0].startswith("tokens without two different texts (one snippet, or windows of one text): 1; nothing ")
+    assert said[1:] == ["new tokens are written wrongly at 2.34% of held-out places, above the 1.00% of --false-use; "
                     "collect more snippets, or pass --output-rows none"]  # fmt: skip
     assert (header["writing"]["bound"], header["writing"]["bound_met"]) == (0.01, False)
 
@@ -159,5 +161,5 @@ def test_the_states_of_output_rows_are_stated_before_the_work(tmp_path: Path) ->
                           progress=progress)  # type: ignore[arg-type]  # fmt: skip
     assert result.memory is not None
     assert result.output is not None
-    assert result.memory.writing_bytes == result.output.places * 64 * 4 > 0
-    assert "; for the output rows, afterwards and on the host: states " in said[0]
+    assert result.memory.writing_bytes > result.output.places * 64 * 4 > 0
+    assert "; for the output rows, afterwards: " in said[0]

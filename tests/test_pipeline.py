@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_checkpoints import default_dtype, tiny_folder
+from tiny_checkpoints import default_dtype, tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS
 from tiny_families import tiny_family
 
 from vocabext import pipeline
+from vocabext.checkpoint import load_rows
 from vocabext.cli.run import run as command
 from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.errors import (
@@ -191,6 +192,30 @@ def test_a_corpus_too_small_to_hold_out_from_is_not_evaluated(config: RunConfig,
     outcomes = run(replace(config, heldout=()))
     assert states(outcomes)["eval"].startswith("not made: the corpus is too small")
     assert states(outcomes)["verify"] == "made"
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("none", False), ("fit", True)])
+def test_verify_passes_where_the_least_likely_base_rows_are_zero(config: RunConfig, kind: str, tied: bool) -> None:
+    """As reserved rows are; none of these, nor of those that nobody trained, is what silent tokens are made of."""
+    model, zero = tiny_model(tied=tied), [200, 201, 202]
+    with torch.no_grad():
+        model.lm_head.weight[zero] = 0.0
+        model.lm_head.weight[[210, 211]] = model.lm_head.weight[210] * 1e-6
+    model.save_pretrained(config.model)
+    run(replace(config, distill=replace(config.distill, output_rows=kind, false_use=1e-9)))
+    assert json.loads((config.output / "verify.json").read_text())["passed"] is True
+    writing = load_rows(config.output.with_name("new-work") / "rows.safetensors")[2]["writing"]
+    assert len(writing["silent_ids"]) == 2
+    assert not {0, 1, *zero, 210, 211} & set(writing["silent_ids"])
+
+
+def test_documents_that_are_held_out_are_not_mined(config: RunConfig, tmp_path: Path) -> None:
+    heard: list[str] = []
+    write_corpus(tmp_path / "corpus.jsonl", [*DOCUMENTS, DOCUMENTS[2]])
+    run(replace(config, distill=replace(config.distill, method="mean")), say=heard.append)
+    assert "2 documents of the corpus are in --heldout, too; they are not mined" in heard
+    header = json.loads((tmp_path / "new-work" / "candidates.jsonl").read_text().splitlines()[0])
+    assert header["documents"] == 2
 
 
 def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

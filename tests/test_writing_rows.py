@@ -14,8 +14,10 @@ from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.logit_map import LogitMap
+from vocabext.overlap import text_numbers
 from vocabext.progress import no_progress
 from vocabext.records import NewToken, TokenSnippets
+from vocabext.rows import mean_rows, rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
 from vocabext.writing import rows as module
 from vocabext.writing.fit import Fit, Task, longest_runs
@@ -130,6 +132,29 @@ def test_a_silent_row_is_below_a_base_row_at_every_state() -> None:
     assert bool((anywhere @ row_D < (anywhere @ head_VD[:39].T).amax(1)).all())
 
 
+def test_a_silent_row_is_made_of_rows_in_use_only() -> None:
+    """Never of zero rows, rows next to nothing, reserved ids, ids beyond the tokenizer, or rows that are equal."""
+    generator = torch.Generator().manual_seed(0)
+    head_VD = torch.randn(40, 16, generator=generator)
+    unlikely_D = -3 * torch.ones(16)
+    head_VD[3], head_VD[4] = 0.0, 1e-6
+    head_VD[[5, 6, 7]] = 2 * unlikely_D  # never trained: all the same
+    head_VD[[8, 39]] += 2 * unlikely_D  # 8 is reserved, 39 beyond the tokenizer
+    head_VD[[20, 21]] += unlikely_D
+    hidden_PD = torch.rand(600, 16, generator=generator) + torch.ones(16)
+    places = replace(made_places(hidden_PD, []), normaliser_P=(hidden_PD @ head_VD[:39].T).logsumexp(1))
+    usable_V = rows_in_use(head_VD, 39, [8])
+    assert (~usable_V).nonzero().flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    for dtype in (torch.float32, torch.bfloat16):
+        ids = silent_row(head_VD.to(dtype), [places], 39, usable_V=usable_V)[2]
+        assert sorted(ids) == [20, 21]
+    with pytest.raises(UsageError, match="all 39 output rows of the model are zero"):
+        silent_row(0 * head_VD, [places], 39)
+    opposite_VD = torch.stack((unlikely_D, -unlikely_D))
+    row_D, _, ids = silent_row(opposite_VD, [places], 2)
+    assert (ids, torch.equal(row_D, unlikely_D)) == ((0,), True)
+
+
 def record(name: str) -> TokenSnippets:
     return TokenSnippets(NewToken(name, name, (1, 2)))
 
@@ -174,7 +199,7 @@ def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: py
     monkeypatch.setattr(module, "_read", lambda *_: blurred)
     monkeypatch.setattr(module, "FIRST_EPOCHS", 40.0)
     monkeypatch.setattr(module, "TRY_EPOCHS", 20.0)
-    head_VD = torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]) * torch.eye(8)[7]
+    head_VD = torch.tensor([[2.0], [1.0], [-0.1], [0.05]]) * torch.eye(8)[7]
     model = SimpleNamespace(**{**vars(fake_model()), "head_VD": head_VD})
     records = [TokenSnippets(NewToken(n, n, run)) for n, run in (("a", (1, 2)), ("b", (1, 2, 3)), ("c", (3, 3)))]
     made = make_output_rows("fit", records, model, expansion(records), false_use=0.02)  # type: ignore[arg-type]
@@ -304,6 +329,38 @@ def test_states_are_kept_once_and_stated_before_the_work(monkeypatch: pytest.Mon
     stated = module.states_bytes("none", records, model, every, prefix_ids=[3, 4])
     assert stated == made.places * 32 * 8
     assert module.states_bytes("mean", records, model, every) == 0
+
+
+def test_no_text_that_rows_are_fitted_to_judges_them() -> None:
+    """Neither one that is a snippet of two tokens, nor one under two positions, nor a window that overlaps another."""
+    records, every = snippets(9)
+    rng = np.random.default_rng(1)
+    common = [tuple(rng.integers(0, NUM_BASE, 24).tolist()) for _ in range(6)]
+    both = [(*text[:12], NUM_BASE, NUM_BASE + 1, *text[12:]) for text in common]
+    records[0] = replace(records[0], snippets=tuple(both + both), positions=(12,) * 12)
+    records[1] = replace(records[1], snippets=tuple(text[4:] for text in both), positions=(9,) * 6)
+    train, held_out = module._windows(records, every, [3], 10_000)
+    numbers = text_numbers([ids[1:] for ids in (*train, *held_out)])
+    assert len(train) + len(held_out) == sum(len(made.snippets) for made in records)
+    assert len(train) > len(held_out) >= len(records)
+    assert not set(numbers[: len(train)]) & set(numbers[len(train) :])
+
+
+def test_a_default_dtype_that_somebody_changed_changes_nothing() -> None:
+    """Loading a model in another thread changes it for the whole process."""
+    places = made_places(torch.randn(5_000, 16, generator=torch.Generator().manual_seed(0)), [(0, 0), (1, 1)])
+    head_VD = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append((silent_row(head_VD, [places], 39)[0], fitted(places), rows_in_use(head_VD, 39),
+                          find_uses(places, head_VD[:2]).lost_P, mean_rows(head_VD, [NewToken("a", "a", (1, 2))])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_places_of_many_batches_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,33 @@ def parse_max_memory(text: str) -> dict[int | str, str]:
     return limits
 
 
+def _readable(past: Past) -> Any:
+    """Return what transformers' layers read earlier keys and values from.
+
+    Nothing is kept there: a layer's are put together in its turn only.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+            keys, values = past[number]
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = (one.new_empty(()).expand(one.shape) for one in (keys, values))  # the shapes alone
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+                   ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            before = past[self.number]
+            return torch.cat((before[0], keys), dim=-2), torch.cat((before[1], values), dim=-2)
+
+    cache = DynamicCache()
+    cache.layers = [Layer(number) for number in range(len(past))]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
 def _cache(past: Past) -> Any:
     """Return what transformers' layers read earlier keys and values from, and append theirs to."""
     from transformers import DynamicCache
@@ -224,8 +251,12 @@ class FrozenModel:
 
     @property
     def weight_bytes(self) -> int:
-        """How much memory the weights take, wherever they are."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """How much memory the weights take; of those that are elsewhere, the largest layer or matrix, in its turn."""
+        here = sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.is_meta)
+        layers = list(self._stack or [self._body])
+        matrices = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        return here + max(sum(parameter.nbytes for parameter in module.parameters() if parameter.is_meta)
+                          for module in (*layers, *matrices))  # fmt: skip
 
     @torch.no_grad()
     def past_bytes(self, layer: int | None = None) -> int:
@@ -235,8 +266,14 @@ class FrozenModel:
         probe = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         return sum(keys.nbytes + values.nbytes for keys, values in self.hidden_and_past(probe, layer=layer)[1])
 
-    def step_bytes(self, layer: int | None = None) -> int:
-        """Return how much memory one position takes while gradients are computed, measured on a few positions."""
+    def step_bytes(self, layer: int | None = None, *, positions: int = PROBE_POSITIONS, before: int = 0) -> int:
+        """Return how much memory a text takes while gradients are computed, measured on one.
+
+        Args:
+            layer: How many layers run.
+            positions: Positions of the text that are computed.
+            before: Positions in front of them whose keys and values are kept.
+        """
         known = {parameter.data_ptr() for parameter in self.model.parameters()}
         sizes: dict[int, int] = {}
 
@@ -245,11 +282,19 @@ class FrozenModel:
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        probe = self.embed(torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=self.device)).requires_grad_()
+        options: dict[str, Any] = {}
+        if before:
+            with torch.no_grad():
+                text = self.embed(torch.zeros(1, before, dtype=torch.long, device=self.device))
+                past = self.hidden_and_past(text, layer=layer)[1]
+            behind = Branches.of(range(-1, before + positions - 1)).of_inputs(positions)
+            options = {"past": past, "branches": behind}
+        probe = self.embed(torch.zeros(1, positions, dtype=torch.long, device=self.device)).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = self.hidden(probe, layer=layer)
+            kept = self.hidden(probe, layer=layer, **options)
         del kept
-        return math.ceil(sum(sizes.values()) / PROBE_POSITIONS)
+        # While a layer runs, forward or backward, as much again is there for a moment as it keeps.
+        return math.ceil(sum(sizes.values()) * (1 + 2 / (layer or self.num_layers)))
 
     @cached_property
     def logit_map(self) -> LogitMap:
@@ -336,7 +381,7 @@ class FrozenModel:
             return self._run(inputs_BTD, layer, use_cache=False)
         if not self.takes_branches:
             return unrolled(lambda texts: self._run(texts, layer, use_cache=False), _whole(inputs_BTD, past), branches)
-        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": _cache(past)}
+        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": _readable(past)}
         return self._run_branches(inputs_BTD, layer, branches, **cache)
 
     def hidden_and_past(

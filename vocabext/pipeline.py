@@ -304,14 +304,22 @@ class _Work:
 
     def _mining_documents(self) -> Documents:
         documents = self._read(*self.config.corpus)
-        if self.config.heldout:
-            return documents
-        return Documents((d for d in documents if not is_held_out(d)), documents.left_out)
+        if not self.config.heldout:
+            return Documents((d for d in documents if not is_held_out(d)), documents.left_out)
+        return Documents((d for d in documents if _text_digest(d) not in self._held_out_texts), documents.left_out)
+
+    @cached_property
+    def _held_out_texts(self) -> set[bytes]:
+        """Digests of the held-out texts; what the corpus holds of them is not mined."""
+        held_out = {_text_digest(document) for document in self._held_out_documents()}
+        if common := sum(_text_digest(document) in held_out for document in self._read(*self.config.corpus)):
+            self.say(f"{common:,} documents of the corpus are in --heldout, too; they are not mined")
+        return held_out
 
     def _held_out_documents(self) -> Documents:
+        documents = self._read(*(self.config.heldout or self.config.corpus))
         if self.config.heldout:
-            return self._read(*self.config.heldout)
-        documents = self._read(*self.config.corpus)
+            return documents
         return Documents((d for d in documents if is_held_out(d)), documents.left_out)
 
     def _all_documents(self) -> Documents:
@@ -330,6 +338,10 @@ class _Work:
 def is_held_out(document: Document) -> bool:
     """Tell whether a document is kept from mining: decided by its text, so the same text always is."""
     return zlib.crc32(document.text.encode()) % HELD_OUT_EVERY == 0
+
+
+def _text_digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _digest(value: Any) -> str:

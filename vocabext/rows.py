@@ -4,8 +4,10 @@ Shapes: N new rows, n of them at a time, V rows as stored, D width (a bias has n
 """
 
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from vocabext.checkpoint import Checkpoint, RowsFile
@@ -16,6 +18,10 @@ from vocabext.shards import CHUNK_BYTES, TensorInfo, byte_range
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Gives new rows [i, j) in float32.
 RowSource = Callable[[int, int], torch.Tensor]
+# A row this much shorter than the median one is as good as zero.
+NOTHING = 1e-3
+# Rows that are there in float32 at once.
+ROWS_AT_ONCE = 4_096
 
 
 def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
@@ -35,6 +41,41 @@ def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tens
         chosen = [i for i, run in enumerate(runs) if len(run) == length]
         found[chosen] = matrix_VD[torch.tensor([runs[i] for i in chosen])].float().mean(1)
     return found
+
+
+def row_norms(matrix_VD: torch.Tensor) -> torch.Tensor:
+    """Return the length of each row, (V,), float32, on the host; the matrix is never there in float32 as a whole."""
+    return torch.cat([part.float().norm(dim=1).cpu() for part in matrix_VD.split(ROWS_AT_ONCE)])
+
+
+def rows_in_use(matrix_VD: torch.Tensor, num_base: int, reserved: Collection[int] = ()) -> torch.Tensor:
+    """Tell which base rows stand for tokens that the model was trained on, (num_base,), on the host.
+
+    Many checkpoints have rows that nobody trained: of reserved and special ids, of ids that the tokenizer lacks. They
+    may be zero, next to nothing, or all the same, and say nothing about the others. Where too few rows would be left,
+    less is asked of them.
+
+    Args:
+        matrix_VD: Embedding or head of the base model.
+        num_base: How many rows the tokenizer addresses.
+        reserved: Ids among these that no text has.
+    """
+    num_base = min(num_base, len(matrix_VD))  # the last ids may have no row
+    norms_V = row_norms(matrix_VD[:num_base])
+    some_V = norms_V > 0
+    if bool(some_V.any()):
+        some_V &= norms_V >= NOTHING * norms_V[some_V].median()
+    free_V = some_V.clone()
+    free_V[[i for i in reserved if i < num_base]] = False
+    checksums = np.fromiter(_checksums(matrix_VD[:num_base]), np.uint32, num_base)
+    _, which, count = np.unique(checksums, return_inverse=True, return_counts=True)
+    alone_V = free_V & torch.from_numpy(count[which] == 1)
+    return next((found_V for found_V in (alone_V, free_V) if int(found_V.sum()) > 1), some_V)
+
+
+def _checksums(matrix_VD: torch.Tensor) -> Iterator[int]:
+    for part in matrix_VD.detach().split(ROWS_AT_ONCE):
+        yield from (zlib.crc32(row) for row in part.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def rows_from_file(file: RowsFile, name: str) -> RowSource:

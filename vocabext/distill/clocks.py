@@ -15,7 +15,7 @@ element from these alone, needs several times as many for the same error (docs/d
 A token works in rounds. Each round raises its step size to the peak and lets it decay to zero, so that
 every round ends with a finished row: stopping early costs nothing. After a round the held-out snippets
 decide. From the second round on, a round that lowered their error by less than `MIN_GAIN` of the best so far is
-the token's last.
+the token's last. A token without held-out snippets has `MIN_ROUNDS`, and the row that these made.
 """
 
 import math
@@ -110,13 +110,13 @@ class Clocks:
 
         Args:
             at: The tokens that took part.
-            error_A: Their held-out error now.
+            error_A: Their held-out error now; infinite for tokens that nothing judges.
         """
-        error_A = error_A.masked_fill(~self.rows_GD[at].isfinite().all(1), math.inf).nan_to_num(nan=math.inf)
-        before_A = self.best_error_G[at]
-        better = at[error_A < before_A]
-        self.best_GD[better] = self.rows_GD[better]
-        self.best_error_G[better] = error_A[error_A < before_A]
+        finite_A, before_A = self.rows_GD[at].isfinite().all(1), self.best_error_G[at]
+        error_A = error_A.masked_fill(~finite_A, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
+        better_A = (error_A < before_A) | (before_A.isposinf() & finite_A)  # infinite where nothing judges
+        self.best_GD[at[better_A]] = self.rows_GD[at[better_A]]
+        self.best_error_G[at[better_A]] = error_A[better_A]
         self._rounds_G[at] += 1
         self.active_G[at] = (error_A < before_A * (1 - MIN_GAIN)) | (self._rounds_G[at] < MIN_ROUNDS)
         # Whoever goes on goes on from the best row, and the momentum of the last round is not its own.

@@ -14,8 +14,9 @@ exact, and used, where
 Otherwise the student runs over the whole snippet, which gives the same result at a higher price.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +25,9 @@ from vocabext.distill.examples import Examples
 from vocabext.model import TOLERANCE, FrozenModel, Past, relative_difference
 
 # Positions that go through the model at once when nothing is trained.
-FORWARD_POSITIONS = 8_192
+FORWARD_POSITIONS = {"cpu": 2_048, "cuda": 8_192}
+# So many positions that are only read (kept keys and values) count as one that is computed, where a step is cut.
+READ_AT_ONCE = 4
 # Snippets on which sharing is tried.
 PROBES = 4
 
@@ -47,10 +50,22 @@ class Contexts:
     def take(self, at: torch.Tensor, part: Examples) -> "Contexts":
         """Return what belongs to some of the snippets, one past for each of them, cut to the padding of `part`."""
         before, width = part.before_SP.shape[1], part.ids_ST.shape[1]
-        past = None if self.past is None else tuple(
-            (keys[self.text_S[at].to(keys.device), :, :before], values[self.text_S[at].to(values.device), :, :before])
-            for keys, values in self.past)  # fmt: skip
+        past = None if self.past is None else _Taken(self.past, self.text_S[at], before)
         return Contexts(self.target_STD[at.to(self.target_STD.device), :width], past, torch.arange(len(at)))
+
+
+class _Taken(Sequence[tuple[torch.Tensor, torch.Tensor]]):
+    """The past of some texts, up to a position. A layer's is copied when it is asked for: all at once are large."""
+
+    def __init__(self, past: Past, text_S: torch.Tensor, before: int) -> None:
+        self._past, self._text_S, self._before = past, text_S, before
+
+    def __len__(self) -> int:
+        return len(self._past)
+
+    def __getitem__(self, number: Any) -> Any:
+        keys, values = self._past[number]
+        return tuple(one[self._text_S.to(one.device), :, : self._before] for one in (keys, values))
 
 
 def chunks(length_S: torch.Tensor, at: torch.Tensor, positions: int) -> Iterator[torch.Tensor]:
@@ -83,7 +98,7 @@ def teach(
     size, width, before_W = len(examples), examples.ids_ST.shape[1], examples.before_W
     target_STD: torch.Tensor | None = None
     kept = _Kept(len(before_W), int(before_W.max()))
-    for at in chunks(examples.teacher_length_W, torch.arange(len(before_W)), FORWARD_POSITIONS):
+    for at in chunks(examples.teacher_length_W, torch.arange(len(before_W)), FORWARD_POSITIONS[model.device.type]):
         part_S = torch.isin(examples.text_S, at).nonzero().flatten()
         part = examples.take(part_S).to(model.device)  # its texts are those of `at`, in rising order
         inputs_WUD = model.embed(part.teacher_WU)
@@ -109,7 +124,7 @@ def _students_past(
 ) -> Past:
     """Run the student over what it reads before the token, moved to the left."""
     kept = _Kept(len(examples), examples.before_SP.shape[1])
-    for at in chunks(examples.before_S, torch.arange(len(examples)), FORWARD_POSITIONS):
+    for at in chunks(examples.before_S, torch.arange(len(examples)), FORWARD_POSITIONS[model.device.type]):
         part = examples.take(at).to(model.device)
         count = part.before_SP.shape[1]
         place = torch.arange(max(count, 1), device=part.before_SP.device) + (count - part.before_S)[:, None]

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from vocabext.distill.clocks import Clocks, decayed
-from vocabext.distill.contexts import Contexts, chunks, student_states, teach
+from vocabext.distill.contexts import READ_AT_ONCE, Contexts, chunks, student_states, teach
 from vocabext.distill.examples import Examples
 from vocabext.distill.silence import Background
 from vocabext.model import FrozenModel
@@ -90,8 +90,9 @@ class Taught:
                 ) -> Iterator[tuple[Examples, Contexts]]:  # fmt: skip
         """Yield chosen snippets of each part, in batches of similar length."""
         for examples, contexts, wanted in zip(self.examples, self.contexts, chosen, strict=True):
-            # Without a kept past the student runs over the text before the token as well.
-            length_S = examples.length_S if contexts.past is not None else examples.before_S + examples.length_S
+            # Without a kept past the student runs over the text before the token as well; with one it only reads it.
+            before_S = examples.before_S if contexts.past is None else examples.before_S // READ_AT_ONCE
+            length_S = before_S + examples.length_S
             for at in chunks(length_S, wanted, positions):
                 part = examples.take(at)
                 yield part.to(device), contexts.take(at, part)
@@ -131,14 +132,23 @@ def held_out_errors(
     model: FrozenModel, taught: Taught, rows_GD: torch.Tensor, objective: Objective,
     active_G: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return each token's mean error over its held-out snippets, (G,); 0 for tokens that are not asked for."""
-    total_G, count_G = (torch.zeros(len(rows_GD), device=rows_GD.device) for _ in range(2))
+    """Return each token's mean error over its snippets, (G,): 0 if it is not asked for, infinite if it has none."""
+    total_G, count_G = (rows_GD.new_zeros(len(rows_GD), dtype=torch.float32) for _ in range(2))
     wanted = [_of(examples, active_G) for examples in taught.examples]
     for part, contexts in taught.batches(wanted, objective.positions, model.device):
         errors_S = snippet_errors(model, part, contexts, rows_GD, objective)[0].float()
         total_G.index_add_(0, part.token_S, errors_S)
         count_G.index_add_(0, part.token_S, torch.ones_like(errors_S))
+    total_G[_unjudged(taught, len(rows_GD)).to(total_G.device)] = math.inf
     return total_G / count_G.clamp(min=1)
+
+
+def _unjudged(taught: Taught, size: int) -> torch.Tensor:
+    """Tell which tokens have no snippets, (G,)."""
+    found_G = torch.ones(size, dtype=torch.bool)
+    for examples in taught.examples:
+        found_G[examples.token_S] = False
+    return found_G
 
 
 def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
@@ -147,7 +157,7 @@ def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
 
 
 def fit_rows(
-    model: FrozenModel, train: Sequence[Examples | None], held_out: Examples, start_GD: torch.Tensor,
+    model: FrozenModel, train: Sequence[Examples | None], held_out: Examples | None, start_GD: torch.Tensor,
     objective: Objective, generators: Sequence[torch.Generator], other_start_GD: torch.Tensor | None = None,
 ) -> Fit:  # fmt: skip
     """Train the rows of a group.
@@ -155,7 +165,9 @@ def fit_rows(
     Args:
         model: The frozen model.
         train: Training snippets of the group; part i is what round i adds, None if that is nothing.
-        held_out: Held-out snippets; they end the rounds, and decide between the start and the result.
+        held_out: Held-out snippets; they end the rounds, and decide between the start and the result. A token without
+            any gets the row of a fixed number of rounds if that fits what it was trained on better than the start, and
+            infinite errors.
         start_GD: Initial rows, float32.
         objective: What is minimised.
         generators: For each token the source of the order of its snippets.
@@ -166,7 +178,8 @@ def fit_rows(
     """
     start_GD = start_GD.to(model.device)
     judged, taught = Taught(), Taught()
-    judged.add(model, held_out, objective)
+    if held_out is not None:
+        judged.add(model, held_out, objective)
     start_error_G = held_out_errors(model, judged, start_GD, objective)
     clocks = Clocks(start_GD, start_error_G)
     if other_start_GD is not None:
@@ -184,7 +197,20 @@ def fit_rows(
         shown_G[active.cpu()] += shows
         error_G = held_out_errors(model, judged, clocks.rows_GD, objective, clocks.active_G)
         clocks.end_round(active, error_G[active])
+    _undo_useless(model, taught, clocks, start_GD, objective)
     return Fit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
+
+
+def _undo_useless(model: FrozenModel, taught: Taught, clocks: Clocks, start_GD: torch.Tensor, objective: Objective
+                  ) -> None:  # fmt: skip
+    """Go back to the start with rows that nothing judges and that training has not made better even on its own text."""
+    unjudged_G = clocks.best_error_G.isposinf()
+    if not bool(unjudged_G.any()) or not taught.examples:
+        return
+    before_G, after_G = (held_out_errors(model, taught, rows_GD, objective, unjudged_G)
+                         for rows_GD in (start_GD, clocks.best_GD))  # fmt: skip
+    undone_G = unjudged_G & ~(after_G < before_G)
+    clocks.best_GD[undone_G] = start_GD[undone_G]
 
 
 def _train_round(

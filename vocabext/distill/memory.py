@@ -12,7 +12,8 @@ from functools import cache
 
 import torch
 
-from vocabext.model import FrozenModel
+from vocabext.distill.contexts import FORWARD_POSITIONS, READ_AT_ONCE
+from vocabext.model import PROBE_POSITIONS, FrozenModel
 
 GIB = 2**30
 # Share of the device's memory that may hold what is kept of a group, where no budget is given. Of all of it,
@@ -34,7 +35,8 @@ class MemoryPlan:
         step_bytes: What one step computes (an estimate).
         group: Tokens that train together.
         keep_past: Whether keys and values are kept.
-        writing_bytes: States that output rows are made from, on the host, once all groups are finished.
+        writing_bytes: What output rows are made from, and the work itself (an estimate), once all groups are finished;
+            beside the model.
     """
 
     weights_bytes: int
@@ -55,7 +57,7 @@ class MemoryPlan:
         """Say it in one line."""
         parts = {"model": self.weights_bytes, "rows": self.rows_bytes, "states to match": self.states_bytes,
                  "text before the tokens": self.past_bytes, "a step": self.step_bytes}  # fmt: skip
-        after = f"; for the output rows, afterwards and on the host: states {_size(self.writing_bytes)}"
+        after = f"; for the output rows, afterwards: {_size(self.writing_bytes)} beside the model"
         return (f"{_size(self.total_bytes)} of memory for {self.group:,} tokens at a time: "
                 + ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
                 + (after if self.writing_bytes else ""))
@@ -75,7 +77,7 @@ def device_bytes(device: torch.device) -> int:
 def plan_memory(
     model: FrozenModel, *, tokens: int, snippets: int, before: int, width: int, layer: int, positions: int,
     wanted_group: int, budget_bytes: int | None, exact: bool, batch_snippets: int = 1,
-    texts: Callable[[int], int] | None = None,
+    kept_positions: Callable[[int], tuple[int, int]] | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """Choose the size of the groups, and whether the past is kept.
 
@@ -83,7 +85,7 @@ def plan_memory(
         model: The frozen model.
         tokens: How many tokens there are.
         snippets: Most snippets of a token.
-        before: Most positions of a text that are kept.
+        before: Positions of the longest text.
         width: Most positions from a token on.
         layer: How many layers run.
         positions: Positions of one forward pass.
@@ -91,16 +93,16 @@ def plan_memory(
         budget_bytes: Bound for what is kept of a group; None takes a share of the device's memory.
         exact: Whether keeping the past gives the same result (`contexts.sharing_is_exact`).
         batch_snippets: Snippets of a token per step.
-        texts: How many texts the snippets of the largest group are, for groups of a given size; None takes every
-            snippet for a text of its own.
+        kept_positions: For groups of a given size, of how many positions keys and values are kept, and of how many of
+            one text at most; None takes every snippet for the longest text.
     """
     item, hidden_size = model.dtype.itemsize, model.embedding_VD.shape[1]
     budget = int(device_bytes(model.device) * SHARE) if budget_bytes is None else budget_bytes
-    states, past = snippets * width * hidden_size * item, before * model.past_bytes(layer)
-    counted = cache(texts or (lambda size: size * snippets))
+    states, past = snippets * width * hidden_size * item, model.past_bytes(layer)
+    counted = cache(kept_positions or (lambda size: (size * snippets * before, before)))
 
     def kept(size: int, *, with_past: bool) -> int:
-        return size * states + (past * counted(size) if with_past else 0)
+        return size * states + (past * counted(size)[0] if with_past else 0)
 
     def even(size: int) -> int:
         """Return the size, or a smaller one with which no group is much smaller than the others."""
@@ -110,10 +112,14 @@ def plan_memory(
     group = even(max(1, min(wanted_group, tokens)))
     while group > 1 and (needed := kept(group, with_past=keep_past)) > budget:
         group = even(max(1, group // 2, group * budget // needed))
-    per_snippet = width if keep_past else before + width
-    at_once = min(positions, group * batch_snippets * per_snippet)
+    computed, read = (width, counted(group)[1]) if keep_past else (before, 0)
+    at_once = min(max(1, positions // (computed + read // READ_AT_ONCE)), group * batch_snippets)
+    step = at_once * model.step_bytes(layer, positions=computed, before=read)
+    # The teacher reads more at once: it holds the keys and values of all layers, and one layer's inner states.
+    teacher = min(FORWARD_POSITIONS[model.device.type], group * snippets * before) * (
+        (past if keep_past else 0) + model.step_bytes(layer) // (PROBE_POSITIONS * (layer + 2)))
     return MemoryPlan(
         weights_bytes=model.weight_bytes, rows_bytes=(group * 4 + hidden_size * 3) * hidden_size * 4,
-        states_bytes=group * states, past_bytes=past * counted(group) if keep_past else 0,
-        step_bytes=at_once * model.step_bytes(layer), group=group, keep_past=keep_past,
+        states_bytes=group * states, past_bytes=past * counted(group)[0] if keep_past else 0,
+        step_bytes=max(step, teacher), group=group, keep_past=keep_past,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 
 # Base tokens whose rows are nearest by angle: what a person looks at first in a strange row.
 NEAREST = 3
-# Rows compared with the base at once.
-ROWS_AT_ONCE = 256
+# Base rows that are compared at once.
+ROWS_AT_ONCE = 2_048
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,24 @@ def _reason(pair: tuple[float, float] | None, bound: float) -> str | None:
 
 
 @torch.no_grad()
-def nearest_rows(rows_ND: torch.Tensor, base_VD: torch.Tensor) -> list[tuple[tuple[int, float], ...]]:
-    """Return for each row the ids of the base rows with the largest cosines, and these."""
-    unit_VD = torch.nn.functional.normalize(base_VD.float(), dim=1)
-    found: list[tuple[tuple[int, float], ...]] = []
-    for part_ND in rows_ND.to(unit_VD.device).split(ROWS_AT_ONCE):
-        cosine_NV = torch.nn.functional.normalize(part_ND.float(), dim=1) @ unit_VD.T
-        top = cosine_NV.topk(min(NEAREST, len(unit_VD)), dim=1)
-        found += [tuple(zip(ids, cosines, strict=True))
-                  for ids, cosines in zip(top.indices.tolist(), top.values.tolist(), strict=True)]  # fmt: skip
-    return found
+def nearest_rows(
+    rows_ND: torch.Tensor, base_VD: torch.Tensor, usable_V: torch.Tensor | None = None
+) -> list[tuple[tuple[int, float], ...]]:  # fmt: skip
+    """Return for each row the ids of the base rows with the largest cosines, and these.
+
+    Args:
+        rows_ND: The rows.
+        base_VD: The base's.
+        usable_V: Which of these are looked at; None for all.
+    """
+    unit_ND = torch.nn.functional.normalize(rows_ND.to(base_VD.device).float(), dim=1)
+    best_NK = unit_ND.new_empty(len(unit_ND), 0)
+    ids_NK = torch.empty(len(unit_ND), 0, dtype=torch.long, device=base_VD.device)
+    every = torch.arange(len(base_VD)) if usable_V is None else usable_V.nonzero().flatten()
+    for at in every.to(base_VD.device).split(ROWS_AT_ONCE):
+        cosine_NC = unit_ND @ torch.nn.functional.normalize(base_VD[at].float(), dim=1).T
+        both = torch.cat((best_NK, cosine_NC), 1)
+        best_NK, column_NK = both.topk(min(NEAREST, both.shape[1]), dim=1)
+        ids_NK = torch.cat((ids_NK, at.expand(len(unit_ND), -1)), 1).gather(1, column_NK)
+    return [tuple(zip(ids, cosines, strict=True))
+            for ids, cosines in zip(ids_NK.tolist(), best_NK.tolist(), strict=True)]  # fmt: skip

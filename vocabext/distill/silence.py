@@ -20,7 +20,7 @@ from vocabext.model import FrozenModel
 # Places looked at in each step, out of those kept.
 PLACES_PER_STEP = 512
 MAX_PLACES = 2_048  # each costs the whole output head once
-NORMALISER_PLACES = 256
+NORMALISER_NUMBERS = 2**23  # logits that are there at once
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ def sample_background(
     at = torch.randperm(len(every_PD), generator=generator)[:MAX_PLACES].to(every_PD.device)
     kept_PD = every_PD[at]
     normalisers = (torch.logsumexp(model.logits(part_PD, num_base=num_base), -1)
-                   for part_PD in kept_PD.split(NORMALISER_PLACES))  # fmt: skip
+                   for part_PD in kept_PD.split(max(1, NORMALISER_NUMBERS // num_base)))  # fmt: skip
     return Background(kept_PD, torch.cat(list(normalisers)), model.logit_map)

@@ -1,8 +1,9 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from vocabext.config import DistillConfig
 from vocabext.distill.contexts import sharing_is_exact
 from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
 from vocabext.distill.examples import Examples, build_examples
+from vocabext.distill.heap import give_back_large_blocks
 from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
 from vocabext.distill.resume import FinishedGroups, model_facts, work_digest
@@ -22,19 +24,29 @@ from vocabext.errors import UsageError
 from vocabext.expansion import Expansion
 from vocabext.manifest import base_record
 from vocabext.model import FrozenModel, check_runs_on_rows, load_model
+from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.records import TokenSnippets, check_output, read_tokens
-from vocabext.rows import mean_rows
+from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.support import check_patchable, check_runs
-from vocabext.tokenizer import check_made_for, extend, load_base
-from vocabext.writing.rows import OutputChoice, OutputRows, choose_output_rows, make_output_rows, states_bytes
+from vocabext.tokenizer import BaseTokenizer, check_made_for, extend, load_base
+from vocabext.writing.rows import (
+    OutputChoice,
+    OutputRows,
+    choose_output_rows,
+    make_output_rows,
+    states_bytes,
+    work_bytes,
+)
 
-# One snippet in this many is held out (at least one): it judges the row that the others made.
+# One snippet in this many is held out (at least one): it judges the row that the others made. Snippets of one text
+# (`overlap.py`) are on one side, so that no text judges what it has trained.
 HELD_OUT_EVERY = 8
 # Snippets from which the places are sampled where rows should not be written, and how many of them at once.
 BACKGROUND_SNIPPETS = 256
 BACKGROUND_AT_ONCE = 128
-# Fewer snippets than this cannot be split into training and held-out ones.
+# Fewer different snippets than this are not trained on. Where there are more, but all of one text, all train, the token
+# stops early, and nothing judges its row.
 MIN_SNIPPETS = 2
 # Positions that one training step should have at least, to keep the matrix units busy.
 POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
@@ -42,7 +54,7 @@ POSITIONS_PER_STEP = {"cpu": 2_000, "cuda": 16_000}
 # they learn together which directions matter (`clocks.py`).
 TOKENS_PER_GROUP = 512
 # Positions that go through the model at once while gradients are computed: a bound for long snippets.
-POSITIONS_AT_ONCE = {"cpu": 5_000, "cuda": 16_000}
+POSITIONS_AT_ONCE = {"cpu": 2_000, "cuda": 16_000}
 # The first round shows so many snippets of a token, each once; every further round twice as many.
 FIRST_SNIPPETS = 8
 # Snippets whose length is looked at to see whether sharing is exact.
@@ -160,16 +172,14 @@ def distill_file(
     if choice.why is not None:
         say(choice.why)
     beside = output.with_name(f".{output.name}.groups")
-    parts = base.scheme.parts([record.new_token for record in records])
     if config.method == "mean":  # which takes no more of the model than its rows
         embedding_VD = checkpoint.read(checkpoint.vocab_tensors[0])
-        result = _mean(records, embedding_VD, config, num_used_ids=base.num_used_ids, parts=parts)
+        result = _mean(records, embedding_VD, config, num_used_ids=base.num_used_ids, reserved_ids=base.reserved_ids,
+                       parts=base.scheme.parts([record.new_token for record in records]))
     else:
         frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
-                            max_memory=config.max_memory, offload_folder=beside / "offloaded")  # fmt: skip
-        result = _distill_both(records, frozen, config, choice, num_used_ids=base.num_used_ids,
-                               prefix_ids=base.prefix_ids, parts=parts, beside=beside, progress=progress,
-                               say=say)  # fmt: skip
+                            max_memory=config.max_memory, offload_folder=beside / "offloaded")
+        result = _distill_both(records, frozen, config, choice, base, beside=beside, progress=progress, say=say)
     result = replace(result, choice=choice)
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
@@ -180,25 +190,29 @@ def distill_file(
 
 
 def _distill_both(
-    records: Sequence[TokenSnippets], frozen: FrozenModel, config: DistillConfig, choice: OutputChoice, *,
-    num_used_ids: int, prefix_ids: Sequence[int], parts: Sequence[Sequence[int]], beside: Path, progress: Progress,
-    say: Callable[[str], None],
-) -> DistillResult:  # fmt: skip
+    records: Sequence[TokenSnippets], frozen: FrozenModel, config: DistillConfig, choice: OutputChoice,
+    base: BaseTokenizer, *, beside: Path, progress: Progress, say: Callable[[str], None],
+) -> DistillResult:
     """Make the input rows of all new tokens, and the output rows where the model has some of their own."""
-    own_head = choice.kind != "input"
+    own_head, tokens = choice.kind != "input", [record.new_token for record in records]
     # Input rows that are nothing else need not be kept silent.
     reading = replace(config, silence=0.0) if own_head else config
-    expansion = Expansion([record.new_token for record in records], num_used_ids)
-    writing_bytes = states_bytes(choice.kind, records, frozen, expansion, prefix_ids=prefix_ids,
-                                 places_per_token=config.writing_places)  # fmt: skip
-    result = distill(records, frozen, reading, num_used_ids=num_used_ids, prefix_ids=prefix_ids, progress=progress,
-                     finished_folder=beside, writing_bytes=writing_bytes, parts=parts)  # fmt: skip
+    expansion = Expansion(tokens, base.num_used_ids)
+    writing_bytes = work_bytes(choice.kind, len(records), frozen) + states_bytes(
+        choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids, places_per_token=config.writing_places)
+    result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
+                     progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
+                     reserved_ids=base.reserved_ids, parts=base.scheme.parts(tokens))
+    if unjudged := sum(report.start_error is None for report in result.reports):
+        say(f"tokens without two different texts (one snippet, or windows of one text): {unjudged:,}; nothing is left "
+            "to judge their rows by, and their errors are not known; collect from more text, or pass "
+            "--generate-missing")
     if not own_head:
         return result
     made = make_output_rows(
-        choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=prefix_ids,
-        places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed,
-        progress=progress)  # fmt: skip
+        choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
+        places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed, progress=progress,
+        reserved_ids=base.reserved_ids)
     if made.held_out is not None and not made.bound_met:
         say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
             f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
@@ -207,18 +221,19 @@ def _distill_both(
 
 def _mean(
     records: Sequence[TokenSnippets], embedding_VD: torch.Tensor, config: DistillConfig, *, num_used_ids: int,
-    parts: Sequence[Sequence[int]],
-) -> DistillResult:  # fmt: skip
+    reserved_ids: Collection[int], parts: Sequence[Sequence[int]],
+) -> DistillResult:
     """Make the input rows that are the mean of each token's run."""
-    rows_ND = mean_rows(embedding_VD.cpu(), [record.new_token for record in records])
-    reports = _reports(records, rows_ND, rows_ND, {}, {}, config, embedding_VD, num_used_ids, parts)
+    rows_ND = mean_rows(embedding_VD, [record.new_token for record in records]).cpu()
+    usable_V = rows_in_use(embedding_VD, num_used_ids, reserved_ids)
+    reports = _reports(records, rows_ND, rows_ND, {}, {}, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, 0)
 
 
 def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
-    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (),
+    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (), reserved_ids: Collection[int] = (),
 ) -> DistillResult:  # fmt: skip
     """Make the input rows of all new tokens.
 
@@ -232,12 +247,19 @@ def distill(
         finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
         writing_bytes: What the output rows need afterwards, to be stated with the rest.
         parts: For each token the indices of those that it is merged from; they stay as long as it does.
+        reserved_ids: Base ids that no text has; their rows are no measure for new ones.
     """
     if config.method == "mean":
-        return _mean(records, model.embedding_VD, config, num_used_ids=num_used_ids, parts=parts)
-    rows_ND = mean_rows(model.embedding_VD.cpu(), [record.new_token for record in records])
+        return _mean(records, model.embedding_VD, config, num_used_ids=num_used_ids, reserved_ids=reserved_ids,
+                     parts=parts)
+    give_back_large_blocks()
+    embedding_VD = model.embedding_VD
+    rows_ND = mean_rows(embedding_VD, [record.new_token for record in records]).cpu()
+    usable_V = rows_in_use(embedding_VD, num_used_ids, reserved_ids)
     start_ND = rows_ND.clone()
-    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder)
+    norms_V = row_norms(embedding_VD[:num_used_ids])[usable_V]
+    scale = float((norms_V.square().mean() / embedding_VD.shape[1]).sqrt())
+    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder, scale)
     taken_start = work.taken(rows_ND)
     memory = replace(work.memory, writing_bytes=writing_bytes)
     with progress(memory.describe()):
@@ -250,7 +272,7 @@ def distill(
         # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
         final = work.errors(rows_ND, progress)
         errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
-    reports = _reports(records, rows_ND, start_ND, errors, shown, config, model.embedding_VD, num_used_ids, parts)
+    reports = _reports(records, rows_ND, start_ND, errors, shown, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
@@ -259,7 +281,7 @@ class _Work:
 
     def __init__(
         self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, num_used_ids: int,
-        prefix_ids: Sequence[int], finished_folder: Path | None,
+        prefix_ids: Sequence[int], finished_folder: Path | None, scale: float,
     ) -> None:  # fmt: skip
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
         check_runs_on_rows(model.model.config)
@@ -272,9 +294,9 @@ class _Work:
             raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
                              "at most; collect again with a smaller --window")  # fmt: skip
         embedding_VD = model.embedding_VD
-        self.rate = config.learning_rate * float(embedding_VD[:num_used_ids].float().square().mean().sqrt())
+        self.rate = config.learning_rate * scale  # root mean square of the elements of base rows
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
-        self.trainable = [i for i, record in enumerate(records) if len(record.snippets) >= MIN_SNIPPETS]
+        self.trainable = [i for i, record in enumerate(records) if self._different(record) >= MIN_SNIPPETS]
         # Tokens with about the same number of snippets go together, so that nobody waits for the others.
         self.trainable.sort(key=lambda i: -len(records[i].snippets))
         self.background = self._background() if model.tied else None
@@ -302,7 +324,8 @@ class _Work:
         """Train all groups; `rows_ND` is changed in place.
 
         Returns:
-            For each trained token its held-out errors (start, end), and how many snippets it was shown.
+            For each token that is judged its held-out errors (start, end), and for each that was trained how many
+            snippets it was shown.
         """
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
@@ -313,22 +336,23 @@ class _Work:
                 fit = self._group(group, f"{'all' if merge_all else 'own'}-{number:08d}", rows_ND[group], others_ND)
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
-                errors.update(zip(group, pairs, strict=True))
+                errors.update(compress(zip(group, pairs, strict=True), self._judged(group)))
                 shown.update(zip(group, fit.shown_G.tolist(), strict=True))
                 task.advance(len(group))
                 start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
-                task.note(f"error {end / start:.0%} of the start")
+                task.note(f"error {end / start:.0%} of the start" if start else "nothing to judge by")
         return errors, shown
 
     def errors(self, rows_ND: torch.Tensor, progress: Progress) -> dict[int, float]:
-        """Return the held-out error of each trained token, in texts where it alone is merged."""
+        """Return the held-out error of each token that is judged, in texts where it alone is merged."""
         found: dict[int, float] = {}
         with progress("measuring the final rows", len(self.trainable), "tokens") as task:
             for group in self._groups(self.memory.group):
                 objective, judged = self._objective((), None, group), Taught()
-                judged.add(self.model, self._lay_out(self._parts(group)[0], group), objective)
+                if (held_out := self._held_out(group)) is not None:
+                    judged.add(self.model, held_out, objective)
                 errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
-                found.update(zip(group, errors_G.tolist(), strict=True))
+                found.update(compress(zip(group, errors_G.tolist(), strict=True), self._judged(group)))
                 task.advance(len(group))
         return found
 
@@ -340,7 +364,7 @@ class _Work:
         parts = self._parts(group)
         train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
                  for part in parts[1:]]  # fmt: skip
-        held_out, rounds = self._lay_out(parts[0], group, merge_all=merge_all), self._rounds(group)
+        held_out, rounds = self._held_out(group, merge_all=merge_all), self._rounds(group)
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
@@ -372,7 +396,40 @@ class _Work:
 
     def _rounds(self, group: Sequence[int]) -> list[tuple[int, int]]:
         most = max(len(self.records[i].snippets) for i in group)
-        return _rounds(most - len(_held_out(most)), self.config.epochs, self.config.rounds)
+        return _rounds(most - -(-most // HELD_OUT_EVERY), self.config.epochs, self.config.rounds)
+
+    def _held_out(self, group: Sequence[int], *, merge_all: bool = False) -> Examples | None:
+        """Return the held-out snippets of a group; None where each of its tokens has one text only."""
+        part = self._parts(group)[0]
+        return self._lay_out(part, group, merge_all=merge_all) if any(record.snippets for record in part) else None
+
+    def _judged(self, group: Sequence[int]) -> list[bool]:
+        """Tell which tokens have held-out snippets."""
+        return [bool(record.snippets) for record in self._parts(group)[0]]
+
+    def _texts(self, record: TokenSnippets) -> list[int]:
+        """Return which text each snippet of a token is."""
+        return text_numbers(self.expansion.unmerge_batch(record.snippets))
+
+    def _different(self, record: TokenSnippets) -> int:
+        """Return how many different snippets a token has, however they are merged."""
+        return len({ids.tobytes() for ids in self.expansion.unmerge_batch(record.snippets)})
+
+    def _shared(self, group: Sequence[int], first: int) -> list[tuple[TokenSnippets, list[int]]]:
+        """Return what the tokens of a group learn from, and which text each snippet is.
+
+        A token that would get snippets of one text only keeps its own, where these are of more.
+        """
+        own = [self.records[i] for i in group]
+        shared = share_texts(own, [self.expansion.first_new_id + i for i in group], first)
+        found = []
+        for record, other in zip(own, shared, strict=True):
+            texts = self._texts(other)
+            if len(set(texts)) > 1 or len(set(own_texts := self._texts(record))) < 2:
+                found.append((other, texts))
+            else:
+                found.append((record, own_texts))
+        return found
 
     def _parts(self, group: Sequence[int]) -> list[list[TokenSnippets]]:
         """Return the held-out snippets of a group, and what each round adds to the training ones.
@@ -381,8 +438,7 @@ class _Work:
         """
         first = FIRST_SNIPPETS + -(-FIRST_SNIPPETS // (HELD_OUT_EVERY - 1))  # those of the first round, and held out
         if tuple(group) not in self._divided:  # the plan of the memory has asked already
-            ids = [self.expansion.first_new_id + i for i in group]
-            split = [_split(record) for record in share_texts([self.records[i] for i in group], ids, first)]
+            split = [_split(record, texts) for record, texts in self._shared(group, first)]
             added = [[_slice(train, low, high) for train, _ in split] for low, high in _bounds(self._rounds(group))]
             self._divided[tuple(group)] = [[held_out for _, held_out in split], *added]
         return self._divided[tuple(group)]
@@ -407,7 +463,7 @@ class _Work:
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
                            wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets, texts=self._most_texts)  # fmt: skip
+                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)  # fmt: skip
 
     def _longest_text(self) -> int:
         """Return how many base ids the longest snippet has, with what stands in front of it."""
@@ -418,10 +474,24 @@ class _Work:
         starts = np.cumsum([0, *map(len, rows[:-1])])
         return len(self.prefix_ids) + int(np.add.reduceat(lengths, starts).max())
 
-    def _most_texts(self, size: int) -> int:
-        """Return how many texts are kept of a group at most, in groups of a size."""
-        return max((sum(len({ids for record in part for ids in record.snippets}) for part in self._parts(group))
-                    for group in self._groups(size)), default=0)  # fmt: skip
+    def _kept_positions(self, size: int) -> tuple[int, int]:
+        """Return how many positions stand before tokens, in the texts of a group and in one of them, at most.
+
+        Texts are padded to the longest that a part of a group has.
+        """
+        kept, longest = 0, 0
+        for group in self._groups(size):
+            parts = [self._most_before(part, group) for part in self._parts(group)]
+            kept = max(kept, sum(texts * before for texts, before in parts))
+            longest = max(longest, *(before for _, before in parts))
+        return kept, longest
+
+    def _most_before(self, part: Sequence[TokenSnippets], group: Sequence[int]) -> tuple[int, int]:
+        """Return how many texts some snippets are, and how many base ids stand before the token in one at most."""
+        starts = [(ids, ids.index(self.expansion.first_new_id + i))
+                  for i, record in zip(group, part, strict=True) for ids in record.snippets]  # fmt: skip
+        before = max((int(self.expansion.run_lengths(ids[:at]).sum()) for ids, at in starts), default=0)
+        return len({ids for ids, _ in starts}), len(self.prefix_ids) + before
 
     def _background(self) -> Background | None:
         """Sample places from one snippet of each of some tokens, spread over all of them."""
@@ -458,15 +528,23 @@ def _bounds(rounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(pairwise(uses))
 
 
-def _split(record: TokenSnippets) -> tuple[TokenSnippets, TokenSnippets]:
-    """Set some snippets aside; returns what to train on and what to judge by."""
-    size = len(record.snippets)
-    held = _held_out(size)
-    return _only(record, [i for i in range(size) if i not in held]), _only(record, held)
+def _split(record: TokenSnippets, texts: Sequence[int]) -> tuple[TokenSnippets, TokenSnippets]:
+    """Set some snippets aside, whole texts only; returns what to train on and what to judge by.
 
-
-def _held_out(size: int) -> range:
-    return range(0, size, HELD_OUT_EVERY)
+    Args:
+        record: The snippets.
+        texts: Which text each of them is. If all are one, all train.
+    """
+    size, held = len(record.snippets), set[int]()
+    wanted, count = -(-size // HELD_OUT_EVERY), Counter(texts)
+    if len(count) > 1:
+        for at, text in enumerate(texts):
+            taken = sum(count[other] for other in held)
+            if text not in held and at >= HELD_OUT_EVERY * taken and count[text] <= wanted - taken:
+                held.add(text)
+        held = held or {min(count, key=lambda text: count[text])}
+    sides = [[i for i in range(size) if (texts[i] in held) == side] for side in (False, True)]
+    return _only(record, sides[0]), _only(record, sides[1])
 
 
 def _slice(record: TokenSnippets, low: int, high: int) -> TokenSnippets:
@@ -481,12 +559,12 @@ def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
 def _reports(
     records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
     errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig,
-    embedding_VD: torch.Tensor, num_used_ids: int, parts: Sequence[Sequence[int]],
+    embedding_VD: torch.Tensor, usable_V: torch.Tensor, parts: Sequence[Sequence[int]],
 ) -> tuple[TokenReport, ...]:  # fmt: skip
-    base_VD = embedding_VD[:num_used_ids]
-    typical = float(base_VD.float().norm(dim=1).median())
+    base_VD = embedding_VD[: len(usable_V)]
+    typical = float(row_norms(base_VD)[usable_V].median())
     reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out, parts)
-    nearest = nearest_rows(rows_ND, base_VD)
+    nearest = nearest_rows(rows_ND, base_VD, usable_V)
     reports = []
     for i, record in enumerate(records):
         start, end = errors.get(i, (None, None))

@@ -132,6 +132,12 @@ class BaseTokenizer(_Encoder):
         """Ids that no new token may contain."""
         return self.scheme.barrier_ids
 
+    @property
+    def reserved_ids(self) -> list[int]:
+        """Ids below `num_used_ids` that no plain text has: barriers, and holes among the ids."""
+        holes = set(range(self.num_used_ids)) - {*self.vocabulary.values(), *self.added.values()}
+        return sorted(holes | set(self.barrier_ids.tolist()))
+
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""
         return self.scheme.describe()

@@ -70,12 +70,16 @@ class Fit:
         """
         self.task, self.device = task, device
         self.generator = torch.Generator().manual_seed(seed)
-        some_PD = task.places.hidden_PD[torch.randperm(len(task.places), generator=self.generator)[:SAMPLE]].float()
-        # So that a step moves logits by as much in a class that scales them.
-        second_DD = task.logit_map.scale**2 * (some_PD.T @ some_PD) / len(some_PD)
-        second_DD += RIDGE * second_DD.diagonal().mean() * torch.eye(len(second_DD))
+        some = torch.randperm(len(task.places), generator=self.generator)[:SAMPLE]
+        width = task.places.hidden_PD.shape[1]
+        second_DD = torch.zeros(width, width, dtype=torch.float32)
+        for at in some.split(BATCH):  # all of them in float32 would be more than the states
+            part_ID = task.places.hidden_PD[at].float()
+            second_DD += part_ID.T @ part_ID / len(some)
+        second_DD *= task.logit_map.scale**2  # so that a step moves logits by as much in a class that scales them
+        second_DD += RIDGE * second_DD.diagonal().mean() * torch.eye(width, dtype=torch.float32)
         self.factor_DD = torch.linalg.cholesky(second_DD).to(device)
-        self.white_ND = torch.zeros(num_tokens, len(second_DD), device=device)
+        self.white_ND = torch.zeros(num_tokens, width, dtype=torch.float32, device=device)
 
     @property
     def rows_ND(self) -> torch.Tensor:  # noqa: N802

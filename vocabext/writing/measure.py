@@ -79,14 +79,14 @@ def find_uses(
         bias_N: Entries of the head's bias for the new tokens; None for a head without one.
     """
     num_new = len(rows_ND)
-    added_N = torch.zeros((), device=rows_ND.device) if bias_N is None else bias_N.to(rows_ND.device).float()
+    added_N = torch.zeros((), dtype=torch.float32) if bias_N is None else bias_N.float()
     greedy = torch.unique(places.place_R[places.greedy_R] * num_new + places.token_R[places.greedy_R])
     deserved_P = torch.zeros(len(places), dtype=torch.bool)
     deserved_P[places.place_R[places.greedy_R]] = True
     tokens, ahead, lost = [], [], []
     for at in torch.arange(len(places)).split(AT_ONCE):
         logits_CN = places.hidden_PD[at].to(rows_ND.device).float() @ rows_ND.float().T
-        logits_CN = logit_map(logits_CN.add_(added_N)).cpu()
+        logits_CN = logit_map(logits_CN.add_(added_N.to(rows_ND.device))).cpu()
         best_C, token_C = logits_CN.max(1)
         tokens.append(token_C)
         ahead.append(best_C - places.top_P[at])

@@ -125,7 +125,8 @@ def _read(
     following_ST = torch.cat((ids_ST[:, 1:], ids_ST.new_full((len(windows), 1), -1)), 1)
     following_ST[torch.arange(len(windows)), lengths_S - 1] = -1
     node_P = torch.full((len(window_P),), ROOT)
-    start = _Frontier(torch.arange(len(window_P)), node_P, torch.zeros(len(window_P)), torch.ones(len(window_P)) > 0)
+    start = _Frontier(torch.arange(len(window_P)), node_P, torch.zeros(len(window_P), dtype=torch.float32),
+                      torch.ones(len(window_P), dtype=torch.bool))  # fmt: skip
     reading = _follow(model, hidden_PD, start, tree, num_base, likely)
     runs, frontier = [reading.ended], reading.going_on
     while len(frontier.place_F):

@@ -5,7 +5,8 @@ Shape suffixes: N new tokens, D hidden size, P places.
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -15,15 +16,16 @@ from vocabext.config import DistillConfig
 from vocabext.errors import UsageError
 from vocabext.expansion import Expansion, Ids
 from vocabext.logit_map import LogitMap
-from vocabext.model import FrozenModel
+from vocabext.model import PROBE_POSITIONS, FrozenModel
+from vocabext.overlap import text_numbers
 from vocabext.progress import Progress, no_progress
 from vocabext.progress import Task as ProgressTask
 from vocabext.records import TokenSnippets
-from vocabext.rows import mean_rows
+from vocabext.rows import mean_rows, row_norms, rows_in_use
 from vocabext.vocabulary import MAX_NORM_RATIO
-from vocabext.writing.fit import Fit, Task, longest_runs
+from vocabext.writing.fit import BATCH, Fit, Task, longest_runs
 from vocabext.writing.measure import Uses, Writing, find_uses, measure_writing, per_token
-from vocabext.writing.places import Places, concatenate, find_places
+from vocabext.writing.places import HEAD_PLACES, WINDOW_POSITIONS, Places, concatenate, find_places
 from vocabext.writing.runs import RunTree
 
 # One window in this many judges rows that the others made.
@@ -48,7 +50,7 @@ LONGEST = 0.97 * MAX_NORM_RATIO
 ALMOST_ZERO = 1e-4
 # Places at which the least likely base rows are looked for.
 SILENCE_PLACES = 4_096
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 UNJUDGED = "no place to judge it by"
 
 
@@ -167,7 +169,7 @@ def choose_output_rows(config: DistillConfig, *, architecture: str, tied: bool, 
 def make_output_rows(
     kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
     prefix_ids: Sequence[int] = (), places_per_token: int = 200, false_use: float = 0.01, seed: int = 0,
-    progress: Progress = no_progress,
+    progress: Progress = no_progress, reserved_ids: Collection[int] = (),
 ) -> OutputRows:  # fmt: skip
     """Make the output rows of all new tokens.
 
@@ -183,6 +185,7 @@ def make_output_rows(
         false_use: Share of held-out places at which a new token may be on top where base writes something else.
         seed: Of every choice.
         progress: Where to report.
+        reserved_ids: Base ids that no text has: their rows are no examples of what is never written.
     """
     tokens = [record.new_token for record in records]
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
@@ -198,15 +201,15 @@ def make_output_rows(
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     head_VD, lengths_N = model.head_VD, torch.tensor([len(token.run) for token in tokens])
-    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_map)
+    usable_V = rows_in_use(head_VD, expansion.first_new_id, reserved_ids)
+    silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_map, usable_V)
     size = sum(map(len, parts))
     if kind == "none" or not held_out:
         reports = tuple(TokenWriting(token.token, 0, 0, 0, UNJUDGED) for token in tokens) if kind == "fit" else ()
         return OutputRows(silent_D.expand(len(tokens), -1).clone(), kind, None, reports, None, size, leak, silent_ids,
                           read_seconds, time.perf_counter() - began)  # fmt: skip
     places, judged = parts
-    longest = LONGEST * float(torch.linalg.vector_norm(head_VD[:expansion.first_new_id], dim=1,
-                                                       dtype=torch.float32).max())
+    longest = LONGEST * float(row_norms(head_VD[:expansion.first_new_id])[usable_V].max())
     judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_map)
     fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_map), len(tokens), model.device, seed)
     best = _fit(fit, judge, false_use, progress)
@@ -228,25 +231,62 @@ def states_bytes(
     return sum(sizes) * model.head_VD.shape[1] * model.dtype.itemsize
 
 
+def work_bytes(kind: str, num_tokens: int, model: FrozenModel) -> int:
+    """Return about how much memory `make_output_rows` works in, beside the states; 0 if it reads no text."""
+    if kind not in ("fit", "none") or model.head_bias_V is not None:
+        return 0
+    rows, width = model.head_VD.shape
+    inner = model.step_bytes() // (PROBE_POSITIONS * (model.num_layers + 2))  # of one position and layer
+    reading = WINDOW_POSITIONS * (2 * model.past_bytes() + inner) + 3 * HEAD_PLACES * rows * 4
+    # Scores with their gradients; rows, whitened rows, gradients and Adam's two; the second moments and their root.
+    fitting = 4 * (3 * BATCH * num_tokens + 6 * num_tokens * width + 3 * width**2) if kind == "fit" else 0
+    return max(reading, fitting)
+
+
 def _windows(
     records: Sequence[TokenSnippets], expansion: Expansion, prefix_ids: Sequence[int], places_per_token: int
 ) -> tuple[list[Ids], list[Ids]]:
     """Choose snippets of each token, in base ids: those to fit to, and those to judge by.
 
-    Without any snippet the runs themselves are text: enough to find rows that are silent.
+    The rows are fitted together, so no text is on both sides, whichever tokens it was chosen for. Without any snippet
+    the runs themselves are text: enough to find rows that are silent.
     """
     prefix = np.asarray(prefix_ids, np.int64)
-    train: list[Ids] = []
-    held_out: list[Ids] = []
+    chosen: list[Ids] = []
+    owned: list[range] = []
     for record in records:
-        wanted = places_per_token
-        for number, ids in enumerate(expansion.unmerge_batch(record.snippets)):
-            (held_out if number % HELD_OUT_EVERY == 1 else train).append(np.concatenate((prefix, ids)))
+        begin, wanted = len(chosen), places_per_token
+        for ids in expansion.unmerge_batch(record.snippets):
+            chosen.append(ids)
             wanted -= len(ids)
             if wanted <= 0:
                 break
+        owned.append(range(begin, len(chosen)))
+    texts = text_numbers(chosen)
+    judging = _judging_texts(owned, texts)
+    sides: dict[bool, list[Ids]] = {False: [], True: []}
+    for ids, text in zip(chosen, texts, strict=True):
+        sides[text in judging].append(np.concatenate((prefix, ids)))
+    train, held_out = sides[False], sides[True]
     runs = [np.asarray([*prefix_ids, *record.new_token.run], np.int64) for record in records]
     return train or runs, held_out
+
+
+def _judging_texts(owned: Sequence[range], texts: Sequence[int]) -> set[int]:
+    """Choose the texts to judge by: for each token some of its own, rather those that few windows are of.
+
+    Args:
+        owned: The windows of each token.
+        texts: Which text each window is.
+    """
+    count, train, held = Counter(texts), set[int](), set[int]()
+    for windows in owned:
+        order = sorted(windows, key=lambda at: (count[texts[at]], (at - windows.start) % HELD_OUT_EVERY != 1, at))
+        free = [at for at in order if texts[at] not in train and 2 * count[texts[at]] <= len(texts)]
+        wanted = -(-(len(windows) - 1) // HELD_OUT_EVERY)  # of a single one none
+        held |= {texts[at] for at in free[:wanted]}
+        train |= {texts[at] for at in windows} - held
+    return held
 
 
 def _read(
@@ -254,7 +294,7 @@ def _read(
 ) -> Places:
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
     skipped = max(0, first - 1)
-    hidden_PD, done = torch.empty(0), 0
+    hidden_PD, done = torch.empty(0, dtype=model.dtype), 0
     parts: list[Places] = []
     with progress("reading what the base writes", len(windows), "snippets") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
@@ -361,7 +401,8 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
 
 
 def silent_row(
-    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, logit_map: LogitMap
+    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, logit_map: LogitMap,
+    usable_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float, tuple[int, ...]]:  # fmt: skip
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
 
@@ -372,25 +413,38 @@ def silent_row(
     Args:
         head_VD: The base's output rows.
         parts: Places at which to look, some in each part.
-        num_base: How many of the rows are in use.
+        num_base: How many of the rows the tokenizer addresses.
         logit_map: From products to logits, as the model class does it.
+        usable_V: Which of these may be chosen; None finds those in use (`rows_in_use`).
 
     Returns:
         The row (D,), float32, the largest probability that it has at one of the places, and the ids of the two rows.
+
+    Raises:
+        UsageError: If there is no row to choose.
     """
-    size, begin, num_base = sum(map(len, parts)), 0, min(num_base, len(head_VD))  # the last ids may have no row
-    at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES)).long()
-    worst_V = torch.full((num_base,), -math.inf)
+    num_base = min(num_base, len(head_VD))  # the last ids may have no row
+    usable_V = rows_in_use(head_VD, num_base) if usable_V is None else usable_V
+    if not bool(usable_V.any()):
+        raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from "
+                         "being written; the weights are damaged, or were never trained")  # fmt: skip
+    size, begin = sum(map(len, parts)), 0
+    at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES), dtype=torch.float64).long()
+    worst_V = torch.full((num_base,), -math.inf, dtype=torch.float32)
     for part in parts:
         own = at[(at >= begin) & (at < begin + len(part))] - begin
         begin += len(part)
         for some in own.split(ROWS_AT_ONCE) if len(own) else ():
-            logits_CV = part.hidden_PD[some].to(head_VD.device).float() @ head_VD[:num_base].float().T
-            share_CV = logit_map(logits_CV).cpu() - part.normaliser_P[some, None]
+            logits_CV = part.hidden_PD[some].to(head_VD) @ head_VD[:num_base].T  # the head in its own dtype: no copy
+            share_CV = logit_map(logits_CV.float()).cpu() - part.normaliser_P[some, None]
             worst_V = torch.maximum(worst_V, share_CV.amax(0))
-    least = worst_V.topk(min(2, num_base), largest=False).indices
-    row_D = head_VD[least.to(head_VD.device)].float().mean(0).cpu()
+    worst_V[~usable_V] = math.inf
+    first, *others = worst_V.topk(min(3, int(usable_V.sum())), largest=False).indices.tolist()
+    for least in ([first, others[0]], [first, others[-1]], [first]) if others else ([first],):
+        row_D = head_VD[least].float().mean(0).cpu()
+        if bool(row_D.to(head_VD.dtype).any()):  # not each other's opposite
+            break
     leak = max(float((logit_map(hidden_CD.float() @ row_D) - normaliser_C).max())
                for part in parts for hidden_CD, normaliser_C in zip(
                    part.hidden_PD.split(8_192), part.normaliser_P.split(8_192), strict=True))  # fmt: skip
-    return row_D, math.exp(leak), tuple(least.tolist())
+    return row_D, math.exp(leak), tuple(least)
