@@ -20,13 +20,14 @@ from distill_tables import table, where
 from kept import Kept
 from machine import describe
 
-from vocabext.config import DistillConfig, EvalConfig
 from vocabext.distill import distill
-from vocabext.distill.report import left_out_reasons
-from vocabext.evaluate import RowSet, evaluate
-from vocabext.model import load_model
-from vocabext.records import NewToken, write_json
+from vocabext.distill.input_rows.report import left_out_reasons
+from vocabext.evaluate.stage import RowSet, evaluate
+from vocabext.files.atomic import write_json
+from vocabext.model.frozen import load_model
+from vocabext.options import DistillConfig, EvalConfig
 from vocabext.tokenizer import extend, load_tokenizer
+from vocabext.tokens import NewToken
 
 FACTORS = (0.0, 5.0, 3.0, 2.0, 1.5)
 
@@ -52,17 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = DistillConfig(dtype="float32", leave_out=0.0, rounds=arguments.rounds)
     result = distill(records, model, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids)
     errors = [None if r.start_error is None or r.end_error is None else (r.start_error, r.end_error)
-              for r in result.reports]  # fmt: skip
+              for r in result.reports]
 
     def measured(ship: Sequence[int]) -> dict[str, float]:
         tokens: list[NewToken] = [records[i].new_token for i in ship]
         rows_ND: torch.Tensor = result.input_ND[list(ship)]
         found: dict[str, Any] = evaluate(heldout, model, base, extend(base, tokens),
                                          [RowSet("mean", rows_ND, rows_ND)],
-                                         replace(EvalConfig(), max_bytes=arguments.max_bytes, prompts=0))  # fmt: skip
+                                         replace(EvalConfig(), max_bytes=arguments.max_bytes, prompts=0))
         nll = {row["name"]: row["target_nll_nats"] for row in found["rows"]}
         return {"shorter": 1 - 1 / found["shorter"]["ratio"],
-                "loss_nats": nll["mean"] - nll["base"]}  # fmt: skip
+                "loss_nats": nll["mean"] - nll["base"]}
 
     rows = []
     for factor in FACTORS:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         everything = len(ship) == len(records)
         rule = rows[0]["rule"] if everything and rows else measured(ship)
         rows.append({"factor": factor, "left_out": len(records) - len(ship), "rule": rule,
-                     "lot": rule if everything else measured(lot)})  # fmt: skip
+                     "lot": rule if everything else measured(lot)})
     found = {"machine": describe(model.device), "tokens": len(records), "rounds": arguments.rounds, "rows": rows}
     write(render(found))
     if arguments.output:
@@ -83,7 +84,7 @@ def render(found: dict[str, Any]) -> str:
     return f"{found['tokens']} tokens, {where(found)}\n\n" + table(
         ("--leave-out", "left out", "shorter", "nats lost", "by lot: shorter", "nats lost"),
         [(f"{row['factor']:g}", str(row["left_out"]), *(text for who in ("rule", "lot") for text in (
-            f"{row[who]['shorter']:.2%}", f"{row[who]['loss_nats']:.4f}"))) for row in found["rows"]])  # fmt: skip
+            f"{row[who]['shorter']:.2%}", f"{row[who]['loss_nats']:.4f}"))) for row in found["rows"]])
 
 
 if __name__ == "__main__":

@@ -43,20 +43,20 @@ from sections import put_section
 from transformers.utils import logging as transformers_logging
 from work import BodyShape, Floor, WorkCounter, floor_of, reference_work
 
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig, MineConfig
-from vocabext.corpus import read_documents
+from vocabext.corpus import Document, read_documents
 from vocabext.distill import DistillResult, distill
 from vocabext.errors import UsageError
-from vocabext.evaluate import RowSet
-from vocabext.expansion import Expansion
-from vocabext.mine import mine
-from vocabext.model import FrozenModel, load_model, pick_device, pick_dtype
-from vocabext.pipeline import is_held_out
+from vocabext.evaluate.stage import RowSet
+from vocabext.files.atomic import write_json
+from vocabext.mine.stage import mine
+from vocabext.model.frozen import FrozenModel, load_model, pick_device, pick_dtype
+from vocabext.options import CollectConfig, DistillConfig, MineConfig
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken, TokenSnippets, write_json
-from vocabext.rows import mean_rows
+from vocabext.run import is_held_out
 from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 # What ours is run with beside the defaults, cheapest first: a number of snippets, and options of DistillConfig.
@@ -78,7 +78,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     # The shape of Llama 3.2 1B.
     "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options as JSON-ready values, without folders that say nothing to others."""
     apart = ("keep", "stop_after", "docs", "output")
     return {key: value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for key, value in vars(arguments).items() if key not in apart}  # fmt: skip
+            for key, value in vars(arguments).items() if key not in apart}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -191,7 +191,7 @@ def _budget(text: str) -> tuple[int | None, DistillConfig]:
     if unknown:
         raise ValueError(f"there is no option {', '.join(unknown)}; there are snippets, {', '.join(defaults)}")
     options: dict[str, Any] = {key: value if isinstance(defaults[key], str) else _literal(value)
-                               for key, value in pairs.items()}  # fmt: skip
+                               for key, value in pairs.items()}
     return (None if snippets is None else int(snippets)), DistillConfig(**{"silence": NOT_SILENT, **options})
 
 
@@ -243,7 +243,7 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         work = work_of(task, references[-1], runs[0], config, peaks)
     return {"tokens": len(tokens), "snippets": task.num_snippets, "work": work,
             "quality": {name: asdict(q) for name, q in qualities.items()},
-            "runs": [_run_json(run) for run in (*references, *runs)]}  # fmt: skip
+            "runs": [_run_json(run) for run in (*references, *runs)]}
 
 
 def machine_facts(device: torch.device) -> dict[str, object]:
@@ -277,7 +277,7 @@ def reference_runs(task: Task, config: ReferenceConfig) -> list[Run]:
         del model
     runs = [Run(f"reference, {snapshot.share:.3g} epoch", snapshot.seconds, snapshot.cpu_seconds,
                 "bfloat16" if config.autocast else "float32", snapshot.input_ND, snapshot.output_ND)
-            for snapshot in snapshots]  # fmt: skip
+            for snapshot in snapshots]
     return [*runs[:-1], replace(runs[-1], memory=(memory.peak_bytes, memory.before_bytes))]
 
 
@@ -294,7 +294,7 @@ def time_ours(task: Task, budget: str) -> Run:
         del model
     output_ND: torch.Tensor | None = getattr(result, "output_ND", None)
     return Run(f"ours, {budget or DEFAULTS}", seconds, cpu_seconds, dtype, result.input_ND, output_ND,
-               (memory.peak_bytes, memory.before_bytes), Made.of(result))  # fmt: skip
+               (memory.peak_bytes, memory.before_bytes), Made.of(result))
 
 
 def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
@@ -305,9 +305,9 @@ def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
 
 
 def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
-             progress: Progress = no_progress) -> DistillResult:  # fmt: skip
+             progress: Progress = no_progress) -> DistillResult:
     return distill(records, model, config, num_used_ids=task.expansion.first_new_id, prefix_ids=task.prefix_ids,
-                   progress=progress)  # fmt: skip
+                   progress=progress)
 
 
 def _reference_config(arguments: argparse.Namespace) -> ReferenceConfig:
@@ -353,7 +353,7 @@ def matrix_peaks(task: Task, dtypes: set[str]) -> dict[str, dict[str, float]]:
 
 
 def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig, peaks: dict[str, dict[str, float]]
-            ) -> dict[str, Any]:  # fmt: skip
+            ) -> dict[str, Any]:
     """Count what both did and the least that ours needed."""
     assert ours.made is not None
     counter = count_ours(task, ours.made)
@@ -366,13 +366,13 @@ def work_of(task: Task, reference: Run, ours: Run, config: ReferenceConfig, peak
     num_prefix, options = len(task.prefix_ids), DistillConfig()
     least = floor_of(shape, task.records, task.expansion, num_prefix, layer=ours.made.layer,
                      shown=ours.made.shown, epochs=options.epochs,
-                     reach=options.reach)  # fmt: skip
+                     reach=options.reach)
     once = floor_of(shape, task.records, task.expansion, num_prefix, layer=shape.layers,
-                    shown=[len(record.snippets) for record in task.records], epochs=1)  # fmt: skip
+                    shown=[len(record.snippets) for record in task.records], epochs=1)
     other, by_part = sum(counter.flops.values()) - counter.body, sorted(counter.flops.items())
     return {"reference": _work_json(peaks, reference, body, head, once),
             "ours": _work_json(peaks, ours, counter.body, other, least),
-            "ours_by_part": {f"{part} {way}": count for (part, way), count in by_part}}  # fmt: skip
+            "ours_by_part": {f"{part} {way}": count for (part, way), count in by_part}}
 
 
 def count_ours(task: Task, timed: Made) -> WorkCounter:
@@ -403,7 +403,7 @@ def _work_json(peaks: dict[str, dict[str, float]], run: Run, body: int, rest: in
     return {"dtype": run.dtype, "seconds": run.seconds, "body_flops": body, "other_flops": rest,
             "body_flops_per_second": body / run.seconds, "peak_flops_per_second": peak,
             "peak_at_model_shape_flops_per_second": own, "floor_teacher_flops": floor.teacher,
-            "floor_student_flops": floor.student, "floor_seconds": floor.flops / peak}  # fmt: skip
+            "floor_student_flops": floor.student, "floor_seconds": floor.flops / peak}
 
 
 # -- scale ------------------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ class _TaskParts:
     def _end_part(self) -> None:
         now, cpu_now = time.monotonic(), time.process_time()
         self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, cpu_now - self._cpu_since,
-                                self._memory.lap()))  # fmt: skip
+                                self._memory.lap()))
         self._noted, self._since, self._cpu_since = self._done, now, cpu_now
 
     def note(self, text: str, /) -> None:
@@ -494,7 +494,7 @@ def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
         seconds, cpu_seconds = clock.read()
     return {"tokens": len(tokens), "snippets": sum(len(record.snippets) for record in records),
             "seconds": seconds, "cpu_seconds": cpu_seconds,
-            "before_bytes": memory.before_bytes, "parts": [asdict(part) for part in listening.parts]}  # fmt: skip
+            "before_bytes": memory.before_bytes, "parts": [asdict(part) for part in listening.parts]}
 
 
 # -- random weights ---------------------------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def compare_random(arguments: argparse.Namespace, device: torch.device) -> dict[
         peaks = matrix_peaks(task, {reference.dtype, ours.dtype})
         work = work_of(task, reference, ours, _reference_config(arguments), peaks)
     return {"tokens": len(records), "snippets": task.num_snippets, "work": work,
-            "runs": [_run_json(run) for run in (reference, ours)]}  # fmt: skip
+            "runs": [_run_json(run) for run in (reference, ours)]}
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def _run_json(run: Run) -> dict[str, Any]:
             "peak_bytes": peak, "before_bytes": before,
             "shown_per_token": run.made and sum(run.made.shown) / len(run.made.shown),
             "at_start": run.made and run.made.at_start, "left_out": run.made and run.made.left_out,
-            "relative_error_own_snippets": run.made and run.made.relative_error}  # fmt: skip
+            "relative_error_own_snippets": run.made and run.made.relative_error}
 
 
 def write(line: str) -> None:

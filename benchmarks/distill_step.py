@@ -20,12 +20,12 @@ from distill_tables import table
 from machine import describe, matrix_peak
 from work import BodyShape
 
-from vocabext.distill.contexts import teach
-from vocabext.distill.engine import Objective, snippet_errors
-from vocabext.distill.examples import build_examples
-from vocabext.expansion import Expansion
-from vocabext.model import load_model
-from vocabext.records import write_json
+from vocabext.distill.input_rows.contexts import teach
+from vocabext.distill.input_rows.engine import Objective, snippet_errors
+from vocabext.distill.input_rows.examples import build_examples
+from vocabext.files.atomic import write_json
+from vocabext.model.frozen import load_model
+from vocabext.tokens import Expansion
 
 SIZES = (250, 500, 1_000, 2_000, 4_000)
 REACH = 8
@@ -71,16 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({"positions": count, "first_seconds": first, "step_seconds": seconds,
                      "flops_per_second": flops / seconds, "teacher_seconds_per_position":
                      teacher_seconds / read_positions, "teacher_flops_per_second":
-                     shape.linear(read_positions, shape.layers) / teacher_seconds})  # fmt: skip
+                     shape.linear(read_positions, shape.layers) / teacher_seconds})
     write(table(("positions", "first step, s", "us per position", "GFLOP/s", "of peak", "teacher, us per position",
                  "of peak"),
                 [(f"{row['positions']:,}", f"{row['first_seconds']:.2f}",
                   f"{row['step_seconds'] / row['positions'] * 1e6:.1f}", f"{row['flops_per_second'] / 1e9:,.0f}",
                   f"{row['flops_per_second'] / peak:.0%}", f"{row['teacher_seconds_per_position'] * 1e6:.1f}",
-                  f"{row['teacher_flops_per_second'] / peak:.0%}") for row in rows]))  # fmt: skip
+                  f"{row['teacher_flops_per_second'] / peak:.0%}") for row in rows]))
     if arguments.output:
         write_json(arguments.output, {"machine": describe(model.device), "dtype": arguments.dtype, "peak": peak,
-                                      "compiled": arguments.compile, "rows": rows})  # fmt: skip
+                                      "compiled": arguments.compile, "rows": rows})
 
 
 def _time(run: Callable[[], None], device: torch.device) -> tuple[float, float]:

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.corpus import read_documents
 from vocabext.distill import distill
-from vocabext.evaluate import RowSet, evaluate
-from vocabext.mine import mine
-from vocabext.model import load_model
-from vocabext.rows import mean_rows
+from vocabext.evaluate.stage import RowSet, evaluate
+from vocabext.mine.stage import mine
+from vocabext.model.frozen import load_model
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.tokenizer import extend, load_tokenizer
 
 SETTINGS: list[dict[str, Any]] = [
@@ -59,7 +59,7 @@ def main() -> None:
     models = {number: load_model(arguments.model, dtype=number) for number in ("auto", "bfloat16")}
     model = models["auto"]
     mining, heldout = (list(read_documents([str(arguments.corpus / f"{side}.jsonl")]))
-                       for side in ("mining", "heldout"))  # fmt: skip
+                       for side in ("mining", "heldout"))
     tokens = mine(mining, base, MineConfig(budget=arguments.tokens)).tokens
     records = collect(mining, base, tokens, CollectConfig())
     expanded, mean = extend(base, tokens), mean_rows(model.embedding_VD, tokens)
@@ -68,13 +68,13 @@ def main() -> None:
         began = time.monotonic()
         config = DistillConfig(**setting)
         result = distill(records, models[config.dtype], config, num_used_ids=base.num_used_ids,
-                         prefix_ids=base.prefix_ids)  # fmt: skip
+                         prefix_ids=base.prefix_ids)
         seconds = time.monotonic() - began
         found: dict[str, Any] = evaluate(
             heldout, model, base, expanded,
             [RowSet("mean", mean, mean), RowSet("distilled", result.input_ND, result.input_ND)],
             EvalConfig(max_bytes=arguments.max_bytes, prompts=8),
-        )  # fmt: skip
+        )
         row = found["rows"][-1]
         name = ", ".join(f"{key} {value}" for key, value in setting.items()) or "defaults"
         taken = "" if result.taken_nats is None else f"{result.taken_nats:.3f}"

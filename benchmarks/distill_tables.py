@@ -19,7 +19,7 @@ FILES = {
     "distill_scale.json": ("5,000 tokens in one go", f"{SCRIPT} --scale 5000 --snippets 8 --ours rounds=1 "
                                                      "-o benchmarks/distill_scale.json"),
     "distill_gpu.json": ("On a GPU", f"{SCRIPT} --random-model 1b -o benchmarks/distill_gpu.json"),
-}  # fmt: skip
+}
 INTRODUCTION = """## Distillation
 
 The same tokens and snippets are distilled by the training step of the paper's reference implementation
@@ -54,7 +54,7 @@ def where(found: Found) -> str:
     """Return the machine and the date in one line."""
     machine = found["machine"]
     return (f"{machine['device']} ({machine['instructions']}), {machine['cpus']} cores, "
-            f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}")  # fmt: skip
+            f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}")
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------
@@ -68,17 +68,17 @@ def comparison(found: Found) -> str:
         q = quality[name]
         rows.append((name, *(_times(run, reference) if run else ("", "", "")), f"{q['hidden_error']:.4f}",
                      f"{q['relative_error']:.4f}", f"{q['nll_nats']:.4f}", _share(q["gap_recovered"]),
-                     f"{q['bits_per_byte']:.4f}", f"{q['bits_per_byte_writing']:.4f}", *_mebibytes(run)))  # fmt: skip
+                     f"{q['bits_per_byte']:.4f}", f"{q['bits_per_byte_writing']:.4f}", *_mebibytes(run)))
     options = found["options"]
     title = (f"{found['tokens']} tokens, {found['snippets']:,} snippets, {options['model']}, {where(found)}; held-out: "
-             f"{options['max_bytes'] / 1000:.0f} kB of {options['heldout'] or options['corpus']}")  # fmt: skip
+             f"{options['max_bytes'] / 1000:.0f} kB of {options['heldout'] or options['corpus']}")
     return "\n".join((
         title, "",
         table(("", *TIMES, "hidden error", "relative", "NLL, nats", "gap recovered", "bits/byte reading",
                "bits/byte writing", *MEMORY), rows),
         f"ours, of {found['tokens']} tokens: {ours['at_start']} keep their start; {ours['left_out']} would be left out "
         f"of a checkpoint, but count here; {ours['shown_per_token']:.1f} snippets shown per token", "",
-        curve(found), work(found["work"])))  # fmt: skip
+        curve(found), work(found["work"])))
 
 
 def _two(found: Found) -> tuple[Found, Found]:
@@ -96,16 +96,16 @@ def curve(found: Found) -> str:
         (run["name"], f"{run['seconds']:.1f}", f"{run['cpu_seconds']:.1f}",
          "" if run["shown_per_token"] is None else f"{run['shown_per_token']:.1f}",
          f"{quality[run['name']]['hidden_error']:.4f}", _share(quality[run["name"]]["gap_recovered"]))
-        for run in runs])  # fmt: skip
+        for run in runs])
     wanted = quality[reference["name"]]
     reached = [run for run in runs if run["shown_per_token"] is not None
                and quality[run["name"]]["hidden_error"] <= wanted["hidden_error"]
-               and (quality[run["name"]]["gap_recovered"] or 0) >= (wanted["gap_recovered"] or 0)]  # fmt: skip
+               and (quality[run["name"]]["gap_recovered"] or 0) >= (wanted["gap_recovered"] or 0)]
     if not reached:
         return f"{lines}no run of ours reached both the reference's error and its gap\n"
     fastest = min(reached, key=lambda run: run["seconds"])
     return (f"{lines}at equal or lower error and equal or larger gap: {fastest['name']}, "
-            f"{reference['seconds'] / fastest['seconds']:.1f} times as fast as the reference\n")  # fmt: skip
+            f"{reference['seconds'] / fastest['seconds']:.1f} times as fast as the reference\n")
 
 
 def work(found: Found) -> str:
@@ -114,12 +114,12 @@ def work(found: Found) -> str:
     for who in ("reference", "ours"):
         w = found[who]
         rate, peak, own = (w[key] / 1e9 for key in ("body_flops_per_second", "peak_flops_per_second",
-                                                    "peak_at_model_shape_flops_per_second"))  # fmt: skip
+                                                    "peak_at_model_shape_flops_per_second"))
         floor = w["floor_teacher_flops"] + w["floor_student_flops"]
         rows.append((who, w["dtype"], f"{w['seconds']:.1f}", f"{w['body_flops'] / 1e12:.3f}",
                      f"{w['other_flops'] / 1e12:.3f}", f"{rate:,.0f}", f"{peak:,.0f}", f"{rate / peak:.1%}",
                      f"{own:,.0f}", f"{floor / 1e12:.3f}", f"{w['floor_seconds']:.2f}",
-                     f"{w['seconds'] / w['floor_seconds']:.1f}"))  # fmt: skip
+                     f"{w['seconds'] / w['floor_seconds']:.1f}"))
     w = found["ours"]
     peak, own = w["peak_flops_per_second"], w["peak_at_model_shape_flops_per_second"]
     return table(("", "dtype", "seconds", "layers, TFLOP", "other products, TFLOP", "layers, GFLOP/s", "peak GFLOP/s",
@@ -130,7 +130,7 @@ def work(found: Found) -> str:
         ("products of the model's shape slower than the peak", f"{w['body_flops'] / own - w['body_flops'] / peak:.2f}"),
         ("other products, at peak", f"{w['other_flops'] / peak:.2f}"),
         ("everything else: element-wise work, indexing, starting operations, waiting",
-         f"{w['seconds'] - w['body_flops'] / own - w['other_flops'] / peak:.2f}")])  # fmt: skip
+         f"{w['seconds'] - w['body_flops'] / own - w['other_flops'] / peak:.2f}")])
 
 
 def random_weights(found: Found) -> str:
@@ -144,7 +144,7 @@ def random_weights(found: Found) -> str:
              f"{found['snippets'] / run['seconds']:,.0f}",
              f"{found['work'][who]['floor_seconds'] / run['seconds']:.1%}", *_mebibytes(run))
             for who, run in (("reference", reference), ("ours", ours))]),
-        work(found["work"])))  # fmt: skip
+        work(found["work"])))
 
 
 def scale(found: Found) -> str:
@@ -156,7 +156,7 @@ def scale(found: Found) -> str:
             (part["stage"], f"{part['tokens']:,}", f"{part['seconds']:.1f}", f"{part['cpu_seconds']:.1f}",
              f"{part['cpu_seconds'] / part['tokens']:.4f}" if part["tokens"] else "",
              f"{part['peak_bytes'] / MIB:,.0f}")
-            for part in found["parts"]])))  # fmt: skip
+            for part in found["parts"]])))
 
 
 # -- markdown ---------------------------------------------------------------------------------------------------------

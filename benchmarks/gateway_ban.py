@@ -24,7 +24,7 @@ from gateway_soak import engines
 from serve.engine import wait_until_ready
 from serve.gateway.run import ONE_ENGINE_FLAGS
 from serve.provenance import provenance
-from vocabext.manifest import Manifest, read_manifest
+from vocabext.checkpoint.manifest import Manifest, read_manifest
 from vocabext.tokenizer import load_tokenizer
 
 TOKENS, CONCURRENCY, ROUNDS = 64, 16, 3

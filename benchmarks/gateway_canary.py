@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from serve.engine import wait_until_ready
 from serve.provenance import provenance
-from vocabext.checkpoint import open_checkpoint
+from vocabext.checkpoint.folder import open_checkpoint
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.corpus import read_documents
-from vocabext.manifest import read_manifest
 
 PROMPT_CHARACTERS, ANSWER_TOKENS, SHIFT = 300, 32, 7
 TIMES_FREE = ("--max-pace", "1000", "--max-first", "1000")
@@ -132,7 +132,7 @@ async def settled(status: Callable[[], Awaitable[dict[str, Any]]], sent: int) ->
     until = time.monotonic() + MIRROR_SECONDS
     found = await status()
     while (time.monotonic() < until and found["changes"][-1]["by"] != "canary"
-           and found["canary"]["findings"][-1]["values"]["expanded"] < sent):  # fmt: skip
+           and found["canary"]["findings"][-1]["values"]["expanded"] < sent):
         await asyncio.sleep(0.1)
         found = await status()
     return found

@@ -39,12 +39,12 @@ def overhead(found: Found) -> list[str]:
     for kind, row in found["upstreams"].items():
         kept = row["throughput_kept_rounds"]
         rows.append((UPSTREAMS[kind], f"{row['direct_ms']:.1f}", f"{row['added_ms']:.2f}", _spread(
-            row["added_ms_rounds"], ".2f"), f"{row['throughput_kept']:.1%}", _spread(kept, ".0%")))  # fmt: skip
+            row["added_ms_rounds"], ".2f"), f"{row['throughput_kept']:.1%}", _spread(kept, ".0%")))
     rounds = len(next(iter(found["upstreams"].values()))["added_ms_rounds"])
     return [f"What it adds: medians of {rounds} rounds, direct and through the gateway in turn, clients, gateway and "
             f"engine on the same cores; {found['concurrency']} streams at once for the throughput.", "",
             *_table(("engine", "direct, ms", "added, ms", "quartiles", "throughput kept", "quartiles"), rows), "",
-            _measured("gateway_overhead.py", found), ""]  # fmt: skip
+            _measured("gateway_overhead.py", found), ""]
 
 
 def ban(found: Found) -> list[str]:
@@ -53,7 +53,7 @@ def ban(found: Found) -> list[str]:
              f"{row['leaks_if_asked_for']:,}") for way, row in found["ways"].items()]
     return ["Ways to keep new tokens out of base answers, with an engine that wants to write them all the time:", "",
             *_table(("way", "seconds", "bytes per request", "leaks", "leaks if a client asks for one"), rows), "",
-            _measured("gateway_ban.py", found), ""]  # fmt: skip
+            _measured("gateway_ban.py", found), ""]
 
 
 def soak(found: Sequence[Found]) -> list[str]:
@@ -64,7 +64,7 @@ def soak(found: Sequence[Found]) -> list[str]:
     head = ("engines", "minutes", "clients", "swaps", "answers", "of them across a swap", "faults", "median seconds",
             "sockets left")
     return ["Swaps under load. A fault is an answer that failed, was cut, came twice, or cannot have come from one arm "
-            "alone:", "", *_table(head, rows), "", _measured("gateway_soak.py", found[0]), ""]  # fmt: skip
+            "alone:", "", *_table(head, rows), "", _measured("gateway_soak.py", found[0]), ""]
 
 
 def canary(found: Found) -> list[str]:
@@ -75,12 +75,12 @@ def canary(found: Found) -> list[str]:
         loss = next(finding for finding in trial["findings"] if finding["measure"] == READING)
         low, high = (_number(loss[end]) for end in ("low", "high"))
         rows.append((MODELS[arm], trial["requests"], "no" if after is None else f"after {after} requests",
-                     f"{_number(loss['expanded'])} ({low} to {high})"))  # fmt: skip
+                     f"{_number(loss['expanded'])} ({low} to {high})"))
     return [f"The canary, {found['base']} against its expansion ({found['expanded']}), {found['requests']} requests "
             f"mirrored to the other arm, bound {found['max_reading_loss']:g} nats per character of the base's answer; "
             "the base itself reads every prompt alike, so that its loss is 0:", "",
             *_table(("other arm", "requests", "taken back", "nats lost per character (confidence sequence)"), rows), "",
-            _measured("gateway_canary.py", found), ""]  # fmt: skip
+            _measured("gateway_canary.py", found), ""]
 
 
 def _number(value: float | None) -> str:
@@ -105,7 +105,7 @@ def _measured(script: str, found: Found) -> str:
     about = found["provenance"]
     hardware = about["hardware"]
     return (f"Measured by `python benchmarks/{script}` on {', '.join(hardware['gpus']) or hardware['cpu']} with "
-            f"{hardware['cores']} cores, {about['date'][:10]}.")  # fmt: skip
+            f"{hardware['cores']} cores, {about['date'][:10]}.")
 
 
 def _read(folder: Path, name: str) -> Found:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from vocabext.checkpoint import Rows, save_rows
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.errors import TokenizerError
-from vocabext.manifest import file_sha256
-from vocabext.model import load_model
-from vocabext.patch import patch
-from vocabext.records import NewToken
-from vocabext.rows import mean_rows
+from vocabext.model.frozen import load_model
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import NewToken
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS") or Path(__file__).resolve().parents[1] / ".." / "shared" / "assets")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -29,7 +29,7 @@ from serve.engine import Server, vllm_server, wait_until_ready
 from serve.gateway.observe import events_of
 from serve.gateway.run import ONE_ENGINE_FLAGS
 from serve.provenance import provenance
-from vocabext.manifest import read_manifest
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.tokenizer import load_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vocabext.distill import DistillResult
-from vocabext.records import TokenSnippets, read_jsonl, write_json, write_jsonl
+from vocabext.files.atomic import write_json
+from vocabext.files.jsonl import read_jsonl, write_jsonl
+from vocabext.tokens import TokenSnippets
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Made:
         """Read it off a result."""
         return cls(result.layer, result.relative_error, [report.shown for report in result.reports],
                    sum(report.method != "distill" for report in result.reports),
-                   sum(report.left_out is not None for report in result.reports))  # fmt: skip
+                   sum(report.left_out is not None for report in result.reports))
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ class Kept:
         if not path.is_file():
             runs = make()
             tensors = {f"{index}.{side}": rows.contiguous().clone() for index, run in enumerate(runs)
-                       for side in ("input_ND", "output_ND") if (rows := getattr(run, side)) is not None}  # fmt: skip
+                       for side in ("input_ND", "output_ND") if (rows := getattr(run, side)) is not None}
             save_file(tensors, path.with_suffix(".safetensors"))
             write_json(path, [{**{key: value for key, value in vars(run).items() if not key.endswith("_ND")},
-                               "made": run.made and asdict(run.made)} for run in runs])  # fmt: skip
+                               "made": run.made and asdict(run.made)} for run in runs])
         rows = load_file(path.with_suffix(".safetensors"))
         return [Run(**{**facts, "memory": facts["memory"] and tuple(facts["memory"]),
                        "made": facts["made"] and Made(**facts["made"])},
                     input_ND=rows[f"{index}.input_ND"], output_ND=rows.get(f"{index}.output_ND"))
-                for index, facts in enumerate(json.loads(path.read_text()))]  # fmt: skip
+                for index, facts in enumerate(json.loads(path.read_text()))]

@@ -17,7 +17,7 @@ from serve.encoder import Encoder, load_encoder
 from serve.lengths import measure_lengths
 from serve.provenance import provenance
 from vocabext.corpus import read_documents
-from vocabext.records import write_json
+from vocabext.files.atomic import write_json
 
 
 def main() -> None:
@@ -36,11 +36,11 @@ def main() -> None:
     for _ in range(arguments.turns):
         floor = alone(encoders, texts)
         pairs.append((floor, measure_lengths(str(arguments.base), str(arguments.expanded),
-                                             [arguments.corpus])["encoding_seconds"]))  # fmt: skip
+                                             [arguments.corpus])["encoding_seconds"]))
     result = table(pairs, sum(len(text.encode()) for text in texts))
     print(f"| tokenizers alone, MB/s | serve lengths, MB/s | share |\n|---|---|---|\n"
           f"| {result['tokenizers_megabytes_per_second']:.2f} | {result['lengths_megabytes_per_second']:.2f} "
-          f"| {result['share']:.2f} |")  # fmt: skip
+          f"| {result['share']:.2f} |")
     if arguments.output:
         write_json(arguments.output, {**result, "turns": arguments.turns, "provenance": provenance()})
 

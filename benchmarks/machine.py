@@ -97,7 +97,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:  # fmt: skip
+                 traceback: TracebackType | None) -> None:
         self._look()
         self._stop.set()
         if self._thread.is_alive():
@@ -155,4 +155,4 @@ def describe(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "load_average": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime())}  # fmt: skip
+            "load_average": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime())}

@@ -42,13 +42,13 @@ from patch_tables import WAYS, section, table
 from sections import put_section
 from synthetic_checkpoint import write_checkpoint, write_rows
 
-from vocabext.checkpoint import open_checkpoint
-from vocabext.records import write_json
+from vocabext.checkpoint.folder import open_checkpoint
+from vocabext.files.atomic import write_json
 
 GB = 10**9
 LOOK_SECONDS = 0.02
 VOCABEXT = (sys.executable, "-m", "vocabext")
-IMPORTS = "import transformers.models.llama.modeling_llama, transformers.generation, vocabext.patch, vocabext.verify"
+IMPORTS = "import transformers.models.llama.modeling_llama, transformers.generation, vocabext.patch.stage, vocabext.verify.stage"
 RESIZE = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,7 +115,7 @@ def describe_disk(folder: Path) -> dict[str, object]:
     inside = [fields for fields in mounts if folder.resolve().is_relative_to(fields[1])]
     kind = max(inside, key=lambda fields: len(fields[1]))[2] if inside else "an unknown file system"
     return {**describe(torch.device("cpu")), "memory_bytes": pages, "processor": processor or platform.machine(),
-            "file_system": kind, "transformers": version("transformers")}  # fmt: skip
+            "file_system": kind, "transformers": version("transformers")}
 
 
 def _lines(path: str) -> list[str]:
@@ -163,7 +163,7 @@ class Bench:
             "verify-link": (*VOCABEXT, "verify", self._made["link"], "--against", self.base, "--skip-weights",
                             "--json"),
             "revert": (*VOCABEXT, "revert", self._made["copy"], "-o", output, "--link", "copy", "--json"),
-        }  # fmt: skip
+        }
         os.sync()
         for root in (self.base, *self._made.values()):
             evict(root)
@@ -193,7 +193,7 @@ class Bench:
         return {"bytes": sum(path.stat().st_size for path in shards), "shards": len(shards),
                 "rewritten_bytes": sum((self.base / file).stat().st_size for file in rewritten),
                 "new_tokens": self._arguments.tokens,
-                **{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}}  # fmt: skip
+                **{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}}
 
     @staticmethod
     def _remove(folder: Path) -> None:
@@ -221,7 +221,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL if command[0] == "cat" else out, stderr=errors,
-                                   env=environment)  # fmt: skip
+                                   env=environment)
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(process.pid, peak, stop))
         watcher.start()
@@ -236,7 +236,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         out.seek(0)
         stdout = out.read().decode()
     return {"stdout": stdout, "wall_seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_resident_bytes": peak["VmHWM"], "peak_anonymous_bytes": peak["RssAnon"]}  # fmt: skip
+            "peak_resident_bytes": peak["VmHWM"], "peak_anonymous_bytes": peak["RssAnon"]}
 
 
 def _watch(pid: int, peak: dict[str, int], stop: threading.Event) -> None:

@@ -13,7 +13,7 @@ SAID = {
     "start": "Python, torch and transformers imported", "cp": "`cp -r`", "copy": "`vocabext patch --link copy`",
     "link": "`vocabext patch` (hard links)", "transformers": "transformers: resize and save",
     "read": "`cat` of all files", "verify": "`vocabext verify --skip-weights`",
-    "verify-link": "the same, of hard links", "revert": "`vocabext revert --link copy`"}  # fmt: skip
+    "verify-link": "the same, of hard links", "revert": "`vocabext revert --link copy`"}
 WRITING = ("copy", "link", "transformers", "revert")  # what is compared with cp
 TEXT = """## Checkpoints
 
@@ -37,7 +37,7 @@ def table(found: Found) -> str:
     """
     by_way = {way: [run for run in found["runs"] if run["way"] == way] for way in WAYS}
     lines = ["| | seconds (each turn) | until on disk | x `cp` | CPU seconds | peak memory, MiB: anonymous "
-             "| resident |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| resident |", "|---|---|---|---|---|---|---|"]
     for way in (way for way in WAYS if by_way[way]):
         runs = by_way[way]
         synced = _until_on_disk(runs)
@@ -46,7 +46,7 @@ def table(found: Found) -> str:
         lines.append(f"| {SAID[way]} | {_median(runs, 'wall_seconds'):.1f} ({turns}) "
                      f"| {f'{synced:.1f}' if way in (*WRITING, 'cp') else ''} | {ratio} "
                      f"| {_median(runs, 'cpu_seconds'):.1f} | {_median(runs, 'peak_anonymous_bytes') / MIB:,.0f} "
-                     f"| {_median(runs, 'peak_resident_bytes') / MIB:,.0f} |")  # fmt: skip
+                     f"| {_median(runs, 'peak_resident_bytes') / MIB:,.0f} |")
         if way == "link" and by_way["start"] and by_way["cp"]:
             copying = _until_on_disk(by_way["cp"])
             share = found["checkpoint"]["rewritten_bytes"] / found["checkpoint"]["bytes"]
@@ -71,7 +71,7 @@ def title(found: Found) -> str:
     return (f"{size:.1f} GB in {checkpoint['shards']} shards, {rewritten:.1f} GB of them with vocabulary; "
             f"{checkpoint['new_tokens']:,} new tokens. {machine['processor']}, {machine['cpus']} cores, "
             f"{memory:.0f} GiB of memory, {machine['file_system']}, torch {machine['torch']}, "
-            f"transformers {machine['transformers']}, {machine['date']}")  # fmt: skip
+            f"transformers {machine['transformers']}, {machine['date']}")
 
 
 def section(results: Sequence[Found]) -> str:

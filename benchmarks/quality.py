@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vocabext.config import EvalConfig
-from vocabext.evaluate import RowSet, evaluate
-from vocabext.expansion import Ids
-from vocabext.model import FrozenModel
-from vocabext.records import Document
+from vocabext.corpus import Document
+from vocabext.evaluate.stage import RowSet, evaluate
+from vocabext.model.frozen import FrozenModel
+from vocabext.options import EvalConfig
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
+from vocabext.tokens import Ids
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Quality:
 def measure(
     heldout: Sequence[Document], model: FrozenModel, base: BaseTokenizer, expanded: ExpandedTokenizer,
     row_sets: Sequence[RowSet], max_bytes: int,
-) -> dict[str, Quality]:  # fmt: skip
+) -> dict[str, Quality]:
     """Measure the base and some sets of rows.
 
     Args:
@@ -64,14 +64,14 @@ def measure(
     gap = start - nll["base"]
     return {name: Quality(*errors[name], nll[name], (start - nll[name]) / gap if gap > 0 else None,
                           row["bits_per_byte"], row["bits_per_byte_writing"])
-            for row in found["rows"] for name in [row["name"]]}  # fmt: skip
+            for row in found["rows"] for name in [row["name"]]}
 
 
 @torch.no_grad()
 def hidden_errors(
     heldout: Sequence[Document], model: FrozenModel, base: BaseTokenizer, expanded: ExpandedTokenizer,
     row_sets: Sequence[RowSet], max_bytes: int,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+) -> dict[str, tuple[float, float]]:
     """Return the mean squared error of last-layer hidden states with all new tokens merged, for each set of rows.
 
     Returns:

@@ -26,10 +26,9 @@ import torch
 from machine import Clock
 from torch.nn import functional as F
 
-from vocabext.expansion import Expansion, Ids
-from vocabext.model import FrozenModel
-from vocabext.records import TokenSnippets
-from vocabext.rows import mean_rows
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.model.frozen import FrozenModel
+from vocabext.tokens import Expansion, Ids, TokenSnippets
 
 SHARES = (0.125, 0.25, 0.5, 1.0)
 PAD = 0
@@ -102,7 +101,7 @@ def schedule(pairs: Sequence[Pair], config: ReferenceConfig) -> list[list[Pair]]
     """Return the snippets of every step of the epoch."""
     order = np.random.default_rng(config.seed).permutation(len(pairs)).tolist()
     return [[pairs[i] for i in order[at : at + config.batch_snippets]]
-            for at in range(0, len(order), config.batch_snippets)]  # fmt: skip
+            for at in range(0, len(order), config.batch_snippets)]
 
 
 class ReferenceTrainer:
@@ -135,7 +134,7 @@ class ReferenceTrainer:
         teacher_BT, student_BT, aligned_BT = (
             torch.from_numpy(np.stack([np.pad(getattr(pair, side), (0, width - len(getattr(pair, side))),
                                               constant_values=PAD) for pair in batch])).to(device)
-            for side in ("teacher", "student", "aligned"))  # fmt: skip
+            for side in ("teacher", "student", "aligned"))
         lengths_B = torch.tensor([len(pair.student) for pair in batch], device=device)
         real_BT = torch.arange(width, device=device) < lengths_B[:, None]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.autocast):
@@ -170,7 +169,7 @@ class ReferenceTrainer:
 def run_reference(
     pairs: Sequence[Pair], model: FrozenModel, expansion: Expansion, config: ReferenceConfig,
     shares: Sequence[float] = SHARES,
-) -> list[Snapshot]:  # fmt: skip
+) -> list[Snapshot]:
     """Train for one epoch.
 
     Args:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vocabext.records import atomic_file
+from vocabext.files.atomic import atomic_file
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizer_lengths import ASSETS
 
-from vocabext.records import write_json
+from vocabext.files.atomic import write_json
 
 TARGET_SHARE = 0.8
 KEPT = ("base", "expanded", "corpus", "device", "state", "context_tokens", "server_flags", "options", "method",
@@ -40,21 +40,21 @@ def main() -> None:
     heldout, expanded = corpora / "medquad.heldout.jsonl.gz", arguments.expanded or out / "expanded"
     if not expanded.is_dir():
         vocabext("run", corpora / "medquad.jsonl.gz", "--heldout", heldout, "--model", base, "--budget", 1000,
-                 "--rounds", 1, "--snippets", 8, "-o", expanded)  # fmt: skip
+                 "--rounds", 1, "--snippets", 8, "-o", expanded)
     lengths, bench, predicted = (out / f"{name}.json" for name in ("lengths", "bench", "predict"))
     vocabext("serve", "lengths", base, expanded, "--corpus", heldout, "-o", lengths, "--force")
     if not is_complete(bench):
         vocabext("serve", "bench", base, expanded, "--corpus", heldout, "-o", bench, "--pairs", arguments.pairs,
                  "--texts", 4, "--output-characters", 128, "--concurrency", 1, "--concurrency", 4,
-                 "--target-ttft-seconds", 1)  # fmt: skip
+                 "--target-ttft-seconds", 1)
     vocabext("serve", "predict", base, expanded, "--lengths", lengths, "--bench", bench, "--device", "h100",
-             "-o", predicted, "--force")  # fmt: skip
+             "-o", predicted, "--force")
     result = condense(*(json.loads(path.read_text(encoding="utf-8")) for path in (lengths, bench, predicted)))
     if arguments.json:
         write_json(arguments.json, result)
     share = result["prefill_share_of_length_ratio"]
     print(f"prefill reaches {share['value']:.2f} ({share['interval'][0]:.2f} to {share['interval'][1]:.2f}) of what "
-          f"the length ratio predicts; the target is {TARGET_SHARE}")  # fmt: skip
+          f"the length ratio predicts; the target is {TARGET_SHARE}")
     sys.exit(0 if share["value"] >= TARGET_SHARE else 3)
 
 

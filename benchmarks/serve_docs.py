@@ -7,11 +7,11 @@ from typing import Any
 from sections import DOCS, put_section
 from serve_false_alarms import table as false_alarm_table
 
-from serve.report_speed import METRIC_NAMES, shown_metrics
+from serve.report.speed import METRIC_NAMES, shown_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BIOMED, ALARMS, LENGTHS = (ROOT / "benchmarks" / f"{name}.json"
-                           for name in ("serve_biomed", "serve_false_alarms", "lengths_speed"))  # fmt: skip
+                           for name in ("serve_biomed", "serve_false_alarms", "lengths_speed"))
 TITLE = "## Serving"
 
 
@@ -46,13 +46,13 @@ def biomed(result: dict[str, Any]) -> list[str]:
         "",
         "| point | measure | base | expanded | speed-up (95 %) | noise floor | expanded is |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for point in bench["points"]:
         for name, metric in shown_metrics(point):
             low, high = metric["speedup_interval"]
             lines.append(f"| {point['name']} | {METRIC_NAMES[name]} | {metric['base']:.4g} | {metric['expanded']:.4g} "
                          f"| {metric['speedup']:.3f} ({low:.3f} to {high:.3f}) | {1 / metric['noise_floor']:.3f} to "
-                         f"{metric['noise_floor']:.3f} | {metric['verdict']} |")  # fmt: skip
+                         f"{metric['noise_floor']:.3f} | {metric['verdict']} |")
     lines += ["", "| point | by length alone | measured (95 %) | share |", "|---|---|---|---|"]
     for row in result["measured_beside_lengths"]:
         low, high = row["speedup_interval"]
@@ -60,18 +60,18 @@ def biomed(result: dict[str, Any]) -> list[str]:
                      f"| {row['share_of_length_ratio']:.2f} |")
     counted = [point[role] for point in bench["points"] for role in ("base", "expanded")]
     requests, failed, held_up = (sum(c[name] for c in counted)
-                                 for name in ("requests", "failed_requests", "held_up_runs"))  # fmt: skip
+                                 for name in ("requests", "failed_requests", "held_up_runs"))
     return [*lines, "", f"{requests:,} requests, {failed} failed; {held_up} runs took more than 1.5 times their "
             f"siblings; taken up again {bench['resumed']} time(s). For `decode` and `mixed`, what the lengths alone "
             "predict is the ratio of tokens per written character: the model hardly writes new tokens by itself. "
-            "Made by `python benchmarks/serve_biomed.py`.", ""]  # fmt: skip
+            "Made by `python benchmarks/serve_biomed.py`.", ""]
 
 
 def alarms(result: dict[str, Any]) -> list[str]:
     """Render the false-alarm rate."""
     return [f"False alarms, the embedded example against itself on {_machine(result)}, "
             f"{result['rounds_per_repetition']} rounds per repetition:", "", false_alarm_table(result["measures"]), "",
-            "Made by `python benchmarks/serve_false_alarms.py`.", ""]  # fmt: skip
+            "Made by `python benchmarks/serve_false_alarms.py`.", ""]
 
 
 def lengths(result: dict[str, Any]) -> list[str]:
@@ -80,7 +80,7 @@ def lengths(result: dict[str, Any]) -> list[str]:
     return [f"`serve lengths` encodes {speed:.2f} MB/s on {_machine(result)}, where "
             f"both tokenizers alone do {result['tokenizers_megabytes_per_second']:.2f} MB/s: {result['share']:.2f} of "
             "their speed, with reading, counting and the check of every document. Made by "
-            "`python benchmarks/lengths_speed.py`.", ""]  # fmt: skip
+            "`python benchmarks/lengths_speed.py`.", ""]
 
 
 def _machine(result: dict[str, Any]) -> str:

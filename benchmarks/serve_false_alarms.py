@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from serve.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
-from serve.journal import Run
-from serve.scenarios import Point
-from serve.summary import summarize
-from vocabext.records import write_json
+from serve.bench.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
+from serve.bench.journal import Run
+from serve.bench.scenarios import Point
+from serve.bench.summary import summarize
+from vocabext.files.atomic import write_json
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TARGET_SHARE = 19 / 20
@@ -42,7 +42,7 @@ def main() -> None:
         command = [sys.executable, "-m", "vocabext", "serve", "bench", arguments.model, arguments.model,
                    "--corpus", corpus, "-o", result, "--scenario", "mixed", "--texts", "3",
                    "--passage-characters", "900", "--output-characters", "48",
-                   "--pairs", str(MIN_ROUNDS * arguments.repetitions)]  # fmt: skip
+                   "--pairs", str(MIN_ROUNDS * arguments.repetitions)]
         if code := subprocess.run(list(map(str, command)), check=False).returncode:
             sys.exit(code)
     document = json.loads(result.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def main() -> None:
         about = {**document["provenance"], "command": "python benchmarks/serve_false_alarms.py"}
         kept = {name: document[name] for name in ("method", "options", "resumed")}
         write_json(arguments.json, {"measures": found, "rounds_per_repetition": MIN_ROUNDS, **kept,
-                                    "provenance": about})  # fmt: skip
+                                    "provenance": about})
     main_measure = found["request_seconds"]
     sys.exit(0 if main_measure[NO_DIFFERENCE] >= TARGET_SHARE * main_measure["repetitions"] else 3)
 
@@ -74,7 +74,7 @@ def judge(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {"repetitions": found.total(), "false_alarms": found[FASTER] + found[SLOWER],
                    NO_DIFFERENCE: found[NO_DIFFERENCE], "verdicts": dict(found),
                    "lowest_speedup": min(speedups[name]), "highest_speedup": max(speedups[name])}
-            for name, found in counts.items()}  # fmt: skip
+            for name, found in counts.items()}
 
 
 def _verdicts(
@@ -89,11 +89,11 @@ def _verdicts(
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     lines = ["| base against base | repetitions | no difference | false alarms | speed-ups seen |",
-             "|---|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|---|"]
     for name, row in found.items():
         lines.append(f"| {name.replace('_', ' ')} | {row['repetitions']} | {row[NO_DIFFERENCE]} "
                      f"| {row['false_alarms']} | {row['lowest_speedup']:.3f} to "
-                     f"{row['highest_speedup']:.3f} |")  # fmt: skip
+                     f"{row['highest_speedup']:.3f} |")
     return "\n".join(lines)
 
 

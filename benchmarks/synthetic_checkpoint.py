@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vocabext.checkpoint import Rows, open_checkpoint, save_rows
-from vocabext.manifest import base_record
-from vocabext.records import NewToken, write_json
+from vocabext.checkpoint.folder import Rows, open_checkpoint, save_rows
+from vocabext.checkpoint.manifest import base_record
+from vocabext.files.atomic import write_json
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import NewToken
 
 SCALE = 0.02
 NOISE = 2**24  # random numbers that are drawn; longer tensors repeat them
@@ -27,7 +28,7 @@ SPECIAL = ("<s>", "</s>")
 def write_checkpoint(
     folder: Path, *, num_bytes: int, shard_bytes: int, num_rows: int = 32_000, hidden_size: int = 4096,
     intermediate_size: int = 14_336, num_heads: int = 32, num_kv_heads: int = 8,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a model of bfloat16 weights with a head of its own, with as many layers as it takes.
 
     Args:
@@ -41,12 +42,12 @@ def write_checkpoint(
         num_kv_heads: Heads of keys and values.
     """
     sizes = {"vocab_size": num_rows, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
-             "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}  # fmt: skip
+             "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
     layers = 1
     while (shapes := _shapes(LlamaConfig(**sizes, num_hidden_layers=layers))) and _size(shapes) < num_bytes:
         layers += 1
     config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
-                         dtype="bfloat16", architectures=["LlamaForCausalLM"])  # fmt: skip
+                         dtype="bfloat16", architectures=["LlamaForCausalLM"])
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tokenizer(num_rows).save_pretrained(folder)
@@ -58,7 +59,7 @@ def write_checkpoint(
         save_file({name: _noisy(noise, shapes[name]) for name in names}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     write_json(folder / "model.safetensors.index.json",
-               {"metadata": {"total_size": _size(shapes)}, "weight_map": weight_map})  # fmt: skip
+               {"metadata": {"total_size": _size(shapes)}, "weight_map": weight_map})
     return folder
 
 

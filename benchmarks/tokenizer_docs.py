@@ -12,10 +12,10 @@ LENGTHS, SPEED = (ROOT / "benchmarks" / f"tokenizer_{name}.json" for name in ("l
 TITLE = "## Tokenizers"
 ABOUT = ("Tokens are mined from four fifths of the documents of a corpus; shown is by which share the other fifth gets "
          "shorter, with words only / with phrases. The invariant, equal decoded text and \"never longer\" are checked "
-         "on all documents, with both sets of tokens.")  # fmt: skip
+         "on all documents, with both sets of tokens.")
 ABOUT_SPEED = ("Seconds of the extended tokenizer over seconds of its base, the median of {turns} turns on "
                "{kilobytes} kB of each text: text by text / as one batch. Above 1 is slower. Loading is reading the "
-               "file tokenizer.json.")  # fmt: skip
+               "file tokenizer.json.")
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = {}
     for row in rows:
         shown = (f"{row['ratio']:.2f}" if row["text"] == "loading"
-                 else f"{row['single_ratio']:.2f} / {row['batch_ratio']:.2f}")  # fmt: skip
+                 else f"{row['single_ratio']:.2f} / {row['batch_ratio']:.2f}")
         if row.get("way"):
             shown += f" (breaks {row['broken_documents']:.0%})" * (row["broken_documents"] > 0)
         cells[f"{row['tokenizer']}, {row.get('way') or format(row['tokens'], ',')}", row["text"]] = shown
@@ -69,7 +69,7 @@ def measured(script: str, found: dict[str, Any]) -> str:
 
 def _shares(row: dict[str, Any], wanted: int) -> str:
     return " / ".join(f"{share:.1%}" + f" ({count:,})" * (count < wanted)
-                      for share, count in zip(row["shorter_shares"], row["tokens"], strict=True))  # fmt: skip
+                      for share, count in zip(row["shorter_shares"], row["tokens"], strict=True))
 
 
 def _table(corner: str, cells: dict[tuple[str, str], str]) -> list[str]:

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from machine import describe
 
-from vocabext.config import MineConfig
-from vocabext.corpus import read_documents
+from vocabext.corpus import Document, read_documents
 from vocabext.errors import TokenizerError
-from vocabext.mine import mine
-from vocabext.records import Document, read_object, write_json
+from vocabext.files.atomic import read_object, write_json
+from vocabext.mine.stage import mine
+from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
 
 ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
@@ -133,18 +133,18 @@ def measure(base: BaseTokenizer, tokenizer: Path, corpus: Path, num_tokens: int,
     shares = tuple(1 - lengths[name] / lengths["base"] for name in ("words", "phrases"))
     return Row(_short(tokenizer), _short(corpus), len(documents), sum(len(d.text) for d in documents),
                (len(words.tokens), len(phrases.tokens)), (shares[0], shares[1]), dict(violations),
-               time.monotonic() - began)  # fmt: skip
+               time.monotonic() - began)
 
 
 def _extended(base: BaseTokenizer, mining: Sequence[Document], num_tokens: int, min_count: int, *,
-              words_only: bool) -> ExpandedTokenizer:  # fmt: skip
+              words_only: bool) -> ExpandedTokenizer:
     """Mine tokens, all there are if there are fewer than asked for."""
     config = MineConfig(budget=num_tokens, min_count=min_count, words_only=words_only)
     return extend(base, mine(mining, base, config, at_most=True).tokens)
 
 
 def _violations(base: BaseTokenizer, expanded: ExpandedTokenizer, before: Sequence[list[int]],
-                after: Sequence[list[int]]) -> Counter[str]:  # fmt: skip
+                after: Sequence[list[int]]) -> Counter[str]:
     """Count the documents that break a promise."""
     found: Counter[str] = Counter()
     for old, new in zip(before, after, strict=True):
@@ -156,7 +156,7 @@ def _violations(base: BaseTokenizer, expanded: ExpandedTokenizer, before: Sequen
 
 def _line(row: Row, wanted: int) -> str:
     words, phrases = (f"{share:.1%}" + f" ({count:,} tokens)" * (count < wanted)
-                      for share, count in zip(row.shorter_shares, row.tokens, strict=True))  # fmt: skip
+                      for share, count in zip(row.shorter_shares, row.tokens, strict=True))
     broken = ", ".join(f"{count}: {what}" for what, count in row.violations.items()) or "0"
     return (f"| {row.tokenizer} | {row.corpus} | {row.documents:,} | {row.characters:,} | {words} | {phrases} | "
             f"{broken} | {row.seconds:.0f} |")

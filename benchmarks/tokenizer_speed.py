@@ -28,18 +28,19 @@ from unittest.mock import patch
 from tokenizer_lengths import ASSETS, _short, _unpacked, circumstances, joined, write
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from vocabext.config import MineConfig
-from vocabext.corpus import read_documents
+from vocabext.corpus import Document, read_documents
 from vocabext.errors import TokenizerError
-from vocabext.mine import mine
-from vocabext.records import Document, NewToken, read_object, write_json
+from vocabext.files.atomic import read_object, write_json
+from vocabext.mine.stage import mine
+from vocabext.options import MineConfig
 from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, MergeChain, extend, load_tokenizer
+from vocabext.tokens import NewToken
 
 HEADER = ("tokenizer", "new tokens", "text", "single: base MB/s", "ratio", "batch: base MB/s", "ratio", "new share")
 NOWHERE = r"\x{1}\x{2}"  # the engine looks for these two, and finds them in no text
 # First and last letter of scripts that are written with spaces, and of two that are not.
 BLOCKS = ((0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x905, 0x939), (0xAC00, 0xB000),
-          (0x4E00, 0x5200), (0x30A2, 0x30ED))  # fmt: skip
+          (0x4E00, 0x5200), (0x30A2, 0x30ED))
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
             for name, texts in corpora.items():
                 rows.append({"tokenizer": _short(path), "tokens": len(new.tokens), "text": name,
                              **compare(base, new.backend, texts, arguments.turns),
-                             "new_share": _new_share(new, texts)})  # fmt: skip
+                             "new_share": _new_share(new, texts)})
                 write(_line(rows[-1]))
             rows.append({"tokenizer": _short(path), "tokens": len(new.tokens), "text": "loading", **loading(base, new)})
             write(f"| {_short(path)} | {len(new.tokens):,} | loading | {rows[-1]['base_seconds']:.2f} s "
@@ -86,7 +87,7 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.tokenizers = arguments.tokenizers or [
         *sorted((ASSETS / "tokenizers").glob("*")), *sorted((ASSETS / "models").glob("biomed-13m")),
-        *sorted((ASSETS / "models").glob("tinystories-656k"))]  # fmt: skip
+        *sorted((ASSETS / "models").glob("tinystories-656k"))]
     arguments.corpora = arguments.corpora or sorted((ASSETS / "corpora").glob("*.jsonl.gz"))
     if not arguments.tokenizers:
         parser.error(f"there is nothing to measure in {ASSETS}; give --tokenizers")
@@ -157,7 +158,7 @@ def loading(base: BaseTokenizer, new: ExpandedTokenizer) -> dict[str, float]:
         Tokenizer.from_str(new_text)
         pairs.append((middle - began, time.perf_counter() - middle))
     return {"base_seconds": statistics.median(old for old, _ in pairs),
-            "ratio": statistics.median(new / old for old, new in pairs)}  # fmt: skip
+            "ratio": statistics.median(new / old for old, new in pairs)}
 
 
 def alternatives(
@@ -168,7 +169,7 @@ def alternatives(
     added.add_tokens([token.token for token in tokens])
     ways = {"AddedTokens": added, "a step tried everywhere": _with_step(base, "(?!)"),
             "a step tried nowhere": _with_step(base, NOWHERE),
-            "a step at every space": _with_step(base, f"[ {SPACE_MARK}]")}  # fmt: skip
+            "a step at every space": _with_step(base, f"[ {SPACE_MARK}]")}
     if base.scheme.only_merges:
         with patch.object(MergeChain, "add", return_value=False):
             ways["cut out by an expression"] = extend(base, tokens).backend
@@ -179,7 +180,7 @@ def alternatives(
         for text, texts in corpora.items():
             broken = sum(not _holds(base, new, document) for document in texts) / len(texts)
             rows.append({"tokenizer": tokenizer, "way": way, "tokens": 0 if way.startswith("a step") else len(tokens),
-                         "text": text, **compare(base, backend, texts, turns), "broken_documents": broken})  # fmt: skip
+                         "text": text, **compare(base, backend, texts, turns), "broken_documents": broken})
             write(_line(rows[-1]) + f" {way}; broken in {broken:.0%} of the documents |")
     return rows
 
@@ -204,7 +205,7 @@ def _line(row: dict[str, Any]) -> str:
     share = f"{row['new_share']:.0%}" if "new_share" in row else ""
     return (f"| {row['tokenizer']} | {row['tokens']:,} | {row['text']} | {row['single_bytes_per_second'] / 1e6:.2f} "
             f"| {row['single_ratio']:.2f} | {row['batch_bytes_per_second'] / 1e6:.2f} | {row['batch_ratio']:.2f} "
-            f"| {share} |")  # fmt: skip
+            f"| {share} |")
 
 
 if __name__ == "__main__":

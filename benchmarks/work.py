@@ -10,10 +10,9 @@ from reference_step import Pair
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vocabext.distill.sharing import share_texts
-from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel
-from vocabext.records import TokenSnippets
+from vocabext.distill.input_rows.sharing import share_texts
+from vocabext.model.frozen import FrozenModel
+from vocabext.tokens import Expansion, TokenSnippets
 
 aten: Any = torch.ops.aten
 counting: Any = flop_counter  # carries no types
@@ -24,7 +23,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: 
 
 
 def _attention_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any,
-                        **__: Any) -> int:  # fmt: skip
+                        **__: Any) -> int:
     return int(counting.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
@@ -126,7 +125,7 @@ class BodyShape:
         size = int(getattr(config, "head_dim", None) or hidden // heads)
         weights = body_weights(model)
         return cls(model.num_layers, sum(w.numel() for w in weights) // model.num_layers, heads * size, hidden,
-                   max(max(w.shape) for w in weights), model.embedding_VD.shape[0])  # fmt: skip
+                   max(max(w.shape) for w in weights), model.embedding_VD.shape[0])
 
     def linear(self, positions: int, layers: int) -> int:
         """Return the FLOPs of products with weights, in one direction, for a number of positions."""
@@ -158,13 +157,13 @@ class Floor:
 def floor_of(
     shape: BodyShape, records: Sequence[TokenSnippets], expansion: Expansion, num_prefix: int, *, layer: int,
     shown: Sequence[int], epochs: int, reach: int | None = None,
-) -> Floor:  # fmt: skip
+) -> Floor:
     """Return the least work for showing each token so many snippets.
 
     Positions before the token are the teacher's, by causality, and are not read again. The student has its
     own token merged, the others as pieces. Nothing above the target layer, nothing beyond the positions that
     are compared, no head, no padding. The teacher reads as few snippets as can be shown so often, out of texts that
-    the tokens have in common as far as they can (`vocabext.distill.sharing`), each once.
+    the tokens have in common as far as they can (`vocabext.distill.input_rows.sharing`), each once.
 
     Args:
         shape: Of the model.
@@ -186,7 +185,7 @@ def floor_of(
         own = [expansion.first_new_id + index]
         compared, seen, once = 0, 0, -(-times // epochs)
         for number, (snippet, ids) in enumerate(zip(
-                record.snippets, expansion.unmerge_batch(record.snippets, keep=own), strict=True)):  # fmt: skip
+                record.snippets, expansion.unmerge_batch(record.snippets, keep=own), strict=True)):
             start = int((ids == own[0]).argmax())
             stop = len(ids) if reach is None else min(len(ids), start + 1 + reach)
             if number < once:

@@ -6,7 +6,7 @@
     python benchmarks/writing.py snippets.jsonl rows.safetensors --model biomed-13m --heldout medquad.heldout.jsonl.gz
         [--places 200] [--heldout-places 30000] [--json benchmarks/writing.json] [--docs docs/benchmarks.md]
 
-Places are those of `vocabext.writing.places`: deserved is where base's own greedy continuation writes the whole run
+Places are those of `vocabext.model.places`: deserved is where base's own greedy continuation writes the whole run
 of a new token. `adopted` is the share of these at which such a token is on top; `wrong` the share of all places at
 which a new token is on top and base writes something else; `at 1 %` moves the base's best logit by one number so that
 exactly 1 % of places are wrong, which compares ways at the same fidelity. The base's weights are never changed.
@@ -29,20 +29,21 @@ import torch
 from machine import describe
 from sections import put_section
 
-from vocabext.checkpoint import Rows, load_rows
+from vocabext.checkpoint.folder import Rows, load_rows
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.corpus import read_documents
-from vocabext.expansion import Expansion, Ids
-from vocabext.model import FrozenModel, load_model
+from vocabext.distill.output_rows.fit import DECAY, Fit, Task, longest_runs
+from vocabext.distill.output_rows.stage import silent_row
+from vocabext.evaluate.held_out import HeldOut, measure_held_out
+from vocabext.files.atomic import write_json
+from vocabext.files.jsonl import read_jsonl
+from vocabext.model.frozen import FrozenModel, load_model
+from vocabext.model.places import Places, find_places
+from vocabext.model.run_tree import RunTree
+from vocabext.model.writing import find_uses, measure_writing
 from vocabext.progress import no_progress
-from vocabext.records import TokenSnippets, read_jsonl, write_json
-from vocabext.rows import mean_rows
 from vocabext.tokenizer import extend, load_tokenizer
-from vocabext.writing.fit import DECAY, Fit, Task, longest_runs
-from vocabext.writing.held_out import HeldOut, measure_held_out
-from vocabext.writing.measure import find_uses, measure_writing
-from vocabext.writing.places import Places, find_places
-from vocabext.writing.rows import silent_row
-from vocabext.writing.runs import RunTree
+from vocabext.tokens import Expansion, Ids, TokenSnippets
 
 CONTEXT = 256
 WRONG = 0.01
@@ -73,7 +74,7 @@ class Bench:
         found = measure_writing(self.held, uses, self.lengths_N)
         return {"adoption": found.adoption, "wrong": found.false_use, "nll_rise_nats": found.nll_rise_nats,
                 "pieces": found.adopted_pieces / max(1, found.adoptable_pieces),
-                "adoption_at_1_percent": adoption_at(uses.ahead_P, uses.right_P, uses.deserved_P)}  # fmt: skip
+                "adoption_at_1_percent": adoption_at(uses.ahead_P, uses.right_P, uses.deserved_P)}
 
     def fit(self, kind: type[Fit] | None = None, places: Places | None = None, caution: float = 1.0) -> torch.Tensor:
         """Fit rows in some way."""
@@ -198,7 +199,7 @@ def first_windows(places: Places, share: float) -> Places:
     kept_R = kept_P[places.place_R]
     return Places(**{name: value[kept_R] if name.endswith("_R") else value[kept_P]
                      for name, value in vars(places).items() if name not in ("place_R", "num_windows")},
-                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)  # fmt: skip
+                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)
 
 
 # -- limits -------------------------------------------------------------------------------------------------------
@@ -212,14 +213,14 @@ def run_probability(places: Places) -> dict[str, float]:
     on_P = best_P > (1 - best_P) * (places.top_P - places.normaliser_P).exp()
     return {"adoption": float((on_P & deserved_P).sum() / deserved_P.sum()),
             "wrong": float((on_P & ~deserved_P).float().mean()),
-            "adoption_at_1_percent": adoption_at(best_P, deserved_P, deserved_P)}  # fmt: skip
+            "adoption_at_1_percent": adoption_at(best_P, deserved_P, deserved_P)}
 
 
 def network(bench: Bench, steps: int = 300, hidden: int = 512) -> dict[str, float]:
     """Return what a network on the frozen states adopts at 1 % wrong: more than linear, and no rows at all."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(bench.train.hidden_PD.shape[1], hidden), torch.nn.GELU(),
-                                 torch.nn.Linear(hidden, bench.num_new + 1))  # fmt: skip
+                                 torch.nn.Linear(hidden, bench.num_new + 1))
     optimizer = torch.optim.Adam(layers.parameters(), lr=2e-3)
     label_P = longest_runs(bench.train, bench.lengths_N)
     for step in range(steps):
@@ -306,7 +307,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                  "half of the text": bench.measure(bench.fit(places=first_windows(bench.train, 0.5), caution=2.0)),
                  "quarter of the text": bench.measure(bench.fit(places=first_windows(bench.train, 0.25), caution=2.0)),
                  "half of the places that deserve nothing": bench.measure(
-                     bench.fit(places=fewer(bench.train, lengths_N), caution=2.0))}  # fmt: skip
+                     bench.fit(places=fewer(bench.train, lengths_N), caution=2.0))}
     curve = {str(c): bench.measure(plain_ND if c == 2.0 else bench.fit(caution=c)) for c in CAUTIONS}
     limits = {"run probability": run_probability(bench.held), "network on the state": network(bench)}
     say("free writing")
@@ -314,7 +315,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     leaks = {name: largest_share(bench.held, rows_ND) for name, rows_ND in (
         ("zero row", torch.zeros(1, mean_ND.shape[1])), ("mean of pieces", mean_ND),
         ("silent row (mean of the two least likely base rows)", silent_D[None]),
-        ("row fitted to be unlikely", fitted_silence(bench)[None]), ("input row (tied)", given.input_ND))}  # fmt: skip
+        ("row fitted to be unlikely", fitted_silence(bench)[None]), ("input row (tied)", given.input_ND))}
     deserved = int(torch.unique(bench.held.place_R[bench.held.greedy_R]).numel())
     return {"machine": describe(model.device), "tokens": len(tokens), "places": len(bench.train),
             "held_out_places": len(bench.held), "deserved": deserved,
@@ -322,13 +323,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "own_held_out": fitted["held_out"],
             "rows": rows, "curve": curve, "ablations": ablations, "limits": limits, "free": free, "leaks": leaks,
             "silent_row_leak_when_fitted": leak,
-            "wall_seconds": {"reading": fitted["read_seconds"], "fit": fitted["fit_seconds"]}}  # fmt: skip
+            "wall_seconds": {"reading": fitted["read_seconds"], "fit": fitted["fit_seconds"]}}
 
 
 def _bench(
     records: Sequence[TokenSnippets], arguments: argparse.Namespace, base: Any, model: FrozenModel, expanded: Any,
     expansion: Expansion, prefix_ids: Sequence[int],
-) -> Bench:  # fmt: skip
+) -> Bench:
     prefix = np.asarray(prefix_ids, np.int64)
     own = expanded.expansion
     tree, windows, merged = RunTree.of(own.tokens), list[Ids](), list[Ids]()
@@ -357,7 +358,7 @@ def _bench(
 
 
 def _next_ids(places: Places, merged: Sequence[Ids], expansion: Expansion, number: dict[tuple[int, ...], int]
-              ) -> torch.Tensor:  # fmt: skip
+              ) -> torch.Tensor:
     """Return for each place the new token that the expanded text has there, N for a base id, -1 for inside of a run."""
     following = []
     for ids in merged:
@@ -368,7 +369,7 @@ def _next_ids(places: Places, merged: Sequence[Ids], expansion: Expansion, numbe
             found[at] = number.get(run, len(number))
         following.append(torch.from_numpy(found))
     return torch.tensor([int(following[w][p]) for w, p in zip(
-        places.window_P.tolist(), places.position_P.tolist(), strict=True)])  # fmt: skip
+        places.window_P.tolist(), places.position_P.tolist(), strict=True)])
 
 
 def fewer(places: Places, lengths_N: torch.Tensor) -> Places:
@@ -378,7 +379,7 @@ def fewer(places: Places, lengths_N: torch.Tensor) -> Places:
     number_P, kept_R = kept_P.cumsum(0) - 1, kept_P[places.place_R]
     return Places(**{name: value[kept_R] if name.endswith("_R") else value[kept_P]
                      for name, value in vars(places).items() if name not in ("place_R", "num_windows")},
-                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)  # fmt: skip
+                  place_R=number_P[places.place_R[kept_R]], num_windows=places.num_windows)
 
 
 def fitted_silence(bench: Bench, steps: int = 300) -> torch.Tensor:
@@ -408,19 +409,19 @@ def largest_share(places: Places, rows_ND: torch.Tensor) -> dict[str, float]:
 
 
 def _free(bench: Bench, arguments: argparse.Namespace, base: Any, expanded: Any, given: Rows,
-          ways: dict[str, torch.Tensor]) -> dict[str, Any]:  # fmt: skip
+          ways: dict[str, torch.Tensor]) -> dict[str, Any]:
     prompts, prefix = list[Ids](), np.asarray(base.prefix_ids, np.int64)
     for document in read_documents([arguments.heldout]):
         ids = np.asarray(expanded.encode(document.text)[:48], np.int64)
         if len(ids) == 48 and len(prompts) < arguments.prompts:
             prompts.append(np.concatenate((prefix, ids)))
     chosen = {name: Rows(given.input_ND, ways[name]) for name in (
-        "ours (default)", "mean of pieces", "next-token training, AdamW", "zero")}  # fmt: skip
+        "ours (default)", "mean of pieces", "next-token training, AdamW", "zero")}
     bold = bench.fit(caution=1.0)
     chosen["ours, caution 1"] = Rows(given.input_ND, bold)
     windows = [prompts[0]]
     return measure_held_out(bench.model, bench.expansion, HeldOut(windows, prompts, len(prefix), 64, expanded.decode),
-                            chosen, no_progress)  # fmt: skip
+                            chosen, no_progress)
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -429,7 +430,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     """Return the section for the docs."""
     def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
-                          *("| " + " | ".join(row) + " |" for row in rows)])  # fmt: skip
+                          *("| " + " | ".join(row) + " |" for row in rows)])
 
     def measured(name: str, found: dict[str, Any]) -> list[str]:
         return [name, *(f"{found[k]:.3f}" for k in ("adoption",)), f"{found['wrong']:.2%}",
@@ -469,7 +470,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         table(("change", *head[1:]), [measured(name, found) for name, found in result["ablations"].items()]),
         "Rows that should not be written: the probability that the likeliest of them takes at a held-out place.",
         table(("row", "largest", "mean", "on top"), leaks),
-    ])  # fmt: skip
+    ])
 
 
 def say(text: str) -> None:

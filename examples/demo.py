@@ -35,7 +35,7 @@ def main() -> None:
     vocabext("run", mining, "--heldout", heldout, "--model", model, "--budget", arguments.budget, "-o", expanded)
     vocabext("serve", "lengths", model, expanded, "--corpus", heldout, "-o", out / "lengths.json", "--force")
     vocabext("serve", "bench", model, expanded, "--corpus", heldout, "-o", out / "bench.json", "--force",
-             "--pairs", arguments.pairs)  # fmt: skip
+             "--pairs", arguments.pairs)
     vocabext("serve", "report", expanded, "-o", out / "report.html", "--force")
     seconds = time.monotonic() - began
     table = summary(expanded, out)
@@ -60,7 +60,7 @@ def step(*command: object) -> None:
 def summary(expanded: Path, out: Path) -> str:
     """Return the table of the README, from the artifacts and nothing else."""
     lengths, evaluation, bench = (json.loads(path.read_text(encoding="utf-8")) for path in (
-        out / "lengths.json", expanded / "eval.json", out / "bench.json"))  # fmt: skip
+        out / "lengths.json", expanded / "eval.json", out / "bench.json"))
     rows = {row["name"]: row for row in evaluation["rows"]}
     low, high = evaluation["gap_recovered_interval"]
     lines = [
@@ -76,7 +76,7 @@ def summary(expanded: Path, out: Path) -> str:
         "",
         "| vLLM | base | expanded | speed-up (95 % interval) | base / base | expanded is |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     return "\n".join([*lines, *(_bench_row(point) for point in bench["points"])])
 
 
@@ -90,7 +90,7 @@ def _bench_row(point: dict[str, Any]) -> str:
     (low, high), (quiet, loud) = metric["speedup_interval"], metric["noise_interval"]
     return (f"| {point['scenario']}, {name.replace('_', ' ')} | {metric['base']:.4f} | {metric['expanded']:.4f} | "
             f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f}) | {metric['noise']:.3f} ({quiet:.3f} to {loud:.3f}) | "
-            f"{metric['verdict']} |")  # fmt: skip
+            f"{metric['verdict']} |")
 
 
 def say(text: str) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vocabext.checkpoint.manifest import has_manifest, read_manifest
+from vocabext.checkpoint.verdicts import VERIFY_NAME
 from vocabext.errors import CheckpointError
-from vocabext.manifest import has_manifest, read_manifest
-from vocabext.records import read_object
-from vocabext.verdicts import VERIFY_NAME
+from vocabext.files.atomic import read_object
 
 
 def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:

@@ -20,12 +20,11 @@ import numpy.typing as npt
 from serve.encoder import Encoder, load_encoder
 from serve.provenance import provenance
 from serve.shape import cache_bytes_per_token, context_length, read_config
-from vocabext.checkpoint import resolve_model
-from vocabext.corpus import left_out_of, read_documents
-from vocabext.expansion import Expansion
-from vocabext.manifest import has_manifest, read_manifest
+from vocabext.checkpoint.folder import resolve_model
+from vocabext.checkpoint.manifest import has_manifest, read_manifest
+from vocabext.corpus import Document, left_out_of, read_documents
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken
+from vocabext.tokens import Expansion, NewToken
 
 FORMAT_VERSION = 2
 BATCH_CHARACTERS = 2_000_000

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint import read_json
+from vocabext.checkpoint.folder import read_json
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 OTHER_CACHES = ("kv_lora_rank", "ssm_cfg", "mamba_d_state")

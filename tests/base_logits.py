@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from vocabext.checkpoint import open_checkpoint
+from vocabext.checkpoint.folder import open_checkpoint
 
 
 @torch.no_grad()

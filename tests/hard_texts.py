@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer
+from vocabext.tokens import NewToken
 
 # What people want as tokens, by what is special about it.
 WANTED = {
@@ -27,7 +27,7 @@ WANTED = {
     "emoji": ["👩\u200d⚕️", " 👨\u200d👩\u200d👧", "🫀🫀"],
     "combining characters": [" naïve cafés", " cafe\u0301s", "e\u0301te\u0301", "x\u0323\u0307y", "a\u200db\u200dc",
                              "ﬁbrillation"],
-}  # fmt: skip
+}
 ALL_WANTED = [text for texts in WANTED.values() for text in texts]
 FRAGMENTS = [
     *ALL_WANTED, *(t.strip() for t in ALL_WANTED), *(t[:-1] for t in ALL_WANTED), *(t[1:] for t in ALL_WANTED),
@@ -39,7 +39,7 @@ FRAGMENTS = [
     ",", "-", "(", ")", "/", "_", "+", "=", ":", "//", "1", "12", "999", "1234", "½", "²", "٣", "५", "A", "É", "ß", "ſ",
     "İ", "ǆ", "ﬁ", "Ａ", "１", "ـ", "ال", "שָׁ", "ि", "्", "ุ", "ไทย", "한", "ᄒ", "ᅡ", "ᆫ", "語", "の", "ー", "👩", "🙂",
     "🇩🇪", "the", " the", "The", "heart", " heart", "s", "ed", "al", "x",
-]  # fmt: skip
+]
 
 
 def possible(base: BaseTokenizer, wanted: Iterable[str] = ALL_WANTED) -> list[NewToken]:

@@ -27,15 +27,15 @@ import transformers.models.llama.modeling_llama as _llama  # imported before the
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens
 
-from vocabext import verify as verification
-from vocabext.checkpoint import Rows, open_checkpoint, save_rows
-from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
-from vocabext.manifest import base_record
-from vocabext.patch import patch
-from vocabext.pipeline import RunConfig, run
+from vocabext.checkpoint.folder import Rows, open_checkpoint, save_rows
+from vocabext.checkpoint.manifest import base_record
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.patch.stage import patch
 from vocabext.revert import revert
-from vocabext.rows import mean_rows
+from vocabext.run import RunConfig, run
 from vocabext.tokenizer import load_tokenizer
+from vocabext.verify import stage as verification
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree")
 DATED = {"vocabext.json": ("created",), "verify.json": ("seconds",), "eval.json": ("seconds",)}
@@ -65,7 +65,7 @@ def _base(folder: Path) -> None:
     matrix = checkpoint.read("model.embed_tokens.weight")
     made_from = base_record(base, checkpoint.names, model=str(base), num_used_ids=load_tokenizer(base).num_used_ids)
     save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(matrix, tokens)),
-              {"method": "mean", "base": made_from})  # fmt: skip
+              {"method": "mean", "base": made_from})
 
 
 def _expanded(folder: Path) -> None:
@@ -92,7 +92,7 @@ def _run(folder: Path) -> None:
         output=folder / "new", mine=MineConfig(budget=5, min_count=4),
         collect=CollectConfig(snippets=6, window=24, min_snippets=2),
         distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
-        evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")))  # fmt: skip
+        evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")))
 
 
 def _patched(folder: Path, *, force: bool = False, link: str = "copy") -> None:
@@ -106,7 +106,7 @@ WORKS = {
     "revert": Work(_expanded, lambda folder: revert(folder / "expanded", folder / "new", link="copy"),
                    ("base", "expanded", "rows.safetensors")),
     "run": Work(_corpus, _run, ("base", "corpus.jsonl", "heldout.jsonl", "new-work"), compared=False),
-}  # fmt: skip
+}
 
 
 # -- processes ----------------------------------------------------------------------------------------------------

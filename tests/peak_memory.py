@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from vocabext.config import DistillConfig
 from vocabext.distill import distill
-from vocabext.model import FrozenModel
-from vocabext.records import NewToken, TokenSnippets
+from vocabext.model.frozen import FrozenModel
+from vocabext.options import DistillConfig
+from vocabext.tokens import NewToken, TokenSnippets
 
 COMMON = {"bos_token_id": None, "eos_token_id": None}
 # What is most of the memory: text before the tokens; the weights; a step, of a model whose heads share keys.
@@ -39,7 +39,7 @@ def records(first: int, tokens: int, snippets: int) -> list[TokenSnippets]:
     made = []
     for number in range(tokens):
         texts = [(*rng.integers(0, first, WINDOW - 12).tolist(), first + number, *rng.integers(0, first, 11).tolist())
-                 for _ in range(snippets)]  # fmt: skip
+                 for _ in range(snippets)]
         token = NewToken(f"t{number}", f"t{number}", (number % first, (number * 7 + 1) % first))
         made.append(TokenSnippets(token, tuple(texts), (WINDOW - 12,) * snippets))
     return made

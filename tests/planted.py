@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vocabext.checks import behaviour
-from vocabext.checks.pair import Pair
-from vocabext.manifest import read_manifest
-from vocabext.verdicts import FAIL, SKIPPED, Verification
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.verdicts import FAIL, SKIPPED, Verification
+from vocabext.verify import behaviour
+from vocabext.verify.pair import Pair
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Json = dict[str, Any]
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 def draw_fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the checks on text faster; for a fixture."""
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 500)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 500)
     monkeypatch.setattr(behaviour, "STREAMED", 300)
     monkeypatch.setattr(behaviour, "RANDOM_ROWS", 200)
 

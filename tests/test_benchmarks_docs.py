@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {"Gateway": "gateway_docs", "Serving": "serve_docs", "Tokenizers": "tokenizer_docs",
-            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing"}  # fmt: skip
+            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing"}
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vocabext.checkpoint import open_checkpoint, open_rows
+from vocabext.checkpoint.folder import open_checkpoint, open_rows
 from vocabext.tokenizer import load_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -53,7 +53,7 @@ def test_a_process_is_measured() -> None:
 @pytest.mark.slow
 def test_ways_run_and_leave_the_base_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     import patch_speed
     from synthetic_checkpoint import write_checkpoint, write_rows
 
@@ -62,7 +62,7 @@ def test_ways_run_and_leave_the_base_only(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setattr(sys, "argv", ["patch_speed.py", "--folder", str(tmp_path), "--turns", "1", "--tokens", "20",
                                       "--ways", "cp", "copy", "link", "read",
-                                      "-o", str(tmp_path / "found.json")])  # fmt: skip
+                                      "-o", str(tmp_path / "found.json")])
     patch_speed.main()
     found = json.loads((tmp_path / "found.json").read_text())
     runs = {run["way"]: run for run in found["runs"]}
@@ -76,9 +76,9 @@ def found(size: float, **seconds: float) -> dict[str, Any]:
     """What a run with two turns would have found."""
     runs = [{"way": way, "turn": turn, "wall_seconds": value + turn, "sync_seconds": 2.0 if way == "cp" else 0.0,
              "cpu_seconds": 1.0, "peak_anonymous_bytes": 2**20, "peak_resident_bytes": 2**21}
-            for way, value in seconds.items() for turn in (0, 1)]  # fmt: skip
+            for way, value in seconds.items() for turn in (0, 1)]
     machine = {"processor": "a chip", "cpus": 2, "memory_bytes": 2**34, "file_system": "ext4", "torch": "2",
-               "transformers": "5", "date": "2026-11-25"}  # fmt: skip
+               "transformers": "5", "date": "2026-11-25"}
     checkpoint = {"bytes": size, "shards": 3, "rewritten_bytes": size / 10, "new_tokens": 1000}
     return {"machine": machine, "checkpoint": checkpoint, "runs": runs}
 

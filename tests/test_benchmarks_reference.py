@@ -14,20 +14,19 @@ import torch
 from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
 
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
-from vocabext.evaluate import RowSet
-from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel, load_model
-from vocabext.records import NewToken, TokenSnippets
-from vocabext.rows import mean_rows
+from vocabext.evaluate.stage import RowSet
+from vocabext.model.frozen import FrozenModel, load_model
+from vocabext.options import CollectConfig, DistillConfig
 from vocabext.tokenizer import extend, load_tokenizer
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 CPU = torch.device("cpu")
 EXPANSION = Expansion([NewToken("ab", "ab", (1, 2)), NewToken("cde", "cde", (3, 4, 5))], 290)
 RECORDS = [TokenSnippets(EXPANSION.tokens[0], ((7, 290, 291, 8), (290, 9)), (1, 0)),
-           TokenSnippets(EXPANSION.tokens[1], ((6, 291, 290),), (1,))]  # fmt: skip
+           TokenSnippets(EXPANSION.tokens[1], ((6, 291, 290),), (1,))]
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +240,7 @@ def test_it_compares_both_and_prints_its_tables(
     expected = distill_reference._expected_seconds
     # As if ours had taken a millisecond by default, on whatever machine: only what takes far longer is left out.
     monkeypatch.setattr(distill_reference, "_expected_seconds", lambda budget, ours, snippets: expected(
-        budget, replace(ours, seconds=1e-3), snippets))  # fmt: skip
+        budget, replace(ours, seconds=1e-3), snippets))
     main([*options(folder), "--ours", "snippets=4,epochs=1", "epochs=5000",
           "-o", str(tmp_path / "result.json")])
     printed, notes = capsys.readouterr()
@@ -345,7 +344,7 @@ def test_rows_left_out_are_no_comparison() -> None:
 @pytest.mark.parametrize(("budget", "message"), [
     ("speed=3", "there is no option speed; there are snippets, method"), ("epochs", "is no list of KEY=VALUE"),
     ("epochs=many", "is no list of KEY=VALUE"), ("epochs=0", "--epochs is 0; it must be at least 1"),
-])  # fmt: skip
+])
 def test_a_budget_that_means_nothing_is_refused(
     folder: Path, budget: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

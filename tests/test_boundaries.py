@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
 
-from vocabext import boundaries
-from vocabext.boundaries import (
+from vocabext.tokenizer import boundaries
+from vocabext.tokenizer.boundaries import (
     Definitions,
     MergeTable,
     character_class,
@@ -102,7 +102,7 @@ def test_an_escaped_literal_matches_itself_only(text: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(words=st.sets(st.text("abc.", min_size=1, max_size=5), min_size=1, max_size=12),
-       text=st.text("abc. ", max_size=30))  # fmt: skip
+       text=st.text("abc. ", max_size=30))
 def test_the_tree_finds_the_longest_string(words: set[str], text: str) -> None:
     plain = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
     expected = [part for part in re.split(f"({plain.pattern})", text) if part]
@@ -151,7 +151,7 @@ def guarded(bpe: Bpe, keys: list[str], **options: bool) -> str:
 @settings(max_examples=200, deadline=None)
 @given(bpe=st.builds(Bpe, st.just("ab.,"), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=14)),
        keys=st.sets(st.text("ab.,", min_size=1, max_size=5), min_size=1, max_size=5),
-       texts=st.lists(st.text("ab.,", max_size=20), min_size=1, max_size=20))  # fmt: skip
+       texts=st.lists(st.text("ab.,", max_size=20), min_size=1, max_size=20))
 def test_cutting_at_guarded_keys_changes_nothing(bpe: Bpe, keys: set[str], texts: list[str]) -> None:
     expression = guarded(bpe, sorted(keys))
     for text in texts:
@@ -182,7 +182,7 @@ def test_what_the_model_deletes_is_written_a_few_times_however_many_keys_there_a
     alphabet = "".join(map(chr, range(0x61, 0x7B))) + ".,"
     merges = [(a, b) for a in alphabet for b in ".," if a != b]
     table = MergeTable([*merges, *((a, b + c) for a in alphabet for b, c in merges)],
-                       {c: i for i, c in enumerate(alphabet)})  # fmt: skip
+                       {c: i for i, c in enumerate(alphabet)})
     keys = [a + b for a in alphabet[:26] for b in alphabet[:26]]
     few, many = (whole_text_expression(keys[:count], table, drops_unknown=True) for count in (52, 676))
     unknown = f"[^{character_class(alphabet)}]"

@@ -13,19 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import asset_model, edit_header, edit_json, tiny_folder, tiny_model
 
-from vocabext import checkpoint as module
-from vocabext.architecture import with_sizes
-from vocabext.checkpoint import (
-    Rows,
-    load_rows,
-    open_checkpoint,
-    resolve_model,
-    save_rows,
-)
+from vocabext.checkpoint import folder as module
+from vocabext.checkpoint.folder import Rows, load_rows, open_checkpoint, resolve_model, save_rows
+from vocabext.checkpoint.shards import read_shard
+from vocabext.checkpoint.vocabulary import stored_name
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.records import NewToken
-from vocabext.shards import read_shard
-from vocabext.vocabulary import stored_name
+from vocabext.model.architecture import with_sizes
+from vocabext.tokens import NewToken
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"

@@ -158,7 +158,7 @@ def test_every_error_is_one_line_and_its_exit_code(error: type[errors.VocabextEr
         ("log", 1, "error: the server died\n  CUDA out of memory"),
         ("interrupt", 130, "interrupted"),
     ],
-)  # fmt: skip
+)
 def test_what_else_ends_a_command_is_one_line(name: str, code: int, line: str) -> None:
     assert run("fail", name) == (code, "", line + "\n")
 
@@ -201,7 +201,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(args: tuple[str, ...], line: st
 def test_a_verb_that_is_not_there_says_so() -> None:
     assert run("absent") == (
         1, "", "error: absent is not part of this installation (test_cli_absent is missing)\n"
-    )  # fmt: skip
+    )
 
 
 def test_a_module_missing_inside_a_verb_is_a_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_module_missing_inside_a_verb_is_a_bug(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("number", "code", "line"), [
     (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
-])  # fmt: skip
+])
 def test_a_signal_ends_a_running_verb_and_leaves_nothing_behind(
     tmp_path: Path, number: int, code: int, line: str
 ) -> None:
@@ -241,7 +241,7 @@ def test_a_signal_ends_a_running_verb_and_leaves_nothing_behind(
         [sys.executable, "-c", source, "slow", str(tmp_path / "out.jsonl")],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     with process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -258,10 +258,10 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "vocabext", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
             check=False,
-        )  # fmt: skip
+        )
     assert (done.returncode, done.stderr) == (
         1, "error: no space left on the device; free some, or choose an output elsewhere\n"
-    )  # fmt: skip
+    )
 
 
 def test_a_pipe_nobody_reads_is_quiet() -> None:
@@ -271,7 +271,7 @@ def test_a_pipe_nobody_reads_is_quiet() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "vocabext", "--help"], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True,
             check=False,
-        )  # fmt: skip
+        )
     assert (done.returncode, done.stderr) == (1, "")
 
 

@@ -21,12 +21,14 @@ from vocabext.collect import (
     short_of_snippets,
     write_snippets,
 )
-from vocabext.config import CollectConfig, MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import TokenizerError, UsageError
-from vocabext.mine import mine, write_candidates
-from vocabext.model import load_model
-from vocabext.records import Document, NewToken, TokenSnippets, write_jsonl
+from vocabext.files.jsonl import write_jsonl
+from vocabext.mine.stage import mine, write_candidates
+from vocabext.model.frozen import load_model
+from vocabext.options import CollectConfig, MineConfig
 from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
+from vocabext.tokens import NewToken, TokenSnippets
 
 WORDS = [" cardiac", " ureter", " ureteral", " signs and symptoms", " the heart", " a", ",", " rates", ".\n"]
 
@@ -80,7 +82,7 @@ def test_a_word_inside_a_longer_word_is_no_occurrence() -> None:
     (record,) = run(base, [" the ureteral the ureters the ureter the ureteral"] * 3, tokens)
     assert record.occurrences == 3
     assert all(base.decode(extend(base, tokens).expansion.unmerge(s).tolist()).count(" ureter ") == 1
-               for s in record.snippets)  # fmt: skip
+               for s in record.snippets)
 
 
 def test_a_part_that_never_stands_alone_is_seen_inside_what_is_merged_from_it() -> None:
@@ -146,7 +148,7 @@ def test_the_sample_is_uniform_over_the_corpus(monkeypatch: pytest.MonkeyPatch) 
     document = {tuple(new.encode(text)): i for i, text in enumerate(texts)}
     seeds, size = 150, 6
     drawn = Counter(document[snippet] for seed in range(seeds)
-                    for snippet in run(base, texts, tokens, snippets=size, seed=seed)[0].snippets)  # fmt: skip
+                    for snippet in run(base, texts, tokens, snippets=size, seed=seed)[0].snippets)
     expected = seeds * size / len(texts)  # 15 for each of the 60 documents
     assert sum(drawn.values()) == seeds * size
     chi_square = sum((drawn[i] - expected) ** 2 / expected for i in range(len(texts)))
@@ -206,7 +208,7 @@ class Parrot:
         self.calls: list[tuple[int, int, int]] = []
 
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
-              num_used_ids: int) -> list[list[int]]:  # fmt: skip
+              num_used_ids: int) -> list[list[int]]:
         assert len({len(prompt) for prompt in prompts}) == 1
         assert num_used_ids == self.base.num_used_ids
         self.prompts += [list(prompt) for prompt in prompts]
@@ -398,7 +400,7 @@ def test_the_verb_lets_the_model_write(mined: Mined, tmp_path: Path) -> None:
             assert snippet[position] == token_id
             assert len(new.expansion.unmerge(snippet)) <= 12 + len(record.new_token.run)
     again = generate_missing([TokenSnippets(r.new_token) for r in records], load_model(mined.model), base,
-                             CollectConfig(snippets=3, min_snippets=2, window=12))  # fmt: skip
+                             CollectConfig(snippets=3, min_snippets=2, window=12))
     assert again == records
 
 

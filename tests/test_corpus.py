@@ -20,9 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabext import corpus
-from vocabext.corpus import corpus_signature, left_out_of, read_documents
+from vocabext.corpus import Document, corpus_signature, left_out_of, read_documents
 from vocabext.errors import CorpusError, UsageError
-from vocabext.records import Document
 
 
 def texts(*sources: object, **options: Any) -> list[str]:

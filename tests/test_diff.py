@@ -86,7 +86,7 @@ def test_the_command_writes_a_page_or_json(pair: tuple[Path, Path]) -> None:
     page = CliRunner().invoke(command, [*arguments, "--tokens", "1"], catch_exceptions=False).stdout
     for line in ("config.json: vocab_size is 296, was 292", "19 of 21 tensors have the same bytes", "' muscle of'",
                  "3 new rows (ids 290 to 292): 2 took free rows, 1 were added, with 3 unused behind them",
-                 "and 2 more; --tokens or --json shows them", "x| the heart"):  # fmt: skip
+                 "and 2 more; --tokens or --json shows them", "x| the heart"):
         assert line in page
     assert "' are rated'" not in page
     document = json.loads(CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False).stdout)

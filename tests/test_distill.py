@@ -15,24 +15,32 @@ from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from vocabext.checkpoint import load_rows
+from vocabext.checkpoint.folder import load_rows
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
+from vocabext.corpus import Document
 from vocabext.distill import distill, distill_file, stage
-from vocabext.distill.contexts import Contexts, teach
-from vocabext.distill.engine import Objective, Taught, _schedule, held_out_errors, next_token_nats, snippet_errors
-from vocabext.distill.examples import build_examples
-from vocabext.distill.silence import sample_background
+from vocabext.distill.input_rows.contexts import Contexts, teach
+from vocabext.distill.input_rows.engine import (
+    Objective,
+    Taught,
+    _schedule,
+    held_out_errors,
+    next_token_nats,
+    snippet_errors,
+)
+from vocabext.distill.input_rows.examples import build_examples
+from vocabext.distill.input_rows.silence import sample_background
+from vocabext.distill.overlap import text_numbers
 from vocabext.distill.stage import _rounds, _Work
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.expansion import Expansion
-from vocabext.manifest import file_sha256
-from vocabext.model import FrozenModel, pick_device
-from vocabext.overlap import text_numbers
+from vocabext.files.jsonl import write_jsonl
+from vocabext.model.frozen import FrozenModel, pick_device
+from vocabext.options import CollectConfig, DistillConfig
 from vocabext.progress import Task
-from vocabext.records import Document, NewToken, TokenSnippets, write_jsonl
-from vocabext.rows import mean_rows
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 FIRST = 10
 EXPANSION = Expansion([NewToken("ab", "ab", (1, 2)), NewToken("cde", "cde", (3, 4, 5))], FIRST)
@@ -86,7 +94,7 @@ def test_the_teacher_reads_a_text_once_and_as_far_as_it_is_needed() -> None:
             alone = examples.take(torch.tensor([at]))
             contexts = teach(model, alone, 2, keep_past=False)
             assert float(snippet_errors(model, alone, contexts, rows_GD, objective())[0]) == pytest.approx(
-                float(errors_S[at]), rel=1e-3)  # fmt: skip
+                float(errors_S[at]), rel=1e-3)
 
 
 def test_reach_cuts_both_sides_behind_the_token() -> None:
@@ -166,7 +174,7 @@ def test_padding_on_the_right_changes_nothing() -> None:
 def test_every_step_shows_each_token_at_work_equally_often() -> None:
     parts = [build_examples([replace(r, snippets=r.snippets[:1] * n, positions=r.positions[:1] * n)
                              for r, n in zip(records(), counts, strict=True)], EXPANSION, [0, 1])
-             for counts in ((4, 2), (3, 1))]  # fmt: skip
+             for counts in ((4, 2), (3, 1))]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     steps = _schedule(parts, torch.tensor([0, 1]), 7, 2, generators)
     shown: list[list[int]] = [[], []]
@@ -183,7 +191,7 @@ def test_every_step_shows_each_token_at_work_equally_often() -> None:
 @pytest.mark.parametrize(("snippets", "epochs", "rounds"), [
     (22, 1, [(8, 8), (22, 14)]), (22, 2, [(8, 8), (16, 16), (22, 20)]), (1, 1, [(1, 1)]), (2, 1, [(2, 2)]),
     (22, 4, [(8, 8), (16, 16), (22, 32), (22, 32)]), (4, 4, [(4, 4), (4, 8), (4, 4)]),
-])  # fmt: skip
+])
 def test_rounds_double_and_end_with_every_snippet(snippets: int, epochs: int, rounds: list[tuple[int, int]]) -> None:
     assert _rounds(snippets, epochs) == rounds
     assert _rounds(snippets, epochs, 1) == rounds[:1]
@@ -247,7 +255,7 @@ def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
 
     held_out, *train = work._parts(work.trainable)
     return {token: (set().union(*(texts(part[at]) for part in train)), texts(held_out[at]))
-            for at, token in enumerate(work.trainable)}  # fmt: skip
+            for at, token in enumerate(work.trainable)}
 
 
 def work_on(found: list[TokenSnippets], first: int) -> _Work:
@@ -266,9 +274,9 @@ def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_pat
         ids = base.encode(filling)[: length - 12]
         half = len(ids) // 2
         documents.append(Document(str(number), f"{base.decode(ids[:half])} the heart {number} the heart "
-                                               f"{base.decode(ids[half:])}"))  # fmt: skip
+                                               f"{base.decode(ids[half:])}"))
     found = collect([*documents, *documents], base, new_tokens(folder)[1:2],
-                    CollectConfig(snippets=40, window=50, min_snippets=2))  # fmt: skip
+                    CollectConfig(snippets=40, window=50, min_snippets=2))
     assert len(found[0].snippets) > 12
     train, judges = sides(work_on(found, base.num_used_ids))[0]
     numbers = text_numbers([np.frombuffer(text, np.int64) for text in (*train, *judges)])
@@ -305,7 +313,7 @@ def test_layers_are_named_by_number_fraction_or_last() -> None:
 
 def test_new_rows_are_scaled_like_the_rows_of_a_model_that_scales_its_embedding() -> None:
     config = Gemma3TextConfig(vocab_size=FIRST, hidden_size=40, intermediate_size=48, num_hidden_layers=1, head_dim=20,
-                              num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+                              num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
     for dtype in (torch.float32, torch.bfloat16):  # the class rounds its scale, the root of 40, to the dtype
         model = FrozenModel(Gemma3ForCausalLM(config), torch.device("cpu"), dtype)
         rows = model.embedding_VD[[7, 9]].float().requires_grad_()
@@ -347,7 +355,7 @@ def test_a_class_that_cannot_be_built_fails_before_the_training(
     monkeypatch.setattr(stage, "load_model", loaded)
     with pytest.raises(CheckpointError, match="cannot build"):
         distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors",
-                     DistillConfig(dtype="float32", device="cpu"))  # fmt: skip
+                     DistillConfig(dtype="float32", device="cpu"))
 
 
 def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path) -> None:
@@ -364,7 +372,7 @@ def test_candidates_are_enough_for_the_mean_and_for_nothing_else(tmp_path: Path)
     ({}, [], "holds no tokens; mine again"),
     ({}, [{"token": "x"}], "is damaged at token 1: 'key' is missing; mine again, or mend it"),
     ({"base": {"model": "org/other", "num_used_ids": 7}}, None, "was made for org/other with 7 token ids, but this"),
-])  # fmt: skip
+])
 def test_a_damaged_empty_or_foreign_file_is_refused(
     tmp_path: Path, header: dict[str, object], rows: list[dict[str, object]] | None, message: str
 ) -> None:
@@ -381,7 +389,7 @@ def test_a_damaged_empty_or_foreign_file_is_refused(
     ("learning_rate", (0.0, math.inf, math.nan)),
     ("target_layer", ("", "0", "-1", "first", "1.5", "0.0", "1e3")), ("reach", (-1,)), ("rounds", (0,)),
     ("leave_out", (-1.0, math.nan)), ("next_token_weight", (-0.1, math.inf)), ("cache_gib", (-1.0, math.inf)),
-])  # fmt: skip
+])
 def test_options_out_of_range_are_refused_before_anything_is_loaded(option: str, values: tuple[object, ...]) -> None:
     for value in values:
         with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is "):
@@ -424,7 +432,7 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     background = sample_background(model, [build_examples(records(), EXPANSION, [0, 1])], 290, torch.Generator())
     row, bias = background.hidden_PD[0], torch.tensor([2.0])
     before, after = (model.log_probabilities(background.hidden_PD, num_base=290, **new)[:, :290]
-                     for new in ({}, {"new_rows_ND": row[None], "new_bias_N": bias}))  # fmt: skip
+                     for new in ({}, {"new_rows_ND": row[None], "new_bias_N": bias}))
     assert float(background.taken(row[None], bias)) == pytest.approx(float((before - after).mean()), rel=1e-4)
     seen: list[float] = []
     for loud in (4.0, -4.0):  # of the pieces: they are what new tokens get the mean of
@@ -461,7 +469,7 @@ def test_the_next_token_is_part_of_the_objective_if_asked_for(tmp_path: Path) ->
     folder, found = collected(tmp_path)
     first = load_tokenizer(folder).num_used_ids
     rows = [distill(found, frozen(2), DistillConfig(epochs=1, next_token_weight=weight), num_used_ids=first).input_ND
-            for weight in (0.0, 0.5)]  # fmt: skip
+            for weight in (0.0, 0.5)]
     assert not torch.allclose(rows[0], rows[1], atol=1e-3)
     with pytest.raises(UsageError, match=r"--next-token-weight is 0\.5, but --target-layer is 1"):
         distill(found, frozen(2), DistillConfig(target_layer="1", next_token_weight=0.5), num_used_ids=first)
@@ -474,7 +482,7 @@ def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, targ
     ran: Counter[str] = Counter()
     assert model.takes_branches  # tried once, on all layers
     watched = {"head": model.model.get_output_embeddings(),
-               **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}  # fmt: skip
+               **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}
     for name, module in watched.items():
         module.register_forward_hook(lambda *_, name=name: ran.update([name]))
     first = load_tokenizer(folder).num_used_ids
@@ -523,7 +531,7 @@ def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(t
     group = work.trainable
     held_out = build_examples(work._parts(group)[0], work.expansion, group, reach=8)
     once, result = (distill(found, model, DistillConfig(epochs=2, learning_rate=0.3, second_pass=second),
-                            num_used_ids=first) for second in (False, True))  # fmt: skip
+                            num_used_ids=first) for second in (False, True))
     changed = (once.input_ND != result.input_ND).any(1).tolist()
     assert any(changed)
     judged, alone = Taught(), Objective(2, first, ((1, 1),), 0.1)

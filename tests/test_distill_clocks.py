@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vocabext.distill.clocks import DAMPING, MIN_GAIN, MOMENTUM, Clocks, Directions, decayed
+from vocabext.distill.input_rows.clocks import DAMPING, MIN_GAIN, MOMENTUM, Clocks, Directions, decayed
 
 
 def test_a_step_is_as_long_as_the_rate_whatever_the_gradient() -> None:

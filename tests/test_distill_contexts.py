@@ -18,19 +18,18 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from vocabext.distill.contexts import chunks, sharing_is_exact, teach
-from vocabext.distill.engine import Objective, Taught, fit_rows, held_out_errors, snippet_errors
-from vocabext.distill.examples import Examples, build_examples
-from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel
-from vocabext.records import NewToken, TokenSnippets
+from vocabext.distill.input_rows.contexts import chunks, sharing_is_exact, teach
+from vocabext.distill.input_rows.engine import Objective, Taught, fit_rows, held_out_errors, snippet_errors
+from vocabext.distill.input_rows.examples import Examples, build_examples
+from vocabext.model.frozen import FrozenModel
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 FIRST = 90
 EXPANSION = Expansion([NewToken("ab", "ab", (1, 2)), NewToken("cde", "cde", (3, 4, 5)), NewToken("fg", "fg", (6, 7))],
-                      FIRST)  # fmt: skip
+                      FIRST)
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
          "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0,
-         "eos_token_id": 0}  # fmt: skip
+         "eos_token_id": 0}
 
 
 def llama() -> Any:
@@ -39,7 +38,7 @@ def llama() -> Any:
 
 def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=0,
-                                      eos_token_id=0))  # fmt: skip
+                                      eos_token_id=0))
 
 
 def gemma(window: int = 64) -> Any:
@@ -53,7 +52,7 @@ def mistral(window: int) -> Any:
 
 def bloom() -> Any:
     return BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=3, n_head=2, bos_token_id=0,
-                                        eos_token_id=0))  # fmt: skip
+                                        eos_token_id=0))
 
 
 def frozen(make: Any, dtype: torch.dtype = torch.float64, **options: Any) -> FrozenModel:
@@ -110,13 +109,13 @@ def test_the_shared_past_gives_the_rows_of_the_plain_way(
     records = snippets()
     if merge_all:  # tokens next to each other and before each other
         records = [TokenSnippets(r.new_token, tuple((90, 91, 92, *ids) for ids in r.snippets),
-                                 tuple(at + 3 for at in r.positions)) for r in records]  # fmt: skip
+                                 tuple(at + 3 for at in r.positions)) for r in records]
     train = [build_examples(records, EXPANSION, [0, 1, 2], prefix_ids=[0], merge_all=merge_all)]
     start_GD = model.embedding_VD[[1, 3, 6]].to(torch.promote_types(dtype, torch.float32))
     fits = []
     for keep_past in (True, False):
         objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=40, keep_past=keep_past,
-                              others_ND=start_GD.clone() if merge_all else None)  # fmt: skip
+                              others_ND=start_GD.clone() if merge_all else None)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         fits.append(fit_rows(model, train, train[0], start_GD, objective, generators))
     assert torch.allclose(fits[0].rows_GD, fits[1].rows_GD, atol=tolerance)
@@ -154,7 +153,7 @@ def test_a_model_that_goes_by_the_order_of_positions_takes_the_plain_way() -> No
     assert not sharing_is_exact(model, examples, 3, FIRST)
     contexts = teach(model, examples, 3, keep_past=False)
     errors_S, _ = snippet_errors(model, examples, contexts, model.embedding_VD[[1, 3, 6]],
-                                 Objective(3, FIRST, ((1, 1),), 0.1))  # fmt: skip
+                                 Objective(3, FIRST, ((1, 1),), 0.1))
     assert bool(errors_S.isfinite().all())
 
 
@@ -198,7 +197,7 @@ def test_no_pass_of_the_student_is_longer_than_planned(
         taught = Taught()
         start_GD = model.embedding_VD[[1, 3, 6]].clone()
         objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=positions, keep_past=keep_past,
-                              others_ND=start_GD.clone() if merge_all else None)  # fmt: skip
+                              others_ND=start_GD.clone() if merge_all else None)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         rows.append(fit_rows(model, parts, parts[0], start_GD, objective, generators).rows_GD)
         taught.add(model, parts[0], objective)

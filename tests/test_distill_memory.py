@@ -8,11 +8,11 @@ from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, new_tokens
 
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill
-from vocabext.distill.memory import plan_memory
+from vocabext.distill.input_rows.memory import plan_memory
 from vocabext.errors import UsageError
-from vocabext.model import FrozenModel, load_model, parse_max_memory
+from vocabext.model.frozen import FrozenModel, load_model, parse_max_memory
+from vocabext.options import CollectConfig, DistillConfig
 from vocabext.tokenizer import load_tokenizer
 
 
@@ -23,7 +23,7 @@ def frozen(layers: int = 2) -> FrozenModel:
 def test_a_budget_bounds_what_is_kept_of_a_group() -> None:
     model = frozen()
     options = {"tokens": 100, "snippets": 25, "before": 20, "width": 9, "layer": 2, "positions": 4_000,
-               "wanted_group": 50}  # fmt: skip
+               "wanted_group": 50}
     plenty = plan_memory(model, **options, budget_bytes=10**9, exact=True)
     assert (plenty.group, plenty.keep_past) == (50, True)
     # 2 layers x keys and values x 64 numbers of 4 bytes, for each of 20 positions of 25 snippets of 50 tokens
@@ -53,7 +53,7 @@ def test_what_a_position_needs_is_measured() -> None:
 def test_memory_stays_flat_when_there_are_more_tokens(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
     found = collect(DOCUMENTS, load_tokenizer(folder), new_tokens(folder), CollectConfig(snippets=8, window=24,
-                                                                                         min_snippets=2))  # fmt: skip
+                                                                                         min_snippets=2))
     first = load_tokenizer(folder).num_used_ids
     config = DistillConfig(epochs=1, cache_gib=0.0)
     few = distill(found, frozen(), config, num_used_ids=first)
@@ -68,7 +68,7 @@ def test_a_model_that_is_offloaded_gives_the_same_rows(tmp_path: Path) -> None:
     found = collect(DOCUMENTS, base, new_tokens(folder), CollectConfig(snippets=8, window=24, min_snippets=2))
     here = load_model(folder, device="cpu", dtype="float32")
     spread = load_model(folder, device="cpu", dtype="float32", max_memory="cpu=150KB",
-                        offload_folder=tmp_path / "offload")  # fmt: skip
+                        offload_folder=tmp_path / "offload")
     assert (here.offloaded, spread.offloaded) == (False, True)
     assert spread.tied
     config = DistillConfig(epochs=1)
@@ -91,7 +91,7 @@ def test_weights_that_stay_on_disk_are_not_counted_as_memory(tmp_path: Path) -> 
     folder = tiny_folder(tmp_path / "base")
     tiny_model(layers=3).save_pretrained(folder)
     spread = load_model(folder, device="cpu", dtype="float32", max_memory="cpu=150KB",
-                        offload_folder=tmp_path / "offload")  # fmt: skip
+                        offload_folder=tmp_path / "offload")
     every = sum(parameter.nbytes for parameter in spread.model.parameters())
     here = sum(parameter.nbytes for parameter in spread.model.parameters() if not parameter.is_meta)
     layer = sum(parameter.nbytes for parameter in spread.model.model.layers[-1].parameters())

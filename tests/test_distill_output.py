@@ -13,14 +13,14 @@ from tiny_expanded import DOCUMENTS, new_tokens
 from tiny_families import tiny_family
 
 import vocabext.distill.stage as stage
-from vocabext.checkpoint import Rows, load_rows
+from vocabext.checkpoint.folder import Rows, load_rows
 from vocabext.cli.distill import distill as command
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill_file
 from vocabext.errors import UsageError
+from vocabext.files.jsonl import write_jsonl
+from vocabext.options import CollectConfig, DistillConfig
 from vocabext.progress import Task, no_progress
-from vocabext.records import write_jsonl
 from vocabext.tokenizer import load_tokenizer
 
 QUICK = {"epochs": 1, "dtype": "float32", "device": "cpu", "leave_out": 0.0}
@@ -29,7 +29,7 @@ QUICK = {"epochs": 1, "dtype": "float32", "device": "cpu", "leave_out": 0.0}
 def snippets(folder: Path) -> Path:
     """Write the snippets of a base folder beside it."""
     found = collect(DOCUMENTS, load_tokenizer(folder), new_tokens(folder),
-                    CollectConfig(snippets=8, window=24, min_snippets=2))  # fmt: skip
+                    CollectConfig(snippets=8, window=24, min_snippets=2))
     path = folder.parent / "snippets.jsonl"
     write_jsonl(path, "snippets", {}, [r.to_json() for r in found])
     return path
@@ -96,7 +96,7 @@ def test_the_command_lists_tokens_that_nothing_could_be_judged_of(tmp_path: Path
     folder = tiny_folder(tmp_path / "base")
     arguments = [str(snippets(folder)), "--model", str(folder), "-o", str(tmp_path / "rows.safetensors"),
                  "--epochs", "1", "--writing-places", "1", "--dtype", "float32", "--device", "cpu",
-                 "--leave-out", "0"]  # fmt: skip
+                 "--leave-out", "0"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     assert "does not write them (3 of 3)" in result.stdout
@@ -120,7 +120,7 @@ def test_a_bound_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest
     _, header = made(tiny_folder(tmp_path / "base"), said)
     assert said[0].startswith("tokens without two different texts (one snippet, or windows of one text): 1; nothing ")
     assert said[1:] == ["new tokens are written wrongly at 2.34% of held-out places, above the 1.00% of --false-use; "
-                    "collect more snippets, or pass --output-rows none"]  # fmt: skip
+                    "collect more snippets, or pass --output-rows none"]
     assert (header["writing"]["bound"], header["writing"]["bound_met"]) == (0.01, False)
 
 
@@ -158,7 +158,7 @@ def test_the_states_of_output_rows_are_stated_before_the_work(tmp_path: Path) ->
         return nullcontext(no_progress("").__enter__())
 
     result = distill_file(snippets(folder), str(folder), tmp_path / "rows.safetensors", DistillConfig(**QUICK),
-                          progress=progress)  # type: ignore[arg-type]  # fmt: skip
+                          progress=progress)  # type: ignore[arg-type]
     assert result.memory is not None
     assert result.output is not None
     assert result.memory.writing_bytes > result.output.places * 64 * 4 > 0

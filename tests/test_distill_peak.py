@@ -14,7 +14,7 @@ from peak_memory import SHAPES
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_memory_that_is_stated_is_what_is_used(shape: str) -> None:
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("peak_memory.py")), shape], check=True,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["stated"] > 300 * 2**20
     assert abs(found["used"] / found["stated"] - 1) < 0.15, done.stderr

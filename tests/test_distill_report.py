@@ -8,13 +8,13 @@ from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens
 
 import vocabext.distill.stage as stage
-from vocabext.checkpoint import load_rows
+from vocabext.checkpoint.folder import load_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill_file
-from vocabext.distill.report import left_out_reasons, nearest_rows
-from vocabext.patch import patch
-from vocabext.records import write_jsonl
+from vocabext.distill.input_rows.report import left_out_reasons, nearest_rows
+from vocabext.files.jsonl import write_jsonl
+from vocabext.options import CollectConfig, DistillConfig
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
 
 
@@ -56,7 +56,7 @@ def test_what_is_left_out_is_listed_and_patch_numbers_what_is_there(
     write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [r.to_json() for r in found])
     monkeypatch.setattr(stage, "left_out_reasons", lambda errors, *_: ["too hard"] + [None] * (len(errors) - 1))
     result = distill_file(tmp_path / "snippets.jsonl", str(folder), tmp_path / "rows.safetensors",
-                          DistillConfig(epochs=1, dtype="float32", device="cpu"))  # fmt: skip
+                          DistillConfig(epochs=1, dtype="float32", device="cpu"))
     kept, _, header = load_rows(tmp_path / "rows.safetensors")
     assert [token.token for token in kept] == [token.token for token in tokens[1:]]
     assert [fact["token"] for fact in header["left_out"]] == [tokens[0].token]

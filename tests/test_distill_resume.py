@@ -16,14 +16,14 @@ from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens
 
 import vocabext.distill.stage as stage
-from vocabext.checkpoint import Rows, load_rows
+from vocabext.checkpoint.folder import Rows, load_rows
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig
 from vocabext.distill import distill_file
-from vocabext.distill.engine import Fit, fit_rows
-from vocabext.distill.resume import FinishedGroups
-from vocabext.model import FrozenModel
-from vocabext.records import write_jsonl
+from vocabext.distill.input_rows.engine import Fit, fit_rows
+from vocabext.distill.input_rows.resume import FinishedGroups
+from vocabext.files.jsonl import write_jsonl
+from vocabext.model.frozen import FrozenModel
+from vocabext.options import CollectConfig, DistillConfig
 from vocabext.tokenizer import load_tokenizer
 
 CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
@@ -33,7 +33,7 @@ CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, s
 def source(tmp_path: Path) -> Path:
     folder = tiny_folder(tmp_path / "base")
     found = collect(DOCUMENTS, load_tokenizer(folder), new_tokens(folder),
-                    CollectConfig(snippets=8, window=24, min_snippets=2))  # fmt: skip
+                    CollectConfig(snippets=8, window=24, min_snippets=2))
     write_jsonl(tmp_path / "snippets.jsonl", "snippets", {}, [r.to_json() for r in found])
     return tmp_path
 
@@ -147,7 +147,7 @@ distill_file(folder / "snippets.jsonl", str(folder / "base"), folder / "rows.saf
 def test_a_process_that_the_system_kills_goes_on_with_the_same_result(source: Path) -> None:
     _, whole, header = load_rows(run(source, "whole.safetensors"))
     with subprocess.Popen([sys.executable, "-c", KILLED, str(source)], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}) as process:  # fmt: skip
+                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}) as process:
         assert process.stdout is not None
         for _ in range(3):  # it is in its third group
             assert process.stdout.readline() == "group\n"

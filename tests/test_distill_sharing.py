@@ -2,8 +2,8 @@
 
 import random
 
-from vocabext.distill.sharing import BEFORE, FROM, share_texts
-from vocabext.records import NewToken, TokenSnippets
+from vocabext.distill.input_rows.sharing import BEFORE, FROM, share_texts
+from vocabext.tokens import NewToken, TokenSnippets
 
 FIRST = 100
 
@@ -20,7 +20,7 @@ def random_group(tokens: int, snippets: int) -> list[TokenSnippets]:
         made = []
         for _ in range(snippets):
             ids = [FIRST + min(int(rng.expovariate(0.1)), tokens - 1) if rng.random() < 0.3 else rng.randrange(100)
-                   for _ in range(30)]  # fmt: skip
+                   for _ in range(30)]
             ids[rng.randrange(30)] = FIRST + number
             made.append(tuple(ids))
         records.append(record(number, *made))

@@ -19,12 +19,20 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from vocabext.checkpoint.manifest import (
+    BaseRecord,
+    FileRecord,
+    Manifest,
+    Original,
+    OverwrittenRows,
+    TensorRecord,
+    TokenRecord,
+)
+from vocabext.checkpoint.verdicts import Check, Verification
 from vocabext.cli.main import cli
-from vocabext.manifest import BaseRecord, FileRecord, Manifest, Original, OverwrittenRows, TensorRecord, TokenRecord
-from vocabext.mine import read_candidates
-from vocabext.records import NewToken, TokenSnippets
+from vocabext.mine.stage import read_candidates
 from vocabext.tokenizer import check_made_for, load_tokenizer
-from vocabext.verdicts import Check, Verification
+from vocabext.tokens import NewToken, TokenSnippets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -229,7 +237,7 @@ def test_every_command_line_parses(page: Path) -> None:
     ("distill s.jsonl --model m -o r.safetensors --method magic", "no such choice: --method magic"),
     ("verify new extra --against base", "too much: extra"),
     ("serve swop", "No such command 'swop'"),
-])  # fmt: skip
+])
 def test_a_wrong_command_line_is_found(line: str, fault: str) -> None:
     assert fault in fault_of(shlex.split(line), whole=True)
 
@@ -352,7 +360,7 @@ def test_every_field_of_mined_and_collected_files_is_described(tmp_path: Path) -
                               for i in range(30)), encoding="utf-8")
     candidates, snippets = str(tmp_path / "candidates.jsonl"), str(tmp_path / "snippets.jsonl")
     for words in (["mine", str(corpus), "--model", model, "--budget", "2", "-o", candidates],
-                  ["collect", candidates, "--corpus", str(corpus), "-o", snippets]):  # fmt: skip
+                  ["collect", candidates, "--corpus", str(corpus), "-o", snippets]):
         outcome = CliRunner().invoke(cli, words, prog_name="vocabext")
         assert outcome.exit_code == 0, outcome.output
     common = section("candidates.jsonl")
@@ -364,9 +372,9 @@ def test_every_field_of_mined_and_collected_files_is_described(tmp_path: Path) -
 
 
 def test_every_field_of_a_rows_file_is_described() -> None:
-    from vocabext.distill.report import TokenReport
+    from vocabext.distill.input_rows.report import TokenReport
+    from vocabext.distill.output_rows.stage import OutputRows, TokenWriting
     from vocabext.distill.stage import DistillResult
-    from vocabext.writing.rows import OutputRows, TokenWriting
 
     torch = pytest.importorskip("torch")
     names = {*DistillResult(torch.zeros(0, 1), (), 0).summary(), *OutputRows(torch.zeros(0, 1), "none").summary(),
@@ -377,8 +385,8 @@ def test_every_field_of_a_rows_file_is_described() -> None:
 
 def test_every_field_of_a_bench_file_is_described() -> None:
     pytest.importorskip("numpy")
-    from serve.client import Load
-    from serve.compare import Comparison
+    from serve.bench.client import Load
+    from serve.bench.compare import Comparison
 
     names = {field.name for record in (Load, Comparison) for field in dataclasses.fields(record)} - {"texts"}
     assert not [name for name in sorted(names) if f"`{name}`" not in section("bench.json")]

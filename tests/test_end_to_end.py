@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from serve.engine import vllm_server, wait_until_ready
-from vocabext.checkpoint import load_rows
-from vocabext.expansion import Expansion
-from vocabext.manifest import read_manifest
+from vocabext.checkpoint.folder import load_rows
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import Expansion
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = EXAMPLES / "model"
@@ -23,7 +23,7 @@ NUM_TOKENS = 40
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.executable, "-m", "vocabext", "run", folder / "mining.jsonl", "--heldout", folder / "heldout.jsonl",
         "--model", MODEL, "--budget", str(NUM_TOKENS), "--snippets", "8", "--epochs", "1", "--max-bytes", "20000",
         "--prompts", "2", "-o", folder / "expanded",
-    ], check=True)  # fmt: skip
+    ], check=True)
     return folder / "expanded"
 
 
@@ -63,6 +63,6 @@ def test_the_expanded_model_is_verified_and_answers_in_vllm(expanded: Path, tmp_
         assert expansion.is_new(ids).sum() >= 4
         assert expansion.unmerge(ids).tolist() == [*base.prefix_ids, *base.encode(text)]
         answer = post(f"{server.url}/v1/completions",
-                      {"model": "expanded", "prompt": text, "max_tokens": 12, "temperature": 0})  # fmt: skip
+                      {"model": "expanded", "prompt": text, "max_tokens": 12, "temperature": 0})
         assert answer["usage"]["prompt_tokens"] == len(ids)
         assert answer["choices"][0]["text"].strip()

@@ -10,11 +10,12 @@ from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens, patched
 from tiny_families import tiny_family
 
-from vocabext.checkpoint import Rows, save_rows
-from vocabext.config import DistillConfig, EvalConfig
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.corpus import Document
 from vocabext.distill import distill_file
 from vocabext.errors import CorpusError, UsageError
-from vocabext.evaluate import (
+from vocabext.evaluate.stage import (
     RowSet,
     _expanded_nats,
     _gap_recovered,
@@ -24,14 +25,15 @@ from vocabext.evaluate import (
     evaluate,
     evaluate_folder,
 )
-from vocabext.model import FrozenModel, load_model
-from vocabext.patch import patch
-from vocabext.records import Document, TokenSnippets, write_jsonl
-from vocabext.rows import mean_rows
+from vocabext.files.jsonl import write_jsonl
+from vocabext.model.frozen import FrozenModel, load_model
+from vocabext.model.places import find_places
+from vocabext.model.run_tree import RunTree
+from vocabext.model.writing import find_uses
+from vocabext.options import DistillConfig, EvalConfig
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import extend, load_tokenizer
-from vocabext.writing.measure import find_uses
-from vocabext.writing.places import find_places
-from vocabext.writing.runs import RunTree
+from vocabext.tokens import TokenSnippets
 
 
 def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> None:
@@ -63,8 +65,7 @@ def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> Non
 
 def test_a_branch_sees_nothing_of_its_own_token_or_later() -> None:
     class Tokenizer:
-        from vocabext.expansion import Expansion
-        from vocabext.records import NewToken
+        from vocabext.tokens import Expansion, NewToken
 
         expansion = Expansion([NewToken("abc", "abc", (1, 2, 3))], 10)
 
@@ -147,7 +148,7 @@ def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> Non
     mean = mean_rows(model.embedding_VD, tokens)
     facts = {"model": str(base), "num_used_ids": 290, "hidden_size": 64, "tokenizer_sha256": None}
     save_rows(tmp_path / "rows.safetensors", tokens, Rows(mean, 1e-4 * mean), {
-        "base": facts, "method": "distill", "options": {}, "writing": {"kind": "none"}})  # fmt: skip
+        "base": facts, "method": "distill", "options": {}, "writing": {"kind": "none"}})
     folder = tmp_path / "expanded"
     patch(tmp_path / "rows.safetensors", str(base), folder)
     config = EvalConfig(prompts=2, continuation=8, context=64, dtype="float32", device="cpu")
@@ -182,7 +183,7 @@ def test_a_model_that_is_offloaded_is_measured_alike(tmp_path: Path, monkeypatch
         loaded.append(load_model(*inputs, **options))
         return loaded[-1]
 
-    monkeypatch.setattr("vocabext.evaluate.load_model", load)
+    monkeypatch.setattr("vocabext.evaluate.stage.load_model", load)
     found = []
     for limits in (None, "cpu=150KB"):
         config = EvalConfig(prompts=2, continuation=4, context=64, dtype="float32", device="cpu", max_memory=limits)

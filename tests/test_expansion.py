@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabext.expansion import Expansion
-from vocabext.records import NewToken
+from vocabext.tokens import Expansion, NewToken
 
 FIRST = 50
 RUNS = st.lists(st.lists(st.integers(0, FIRST - 1), min_size=2, max_size=6).map(tuple), max_size=8)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vocabext.errors import CheckpointError
-from vocabext.extent import Extent, first_difference, same_inode
+from vocabext.files.ranges import Extent, first_difference, same_inode
 
 DATA = bytes(range(256)) * 5
 

@@ -22,8 +22,7 @@ from serve.gateway.observe import Observation, observe
 from serve.gateway.reading import reading_loss
 from serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.errors import UsageError
-from vocabext.expansion import Expansion
-from vocabext.records import NewToken
+from vocabext.tokens import Expansion, NewToken
 
 
 def trial(seed: int, *, pace: float = 1.0, failing: float = 0.0, first: float = 1.0, length: float = 1.0,
@@ -150,7 +149,7 @@ def test_a_running_gateway_takes_back_an_arm_that_reads_or_answers_otherwise(
     with (fake_engine(tmp_path, "base", "--delay", "0") as base,
           fake_engine(tmp_path, "expanded", "--delay", "0") as expanded,
           gateway(tmp_path, base.url, expanded.url, "--model-name", "m", "--min-agreement", "0.5") as running,
-          running.client() as client):  # fmt: skip
+          running.client() as client):
         running.order(to="expanded", percent=20, mirror_percent=100)
         for number in range(120):
             answer = client.post("/v1/completions", json={"model": "m", "prompt": f"{prompt}{number}",

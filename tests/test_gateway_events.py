@@ -17,7 +17,7 @@ from serve.gateway.calls import COMPLETIONS, Call, Request
 from serve.gateway.contract import stream_fault
 from serve.gateway.logprobs import LogprobsConverter
 from serve.gateway.observe import events_of, observe
-from serve.gateway.swap_test import Reply
+from serve.gateway.rehearsal import Reply
 
 ENDS = [b"\n", b"\r\n", b"\r"]
 ONE, TWO = b'{"choices": [{"index": 0, "text": "h\xc3\xa9"}]}', b'{"choices": [{"index": 0, "text": "!"}]}'

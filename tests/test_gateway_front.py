@@ -24,8 +24,7 @@ from serve.gateway.policy import Policy
 from serve.gateway.run import AWAY, GatewayConfig, Service, run_gateway
 from vocabext.cli.main import cli
 from vocabext.errors import CheckpointError
-from vocabext.expansion import Expansion
-from vocabext.records import NewToken
+from vocabext.tokens import Expansion, NewToken
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 FIRST = 300  # the first new id; base ids are characters

@@ -15,8 +15,8 @@ from tiny_expanded import expanded_pair
 from serve.gateway import contract
 from serve.gateway.arms import ARMS, BASE, EXPANDED
 from serve.gateway.contract import ITEMS, stream_fault
-from serve.gateway.page import render_swap
-from serve.gateway.swap_test import FAIL, NOT_CHECKED, Item, Rehearsal, Reply, checked, read_requests
+from serve.gateway.rehearsal import FAIL, NOT_CHECKED, Item, Rehearsal, Reply, checked, read_requests
+from serve.report.swap import render_swap
 from vocabext.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from gateway_rig import Running, events, gateway, text_of
 from tiny_expanded import TOKENS, expanded_pair
 
 from serve.engine import _group_members
-from vocabext.manifest import read_manifest
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
 
 pytestmark = [

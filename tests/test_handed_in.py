@@ -19,19 +19,21 @@ from tiny_checkpoints import edit_header, edit_json, tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
 from tiny_tokenizers import tiny_base
 
+from serve.bench.journal import Journal
 from serve.card import require_verified
-from serve.journal import Journal
-from vocabext.checkpoint import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, resolve_model
+from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, resolve_model
+from vocabext.checkpoint.verdicts import SKIPPED, verified_sha256
 from vocabext.cli.main import cli
-from vocabext.config import DistillConfig, EvalConfig, MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import CheckpointError, TokenizerError, UsageError
-from vocabext.mine import mine, read_candidates
-from vocabext.patch import patch
-from vocabext.pipeline import RunConfig, run
-from vocabext.records import Document, NewToken, atomic_file, read_object
+from vocabext.files.atomic import atomic_file, read_object
+from vocabext.mine.stage import mine, read_candidates
+from vocabext.options import DistillConfig, EvalConfig, MineConfig
+from vocabext.patch.stage import patch
+from vocabext.run import RunConfig, run
 from vocabext.tokenizer import extend
-from vocabext.verdicts import SKIPPED, verified_sha256
-from vocabext.verify import verify
+from vocabext.tokens import NewToken
+from vocabext.verify.stage import verify
 
 
 def command(*arguments: object) -> tuple[int, str]:
@@ -53,7 +55,7 @@ def command(*arguments: object) -> tuple[int, str]:
     ('{"token": " x", "key": "Ġx", "run": [1]}', r"at token 1: 'run' is \[1\], not a list of at least two token ids"),
     ('" cardiomyopathy"', "at token 1: ' cardiomyopathy' is no JSON object"),
     ("cardiomyopathy", "is not a JSON Lines file of vocabext"),
-])  # fmt: skip
+])
 def test_a_line_by_hand_that_is_not_enough_is_told_what_a_line_is(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"artifact": "candidates", "version": 1, "base": {"model": "m"}}\n' + line + "\n", "utf-8")
@@ -72,7 +74,7 @@ def test_a_list_without_a_first_line_is_told_what_it_is(tmp_path: Path) -> None:
 def test_words_of_ones_own_go_in_as_the_message_says(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     lines = [{"artifact": "candidates", "version": 1, "base": {"model": str(folder)}},
-             *(token.to_json() for token in new_tokens(folder))]  # fmt: skip
+             *(token.to_json() for token in new_tokens(folder))]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
     corpus = tmp_path / "c.txt"
@@ -86,7 +88,7 @@ def test_words_of_ones_own_go_in_as_the_message_says(tmp_path: Path) -> None:
 
 LOOK_ALIKES = ["[PAD]", " [PAD]", "</s>x", "[CLS]", "<|im_start|>", " <|endoftext|>", "<unk>", "<pad>", "<0x0A>",
                "[INST]", "<start_of_turn>", "<｜begin▁of▁sentence｜>", "<extra_id_17>", "<unused3>", "\uff1cs\uff1e",
-               "<<SYS>>", "[gMASK]", "<PAD>", "[TOOL_CALLS]", "see <mask> here"]  # fmt: skip
+               "<<SYS>>", "[gMASK]", "<PAD>", "[TOOL_CALLS]", "see <mask> here"]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "metaspace"])
@@ -121,7 +123,7 @@ def test_a_list_is_refused_with_every_reason_and_their_number() -> None:
 def test_look_alikes_in_a_corpus_are_counted_under_one_reason() -> None:
     texts = ["the heart [PAD] rate of <|im_end|> muscle " * 20, "a [PAD] heart muscle <|im_end|> is rated " * 20] * 3
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], tiny_base("gpt2"),
-                  MineConfig(budget=None, min_count=5))  # fmt: skip
+                  MineConfig(budget=None, min_count=5))
     assert not [token.token for token in result.tokens if "[PAD]" in token.token or "<|im_end|>" in token.token]
     assert result.rejected_by_reason()["it holds ..., which looks like a special token"] > 1
 
@@ -131,7 +133,7 @@ def test_look_alikes_in_a_corpus_are_counted_under_one_reason() -> None:
 
 def mean_only(config: RunConfig) -> RunConfig:
     return replace(config, distill=DistillConfig(method="mean", device="cpu", dtype="float32"),
-                   evaluate=EvalConfig(prompts=0, context=48, dtype="float32", device="cpu"))  # fmt: skip
+                   evaluate=EvalConfig(prompts=0, context=48, dtype="float32", device="cpu"))
 
 
 def test_links_to_nowhere_in_the_model_folder_do_not_end_a_run(config: RunConfig) -> None:
@@ -192,7 +194,7 @@ def test_a_limit_for_file_sizes_is_one_line_from_every_verb(tmp_path: Path) -> N
         ("distill", tmp_path / "cand.jsonl", "--model", base, "--method", "mean", "-o", out),
         ("run", *mining[1:], out, "--method", "mean"),
         ("serve", "lengths", base, expanded, "--corpus", corpus, "-o", out),
-    ):  # fmt: skip
+    ):
         with file_limit(16):
             code, said = command(*verb)
         assert code == 1, (verb[0], said)
@@ -212,8 +214,8 @@ def test_a_memory_that_is_too_small_says_nothing_about_the_checkpoint(
         except MemoryError as error:
             raise CheckpointError("transformers cannot load the model") from error
 
-    monkeypatch.setattr("vocabext.model.load_model", short)
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 50)
+    monkeypatch.setattr("vocabext.model.frozen.load_model", short)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 50)
     result = verify(expanded, str(base))
     (check,) = (check for check in result.checks if "same logits" in check.name)
     assert check.verdict == SKIPPED
@@ -225,7 +227,7 @@ def test_a_memory_that_is_too_small_says_nothing_about_the_checkpoint(
 
 def test_an_input_that_fails_while_an_output_is_written_keeps_its_name(tmp_path: Path) -> None:
     for error in (OSError(errno.EIO, "Input/output error", "/mnt/corpus.txt"), OSError(errno.EIO, "Input/output error"),
-                  FileNotFoundError(errno.ENOENT, "No such file", "/mnt/corpus.txt")):  # fmt: skip
+                  FileNotFoundError(errno.ENOENT, "No such file", "/mnt/corpus.txt")):
         name = error.filename
         with pytest.raises(type(error)) as caught, atomic_file(tmp_path / "out.json"):
             raise error
@@ -269,7 +271,7 @@ def test_a_run_json_of_another_kind_starts_the_run_anew(config: RunConfig, conte
 @pytest.mark.parametrize("document", [
     {"settings": [1]}, {"version": 2, "settings": {}}, {"version": 2, "settings": {}, "runs": [3], "failures": []},
     {"version": 2, "settings": {}, "runs": [], "failures": [], "dropped_runs": 0, "answers": [1], "notes": {}},
-])  # fmt: skip
+])
 def test_a_partial_bench_that_is_damaged_is_one_line(tmp_path: Path, document: dict[str, Any]) -> None:
     (tmp_path / "bench.json").write_text(json.dumps({"artifact": "bench", "state": "partial", **document}))
     with pytest.raises(UsageError, match=r"is damaged|of other settings"):
@@ -301,7 +303,7 @@ def test_an_index_with_metadata_of_another_kind_can_be_patched(tmp_path: Path, m
     ("F8_E4M3", 1, "F8_E4M3, quantised numbers; .* use a checkpoint whose embedding and head are not quantised"),
     ("I8", 1, "I8, quantised numbers"),
     ("I32", 4, "I32, whole numbers; .* convert it"), ("BOOL", 1, "BOOL, truth values"),
-])  # fmt: skip
+])
 def test_numbers_that_rows_cannot_be_added_to_are_called_what_they_are(
     tmp_path: Path, dtype: str, size: int, words: str
 ) -> None:
@@ -327,7 +329,7 @@ def test_numbers_that_rows_cannot_be_added_to_are_called_what_they_are(
 def test_code_that_comes_with_a_model_is_allowed_by_an_option(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     edit_json(folder / "config.json", model_type="own", architectures=["Own"],
-              auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})  # fmt: skip
+              auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
     with pytest.raises(CheckpointError, match="pass --trust-remote-code to run it") as caught:
         open_checkpoint(folder)
     assert "trust_remote_code" not in str(caught.value)

@@ -10,11 +10,11 @@ from tiny_checkpoints import asset_model, edit_json, tiny_folder, tiny_model, ti
 from tiny_tokenizers import KINDS, as_hf
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from vocabext.checkpoint import Rows, open_checkpoint, save_rows
+from vocabext.checkpoint.folder import Rows, open_checkpoint, save_rows
 from vocabext.cli.inspect import inspect as command
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.inspect_model import _quantisation, _tokenizer_warning, inspect_model
-from vocabext.patch import patch
+from vocabext.inspect import _quantisation, _tokenizer_warning, inspect_model
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
 
 

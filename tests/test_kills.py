@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kills import check_after_kill, contents
 
-from vocabext.records import remove_unfinished
+from vocabext.files.atomic import remove_unfinished
 
 KILLS = Path(__file__).with_name("kills.py")
 
@@ -20,7 +20,7 @@ KILLS = Path(__file__).with_name("kills.py")
 @pytest.mark.parametrize(("works", "kills"), [(["patch", "patch --force", "revert"], 6), (["run"], 2)])
 def test_a_killed_process_leaves_nothing_unfinished_and_can_be_repeated(works: list[str], kills: int) -> None:
     done = subprocess.run([sys.executable, str(KILLS), *works, "--kills", str(kills)], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+                          check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: counts for line in done.stdout.splitlines() for name, counts in json.loads(line).items()}
     assert list(found) == works

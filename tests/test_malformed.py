@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_patch import EMBEDDING, Case, make_case
 from tiny_checkpoints import edit_header, edit_json, tiny_folder
 
-from vocabext.checkpoint import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, open_rows
+from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, open_rows
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.shards import read_shard
+from vocabext.checkpoint.vocabulary import other_dimensions
 from vocabext.errors import CheckpointError, UsageError, VocabextError
-from vocabext.manifest import read_manifest
-from vocabext.shards import read_shard
-from vocabext.vocabulary import other_dimensions
 
 CODE = (".py", ".pyc", ".so")
 
@@ -76,7 +76,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ('{"ä": 1}'.encode("latin-1"), "damaged"),
     ('{"a": {}}'.encode("utf-16"), "damaged"),
     (b"[" * 100_000, "damaged"),
-])  # fmt: skip
+])
 def test_a_header_that_makes_no_sense(tmp_path: Path, header: Any, words: str) -> None:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     write_header(tmp_path / WEIGHTS_NAME, raw, b"12345678")
@@ -94,13 +94,13 @@ def test_a_header_larger_than_the_format_allows_is_not_read(tmp_path: Path) -> N
 
 
 NUMBERS = st.one_of(st.integers(-8, 40), st.sampled_from([2**31, 2**63, 2**64, 10**30]), st.booleans(), st.none(),
-                    st.floats(), st.text(max_size=3))  # fmt: skip
+                    st.floats(), st.text(max_size=3))
 ENTRIES = st.one_of(NUMBERS, st.fixed_dictionaries({}, optional={
     "dtype": st.one_of(st.sampled_from(["F32", "BF16", "I8", "F4", "BOOL"]), NUMBERS),
     "shape": st.one_of(st.lists(NUMBERS, max_size=3), NUMBERS),
-    "data_offsets": st.one_of(st.lists(NUMBERS, max_size=3), NUMBERS)}))  # fmt: skip
+    "data_offsets": st.one_of(st.lists(NUMBERS, max_size=3), NUMBERS)}))
 HEADERS = st.dictionaries(st.one_of(st.sampled_from([EMBEDDING, "__metadata__", "a"]), st.text(max_size=4)), ENTRIES,
-                          max_size=4)  # fmt: skip
+                          max_size=4)
 
 
 @settings(deadline=None, max_examples=400)
@@ -122,7 +122,7 @@ def test_any_header_is_read_or_refused(
 # -- index --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "a/../../b", "sub/x", 3, None,
-                                  [], {}, "a\\b", "a\0b", "x" * 5000, "C:\\x"])  # fmt: skip
+                                  [], {}, "a\\b", "a\0b", "x" * 5000, "C:\\x"])
 def test_an_index_that_names_no_file_of_the_folder(sharded: Path, file: Any, reads: list[str]) -> None:
     index = json.loads((sharded / INDEX_NAME).read_text())
     index["weight_map"][EMBEDDING] = file
@@ -135,7 +135,7 @@ def test_an_index_that_names_no_file_of_the_folder(sharded: Path, file: Any, rea
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[]", b"null", b'{"weight_map": []}', b'{"weight_map": {}}', b"{",
-                                  b"[" * 100_000, b'{"weight_map": {"a": NaN}}'])  # fmt: skip
+                                  b"[" * 100_000, b'{"weight_map": {"a": NaN}}'])
 def test_an_index_that_is_none(sharded: Path, text: bytes) -> None:
     (sharded / INDEX_NAME).write_bytes(text)
     with pytest.raises(CheckpointError):
@@ -165,7 +165,7 @@ def test_totals_that_are_no_numbers_are_left_alone(tmp_path: Path, total: str) -
 @pytest.mark.parametrize("changes", [
     {"vocab_size": "many"}, {"vocab_size": -1}, {"vocab_size": 1.5}, {"hidden_size": []}, {"num_hidden_layers": -1},
     {"num_attention_heads": 0}, {"architectures": 3}, {"architectures": [3]}, {"model_type": 7}, {"text_config": 3},
-    {"num_hidden_layers": 10**7}])  # fmt: skip
+    {"num_hidden_layers": 10**7}])
 def test_a_config_that_describes_no_model(folder: Path, changes: dict[str, Any]) -> None:
     edit_json(folder / "config.json", **changes)
     with contextlib.suppress(CheckpointError):  # what does not matter to the class may pass
@@ -201,7 +201,7 @@ def test_folders_that_are_links_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     circle = tmp_path / "circle"
     for changed in (Case(circle, case.rows, case.output), Case(case.base, circle, case.output),
-                    Case(case.base, case.rows, circle)):  # fmt: skip
+                    Case(case.base, case.rows, circle)):
         with pytest.raises(UsageError):
             changed.patch()
 
@@ -213,7 +213,7 @@ def test_a_folder_that_holds_a_link_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [("files", "carried_over"), ("files", "rewritten"), ("originals", "carried_over"),
-                                   ("originals", "files"), ("originals", "shards")])  # fmt: skip
+                                   ("originals", "files"), ("originals", "shards")])
 @pytest.mark.parametrize("path", ["/etc/passwd", "../base/config.json"])
 def test_a_manifest_that_leads_out_of_the_folder(tmp_path: Path, where: tuple[str, str], path: str) -> None:
     case = make_case(tmp_path)
@@ -221,7 +221,7 @@ def test_a_manifest_that_leads_out_of_the_folder(tmp_path: Path, where: tuple[st
     manifest = json.loads((case.output / "vocabext.json").read_text())
     place = manifest[where[0]][where[1]]
     place.append(path) if isinstance(place, list) else place.update({path: next(iter(place.values()), {
-        "num_bytes": 1, "sha256": None, "stored": "x"})})  # fmt: skip
+        "num_bytes": 1, "sha256": None, "stored": "x"})})
     (case.output / "vocabext.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="leads out of the folder"):
         read_manifest(case.output)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from vocabext import __version__
-from vocabext.errors import CheckpointError, UsageError
-from vocabext.manifest import (
+from vocabext.checkpoint.manifest import (
     MANIFEST_NAME,
     BaseRecord,
     FileRecord,
@@ -24,7 +23,8 @@ from vocabext.manifest import (
     token_records,
     write_manifest,
 )
-from vocabext.records import NewToken
+from vocabext.errors import CheckpointError, UsageError
+from vocabext.tokens import NewToken
 
 TOKENS = (NewToken(" heart", "Ġheart", (5, 6), 3, 3), NewToken(" é", "ĠÃ©", (5, 7, 8)))
 

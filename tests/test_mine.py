@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import FAMILIES, KINDS, TEXT, as_hf, llama3, tiny_base
 
+from vocabext.checkpoint.manifest import file_sha256
 from vocabext.cli import show
 from vocabext.cli.main import cli
 from vocabext.cli.mine import mine as command
-from vocabext.config import MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
-from vocabext.manifest import file_sha256
-from vocabext.mine import CurvePoint, MineResult, _knee, _rare, mine, read_candidates, write_candidates
-from vocabext.records import Document, write_jsonl
+from vocabext.files.jsonl import write_jsonl
+from vocabext.mine.stage import CurvePoint, MineResult, _knee, _rare, mine, read_candidates, write_candidates
+from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, extend
 
 WORDS = " cardiac muscle of the heart, signs and symptoms; ureter theatre rates".split(" ")
@@ -208,7 +209,7 @@ def test_the_same_corpus_gives_the_same_tokens() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.lists(st.sampled_from([*WORDS, "<s>", "\n", "🙂", "", "1", "'s"]), max_size=20).map(" ".join),
-                      min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))  # fmt: skip
+                      min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))
 @example(texts=["1 the 1 the  signs  cardiac signs   cardiac"], kind="crossing")  # fewer tokens, fewer of ` signs `
 def test_any_corpus_gives_tokens_that_keep_the_invariant(texts: list[str], kind: str) -> None:
     base = tiny_base(kind)
@@ -241,7 +242,7 @@ def test_a_token_is_merged_from_those_before_it() -> None:
 def test_a_rare_token_stays_while_something_is_merged_from_it() -> None:
     base = tiny_base("metaspace")
     counted = [replace(token, count=count) for token, count in (
-        (base.new_token("dm"), 0), (base.new_token("dmd"), 9), (base.new_token("mm"), 1))]  # fmt: skip
+        (base.new_token("dm"), 0), (base.new_token("dmd"), 9), (base.new_token("mm"), 1))]
     assert _rare(counted, base, MineConfig(min_count=2)) == {
         "mm": "the expanded tokenizer produces it fewer than 2 times"}
     rarer = [counted[0], replace(counted[1], count=1), counted[2]]
@@ -366,7 +367,7 @@ def test_candidates_survive_the_file(tmp_path: Path, model: Path) -> None:
     assert tuple(tokens) == result.tokens
     assert {**written, "artifact": "candidates", "version": 1} == header
     assert header["base"] == {"model": str(model), "num_used_ids": base.num_used_ids,
-                              "tokenizer_sha256": file_sha256(model / "tokenizer.json")}  # fmt: skip
+                              "tokenizer_sha256": file_sha256(model / "tokenizer.json")}
     assert header["options"]["max_characters"] == 12
     assert header["rejected"]["count"] == len(result.rejected) == sum(header["rejected"]["by_reason"].values())
     assert header["rejected"]["by_reason"]["it is longer than 12 characters"] > 10
@@ -383,7 +384,7 @@ def test_candidates_survive_the_file(tmp_path: Path, model: Path) -> None:
     ],
 )
 def test_damaged_candidates_are_one_line(tmp_path: Path, header: dict[str, object], rows: list[dict[str, object]],
-                                         message: str) -> None:  # fmt: skip
+                                         message: str) -> None:
     write_jsonl(tmp_path / "c.jsonl", "candidates", header, rows)
     with pytest.raises(UsageError, match=message):
         read_candidates(tmp_path / "c.jsonl")

@@ -17,10 +17,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from vocabext.model import FrozenModel
+from vocabext.model.frozen import FrozenModel
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
 GROUPED = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 48}
 KINDS = ["sliding_attention", "full_attention", "full_attention"]
 
@@ -31,7 +31,7 @@ def llama() -> Any:
 
 def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=0,
-                                      eos_token_id=0))  # fmt: skip
+                                      eos_token_id=0))
 
 
 def neox() -> Any:

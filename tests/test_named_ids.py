@@ -16,20 +16,20 @@ from tiny_tokenizers import FAMILIES, family_base
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.named_ids import NamedIds, Rules, named_ids
+from vocabext.checkpoint.verdicts import FAIL, Verification
 from vocabext.cli.inspect import inspect
 from vocabext.cli.main import cli
-from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.errors import CheckpointError, TokenizerError
-from vocabext.evaluate import evaluate_folder
-from vocabext.manifest import read_manifest
-from vocabext.mine import mine
-from vocabext.model import load_model
-from vocabext.named_ids import NamedIds, Rules, named_ids
-from vocabext.pipeline import RunConfig, run
+from vocabext.evaluate.stage import evaluate_folder
+from vocabext.mine.stage import mine
+from vocabext.model.frozen import load_model
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.revert import revert
+from vocabext.run import RunConfig, run
 from vocabext.tokenizer import BaseTokenizer, extend, load_base, load_tokenizer
-from vocabext.verdicts import FAIL, Verification
-from vocabext.verify import verify
+from vocabext.verify.stage import verify
 
 EVAL = EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")
 CHECK = "named ids, stops and bans kept"
@@ -110,7 +110,7 @@ def test_ids_of_added_tokens_are_left_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_whose_config_names_ids_behind_the_tokenizer_passes_verify(
     tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """As models do whose matrix is padded: 290 ids, 300 rows, an eos, a pad and bans between."""
     base = folder_with(tmp_path, {
         "config.json": {"eos_token_id": 290, "pad_token_id": 291},
@@ -164,7 +164,7 @@ def test_an_expanded_folder_of_unigram_tokens_with_named_ids_passes_verify(tmp_p
     ("config.json", {"vision_config": {"image_token_id": 291}})])
 def test_verify_fails_a_folder_whose_new_ids_a_file_names(
     name: str, entries: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     base = folder_with(tmp_path, {name: entries})
     folder = made_the_old_way(base, tmp_path, monkeypatch)
     found = failed(verify(folder, str(base), DOCUMENTS, load_weights=False))
@@ -277,7 +277,7 @@ def test_what_was_kept_is_said_and_written_down(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", RULES)
 def test_verify_fails_a_folder_whose_tokens_hide_a_stop_or_a_ban(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     base = tiny_folder(tmp_path / "base")
     edit_json(base / "generation_config.json", **rule(base, which))
     folder = made_the_old_way(base, tmp_path, monkeypatch)
@@ -317,7 +317,7 @@ def _with_image_token(base: Path, *, special: bool) -> None:
 @pytest.mark.parametrize("of_a_config", [True, False])
 def test_a_special_id_without_a_row_gets_a_silent_one(
     tied: bool, of_a_config: bool, tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     if of_a_config:  # the number of rows, as many configs have it
         base = folder_with(tmp_path, {"config.json": {"eos_token_id": 290}}, num_rows=290, tied=tied)
         what = "config.json: eos_token_id"
@@ -352,7 +352,7 @@ def test_run_walks_the_whole_way_where_a_special_id_has_no_row(family: str, tmp_
         model=str(base), corpus=(str(tmp_path / "corpus.jsonl"),), heldout=(str(tmp_path / "heldout.jsonl"),),
         output=tmp_path / "new", mine=MineConfig(budget=3, min_count=4), evaluate=EVAL,
         collect=CollectConfig(snippets=4, window=16, min_snippets=2),
-        distill=DistillConfig(epochs=1, dtype="float32", device="cpu")))  # fmt: skip
+        distill=DistillConfig(epochs=1, dtype="float32", device="cpu")))
     assert [outcome.state for outcome in outcomes] == ["made"] * 6
     manifest = read_manifest(tmp_path / "new")
     assert (manifest.first_new_id, list(manifest.given_rows)) == (293, ["290", "292"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vocabext.overlap import HEAD, text_numbers
+from vocabext.distill.overlap import HEAD, text_numbers
 
 RNG = np.random.default_rng(0)
 DOCUMENT = RNG.integers(0, 1_000, 60)
@@ -24,7 +24,7 @@ def test_windows_of_a_document_that_overlap_by_half_are_one() -> None:
 
 def test_texts_that_only_share_a_passage_are_two() -> None:
     assert text_numbers([np.concatenate((DOCUMENT[:30], OTHER[:10])), np.concatenate((DOCUMENT[:30], OTHER[10:20]))]
-                        ) == [0, 1]  # fmt: skip
+                        ) == [0, 1]
     mixed = np.concatenate((OTHER[:5], DOCUMENT[:30], OTHER[5:10]))
     assert text_numbers([mixed, DOCUMENT]) == [0, 1]
 

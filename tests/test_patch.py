@@ -21,18 +21,19 @@ from tiny_checkpoints import asset_model, default_dtype, edit_json, tiny_folder
 from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vocabext import links, patch_weights
-from vocabext import patch as module
-from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.folder import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.manifest import file_sha256, read_manifest
+from vocabext.checkpoint.shards import read_shard
 from vocabext.cli.patch import patch as command
 from vocabext.errors import CheckpointError, OutputExistsError, TokenizerError, UsageError
-from vocabext.links import Copier
-from vocabext.manifest import file_sha256, read_manifest
-from vocabext.patch import patch
-from vocabext.patch_plan import grown_rows
-from vocabext.records import NewToken
-from vocabext.shards import read_shard
+from vocabext.files import links
+from vocabext.files.links import Copier
+from vocabext.patch import stage as module
+from vocabext.patch import weights as patch_weights
+from vocabext.patch.plan import grown_rows
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import NewToken
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 DEADLINE_SECONDS = 20.0
@@ -479,7 +480,7 @@ def test_what_older_rows_files_say_about_the_class_is_ignored(case: Case, record
 def test_the_size_of_a_chunk_changes_no_byte(many_shards: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     many_shards.patch()
     large = contents(many_shards.output)
-    monkeypatch.setattr("vocabext.shards.REWRITE_BYTES", 1_000)
+    monkeypatch.setattr("vocabext.checkpoint.shards.REWRITE_BYTES", 1_000)
     many_shards.patch(force=True)
     assert contents(many_shards.output) == large
 

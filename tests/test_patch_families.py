@@ -12,14 +12,14 @@ from test_patch import make_rows
 from tiny_checkpoints import default_dtype
 from tiny_families import FAMILIES, tiny_family
 
-from vocabext.architecture import embedding_names
-from vocabext.checkpoint import Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.folder import Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.checkpoint.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
 from vocabext.errors import CheckpointError
-from vocabext.manifest import read_manifest
-from vocabext.patch import patch
-from vocabext.rows import mean_rows
-from vocabext.verify import verify
-from vocabext.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
+from vocabext.model.architecture import embedding_names
+from vocabext.patch.stage import patch
+from vocabext.verify.stage import verify
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
 PROMPT = [0, 40, 77, 120, 260, 285, 9]
@@ -93,7 +93,7 @@ def test_a_head_bias_keeps_new_tokens_from_being_written_at_any_state(tmp_path: 
     tokens, rows, header = load_rows(tmp_path / "rows.safetensors")
     for kind, loudest in (("none", 0.0), ("mean", 1e-6)):
         save_rows(tmp_path / f"{kind}.safetensors", tokens, Rows(rows.input_ND, 0.01 * rows.input_ND), {
-            **header, "writing": {"kind": kind}})  # fmt: skip
+            **header, "writing": {"kind": kind}})
         patch(tmp_path / f"{kind}.safetensors", str(base), tmp_path / kind)
         found = float(logits(tmp_path / kind, [*PROMPT, 290]).softmax(-1)[:, 290:293].max())
         assert found == loudest == 0.0 or found > loudest > 0.0
@@ -123,7 +123,7 @@ def test_a_tied_family_is_untied(tmp_path: Path, family: str) -> None:
 
 
 def test_a_wrapper_whose_ids_mean_sounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vocabext import architecture
+    from vocabext.model import architecture
 
     base = tiny_family(tmp_path / "base", "gemma3n")
     make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
@@ -135,7 +135,7 @@ def test_a_wrapper_whose_ids_mean_sounds_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_reserved_ids_are_read_from_the_config() -> None:
-    from vocabext.architecture import _first_reserved_id
+    from vocabext.model.architecture import _first_reserved_id
 
     assert _first_reserved_id(transformers.Gemma3nConfig()) == 262_144
     assert _first_reserved_id(transformers.LlamaConfig()) is None

@@ -13,12 +13,12 @@ from test_patch import EMBEDDING, HEAD, WEIGHTS, Case, make_case, make_rows, rew
 from tiny_checkpoints import edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vocabext import patch_plan
-from vocabext.checkpoint import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.folder import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.rows import mean_rows
 from vocabext.errors import CheckpointError
-from vocabext.manifest import read_manifest
-from vocabext.rows import mean_rows
-from vocabext.verify import verify
+from vocabext.patch import plan as patch_plan
+from vocabext.verify.stage import verify
 
 
 def check_untied(case: Case, output_ND: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ def test_rows_that_belong_to_no_id_are_hardly_ever_drawn(
 ) -> None:
     """290 ids and 292 rows grow to 296: three rows of the head have no id, and would score 0 as zeros."""
     draw_fewer_texts(monkeypatch)
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 20)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 20)
     case = make_case(tmp_path, tied=tied, num_rows=292, dtype=torch.bfloat16)
     make_rows(case.base, case.rows, output=True, writing={"silent_ids": [7, 11]})
     tokens, rows, header = load_rows(case.rows)

@@ -12,10 +12,10 @@ from tiny_checkpoints import default_dtype, tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS
 from tiny_families import tiny_family
 
-from vocabext import pipeline
-from vocabext.checkpoint import load_rows
+from vocabext import run as pipeline
+from vocabext.checkpoint.folder import load_rows
 from vocabext.cli.run import run as command
-from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import (
     BadCheckpointError,
     CheckpointError,
@@ -24,16 +24,16 @@ from vocabext.errors import (
     TokenizerError,
     UsageError,
 )
-from vocabext.model import FrozenModel, load_model
-from vocabext.pipeline import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
-from vocabext.records import Document
+from vocabext.model.frozen import FrozenModel, load_model
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.run import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
 
 STAGES = ["mine", "collect", "distill", "patch", "verify", "eval"]
 
 
 @pytest.fixture(autouse=True)
 def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 300)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 300)
 
 
 def write_corpus(path: Path, documents: list[Document]) -> Path:
@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> RunConfig:
         collect=CollectConfig(snippets=6, window=24, min_snippets=2),
         distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
         evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu"),
-    )  # fmt: skip
+    )
 
 
 def states(outcomes: list[StageOutcome]) -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_documents_that_are_held_out_are_not_mined(config: RunConfig, tmp_path: 
 
 
 def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vocabext.verify.MAX_NORM_RATIO", 1e-6)
+    monkeypatch.setattr("vocabext.verify.stage.MAX_NORM_RATIO", 1e-6)
     with pytest.raises(BadCheckpointError, match="new rows plausible"):
         run(config)
     assert json.loads((config.output / "verify.json").read_text())["passed"] is False
@@ -236,9 +236,9 @@ def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.M
     ({"work": Path(__file__)}, UsageError, "is a file; choose another with --work"),
     ({"distill": DistillConfig(device="cuda:99")}, UsageError, "cuda:99"),
     ({"distill": DistillConfig(target_layer="99")}, UsageError, "a number from 1 to 1"),
-])  # fmt: skip
+])
 def test_bad_input_leaves_nothing_behind(config: RunConfig, change: dict[str, object], error: type[Exception],
-                                         words: str) -> None:  # fmt: skip
+                                         words: str) -> None:
     with pytest.raises(error, match=words):
         run(replace(config, **change))  # type: ignore[arg-type]
     assert not config.output.exists()
@@ -251,7 +251,7 @@ def test_bad_input_leaves_nothing_behind(config: RunConfig, change: dict[str, ob
     ("heldout.jsonl", "", CorpusError, "holds no text"),
     ("base/model.safetensors", "damaged", CheckpointError, "fewer than a safetensors file can have"),
     ("base/tokenizer.json", "{", TokenizerError, "no tokenizer that transformers can load"),
-])  # fmt: skip
+])
 def test_what_a_later_stage_would_refuse_is_refused_before_any_work(
     config: RunConfig, tmp_path: Path, name: str, content: str, error: type[Exception], words: str
 ) -> None:
@@ -277,24 +277,24 @@ def test_a_limit_of_memory_holds_for_every_stage_or_is_said_not_to(
         limits.append(options.get("max_memory"))
         return load_model(*inputs, **options)  # type: ignore[arg-type]
 
-    for place in ("vocabext.model", "vocabext.evaluate", "vocabext.distill.stage"):
+    for place in ("vocabext.model.frozen", "vocabext.evaluate.stage", "vocabext.distill.stage"):
         monkeypatch.setattr(f"{place}.load_model", load)
     said: list[str] = []
     run(replace(config, collect=replace(config.collect, generate_missing=True, snippets=40, min_snippets=40),
                 distill=replace(config.distill, max_memory="cpu=1GiB"),
-                evaluate=replace(config.evaluate, max_memory="cpu=1GiB")), say=said.append)  # fmt: skip
+                evaluate=replace(config.evaluate, max_memory="cpu=1GiB")), say=said.append)
     assert [limits[0], limits[1], limits[-1]] == ["cpu=1GiB"] * 3
     assert limits[2:-1] == [None, None]  # the two models that `verify` compares
     assert [line for line in said if "--max-memory" in line] == [
         "--max-memory is cpu=1GiB, but verify loads each model whole; where that does not fit, it says that logits "
-        "were not compared"]  # fmt: skip
+        "were not compared"]
 
 
 @pytest.mark.parametrize(("family", "change", "words"), [
     ("gemma2", DistillConfig(output_rows="none"), "--output-rows is 'none', but vLLM ties"),
     ("gemma3n", DistillConfig(), "hidden_size_per_layer_input 16"),
     ("gemma2", DistillConfig(max_memory="much"), "--max-memory is 'much'"),
-])  # fmt: skip
+])
 def test_what_distill_would_refuse_is_refused_before_mining(
     config: RunConfig, tmp_path: Path, family: str, change: DistillConfig, words: str
 ) -> None:
@@ -314,7 +314,7 @@ def test_a_model_that_cannot_be_measured_is_made_all_the_same(config: RunConfig,
 def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
     arguments = [*config.corpus, "--heldout", config.heldout[0], "--model", config.model, "-o", str(config.output),
                  "--budget", "4", "--min-count", "4", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",
-                 "--dtype", "float32", "--device", "cpu", "--prompts", "0", "--json"]  # fmt: skip
+                 "--dtype", "float32", "--device", "cpu", "--prompts", "0", "--json"]
     result = CliRunner().invoke(command, arguments, env={**os.environ})
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)

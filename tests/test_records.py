@@ -8,19 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabext.errors import OutputExistsError, UsageError
-from vocabext.records import (
-    FORMAT_VERSION,
-    NewToken,
-    TokenSnippets,
-    atomic_file,
-    check_output,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from vocabext.files.atomic import atomic_file, check_output, write_json
+from vocabext.files.jsonl import FORMAT_VERSION, read_jsonl, write_jsonl
+from vocabext.tokens import NewToken, TokenSnippets
 
 TOKENS = st.builds(NewToken, st.text(), st.text(), st.lists(st.integers(0, 99), min_size=2).map(tuple),
-                   st.integers(0), st.integers(0))  # fmt: skip
+                   st.integers(0), st.integers(0))
 
 
 @given(token=TOKENS)

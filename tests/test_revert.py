@@ -13,12 +13,12 @@ from planted import EMBEDDING, HEAD, edit_tensor, edit_tensors, flip_last_bit, s
 from tiny_checkpoints import edit_json, tiny_folder
 from tiny_expanded import expanded_pair, patched
 
+from vocabext.checkpoint.manifest import ROWS_ORIGINAL
 from vocabext.cli.revert import revert as command
 from vocabext.errors import CheckpointError, OutputExistsError, UsageError
-from vocabext.manifest import ROWS_ORIGINAL
-from vocabext.records import write_json
+from vocabext.files.atomic import write_json
 from vocabext.revert import RevertResult, revert
-from vocabext.verify import verify
+from vocabext.verify.stage import verify
 
 UNTOUCHED = "model.layers.1.mlp.up_proj.weight"
 # 292 rows have room for two of three new tokens, and grow to 296; 300 rows have room for all.
@@ -31,7 +31,7 @@ MADE: dict[str, dict[str, object]] = {
     "grown by all": {"num_rows": 290, "dtype": torch.float16},
     "grown, several shards": {"num_rows": 291, "sharded": True},
     "another tokenizer": {"kind": "metaspace", "num_rows": 448},
-}  # fmt: skip
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -148,7 +148,7 @@ REFUSED = {
         f"the overwritten rows of {EMBEDDING} end at byte"),
     "an old manifest": (in_manifest(lambda document: document.update(version=1, originals=None)),
                         r"does not say how to restore the base, because vocabext \S+ kept nothing of it; the base is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -200,7 +200,7 @@ def test_places_where_nothing_is_written(pair: tuple[Path, Path], tmp_path: Path
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for output, words in ((folder, "is the expanded checkpoint itself"), (folder / "in", "lie inside each other"),
                           (tmp_path, "lie inside each other"), (tmp_path / "other", "is no model folder"),
-                          (tmp_path / "none" / "back", "does not exist")):  # fmt: skip
+                          (tmp_path / "none" / "back", "does not exist")):
         with pytest.raises(UsageError, match=words):
             revert(folder, output, force=True)
     with pytest.raises(OutputExistsError):
@@ -224,7 +224,7 @@ def test_what_is_linked_takes_no_space(
 ) -> None:
     wanted = contents(pair[0])
     linked = sum(len(wanted[name]) for name in json.loads((pair[1] / "vocabext.json").read_text())
-                 ["originals"]["carried_over"] if name.endswith(".safetensors"))  # fmt: skip
+                 ["originals"]["carried_over"] if name.endswith(".safetensors"))
     assert linked
     monkeypatch.setattr("vocabext.revert.MARGIN_BYTES", 0)
     free = sum(map(len, wanted.values())) - linked

@@ -14,21 +14,27 @@ import torch
 from tiny_checkpoints import tiny_folder, tiny_tokenizer
 from tiny_families import FAMILIES, READERS, WINDOW, tiny_family
 
-from vocabext.config import DistillConfig, EvalConfig
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.corpus import Document
 from vocabext.distill import distill
-from vocabext.distill.contexts import sharing_is_exact
-from vocabext.distill.examples import build_examples
+from vocabext.distill.input_rows.contexts import sharing_is_exact
+from vocabext.distill.input_rows.examples import build_examples
 from vocabext.errors import CheckpointError, UsageError, VocabextError
-from vocabext.evaluate import RowSet, evaluate
-from vocabext.expansion import Expansion, Ids
-from vocabext.logit_map import LogitMap
-from vocabext.model import FrozenModel, check_folder_loads, check_folder_runs_on_rows, check_runs_on_rows, load_model
-from vocabext.records import Document, NewToken, TokenSnippets
-from vocabext.rows import mean_rows
+from vocabext.evaluate.decode import write_on
+from vocabext.evaluate.stage import RowSet, evaluate
+from vocabext.model.frozen import (
+    FrozenModel,
+    check_folder_loads,
+    check_folder_runs_on_rows,
+    check_runs_on_rows,
+    load_model,
+)
+from vocabext.model.logit_map import LogitMap
+from vocabext.model.places import concatenate, find_places
+from vocabext.model.run_tree import RunTree
+from vocabext.options import DistillConfig, EvalConfig
 from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
-from vocabext.writing.decode import write_on
-from vocabext.writing.places import concatenate, find_places
-from vocabext.writing.runs import RunTree
+from vocabext.tokens import Expansion, Ids, NewToken, TokenSnippets
 
 FIRST = 290
 EVERY = {**FAMILIES, **READERS}
@@ -38,7 +44,7 @@ RIGHT = [name for name in EVERY if name not in REFUSED]
 UNROLLED = ["falcon-h1", "recurrent-gemma", "bloom", "mpt", "falcon-alibi", "mamba", "rwkv"]
 # Parts of them compute in float32 whatever is asked for.
 NOISY = ["falcon-h1", "recurrent-gemma", "rwkv", "mamba", "xglm", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss",
-         "granite-moe"]  # fmt: skip
+         "granite-moe"]
 
 
 def family(name: str, dtype: torch.dtype = torch.float64) -> FrozenModel:
@@ -75,7 +81,7 @@ def test_logits_are_those_of_the_class(name: str) -> None:
     assert model.takes_branches == (name not in UNROLLED)
     new_ND = model.head_VD[[5, 9]].float()  # and so are those of new rows
     both = model.logits(model.hidden(model.embed(torch.from_numpy(ids)[None]))[0], num_base=FIRST, new_rows_ND=new_ND,
-                        new_bias_N=None if model.head_bias_V is None else model.head_bias_V[[5, 9]])  # fmt: skip
+                        new_bias_N=None if model.head_bias_V is None else model.head_bias_V[[5, 9]])
     assert torch.allclose(both[:, FIRST:], ours[:, [5, 9]], atol=close(name), rtol=close(name))
 
 
@@ -147,7 +153,7 @@ def measured(model: FrozenModel, ids: Ids, tokens: list[NewToken], **options: in
     silent = RowSet("mean", rows, torch.zeros_like(rows), torch.full((len(rows),), -1e4, dtype=model.dtype))
     documents = [Document("d", " ".join(map(str, ids)))]
     found = evaluate(documents, model, Spelled(tokens, False), Spelled(tokens, True), [silent],  # type: ignore[arg-type]
-                     EvalConfig(**{"prompts": 0, **options}))  # fmt: skip
+                     EvalConfig(**{"prompts": 0, **options}))
     return {row["name"]: row for row in found["rows"]}  # type: ignore[attr-defined]
 
 
@@ -158,7 +164,7 @@ def test_text_without_new_tokens_measures_the_same_for_base_and_expanded(name: s
     assert rows["mean"]["target_nll_nats"] == pytest.approx(rows["base"]["target_nll_nats"], rel=close(name))
     if model.logit_map.cap is None:  # where logits are bounded no row is silent
         assert rows["mean"]["bits_per_byte_writing"] == pytest.approx(rows["base"]["bits_per_byte_writing"],
-                                                                      rel=close(name))  # fmt: skip
+                                                                      rel=close(name))
     logits = plain_logits(model, [0, *ids.tolist()])[:-1]
     own = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids)))
     assert rows["base"]["target_nll_nats"] == pytest.approx(own, rel=close(name))
@@ -189,7 +195,7 @@ def test_what_is_written_on_is_what_generate_writes(name: str) -> None:
     for prompt, written in zip(prompts, found, strict=True):
         ids = torch.from_numpy(prompt)[None]
         own = model.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=WINDOW,
-                                   do_sample=False, suppress_tokens=[*range(FIRST, 296)], pad_token_id=0)  # fmt: skip
+                                   do_sample=False, suppress_tokens=[*range(FIRST, 296)], pad_token_id=0)
         assert written.ids == own[0, len(prompt) :].tolist()
 
 
@@ -205,7 +211,7 @@ def test_what_the_base_would_write_is_found_as_in_texts_of_their_own(name: str) 
     places = find_places(model, [window, window[:5]], RunTree.of(tokens), num_base=FIRST, likely=1e-5)
     found = {(int(places.window_P[p]), int(places.position_P[p]), t): (log_p, greedy) for p, t, log_p, greedy in zip(
         places.place_R.tolist(), places.token_R.tolist(), places.log_p_R.tolist(), places.greedy_R.tolist(),
-        strict=True)}  # fmt: skip
+        strict=True)}
     assert len(places) == len(window) + 5
     assert found
     for at in starts:
@@ -229,7 +235,7 @@ def test_a_token_is_distilled(name: str) -> None:
     record = TokenSnippets(token, snippets, tuple(20 + at for at in range(9)))
     for layer in ("last", "1"):
         result = distill([record], model, DistillConfig(epochs=1, target_layer=layer, output_rows="none"),
-                         num_used_ids=FIRST, prefix_ids=(0,))  # fmt: skip
+                         num_used_ids=FIRST, prefix_ids=(0,))
         (report,) = result.reports
         assert report.start_error is not None
         assert report.end_error is not None
@@ -318,7 +324,7 @@ def test_whole_folders_are_not_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("gemma3n", "hidden_size_per_layer_input"), ("llava", "Unrecognized configuration class .*Llava")])  # fmt: skip
+    ("gemma3n", "hidden_size_per_layer_input"), ("llava", "Unrecognized configuration class .*Llava")])
 def test_what_cannot_be_run_is_refused_before_any_weight_is_read(tmp_path: Path, name: str, said: str) -> None:
     folder = tiny_family(tmp_path / "model", name)
     with pytest.raises(VocabextError, match=said):
@@ -342,7 +348,7 @@ def test_learned_positions_shorter_than_a_window_are_measured_in_windows_of_thei
     rows = mean_rows(model.embedding_VD, tokens)
     words = "the heart rate of a rated muscle and the rest " * 40
     found = evaluate([Document("d", words)], model, base, extend(base, tokens), [RowSet("mean", rows, rows)],
-                     EvalConfig(prompts=2, continuation=100))  # fmt: skip
+                     EvalConfig(prompts=2, continuation=100))
     assert found["context"] == 128 - len(base.prefix_ids)
     assert found["writing"]["base"]["prompts"] == 1  # type: ignore[index]
     ids, room = base.encode(words), int(found["context"])  # type: ignore[call-overload]
@@ -365,7 +371,7 @@ def test_a_model_that_takes_next_to_nothing_is_refused(tmp_path: Path) -> None:
     rows = mean_rows(model.embedding_VD, tokens)
     with pytest.raises(UsageError, match="takes 16 positions"):
         evaluate([Document("d", "the muscle")], model, base, extend(base, tokens), [RowSet("mean", rows, rows)],
-                 EvalConfig())  # fmt: skip
+                 EvalConfig())
 
 
 def test_snippets_longer_than_the_model_takes_are_refused() -> None:

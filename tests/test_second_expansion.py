@@ -13,18 +13,18 @@ from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens, patched
 from tiny_tokenizers import FAMILIES, family_base
 
-from vocabext.checkpoint import Rows, save_rows
+from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.cli.inspect import inspect
 from vocabext.cli.main import cli
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer, extend, load_tokenizer
+from vocabext.tokens import NewToken
 
 WAY_OUT = "a model cannot be expanded twice yet: {} was expanded from {} already; expand {} again with the longer list"
 # What meets at the edges: tokens of the first round begin, end, or go on inside those of the second.
 FIRST = [" of the", " the heart", " signs and", "心脏", " blood and", *ALL_WANTED[::2]]
 SECOND = [" door of", " and the", " the blood", " it is", " of the heart", " of the old", "血液和", " heart of",
-          " the old house", " signs and symptoms of", *ALL_WANTED[1::2]]  # fmt: skip
+          " the old house", " signs and symptoms of", *ALL_WANTED[1::2]]
 PARTS = [*FRAGMENTS, *FIRST, *SECOND, *8 * [" of", " the", " door", " and", " heart", " of the", " signs"]]
 
 
@@ -41,7 +41,7 @@ def test_a_second_expansion_is_refused_at_once_with_the_way_out(verb: str, expan
     corpus.write_text(" ".join(document.text for document in DOCUMENTS))
     candidates = tmp_path / "candidates.jsonl"
     assert CliRunner().invoke(cli, ["mine", str(corpus), "--model", str(base), "--budget", "2", "--min-count", "4",
-                                    "-o", str(candidates)]).exit_code == 0  # fmt: skip
+                                    "-o", str(candidates)]).exit_code == 0
     model = ["--model", str(expanded), "-o", out]
     arguments = {
         "mine": [str(corpus), *model], "collect": [str(candidates), "--corpus", str(corpus), *model],
@@ -63,19 +63,19 @@ def test_inspect_says_that_a_second_expansion_is_refused(expanded: Path) -> None
 
 def test_an_expanded_folder_without_its_manifest_is_refused_by_what_restores_its_base(
     expanded: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     folder = Path(shutil.copytree(expanded, tmp_path / "expanded"))
     (folder / "vocabext.json").unlink()
     (tmp_path / "corpus.txt").write_text("the heart")
     shown = CliRunner().invoke(cli, ["mine", str(tmp_path / "corpus.txt"), "--model", str(folder), "-o",
-                                     str(tmp_path / "out")])  # fmt: skip
+                                     str(tmp_path / "out")])
     assert "was expanded already: it holds vocabext_base/, but its vocabext.json is gone" in shown.output
     assert "vocabext_base/" in CliRunner().invoke(inspect, [str(folder)]).output
 
 
 def test_where_every_trace_is_gone_phrases_are_refused_that_would_cut_the_earlier_ones(
     expanded: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     folder = Path(shutil.copytree(expanded, tmp_path / "expanded"))
     (folder / "vocabext.json").unlink()
     shutil.rmtree(folder / "vocabext_base")
@@ -88,7 +88,7 @@ def test_where_every_trace_is_gone_phrases_are_refused_that_would_cut_the_earlie
     tokens = [*new_tokens(folder, [" heartless"]), NewToken(" rest of", "Ġrestġof", (1, 2))]
     save_rows(tmp_path / "rows", tokens, Rows(torch.ones(2, 64)), {})
     shown = CliRunner().invoke(cli, ["patch", str(tmp_path / "rows"), "--model", str(folder), "-o",
-                                     str(tmp_path / "out")])  # fmt: skip
+                                     str(tmp_path / "out")])
     assert "lists phrases already" in shown.output
 
 

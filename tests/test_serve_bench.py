@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from tiny_checkpoints import edit_json, tiny_folder
 
-from serve import bench, pool
-from serve.bench import BenchConfig
-from serve.client import Load
+from serve.bench import pool
+from serve.bench import stage as bench
+from serve.bench.client import Load
+from serve.bench.journal import Journal, Run
+from serve.bench.pool import BASE, EXPANDED, ServerPool
+from serve.bench.scenarios import DECODE, MIXED, PREFILL, Point
+from serve.bench.stage import BenchConfig
+from serve.bench.summary import complete_rounds, is_good, summarize, with_points
 from serve.engine import Server, free_port, wait_until_ready
-from serve.journal import Journal, Run
-from serve.pool import BASE, EXPANDED, ServerPool
-from serve.scenarios import DECODE, MIXED, PREFILL, Point
-from serve.summary import complete_rounds, is_good, summarize, with_points
+from vocabext.corpus import Document
 from vocabext.errors import ServerError, UsageError
-from vocabext.records import Document
 
 FAKE = Path(__file__).with_name("fake_server.py")
 TARGET = {"ttft_seconds": None, "request_seconds": None}

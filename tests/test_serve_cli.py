@@ -128,7 +128,7 @@ def test_flags_behind_the_dashes_reach_both_servers(
         seen.update(rest, base=base, expanded=expanded)
         return {"artifact": "bench"}
 
-    monkeypatch.setattr("serve.bench.run_bench", fake)
+    monkeypatch.setattr("serve.bench.stage.run_bench", fake)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--pairs", 7, "--json",
                "--", "--max-num-seqs", "4")
     assert done.exit_code == 0, done.output
@@ -147,7 +147,7 @@ def test_logs_are_kept_when_a_bench_fails(tmp_path: Path, corpus: Path, monkeypa
         (log_folder / "base.log").write_text("the reason")
         raise ServerError("the base server stopped")
 
-    monkeypatch.setattr("serve.bench.run_bench", fail)
+    monkeypatch.setattr("serve.bench.stage.run_bench", fail)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json")
     assert done.exit_code == 1
     assert (tmp_path / "out.logs" / "base.log").read_text() == "the reason"
@@ -158,7 +158,7 @@ def test_a_rate_replaces_the_fixed_number_in_flight(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("serve.bench.run_bench", lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
+    monkeypatch.setattr("serve.bench.stage.run_bench", lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
     for rest in (["--rate", 2], ["--rate", 2, "--concurrency", 4], ["--scenario", "mixed"]):
         assert run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--json", *rest).exit_code == 0
     assert [(c.concurrency, c.rate) for c in seen] == [((), (2.0,)), ((4,), (2.0,)), ((1,), ())]
@@ -168,7 +168,7 @@ def test_a_rate_replaces_the_fixed_number_in_flight(
 def test_a_partial_result_is_taken_up_without_force_and_a_whole_one_is_not(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.bench.run_bench", lambda *_, **__: {"artifact": "bench"})
+    monkeypatch.setattr("serve.bench.stage.run_bench", lambda *_, **__: {"artifact": "bench"})
     output = tmp_path / "out.json"
     output.write_text('{"artifact": "bench", "state": "partial"}')
     assert run("bench", "B", "E", "--corpus", corpus, "-o", output, "--json").exit_code == 0
@@ -183,14 +183,14 @@ def test_an_interruption_says_where_the_results_are(
         output.write_text('{"artifact": "bench", "state": "partial"}')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serve.bench.run_bench", interrupted)
+    monkeypatch.setattr("serve.bench.stage.run_bench", interrupted)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json")
     assert done.exit_code == 130
     assert "out.json; the same command goes on from there" in done.stderr
 
 
 def test_a_corpus_of_empty_lines_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.bench.require_vllm", lambda: None)
+    monkeypatch.setattr("serve.bench.stage.require_vllm", lambda: None)
     base = tiny_folder(tmp_path / "base")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n{"text": " "}\n')
@@ -202,7 +202,7 @@ def test_a_corpus_of_empty_lines_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.bench.require_vllm", lambda: None)
+    monkeypatch.setattr("serve.bench.stage.require_vllm", lambda: None)
     base = tiny_folder(tmp_path / "base")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": "the heart of the muscle " * 200}) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.client import Job, LoadClient, arguments, load_from, write_prompts
+from serve.bench.client import Job, LoadClient, arguments, load_from, write_prompts
 from serve.engine import Server
 from vocabext.errors import ServerError
 

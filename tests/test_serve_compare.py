@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from serve.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY, Series, compare, verdict
+from serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY, Series, compare, verdict
 from vocabext.errors import ServerError
 
 ROUNDS, REQUESTS = 5, 6

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.client import Load
-from serve.journal import Journal, Run, is_partial
-from serve.scenarios import DECODE, PREFILL, Point
+from serve.bench.client import Load
+from serve.bench.journal import Journal, Run, is_partial
+from serve.bench.scenarios import DECODE, PREFILL, Point
 from vocabext.errors import OutputExistsError, UsageError
 
 READ, WRITE = Point(PREFILL), Point(DECODE, None, 2.0)

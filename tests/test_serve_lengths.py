@@ -9,12 +9,12 @@ from tiny_checkpoints import TEXT, tiny_folder
 
 from serve import lengths, shape
 from serve.encoder import load_encoder
-from vocabext.checkpoint import Rows, save_rows
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.corpus import Document
 from vocabext.errors import CorpusError, TokenizerError
-from vocabext.expansion import Expansion
-from vocabext.patch import patch
-from vocabext.records import Document, NewToken
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import Expansion, NewToken
 
 WORDS = (" muscle", " heart", " rates")
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from serve import bench, pool
-from serve.bench import BenchConfig, Setting, compare_servers
-from serve.client import LoadClient
+from serve.bench import pool
+from serve.bench import stage as bench
+from serve.bench.client import LoadClient
+from serve.bench.journal import Journal
+from serve.bench.pool import BASE, EXPANDED
+from serve.bench.scenarios import DECODE, PREFILL
+from serve.bench.stage import BenchConfig, Setting, compare_servers
 from serve.engine import Server, _group_members, _running, free_port
-from serve.journal import Journal
-from serve.pool import BASE, EXPANDED
-from serve.scenarios import DECODE, PREFILL
 from vocabext.errors import ServerError
 
 FAKE = Path(__file__).with_name("fake_server.py")

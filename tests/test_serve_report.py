@@ -10,15 +10,17 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve import pictures, report, report_speed
-from serve.bench import BenchConfig
+from serve.bench.client import Load
+from serve.bench.journal import Run
+from serve.bench.scenarios import Point
+from serve.bench.stage import BenchConfig
+from serve.bench.summary import summarize
 from serve.card import card_of
-from serve.client import Load
 from serve.devices import DEVICES
-from serve.journal import Run
 from serve.predict import Lengths, ModelShape, PredictConfig, measured_beside, predict_loads, predict_memory
-from serve.scenarios import Point
-from serve.summary import summarize
+from serve.report import charts as pictures
+from serve.report import page as report
+from serve.report import speed as report_speed
 from vocabext.cli.serve_bench import _show
 from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError

@@ -15,20 +15,20 @@ from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoTokenizer
 
 from serve.engine import vllm_server, wait_until_ready
-from vocabext.checks.adversarial import Adversary
-from vocabext.expansion import Expansion
-from vocabext.manifest import read_manifest
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import Expansion
+from vocabext.verify.adversarial import Adversary
 
 NUM_TEXTS = 1_000
 SERVED = ("llama3", "metaspace")
 WANTED = [" cardiac", "cardiac", " ureter", " heart rate", " signs and symptoms", " naïve cafés", "mg/dL",
-          " of a heart"]  # fmt: skip
+          " of a heart"]
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
     folders = {kind: make(kind, place) for kind, place in places.items()}
     with ExitStack() as stack:
         servers = {kind: stack.enter_context(vllm_server(folder, places[kind] / "server.log", served_name="expanded"))
-                   for kind, (_, folder) in folders.items()}  # fmt: skip
+                   for kind, (_, folder) in folders.items()}
         wait_until_ready(list(servers.values()))
         yield {kind: Served(*folders[kind], stack.enter_context(httpx.Client(base_url=server.url, timeout=60)))
-               for kind, server in servers.items()}  # fmt: skip
+               for kind, server in servers.items()}
 
 
 def make(kind: str, place: Path) -> tuple[Path, Path]:

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from serve import answers
-from serve.engine import Server
-from serve.scenarios import (
+from serve.bench import answers
+from serve.bench.scenarios import (
     DECODE,
     MIXED,
     PREFILL,
@@ -16,6 +15,7 @@ from serve.scenarios import (
     points_of,
     tokens_per_character,
 )
+from serve.engine import Server
 from vocabext.errors import CorpusError, ServerError, UsageError
 
 WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()

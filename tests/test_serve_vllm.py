@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve.answers import plan_answers
-from serve.bench import agreement_of
-from serve.client import Job, LoadClient, write_prompts
+from serve.bench.answers import plan_answers
+from serve.bench.client import Job, LoadClient, write_prompts
+from serve.bench.stage import agreement_of
 from serve.encoder import load_encoder
 from serve.engine import Server, _group_members, open_url
 

@@ -15,23 +15,23 @@ from test_patch import make_rows
 from tiny_checkpoints import edit_json, tiny_folder, tiny_tokenizer
 from tiny_families import FAMILIES, NUM_ROWS, SHAPE, tiny_family
 
-from vocabext.checkpoint import WEIGHTS_NAME, load_rows, open_checkpoint
-from vocabext.checks import behaviour
+from vocabext.checkpoint.folder import WEIGHTS_NAME, load_rows, open_checkpoint
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.cli.inspect import inspect as inspect_command
 from vocabext.cli.mine import mine as mine_command
 from vocabext.cli.patch import patch as patch_command
-from vocabext.config import DistillConfig, MineConfig
+from vocabext.corpus import Document
 from vocabext.distill import distill_file
 from vocabext.errors import CheckpointError, UnsupportedError, UsageError, VocabextError
-from vocabext.inspect_model import inspect_model
-from vocabext.manifest import read_manifest
-from vocabext.mine import mine, write_candidates
-from vocabext.patch import patch
-from vocabext.pipeline import RunConfig, run
-from vocabext.records import Document
-from vocabext.support import check_loads
+from vocabext.inspect import inspect_model
+from vocabext.mine.stage import mine, write_candidates
+from vocabext.model.support import check_loads
+from vocabext.options import DistillConfig, MineConfig
+from vocabext.patch.stage import patch
+from vocabext.run import RunConfig, run
 from vocabext.tokenizer import load_tokenizer
-from vocabext.verify import verify
+from vocabext.verify import behaviour
+from vocabext.verify.stage import verify
 
 TEXTS = (" heart rate", " heart muscle")
 CORPUS = "the heart muscle and the heart rate of the heart muscle\n" * 30
@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 20)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 20)
     monkeypatch.setattr(behaviour, "STREAMED", 5)
     monkeypatch.setattr(behaviour, "RANDOM_ROWS", 5)
 
@@ -98,7 +98,7 @@ def refusals(folder: Path, tmp_path: Path, *, method: str = "distill") -> dict[s
     candidates = tmp_path / "candidates.jsonl"
     base, config = load_tokenizer(good), MineConfig(budget=2, min_count=2)
     write_candidates(candidates, mine([Document("d", CORPUS)] * 3, base, config), base, model=str(good),
-                     config=config, corpus=("d",))  # fmt: skip
+                     config=config, corpus=("d",))
     found = {}
     for verb, call in {
         "inspect": lambda: inspect_model(str(folder)),
@@ -195,7 +195,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (edited(lambda t: [t.pop(name) for name in list(t) if "vision" in name], "gemma3-wrapped"), "32 missing"),
 ])
 def test_tensors_that_would_be_random_or_dropped_are_refused(tmp_path: Path, build: Callable[[Path], Path], said: str
-                                                             ) -> None:  # fmt: skip
+                                                             ) -> None:
     folder = build(tmp_path / "m")
     with pytest.raises(CheckpointError) as refused:
         inspect_model(str(folder))

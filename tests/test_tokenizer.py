@@ -15,22 +15,22 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from vocabext import tokenizer as module
 from vocabext.errors import TokenizerError, UsageError
-from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
+from vocabext.tokens import NewToken
 
 WANTED = [
     " cardiac", "cardiac", " cardiacs", " ureter", " ureteral", "ureter", " heart rate", " heart rates", "signs and",
     " signs and symptoms", " symptoms", " the the", "ha ha", " ha ha ha", " of a heart", "mg/dL", " naïve cafés",
     "self.assertEqual(", "self.other", " it's a", "déjà vu", "שלום עולם", "中文字典", " a.b", "e\u0301te\u0301",
     " raters 12", "rest.", " (rate)", "s", "a the",
-]  # fmt: skip
+]
 FRAGMENTS = [
     *WANTED, *(t.strip() for t in WANTED), *(t[:-1] for t in WANTED), *(t[1:] for t in WANTED), *SPECIAL,
     "<0x0A>", "<0x", "0A>", "<unk>", "<s", "▁", "▁▁", " ", "  ", "   ", "\n", "\r\n", "\n\n", "\t", "\u00a0", "\u3000",
     "\u200d", "\u0301", "\u202e", "\ufeff", "\x00", "'", "’", "'s", "'t", ".", ",", "-", "(", ")", "/", "_", "1", "12",
     "999", "½", "²", "A", "É", "ß", "ﬁ", "Ａ", "ـ", "العربية", "שָׁלוֹם", "ไทย", "한국어", "👩\u200d👩", "🙂", "the",
     " the", "heart", " heart", "s", "ed", "al", "x", "Ġ", "Ċ",
-]  # fmt: skip
+]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=6), max_size=12).map("".join)
 
 
@@ -84,7 +84,7 @@ def test_it_is_not_trivially_true(kind: str) -> None:
     text = "The cardiac ureter. cardiac signs and symptoms, naïve cafés of a heart"
     assert len(new.encode(text)) < len(base.encode(text)) - 6
     reached = {i for token in new.tokens for lead in ("", "x", "\n", ". ", ",") for tail in ("", " ", ".", " x")
-               for i in new.encode(lead + token.token + tail) if i >= new.first_new_id}  # fmt: skip
+               for i in new.encode(lead + token.token + tail) if i >= new.first_new_id}
     assert len(reached) >= 0.9 * len(new.tokens)
 
 
@@ -201,7 +201,7 @@ def test_an_added_token_that_wants_to_stand_alone_is_refused() -> None:
     # Inside `rate1` it is not taken out of the text, but a chunk of its own.
     spec = json.loads(gpt2().to_str())
     token = {"id": 342, "content": "ureter", "single_word": True, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": False}  # fmt: skip
+             "normalized": False, "special": False}
     spec["added_tokens"].append(token)
     base = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
     with pytest.raises(TokenizerError, match="'ureter' cannot be reached by merges"):
@@ -306,9 +306,9 @@ DEEPSEEK_SPLITS = (
     r"\p{N}{1,3}", r"[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+",
     r"[!\x22#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-)  # fmt: skip
+)
 LAYOUT = ["):\n        return", "    return", "\n        ", ":\n       ", "):\n", " 5 mg", " 10 mm Hg",
-          ".assertEqual(self", " (the", " heart, ", "the\n\nend", "\n\n  and", "1999 and"]  # fmt: skip
+          ".assertEqual(self", " (the", " heart, ", "the\n\nend", "\n\n  and", "1999 and"]
 
 
 STEPS = {
@@ -342,7 +342,7 @@ def test_there_are_phrases_behind_several_splitting_steps(name: str) -> None:
     assert len(phrases) >= 4
     for phrase, i in phrases.items():
         assert any(new.first_new_id + i in new.encode(before + phrase + after)
-                   for before in ("", "x", ".", "\n") for after in ("", " x", "x", " 1")), phrase  # fmt: skip
+                   for before in ("", "x", ".", "\n") for after in ("", " x", "x", " 1")), phrase
 
 
 def test_a_phrase_with_digits_is_refused_where_digits_stand_alone() -> None:
@@ -516,7 +516,7 @@ def test_files_that_would_bring_the_old_tokenizer_back_are_named(tmp_path: Path)
 def test_units_are_chunks_or_words() -> None:
     text = "The heartless theatre, self.a"
     expected = {"gpt2": "The| heartless| theatre|,| self|.|a", "llama3": "The| heartless| theatre|,| self|.a",
-                "metaspace": " |The| heartless| theatre|,| self|.|a"}  # fmt: skip
+                "metaspace": " |The| heartless| theatre|,| self|.|a"}
     for kind, units in expected.items():
         base = tiny_base(kind)
         (found,) = base.encode_units([text])

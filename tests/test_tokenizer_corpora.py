@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import ASSETS
 
-from vocabext.config import MineConfig
-from vocabext.corpus import read_documents
+from vocabext.corpus import Document, read_documents
 from vocabext.errors import TokenizerError
-from vocabext.expansion import Expansion
-from vocabext.mine import mine
-from vocabext.records import Document
+from vocabext.mine.stage import mine
+from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer
+from vocabext.tokens import Expansion
 
 # Whatever is there: nothing below knows their names.
 TOKENIZERS = sorted((ASSETS / "tokenizers").glob("*"))
@@ -57,7 +56,7 @@ def load(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pa
 
 
 def broken_promises(base: BaseTokenizer, new: ExpandedTokenizer, texts: Sequence[str], before: Sequence[list[int]],
-                    after: Sequence[list[int]]) -> list[str]:  # fmt: skip
+                    after: Sequence[list[int]]) -> list[str]:
     """Say for each text what the extension broke, given its ids under both tokenizers."""
     found = []
     for text, old_ids, new_ids in zip(texts, before, after, strict=True):
@@ -74,7 +73,7 @@ def broken_promises(base: BaseTokenizer, new: ExpandedTokenizer, texts: Sequence
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.name.split(".")[0])
 def test_mined_tokens_change_nothing_else(path: Path, corpora: dict[str, list[Document]],
-                                          load: Callable[[Path], BaseTokenizer]) -> None:  # fmt: skip
+                                          load: Callable[[Path], BaseTokenizer]) -> None:
     try:
         base = load(path)
     except TokenizerError as error:

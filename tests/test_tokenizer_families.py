@@ -31,7 +31,7 @@ REFUSED = {
         "שלום עולם", "स्थिति", "हृदय रोग", "โรคหัวใจ", "심장 질환", "e\u0301te\u0301", "x\u0323\u0307y", "it's not",
         "don't know", "e.g.", "a\u200db\u200dc"},
     "bloom": {"self.assertEqual(", " self.assertEqual(", "        self.", "):\n", "---\n", "e.g.", " (e.g."},
-}  # fmt: skip
+}
 
 UNIGRAM = {"t5", "flan-t5", "xlm-r", "albert"}
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -103,9 +103,9 @@ def check_prompts(base: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, t
 PLANES = st.characters(exclude_categories=["Cs"])
 CONTROLS = st.characters(categories=["Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"])
 LONG = st.builds(lambda text, times: text * times, st.sampled_from([*FRAGMENTS, "a", "Ж", "语", "aé"]),
-                 st.integers(2, 60))  # fmt: skip
+                 st.integers(2, 60))
 PARTS = st.one_of(st.sampled_from(FRAGMENTS), st.sampled_from(ALL_WANTED), st.text(PLANES, max_size=5),
-                  st.text(CONTROLS, max_size=4), LONG)  # fmt: skip
+                  st.text(CONTROLS, max_size=4), LONG)
 
 
 @cache
@@ -183,7 +183,7 @@ def test_any_string_that_is_taken_as_a_token(name: str, data: st.DataObject) -> 
 
 BEFORE = ["", "x", "x ", "  ", "\n", ". ", "(", "é", "1", "’", "語", "▁", "\u0301"]
 AFTER = ["", " ", "  ", " x", "x", "s", ".", ".x", ", ", "\n", "\n\n x", ")", "'s", "’", "1", "_", "\u0301", "\u200d",
-         "語"]  # fmt: skip
+         "語"]
 CONTEXTS = [*((before, "") for before in BEFORE), *(("", after) for after in AFTER), *zip(BEFORE, AFTER, strict=False)]
 
 
@@ -201,7 +201,7 @@ def test_every_token_in_many_contexts(name: str) -> None:
 def test_very_long_words(name: str) -> None:
     base, new = family_base(name), expanded(name)
     for text in ("heartbeat" * 400, "ж" * 3000, "心脏病" * 1000, " " * 3000, "\n" * 2000, "=" * 3000, "12" * 1500,
-                 "x\u0301" * 1500, "signs and symptoms" * 200, " 5 mg" * 500, "👩\u200d⚕️" * 500):  # fmt: skip
+                 "x\u0301" * 1500, "signs and symptoms" * 200, " 5 mg" * 500, "👩\u200d⚕️" * 500):
         check_ids(base, new, f"a{text} cardiac {text}")
 
 
@@ -266,7 +266,7 @@ def with_added(added: AddedToken, normalizer: normalizers.Normalizer | None = No
 
 def test_an_added_character_that_plain_text_may_hold_is_refused() -> None:
     for base in (with_added(AddedToken("ß", single_word=True, normalized=False)),
-                 with_added(AddedToken("Å", normalized=False), normalizers.NFC())):  # fmt: skip
+                 with_added(AddedToken("Å", normalized=False), normalizers.NFC())):
         with pytest.raises(TokenizerError, match=r"the added token '[ßÅ]' is one character, and would be found"):
             extend(base, [base.new_token("dm")])
     base = with_added(AddedToken("ß", normalized=False))
@@ -499,11 +499,11 @@ FIRST_STEPS = {
     "words": pre_tokenizers.Whitespace(), "spaces": pre_tokenizers.WhitespaceSplit(),
     "scripts": pre_tokenizers.UnicodeScripts(), "lengths": pre_tokenizers.FixedLength(7),
     "BERT": pre_tokenizers.BertPreTokenizer(), "hyphens": pre_tokenizers.CharDelimiterSplit("-"),
-}  # fmt: skip
+}
 LAST_STEPS = {"Falcon": [pre_tokenizers.Digits(False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]}
 OPTIONS = {"dropout of nothing": {"dropout": 0.0}, "joined unknowns": {"fuse_unk": True, "unk_token": "<|endoftext|>"},
            "bytes": {"byte_fallback": True}, "empty affixes": {"continuing_subword_prefix": "",
-                                                               "end_of_word_suffix": ""}}  # fmt: skip
+                                                               "end_of_word_suffix": ""}}
 VARIANTS = [*NORMALIZERS, *FIRST_STEPS, *LAST_STEPS, *OPTIONS]
 
 

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from tiny_tokenizers import LLAMA_3_SPLIT, as_hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vocabext.boundaries import MergeTable, holds_spaceless
-from vocabext.config import MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import TokenizerError
-from vocabext.mine import mine
-from vocabext.records import Document, NewToken
+from vocabext.mine.stage import mine
+from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
+from vocabext.tokenizer.boundaries import MergeTable, holds_spaceless
 from vocabext.tokenizer.inner import inner_guard, is_inner
+from vocabext.tokens import NewToken
 
 CHARACTERS = "患者有心肌病史临床高血压的了不在データの言語"
 WORDS = ["心肌病", "患者", "患者有", "高血压", "病史", "データ", "言語", "的患者", "abc患者", "患者, 心肌病",
-         "心肌病史 abc", " cardiac", "血压的"]  # fmt: skip
+         "心肌病史 abc", " cardiac", "血压的"]
 ODD = [*"abc ,。！1é한ไ", "  ", "\n", "😀", "・", "゛", "'s", "</s>", "\u0301"]
 
 
@@ -55,7 +56,7 @@ def pair(split: str | None, seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer
 @pytest.mark.parametrize("split", [None, LLAMA_3_SPLIT], ids=["gpt2", "llama3"])
 @settings(max_examples=300, deadline=None)
 @given(parts=st.lists(st.sampled_from([*WORDS, *CHARACTERS, *ODD]) | st.text(max_size=2), max_size=12),
-       seed=st.integers(0, 3))  # fmt: skip
+       seed=st.integers(0, 3))
 def test_cuts_inside_a_run_of_letters_are_exact(split: str | None, parts: list[str], seed: int) -> None:
     base, new = pair(split, seed)
     found, wanted = new.encode("".join(parts)), base.encode("".join(parts))
@@ -155,7 +156,7 @@ def merged(seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer]:
     rng = random.Random(seed)
     texts = ["".join(rng.choices("的了不在史有", k=30)) for _ in range(40)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=20, min_count=5), at_most=True)  # fmt: skip
+                  MineConfig(budget=20, min_count=5), at_most=True)
     assert len(result.tokens) > 10
     return base, extend(base, result.tokens)
 
@@ -165,7 +166,7 @@ def test_mining_finds_words_inside_runs_of_letters() -> None:
     rng = random.Random(5)
     texts = ["".join(rng.choices(["冠状动脉", *"的了不在史有"], k=30)) for _ in range(20)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=1, min_count=5))  # fmt: skip
+                  MineConfig(budget=1, min_count=5))
     # Its characters have three pieces each, which no merge of two makes: it is searched for.
     assert result.tokens[0].token == "冠状动脉"
     assert result.tokens[0].count > 20
@@ -177,7 +178,7 @@ def test_words_inside_runs_of_letters_are_mined_with_their_parts_and_beside_othe
     rng = random.Random(5)
     texts = ["".join(rng.choices(["有在的了", *"不史", " cardiac", " ab,"], k=30)) for _ in range(20)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=9, min_count=5))  # fmt: skip
+                  MineConfig(budget=9, min_count=5))
     names = [token.token for token in result.tokens]
     assert " cardiac" in names
     assert "有在的了" in names

@@ -18,10 +18,10 @@ from tiny_expanded import new_tokens
 from tiny_tokenizers import FAMILIES, MORE_TEXT, TEKKEN_SPLIT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vocabext.checkpoint import Rows, save_rows
-from vocabext.model import load_model
-from vocabext.patch import patch
-from vocabext.rows import mean_rows
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.model.frozen import load_model
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
 
 Files = Mapping[str, bytes]
@@ -74,7 +74,7 @@ def sentencepiece(**options: Any) -> bytes:
 def as_llama_model() -> Files:
     return {"tokenizer.model": sentencepiece(
         model_type="bpe", vocab_size=620, byte_fallback=True, character_coverage=0.99,
-        normalization_rule_name="identity", remove_extra_whitespaces=False)}  # fmt: skip
+        normalization_rule_name="identity", remove_extra_whitespaces=False)}
 
 
 def as_gemma_model() -> Files:
@@ -82,7 +82,7 @@ def as_gemma_model() -> Files:
         model_type="bpe", vocab_size=640, byte_fallback=True, character_coverage=0.99, add_dummy_prefix=False,
         normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        user_defined_symbols="<mask>,<start_of_turn>,<end_of_turn>,\n,\n\n,▁▁,▁▁▁")}  # fmt: skip
+        user_defined_symbols="<mask>,<start_of_turn>,<end_of_turn>,\n,\n\n,▁▁,▁▁▁")}
 
 
 def as_unigram_model(name: str, **ids: Any) -> Callable[[], Files]:
@@ -172,10 +172,10 @@ CASES = {
     "albert model": Case("albert", as_unigram_model("spiece.model", pad_id=0, unk_id=1, bos_id=-1, eos_id=-1,
                                                     control_symbols="[CLS],[SEP],[MASK]"),
                          named("albert", "AlbertTokenizer")),
-}  # fmt: skip
+}
 every_case = pytest.mark.parametrize("case", [
     pytest.param(case, id=name, marks=[pytest.mark.xfail(strict=True, reason=case.loses)] if case.loses else [])
-    for name, case in CASES.items()])  # fmt: skip
+    for name, case in CASES.items()])
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,12 @@ def test_what_is_loaded_is_what_was_written(case: Case, tmp_path: Path) -> None:
 
 SAME = ["special_tokens_map", "model_max_length", "padding_side", "truncation_side", "model_input_names",
         "clean_up_tokenization_spaces", "split_special_tokens", "bos_token_id", "eos_token_id", "pad_token_id",
-        "unk_token_id", "all_special_tokens", "all_special_ids", "chat_template"]  # fmt: skip
+        "unk_token_id", "all_special_tokens", "all_special_ids", "chat_template"]
 
 
 @pytest.mark.parametrize("case", [
     pytest.param(case, id=name, marks=[pytest.mark.xfail(
-        strict=True, reason=case.loses)] if case.loses else []) for name, case in CASES.items()])  # fmt: skip
+        strict=True, reason=case.loses)] if case.loses else []) for name, case in CASES.items()])
 def test_everything_else_is_the_same(case: Case, tmp_path: Path) -> None:
     flags = {"model_max_length": 2048, "padding_side": "left", "truncation_side": "left"}
     pair = expanded_pair(tmp_path, Case(case.model_type, case.files, {**case.tokenizer_config, **flags}))
@@ -266,7 +266,7 @@ def test_everything_else_is_the_same(case: Case, tmp_path: Path) -> None:
 def test_files_of_the_old_tokenizer_are_named_and_gone(name: str, tmp_path: Path) -> None:
     pair = expanded_pair(tmp_path, CASES[name])
     old = {path.name for path in pair.base_folder.iterdir()} - {"config.json", "tokenizer_config.json",
-                                                                "tokenizer.json"}  # fmt: skip
+                                                                "tokenizer.json"}
     assert old
     assert set(pair.stale) == old
     assert {path.name for path in pair.folder.iterdir()} == {"config.json", "tokenizer_config.json", "tokenizer.json"}

@@ -16,14 +16,14 @@ from tiny_tokenizers import FAMILIES, PREFIXED
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.collect import collect
-from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.corpus import Document
 from vocabext.errors import TokenizerError
-from vocabext.manifest import read_manifest
-from vocabext.pipeline import RunConfig, run
-from vocabext.records import Document
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.run import RunConfig, run
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
-from vocabext.verify import verify
+from vocabext.verify.stage import verify
 
 KINDS = {**{name: FAMILIES[name] for name in ("gpt2-prefix", "roberta")}, **PREFIXED}
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -51,7 +51,7 @@ def check_all(name: str, text: str) -> None:
 
 
 SECTIONS = st.builds("{}{}{}".format, st.sampled_from(LEADS), st.sampled_from([*WORDS, *ALL_WANTED]),
-                     st.sampled_from(FRAGMENTS) | st.text(max_size=4))  # fmt: skip
+                     st.sampled_from(FRAGMENTS) | st.text(max_size=4))
 
 
 @every_kind
@@ -166,7 +166,7 @@ def folder_of(path: Path, **settings: object) -> Path:
     (path / "tokenizer.json").write_text(backend.to_str())
     model = json.loads(backend.to_str())["model"]
     (path / "vocab.json").write_text(json.dumps({**model["vocab"], "<pad>": 990, "<mask>": 991, "<s>": 992,
-                                                 "</s>": 993, "<unk>": 994}))  # fmt: skip
+                                                 "</s>": 993, "<unk>": 994}))
     (path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]))
     (path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -239,7 +239,7 @@ def test_the_real_gpt2_with_a_space_in_front(assets: Path, tmp_path: Path) -> No
 
 
 def test_a_gpt2_with_a_space_in_front_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 200)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 200)
     base = tiny_family(tmp_path / "base", "gpt2")
     spec = json.loads((base / "tokenizer.json").read_text())
     spec["pre_tokenizer"]["add_prefix_space"] = True

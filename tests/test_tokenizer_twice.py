@@ -10,8 +10,8 @@ from test_tokenizer_families import MERGING, chained, check_ids, check_offsets, 
 from tiny_tokenizers import FAMILIES, family_base
 
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
+from vocabext.tokens import NewToken
 
 # Phrases that overlap with each other, and with those that people want.
 OVERLAPPING = [" of the", " the heart", " of the heart", "rate of", " signs and", " and symptoms", " of", "the the"]
@@ -60,7 +60,7 @@ def test_a_second_extension_is_no_empty_one(name: str) -> None:
     middle, new = twice(name)
     assert len(new.tokens) >= 20
     contexts = [before + token.token + after for token in new.tokens for before in ("", "x", "\n", ". ")
-                for after in ("", " ", ".", " x")]  # fmt: skip
+                for after in ("", " ", ".", " x")]
     assert len({i for ids in new.encode_batch(contexts) for i in ids if i >= new.first_new_id}) >= 10
     assert any(i >= family_base(name).num_used_ids for ids in middle.encode_batch(contexts) for i in ids)
 

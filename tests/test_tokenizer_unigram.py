@@ -20,10 +20,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AlbertTokenizer, AutoTokenizer, T5Tokenizer, XLMRobertaTokenizer
 
 from vocabext.errors import TokenizerError
-from vocabext.expansion import Expansion
-from vocabext.records import NewToken
-from vocabext.tokenizer.lattice import Lattice
-from vocabext.tokenizer.unigram import AT_MARKS, AT_SPACES, OTHERWISE, WHOLE, UnigramScheme, exact_scores
+from vocabext.tokenizer.unigram.lattice import Lattice
+from vocabext.tokenizer.unigram.splitting import AT_MARKS, AT_SPACES, OTHERWISE, WHOLE, UnigramScheme, exact_scores
+from vocabext.tokens import Expansion, NewToken
 
 MARK = "▁"
 Vocabulary = list[tuple[str, float]]
@@ -64,9 +63,9 @@ class Pair:
     def wrong(self, texts: Sequence[str]) -> list[str]:
         """The texts whose ids do not unmerge to those of the base."""
         pairs = zip(texts, self.base.encode_batch_fast(texts, add_special_tokens=False),
-                    self.new.encode_batch_fast(texts, add_special_tokens=False), strict=True)  # fmt: skip
+                    self.new.encode_batch_fast(texts, add_special_tokens=False), strict=True)
         return [text for text, old, new in pairs
-                if len(new.ids) > len(old.ids) or self.expansion.unmerge(new.ids).tolist() != old.ids]  # fmt: skip
+                if len(new.ids) > len(old.ids) or self.expansion.unmerge(new.ids).tolist() != old.ids]
 
     def used(self, texts: Sequence[str]) -> set[str]:
         found = {i for e in self.new.encode_batch_fast(texts) for i in e.ids if i >= self.scheme.num_used_ids}
@@ -83,7 +82,7 @@ def by_the_rules(vocabulary: Vocabulary, unk_id: int, text: str) -> list[int]:
     best: list[tuple[float, int, int]] = [(0.0, 0, -1)]
     for end in range(1, len(text) + 1):
         options = [(best[start][0] + vocabulary[ids[text[start:end]]][1], start, ids[text[start:end]])
-                   for start in range(end) if text[start:end] in ids]  # fmt: skip
+                   for start in range(end) if text[start:end] in ids]
         if text[end - 1] not in ids:
             options.append((best[end - 1][0] + unknown, end - 1, unk_id))
         top = max(total for total, _, _ in options)
@@ -322,10 +321,10 @@ def style(name: str) -> Tokenizer:
 
 
 STYLES = {"t5": AT_SPACES, "albert": AT_SPACES, "pegasus": AT_MARKS, "marks always": AT_MARKS, "marks first": AT_MARKS,
-          "marks never": AT_MARKS, "whole": WHOLE, "whole, bytes": WHOLE, "deberta": OTHERWISE}  # fmt: skip
+          "marks never": AT_MARKS, "whole": WHOLE, "whole, bytes": WHOLE, "deberta": OTHERWISE}
 WORDS = [" cardiac", " muscles", " Muscle", " heartbeats", " raters", " ureteral", " isn't", " (or", " 1999", " café"]
 PHRASES = [" of the heart", " signs and symptoms", " the end of", " and the", " 12 of them", " a cat and", " it's a",
-           "  a"]  # fmt: skip
+           "  a"]
 GLUED = ["muscle", "heart", ").", "...", "----", "self.name", "=", " 🫀", "🫀", "🫀é", "בוע"]
 WANTED = [*WORDS, *PHRASES, *GLUED]
 every_style = pytest.mark.parametrize("name", STYLES)
@@ -359,7 +358,7 @@ def test_words_and_phrases_become_tokens(name: str) -> None:
 FRAGMENTS = [
     *WANTED, *(text.strip() for text in WANTED), *TEXT, " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", MARK,
     "<unk>", "</s>", "<extra_id_1>", "[MASK]", "＜unk＞", "<0x0A>", "\u200d", "\u0301", "ﬁ", "﷽", "א", "中文", "-", "a",
-    "``", "s", ",", ".", "x" * 30, "Q"]  # fmt: skip
+    "``", "s", ",", ".", "x" * 30, "Q"]
 hurting = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=4)), max_size=12).map("".join)
 
 
@@ -483,7 +482,7 @@ def units(name: str, text: str) -> list[str]:
     (found,) = scheme.encode_units([text])
     edges = [*np.flatnonzero(found.starts).tolist(), len(found.ids)]
     return [scheme.key_text("".join(scheme.backend.id_to_token(int(i)) for i in found.ids[first:last]))
-            for first, last in itertools.pairwise(edges)]  # fmt: skip
+            for first, last in itertools.pairwise(edges)]
 
 
 def test_units_are_words_with_their_mark_and_runs_of_signs() -> None:
@@ -520,7 +519,7 @@ def frequent(scheme: UnigramScheme, texts: Sequence[str], count: int) -> list[st
 def float32(vocabulary: Vocabulary) -> Vocabulary:
     """The same entries with scores of 24 bits, which a file does not hold without loss."""
     return [(entry, float(np.float32(score - 0.1 / (i + 1))) if score else 0.0)
-            for i, (entry, score) in enumerate(vocabulary)]  # fmt: skip
+            for i, (entry, score) in enumerate(vocabulary)]
 
 
 CLASSES = {

@@ -49,7 +49,7 @@ WRITTEN: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "single names and a list": ({"extra_special_tokens": {"image_token": "<|im_start|>"}, **NAMES}, {}),
     "names of transformers 5": ({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}, {}),
     "nothing": ({}, {}),
-}  # fmt: skip
+}
 
 
 def pair(folder: Path, case: Case, special_map: Mapping[str, Any] | None = None) -> tuple[Path, Path]:

@@ -12,11 +12,11 @@ from planted import EMBEDDING, detail, draw_fewer_texts, edit_tensor, edit_token
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair
 
+from vocabext.checkpoint.verdicts import FAIL, PASS
 from vocabext.cli.verify import verify as command
+from vocabext.corpus import Document
 from vocabext.errors import BadCheckpointError, CheckpointError, CorpusError, TokenizerError, UsageError
-from vocabext.records import Document
-from vocabext.verdicts import FAIL, PASS
-from vocabext.verify import verify
+from vocabext.verify.stage import verify
 
 BASE = "made from this base"
 VLLM = "loads in vLLM, same greedy output"
@@ -56,7 +56,7 @@ def test_a_base_with_other_ids_is_the_first_suspect(pair: tuple[Path, Path], tmp
     assert result.checks[0].verdict == FAIL
     assert result.checks[0].name == BASE
     assert re.search(rf"--against {other} is another model: it has 280 token ids, but .* made from \S+ with 290; pass",
-                     result.checks[0].detail)  # fmt: skip
+                     result.checks[0].detail)
 
 
 def test_a_base_of_other_weights_is_the_first_suspect(pair: tuple[Path, Path]) -> None:
@@ -64,7 +64,7 @@ def test_a_base_of_other_weights_is_the_first_suspect(pair: tuple[Path, Path]) -
     result = verify(pair[1], str(pair[0]), load_weights=False)
     assert failed(result) == [BASE, "old rows bit-identical"]
     assert re.search("may be another model than .* digest [0-9a-f]{12}, recorded is [0-9a-f]{12}; pass",
-                     detail(result, BASE))  # fmt: skip
+                     detail(result, BASE))
 
 
 def test_a_base_of_other_bytes_that_mean_the_same_is_no_fault(pair: tuple[Path, Path]) -> None:

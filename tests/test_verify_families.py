@@ -9,19 +9,18 @@ from planted import HEAD, detail, edit_tensor, failed, set_row, skipped
 from test_patch import make_rows
 from tiny_families import FAMILIES, GAP_IN_TABLE, tiny_family
 
-from vocabext.checkpoint import Rows, load_rows, save_rows
-from vocabext.checks import behaviour
+from vocabext.checkpoint.folder import Rows, load_rows, save_rows
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.vocabulary import PER_LAYER
 from vocabext.diff import diff
-from vocabext.expansion import Expansion
-from vocabext.inspect_model import inspect_model
-from vocabext.manifest import read_manifest
-from vocabext.model import load_model
-from vocabext.patch import patch
-from vocabext.records import TokenSnippets
+from vocabext.distill.output_rows.stage import make_output_rows
+from vocabext.inspect import inspect_model
+from vocabext.model.frozen import load_model
+from vocabext.patch.stage import patch
 from vocabext.revert import revert
-from vocabext.verify import verify
-from vocabext.vocabulary import PER_LAYER
-from vocabext.writing.rows import make_output_rows
+from vocabext.tokens import Expansion, TokenSnippets
+from vocabext.verify import behaviour
+from vocabext.verify.stage import verify
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
 LOGITS = "loads in transformers, same logits"
@@ -31,7 +30,7 @@ BIAS = HEAD.replace("weight", "bias")
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 50)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 50)
     monkeypatch.setattr(behaviour, "STREAMED", 20)
     monkeypatch.setattr(behaviour, "RANDOM_ROWS", 20)
 
@@ -85,7 +84,7 @@ def test_a_bias_that_keeps_new_tokens_silent_is_plausible(tmp_path: Path, dtype:
     made = make_output_rows("fit", records, model, Expansion(tokens, 290))
     assert made.kind == "none"
     save_rows(tmp_path / "rows.safetensors", tokens, Rows(rows.input_ND, made.output_ND), {
-        **header, "writing": made.summary()})  # fmt: skip
+        **header, "writing": made.summary()})
     patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
     assert failed(verify(tmp_path / "new", str(base), load_weights=False)) == []
     edit_tensor(tmp_path / "new", BIAS, set_row(291, 10_000.0))

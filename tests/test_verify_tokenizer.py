@@ -14,19 +14,19 @@ from planted import Json, added_token, detail, draw_fewer_texts, edit_tokenizer,
 from tiny_checkpoints import edit_json
 from tiny_expanded import DOCUMENTS, TOKENS, expanded_pair
 
-from vocabext.checks import behaviour
-from vocabext.checks.pair import FaultError
-from vocabext.manifest import read_manifest
-from vocabext.records import Document
+from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.verdicts import FAIL, SKIPPED
+from vocabext.corpus import Document
 from vocabext.tokenizer import MergeChain
-from vocabext.verdicts import FAIL, SKIPPED
-from vocabext.verify import verify
+from vocabext.verify import behaviour
+from vocabext.verify.pair import FaultError
+from vocabext.verify.stage import verify
 
 KINDS = ("gpt2", "llama3", "metaspace")
 PIPELINE, OLD_IDS, STALE = "tokenizer is the base's, extended", "old token ids kept", "no stale tokenizer files"
 # Checks that may see what a fault does to text, depending on the texts that are drawn.
 BEHAVIOUR = {OLD_IDS, "prompts and chats as in the base", "invariant on the corpus", "invariant on adversarial text",
-             "streaming and offsets", "new tokens reachable and readable"}  # fmt: skip
+             "streaming and offsets", "new tokens reachable and readable"}
 PHRASE, WORD = " the heart", " heartless"
 
 
@@ -38,12 +38,12 @@ def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def sound_families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     return {kind: expanded_pair(tmp_path_factory.mktemp(kind), kind=kind, num_rows=448,
-                                texts=[PHRASE, WORD, " are rat", " muscle"]) for kind in KINDS}  # fmt: skip
+                                texts=[PHRASE, WORD, " are rat", " muscle"]) for kind in KINDS}
 
 
 @pytest.fixture(params=KINDS)
 def family(request: pytest.FixtureRequest, sound_families: dict[str, tuple[Path, Path]],
-           tmp_path: Path) -> tuple[Path, Path]:  # fmt: skip
+           tmp_path: Path) -> tuple[Path, Path]:
     base, folder = sound_families[request.param]
     return base, Path(shutil.copytree(folder, tmp_path / request.param))
 
@@ -58,7 +58,7 @@ def move_to_added_tokens(folder: Path) -> None:
 
 def add_beside(folder: Path) -> None:
     edit_tokenizer(folder, lambda document: document["added_tokens"].append(
-        added_token(WORD, 1 + max(document["model"]["vocab"].values()))))  # fmt: skip
+        added_token(WORD, 1 + max(document["model"]["vocab"].values()))))
 
 
 def drop_ignore_merges(folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_planted_fault_is_named_and_shows_in_text(family: tuple[Path, Path], n
 
 def test_faults_of_tokens_that_are_merges(tmp_path: Path) -> None:
     base, folder = expanded_pair(tmp_path, kind="metaspace", num_rows=448,
-                                 texts=["dm", "dmd", "ed.", "md"])  # fmt: skip
+                                 texts=["dm", "dmd", "ed.", "md"])
     assert failed(verify(folder, str(base), load_weights=False)) == []
 
     def drop(document: Json) -> None:
@@ -188,11 +188,11 @@ def test_a_model_class_that_rebuilds_the_tokenizer(
     assert set(failed(result)) & BEHAVIOUR
     assert set(failed(result)) <= {PIPELINE, *BEHAVIOUR}
     assert re.search(f"loads the tokenizer as {name}, .* tokenizer_class must be PreTrainedTokenizerFast",
-                     detail(result, PIPELINE))  # fmt: skip
+                     detail(result, PIPELINE))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "spm.model",
-                                  "qwen.tiktoken", "tokenizer.model.v3"])  # fmt: skip
+                                  "qwen.tiktoken", "tokenizer.model.v3"])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_stale_file_from_which_others_rebuild_the_tokenizer(
     sound_families: dict[str, tuple[Path, Path]], tmp_path: Path, name: str, recorded: bool
@@ -230,7 +230,7 @@ TRIMMED = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
 def test_each_other_part_of_the_tokenizer(
     sound_families: dict[str, tuple[Path, Path]], tmp_path: Path, kind: str, part: str, value: Json, words: str,
     check: str
-) -> None:  # fmt: skip
+) -> None:
     base, folder = sound_families[kind]
     folder = Path(shutil.copytree(folder, tmp_path / "expanded"))
     edit_part(folder, part, value)
@@ -324,7 +324,7 @@ def test_a_token_that_stands_for_another_run(tmp_path: Path) -> None:
 
 DECODER = {"type": "Sequence", "decoders": [
     {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}, {"type": "Fuse"},
-    {"type": "Replace", "pattern": {"Regex": "[a-z] [a-z]"}, "content": "_"}]}  # fmt: skip
+    {"type": "Replace", "pattern": {"Regex": "[a-z] [a-z]"}, "content": "_"}]}
 
 
 def test_text_that_cannot_be_decoded_token_by_token(gpt2: tuple[Path, Path]) -> None:
@@ -423,7 +423,7 @@ HURTS = {
     "tags": "[\U000e0000-\U000effff]", "private use": "[\U000f0000-\U0010ffff]", "a run of spaces": "x {30}",
     "what no character is": "[\ufffd\uffff]", "a new token inside a word": "[a-z]heartless[a-z]",
     "what makes an entry across the end of a new token": " are rathe", "across its beginning": "s muscle",
-}  # fmt: skip
+}
 
 
 def test_adversarial_text_holds_what_is_known_to_hurt(gpt2: tuple[Path, Path]) -> None:

@@ -11,9 +11,9 @@ import torch
 from planted import EMBEDDING, detail, draw_fewer_texts, edit_tensor, failed, opened, skipped
 from tiny_expanded import expanded_pair
 
-from vocabext.checks import engine
-from vocabext.checks.pair import FaultError, NotCheckedError, Pair
-from vocabext.verify import verify
+from vocabext.verify import engine
+from vocabext.verify.pair import FaultError, NotCheckedError, Pair
+from vocabext.verify.stage import verify
 
 VLLM = "loads in vLLM, same greedy output"
 
@@ -66,7 +66,7 @@ def test_what_prevents_the_check_is_said(pair: Pair, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subprocess, "run", dies)
     with pytest.raises(NotCheckedError, match=r"cannot load .*base: ValueError: no such architecture \(exit code 1\), "
-                                              "which is the base"):  # fmt: skip
+                                              "which is the base"):
         engine.same_greedy(pair, True)
     with pytest.raises(FaultError, match=r"vLLM cannot load .*expanded: ValueError: no such"):
         engine._written(pair, pair.folder, [[1]])

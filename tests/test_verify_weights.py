@@ -26,13 +26,13 @@ from planted import (
 from tiny_checkpoints import edit_json
 from tiny_expanded import TOKENS, expanded_pair, patched
 
-from vocabext import model as models
-from vocabext.checks import logits, tensors
-from vocabext.checks.pair import NotCheckedError
+from vocabext.checkpoint.verdicts import VERIFY_NAME, Verification
 from vocabext.errors import CheckpointError
-from vocabext.records import write_json
-from vocabext.verdicts import VERIFY_NAME, Verification
-from vocabext.verify import verify
+from vocabext.files.atomic import write_json
+from vocabext.model import frozen as models
+from vocabext.verify import logits, tensors
+from vocabext.verify.pair import NotCheckedError
+from vocabext.verify.stage import verify
 
 SHARDS, CONFIG, TENSORS = "shards complete", "config agrees", "untouched tensors equal"
 OLD, NEW, FILES = "old rows bit-identical", "new rows plausible", "files carried over"
@@ -44,7 +44,7 @@ FIRST, END = 290, 293  # ids of the new tokens
 MADE: dict[str, dict[str, object]] = {
     "tied": {"tied": True}, "sharded": {"tied": False, "sharded": True, "link": "copy"},
     "untied by us": {"tied": True, "untie": True, "dtype": torch.bfloat16}, "grown": {"tied": False, "num_rows": 292},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
 @pytest.fixture(autouse=True)
 def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_fewer_texts(monkeypatch)
-    monkeypatch.setattr("vocabext.verify.NUM_ADVERSARIAL", 20)
-    monkeypatch.setattr("vocabext.checks.behaviour.STREAMED", 20)
+    monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 20)
+    monkeypatch.setattr("vocabext.verify.behaviour.STREAMED", 20)
 
 
 def copied(pair: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
@@ -225,7 +225,7 @@ def test_new_rows_that_an_older_version_wrote_have_no_digest(
     result = verify(folder, str(base), load_weights=False)
     assert result.passed
     assert detail(result, NEW).endswith(f"; the bits of those in {EMBEDDING}, {HEAD} were not checked: no digest was "
-                                        "recorded")  # fmt: skip
+                                        "recorded")
 
 
 def test_a_check_that_breaks_off_takes_no_other_verdict_along(
@@ -239,10 +239,10 @@ def test_a_check_that_breaks_off_takes_no_other_verdict_along(
 
         return check
 
-    monkeypatch.setattr("vocabext.checks.files.carried_over", broken(KeyError("odd")))
-    monkeypatch.setattr("vocabext.checks.tensors.new_rows", broken(OSError("unreadable\nand more")))
-    monkeypatch.setattr("vocabext.checks.tensors.old_rows", broken(MemoryError()))
-    monkeypatch.setattr("vocabext.checks.config.config_agrees", broken(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr("vocabext.verify.files.carried_over", broken(KeyError("odd")))
+    monkeypatch.setattr("vocabext.verify.tensors.new_rows", broken(OSError("unreadable\nand more")))
+    monkeypatch.setattr("vocabext.verify.tensors.old_rows", broken(MemoryError()))
+    monkeypatch.setattr("vocabext.verify.config.config_agrees", broken(torch.OutOfMemoryError("CUDA out of memory")))
     result = verify(folder, str(base), load_weights=False)
     assert failed(result) == [NEW, FILES]
     assert detail(result, FILES) == "the check broke off with KeyError: 'odd'"
@@ -352,7 +352,7 @@ def test_small_chunks_find_the_same(
 ) -> None:
     base, folder = copied(sound["grown"], tmp_path)
     for chunk in (1, 300, 10_000):  # a row has 256 bytes
-        monkeypatch.setattr("vocabext.extent.READ_BYTES", chunk)
+        monkeypatch.setattr("vocabext.files.ranges.READ_BYTES", chunk)
         monkeypatch.setattr(tensors, "CHUNK_BYTES", chunk)
         pair = opened(base, folder)
         assert tensors.old_rows(pair).startswith("580 rows in")

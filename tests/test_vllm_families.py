@@ -25,10 +25,10 @@ NOT_SERVED = {"gemma3-wrapped", "gemma4-wrapped", "llava"}  # by a vLLM without 
 def test_families_write_the_same_in_vllm(tmp_path: Path) -> None:
     families = tuple(FAMILIES) if os.environ.get(ALL) else FEW
     done = subprocess.run([sys.executable, vllm_families.__file__, str(tmp_path), *families], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: result for line in done.stdout.splitlines() if line.startswith('{"')
-             for name, result in json.loads(line).items()}  # fmt: skip
+             for name, result in json.loads(line).items()}
     assert list(found) == list(families)
     assert {name for name, result in found.items() if "refused" in result} <= NOT_SERVED
     served = [result for result in found.values() if "refused" not in result]

@@ -9,14 +9,13 @@ import pytest
 import torch
 from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
-from vocabext.checkpoint import Rows
-from vocabext.expansion import Expansion
-from vocabext.model import FrozenModel
-from vocabext.records import NewToken
-from vocabext.writing import decode as module
-from vocabext.writing.decode import fewest_steps, matches, write_on
-from vocabext.writing.runs import RunTree
-from vocabext.writing.shift import lost_nats
+from vocabext.checkpoint.folder import Rows
+from vocabext.evaluate import decode as module
+from vocabext.evaluate.decode import fewest_steps, matches, write_on
+from vocabext.evaluate.shift import lost_nats
+from vocabext.model.frozen import FrozenModel
+from vocabext.model.run_tree import RunTree
+from vocabext.tokens import Expansion, NewToken
 
 
 def random_rows(model: FrozenModel, count: int, loud: float = 1.0) -> Rows:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
-from vocabext.model import FrozenModel
-from vocabext.records import NewToken
-from vocabext.writing import places as module
-from vocabext.writing.places import Places, concatenate, find_places
-from vocabext.writing.runs import RunTree
+from vocabext.model import places as module
+from vocabext.model.frozen import FrozenModel
+from vocabext.model.places import Places, concatenate, find_places
+from vocabext.model.run_tree import RunTree
+from vocabext.tokens import NewToken
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def test_runs_are_found_with_their_probability(small: bool, monkeypatch: pytest.
     found = find_places(model, windows, RunTree.of(tokens), num_base=NUM_BASE, likely=1e-3)
     got = {(int(found.window_P[p]), int(found.position_P[p]), t): (log_p, greedy) for p, t, log_p, greedy in zip(
         found.place_R.tolist(), found.token_R.tolist(), found.log_p_R.tolist(), found.greedy_R.tolist(),
-        strict=True)}  # fmt: skip
+        strict=True)}
     seen_likely = seen_greedy = 0
     for number, window in enumerate(windows):
         for position in range(len(window)):

@@ -10,21 +10,20 @@ import pytest
 import torch
 from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
-from vocabext.config import DistillConfig
+from vocabext.checkpoint.rows import mean_rows, rows_in_use
+from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
+from vocabext.distill.output_rows import stage as module
+from vocabext.distill.output_rows.fit import Fit, Task, longest_runs
+from vocabext.distill.output_rows.stage import _reports, make_output_rows, silent_row
+from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
-from vocabext.expansion import Expansion
-from vocabext.logit_map import LogitMap
-from vocabext.overlap import text_numbers
+from vocabext.model.logit_map import LogitMap
+from vocabext.model.places import Places
+from vocabext.model.run_tree import RunTree
+from vocabext.model.writing import Writing, find_uses, measure_writing, per_token
+from vocabext.options import DistillConfig
 from vocabext.progress import no_progress
-from vocabext.records import NewToken, TokenSnippets
-from vocabext.rows import mean_rows, rows_in_use
-from vocabext.vocabulary import MAX_NORM_RATIO
-from vocabext.writing import rows as module
-from vocabext.writing.fit import Fit, Task, longest_runs
-from vocabext.writing.measure import Writing, find_uses, measure_writing, per_token
-from vocabext.writing.places import Places
-from vocabext.writing.rows import _reports, make_output_rows, silent_row
-from vocabext.writing.runs import RunTree
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 LENGTHS = torch.tensor([2, 3])
 
@@ -36,7 +35,7 @@ def made_places(hidden_PD: torch.Tensor, runs: list[tuple[int, int]], top: float
     place_R, token_R = (torch.tensor([pair[side] for pair in runs], dtype=torch.long) for side in (0, 1))
     return Places(hidden_PD, torch.full((size,), top), zeros, torch.full((size,), top + 1), zeros, zeros, zeros,
                   place_R, token_R, torch.zeros(len(runs)), torch.ones(len(runs), dtype=torch.bool),
-                  num_windows=1)  # fmt: skip
+                  num_windows=1)
 
 
 def planted(size: int, seed: int) -> tuple[Places, list[int]]:
@@ -293,9 +292,9 @@ def snippets(per_token: int) -> tuple[list[TokenSnippets], Expansion]:
     rng = np.random.default_rng(0)
     every = Expansion(some_tokens(rng, 4), NUM_BASE)
     texts = [tuple((*rng.integers(0, NUM_BASE, 6).tolist(), NUM_BASE + i) for _ in range(per_token))
-             for i in range(every.num_new)]  # fmt: skip
+             for i in range(every.num_new)]
     return [TokenSnippets(token, some, (6,) * per_token)
-            for token, some in zip(every.tokens, texts, strict=True)], every  # fmt: skip
+            for token, some in zip(every.tokens, texts, strict=True)], every
 
 
 @pytest.mark.parametrize(("per_token", "places"), [(1, 200), (0, 200), (9, 1)])
@@ -310,7 +309,7 @@ def test_where_nothing_is_held_out_all_tokens_are_silent(kind: str, per_token: i
     assert made.leak is not None
     assert made.places > 0
     assert [token.silent for token in made.tokens] == (
-        ["no place to judge it by"] * len(records) if kind == "fit" else [])  # fmt: skip
+        ["no place to judge it by"] * len(records) if kind == "fit" else [])
 
 
 def test_states_are_kept_once_and_stated_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +380,7 @@ def test_places_of_many_batches_are_those_of_one(monkeypatch: pytest.MonkeyPatch
 def chosen(**options: Any) -> module.OutputChoice:
     facts = {name: options.pop(name) for name in ("architecture", "tied", "biased") if name in options}
     return module.choose_output_rows(DistillConfig(**options), **{
-        "architecture": "LlamaForCausalLM", "tied": True, "biased": False, **facts})  # fmt: skip
+        "architecture": "LlamaForCausalLM", "tied": True, "biased": False, **facts})
 
 
 def test_what_was_asked_for_is_made_where_the_model_can_have_it() -> None:

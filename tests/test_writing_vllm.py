@@ -12,19 +12,18 @@ import pytest
 import torch
 
 from serve.engine import vllm_server, wait_until_ready
-from vocabext.checkpoint import Rows, save_rows
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.distill.output_rows.stage import silent_row
 from vocabext.errors import TokenizerError
-from vocabext.expansion import Expansion
-from vocabext.manifest import file_sha256
-from vocabext.model import FrozenModel, load_model
-from vocabext.patch import patch
-from vocabext.records import NewToken
-from vocabext.rows import mean_rows
+from vocabext.evaluate.decode import write_on
+from vocabext.model.frozen import FrozenModel, load_model
+from vocabext.model.places import find_places
+from vocabext.model.run_tree import RunTree
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import BaseTokenizer, load_tokenizer
-from vocabext.writing.decode import write_on
-from vocabext.writing.places import find_places
-from vocabext.writing.rows import silent_row
-from vocabext.writing.runs import RunTree
+from vocabext.tokens import Expansion, NewToken
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "model"
 PROMPT = "The function returns the number of"
@@ -34,7 +33,7 @@ BEFORE, LONG = 8, 4
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]  # fmt: skip
+]
 
 
 def planned(base: BaseTokenizer, model: FrozenModel) -> tuple[list[int], NewToken, int]:
@@ -51,7 +50,7 @@ def planned(base: BaseTokenizer, model: FrozenModel) -> tuple[list[int], NewToke
             except TokenizerError:
                 continue
             if list(token.run) == written.pieces[start : start + length] and token.run not in [
-                    tuple(written.pieces[at : at + length]) for at in range(start)]:  # fmt: skip
+                    tuple(written.pieces[at : at + length]) for at in range(start)]:
                 return written.pieces[: start + length], token, start
     raise AssertionError("base's text holds no phrase")
 

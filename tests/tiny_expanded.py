@@ -7,13 +7,14 @@ from typing import Any
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, as_hf, family_base
 
-from vocabext.checkpoint import Rows, save_rows
-from vocabext.manifest import file_sha256
-from vocabext.model import load_model
-from vocabext.patch import patch
-from vocabext.records import Document, NewToken
-from vocabext.rows import mean_rows
+from vocabext.checkpoint.folder import Rows, save_rows
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.checkpoint.rows import mean_rows
+from vocabext.corpus import Document
+from vocabext.model.frozen import load_model
+from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
+from vocabext.tokens import NewToken
 
 TOKENS = [" muscle of", " the heart", " are rated"]
 DOCUMENTS = [Document(f"d{i}", text) for i, text in enumerate((
@@ -32,7 +33,7 @@ def new_tokens(folder: Path, texts: Sequence[str] = TOKENS) -> list[NewToken]:
 def expanded_pair(
     tmp_path: Path, *, texts: Sequence[str] = TOKENS, kind: str | None = None, link: str = "auto", untie: bool = False,
     **options: object,
-) -> tuple[Path, Path]:  # fmt: skip
+) -> tuple[Path, Path]:
     """Make a base folder and an expanded one with mean-of-pieces rows; `kind` (or family) chooses another tokenizer."""
     base = tiny_folder(tmp_path / "base", **options)  # type: ignore[arg-type]
     if kind is not None:

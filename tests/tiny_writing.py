@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vocabext.model import FrozenModel
-from vocabext.records import NewToken
+from vocabext.model.frozen import FrozenModel
+from vocabext.tokens import NewToken
 
 NUM_BASE = 30
 
@@ -15,7 +15,7 @@ def sharp_model(num_base: int = NUM_BASE) -> FrozenModel:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=num_base + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
-                         eos_token_id=None)  # fmt: skip
+                         eos_token_id=None)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,8 +16,8 @@ from typing import Any
 from test_patch import make_rows
 from tiny_families import FAMILIES, tiny_family
 
-from vocabext.checks.engine import TIE
-from vocabext.patch import patch
+from vocabext.patch.stage import patch
+from vocabext.verify.engine import TIE
 
 TEXTS = tuple(f" heart {word}" for word in ("rate", "muscle", "of", "and", "the", "rest", "so", "a"))
 PROMPTS = [[0, 40, 77, 120, 260, 285, 9], [0, 5, 280, 281, 17], [0, 271, 272, 30, 31, 32]]
@@ -40,7 +40,7 @@ def written(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], lis
     model = LLM(model=str(folder), enforce_eager=True, max_num_seqs=8, max_model_len=64, dtype="float32", seed=0)
     try:
         sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5,
-                                  detokenize=False, allowed_token_ids=list(range(NUM_IDS)))  # fmt: skip
+                                  detokenize=False, allowed_token_ids=list(range(NUM_IDS)))
         wanted: Any = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = [result.outputs[0] for result in model.generate(wanted, sampling, use_tqdm=False)]
         return [(list(output.token_ids), [{i: found.logprob for i, found in step.items()} for step in output.logprobs])

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vocabext.config import CollectConfig
-from vocabext.expansion import Expansion, Ids
+from vocabext.corpus import Document
+from vocabext.files.jsonl import read_tokens, write_jsonl
+from vocabext.options import CollectConfig
 from vocabext.progress import Progress, no_progress
-from vocabext.records import Document, NewToken, TokenSnippets, read_tokens, write_jsonl
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
+from vocabext.tokens import Expansion, Ids, NewToken, TokenSnippets
 
 BATCH = 256
 # Base ids in front of the token: enough to be in context, few enough to leave room behind it, where
@@ -42,14 +43,14 @@ _Splits = dict[int, list[tuple[tuple[int, ...], int]]]
 
 
 class Writer(Protocol):
-    """What continues prompts: `vocabext.model.FrozenModel`."""
+    """What continues prompts: `vocabext.model.frozen.FrozenModel`."""
 
     @property
     def max_positions(self) -> int:
         """The longest text in ids."""
 
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
-              num_used_ids: int) -> list[list[int]]:  # fmt: skip
+              num_used_ids: int) -> list[list[int]]:
         """Continue prompts of equal length; returns the new ids of each."""
 
 
@@ -102,7 +103,7 @@ def collect(
                     _sample_inside(ids, expanded.expansion, splits, inside, config, rng_inside)
             task.advance(len(batch))
     return [_topped_up(_record(token, reservoirs[token_id]), inside[token_id], config)
-            for token_id, token in zip(reservoirs, tokens, strict=True)]  # fmt: skip
+            for token_id, token in zip(reservoirs, tokens, strict=True)]
 
 
 def add_generated(
@@ -139,7 +140,7 @@ def add_generated(
 def generate_missing(
     records: Sequence[TokenSnippets], model: Writer, base: BaseTokenizer, config: CollectConfig,
     progress: Progress = no_progress,
-) -> list[TokenSnippets]:  # fmt: skip
+) -> list[TokenSnippets]:
     """Let the model write text for every token with fewer than `config.min_snippets` snippets.
 
     The model continues the token's base ids; only texts in which the expanded tokenizer really
@@ -167,7 +168,7 @@ def generate_missing(
 def _write(
     missing: Mapping[int, int], model: Writer, base: BaseTokenizer, expanded: ExpandedTokenizer,
     config: CollectConfig, writing_round: int, progress: Progress,
-) -> dict[int, list[str]]:  # fmt: skip
+) -> dict[int, list[str]]:
     """Let the model write one text for each missing snippet; returns them by the index of their token."""
     texts: dict[int, list[str]] = defaultdict(list)
     prompts: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)  # by length: one call needs equal ones
@@ -184,7 +185,7 @@ def _write(
                 batch = group[at : at + PROMPTS_PER_BATCH]
                 seed = int(np.random.SeedSequence([config.seed, writing_round, length, at]).generate_state(1)[0])
                 written = model.write([prompt for _, prompt in batch], num_tokens, temperature=TEMPERATURE,
-                                      seed=seed, num_used_ids=base.num_used_ids)  # fmt: skip
+                                      seed=seed, num_used_ids=base.num_used_ids)
                 for (index, _), ids in zip(batch, written, strict=True):
                     texts[index].append(_written_text(index, ids, base, expanded))
                 task.advance(len(batch))
@@ -206,7 +207,7 @@ def _written_text(index: int, continuation: Sequence[int], base: BaseTokenizer, 
 def write_snippets(
     path: Path, records: Sequence[TokenSnippets], header: Mapping[str, Any], *, config: CollectConfig,
     corpus: Sequence[str], left_out: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write what was collected: a header, then one line per token in token-id order.
 
     Args:
@@ -227,7 +228,7 @@ def write_snippets(
         "generated": sum(record.num_generated for record in records),
         "inside": sum(record.num_inside for record in records),
         "short": [records[i].new_token.token for i in short_of_snippets(records, config)],
-    }  # fmt: skip
+    }
     write_jsonl(path, "snippets", new_header, (record.to_json() for record in records))
     return new_header
 
@@ -298,7 +299,7 @@ def _splits(expanded: ExpandedTokenizer, merged_from: Sequence[tuple[int, ...]],
 def _sample_inside(
     ids: Ids, expansion: Expansion, splits: _Splits, reservoirs: Mapping[int, _Reservoir], config: CollectConfig,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     """Offer every part of a longer token in one document to the reservoir of that part."""
     for position in np.flatnonzero(expansion.is_new(ids)).tolist():
         for written, inner in splits.get(int(ids[position]), ()):
@@ -318,7 +319,7 @@ def _topped_up(record: TokenSnippets, inside: _Reservoir, config: CollectConfig)
         return record
     new = list(dict.fromkeys(inside.snippets))[: config.snippets - len(record.snippets)]
     return replace(record, snippets=(*record.snippets, *(ids for ids, _ in new)),
-                   positions=(*record.positions, *(at for _, at in new)), num_inside=len(new))  # fmt: skip
+                   positions=(*record.positions, *(at for _, at in new)), num_inside=len(new))
 
 
 def _window(ids: Ids, edges: Ids, position: int, before: float, window: int) -> tuple[tuple[int, ...], int]:

@@ -26,11 +26,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vocabext.errors import CorpusError, UsageError
-from vocabext.records import Document, real_path
+from vocabext.files.atomic import real_path
 
 CHUNK_BYTES = 1 << 20
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
@@ -40,6 +41,19 @@ _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 _EMPTY, _NO_RECORD = "empty record", "no record in the file"
 _MOST_NAMES = 1000  # of what was left out, in an artifact
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        name: Where it came from, such as `notes.jsonl:17`.
+        text: The text itself.
+    """
+
+    name: str
+    text: str
 
 
 class _File(NamedTuple):

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabext.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from vocabext.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
+from vocabext.checkpoint.manifest import Manifest, read_manifest
+from vocabext.checkpoint.shards import TensorInfo
 from vocabext.errors import CheckpointError
-from vocabext.extent import Extent, first_difference, same_inode
-from vocabext.manifest import Manifest, read_manifest
+from vocabext.files.ranges import Extent, first_difference, same_inode
 from vocabext.progress import Progress, no_progress
-from vocabext.shards import TensorInfo
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
@@ -155,8 +155,8 @@ def diff(base: str, expanded: Path, texts: Sequence[str] = (), *, trust_remote_c
         CheckpointError: If `expanded` was not made by `patch`, was made from another base, or a folder is damaged.
         TokenizerError: If a tokenizer cannot be loaded.
     """
-    from vocabext.expansion import Expansion
     from vocabext.tokenizer import load_base_of, load_expanded
+    from vocabext.tokens import Expansion
 
     manifest = read_manifest(expanded)
     folder = resolve_model(base)
@@ -191,7 +191,7 @@ def _files(base: Path, expanded: Path, manifest: Manifest, progress: Progress) -
     before, after = _sizes(base), _sizes(expanded)
     reasons = manifest.files.left_out
     both = [name for name in before if name in after and before[name] == after[name]
-            and not same_inode(base / name, expanded / name)]  # fmt: skip
+            and not same_inode(base / name, expanded / name)]
     with progress("comparing files", 2 * sum(before[name] for name in both), "bytes") as task:
         for name in sorted(before.keys() | after.keys()):
             if name not in after:

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 # What torch, its devices, C++ and the linker say when there is no memory left.
 NO_MEMORY = (os.strerror(errno.ENOMEM), "can't allocate memory", "out of memory", "std::bad_alloc",
-             "can't start new thread", "failed to map segment")  # fmt: skip
+             "can't start new thread", "failed to map segment")
 
 
 class VocabextError(Exception):

@@ -1,6 +1,6 @@
 """Make the base again from an expanded checkpoint, byte for byte and without the base.
 
-What `patch` changed is kept in the expanded folder (`vocabext.manifest` says how). Nothing is trusted: whatever has a
+What `patch` changed is kept in the expanded folder (`vocabext.checkpoint.manifest` says how). Nothing is trusted: whatever has a
 recorded digest must have it again, or nothing is written under the output's name.
 """
 
@@ -14,12 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint import CONFIG_NAME, _read_shards
-from vocabext.errors import CheckpointError, UsageError
-from vocabext.extent import Extent
-from vocabext.folders import new_folder
-from vocabext.links import AUTO, link_file
-from vocabext.manifest import (
+from vocabext.checkpoint.folder import CONFIG_NAME, _read_shards
+from vocabext.checkpoint.manifest import (
     MANIFEST_NAME,
     ROWS_ORIGINAL,
     Manifest,
@@ -29,10 +25,14 @@ from vocabext.manifest import (
     has_manifest,
     read_manifest,
 )
+from vocabext.checkpoint.shards import MAX_HEADER_BYTES, Shard, TensorInfo
+from vocabext.checkpoint.verdicts import verified_sha256
+from vocabext.errors import CheckpointError, UsageError
+from vocabext.files.atomic import check_output, real_path
+from vocabext.files.folders import new_folder
+from vocabext.files.links import AUTO, link_file
+from vocabext.files.ranges import Extent
 from vocabext.progress import Progress, no_progress
-from vocabext.records import check_output, real_path
-from vocabext.shards import MAX_HEADER_BYTES, Shard, TensorInfo
-from vocabext.verdicts import verified_sha256
 
 WEIGHTS_SUFFIX = ".safetensors"
 MARGIN_BYTES = 1_000_000
@@ -70,7 +70,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     Args:
         folder: The expanded checkpoint. It is only read.
         output: The folder to make.
-        link: How untouched shards come over: `auto`, `hard` or `copy` (see `vocabext.links`).
+        link: How untouched shards come over: `auto`, `hard` or `copy` (see `vocabext.files.links`).
         force: Whether a model folder that is there already is replaced, once the new one is complete.
         progress: Told about the bytes written.
 
@@ -84,7 +84,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     _check_places(real_path(folder), place, force=force)
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
-             for name, original in part.items()}  # fmt: skip
+             for name, original in part.items()}
     with new_folder(place, force=force) as target:
         restoration = _Restoration(folder, target, originals)
         restoration.link_weights(link)
@@ -240,7 +240,7 @@ def _tensor_sizes(raw: bytes, stored: str) -> list[tuple[str, int]]:
         if length != len(raw) - 8:
             raise ValueError(length)
         offsets = [(int(entry["data_offsets"][0]), int(entry["data_offsets"][1]), name)
-                   for name, entry in entries.items() if name != "__metadata__"]  # fmt: skip
+                   for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
         raise CheckpointError(f"{stored} has changed since it was made: it is no header of a shard") from None
     sizes, position = [], 0

@@ -337,7 +337,7 @@ class Proxy:
         """Write a request down, unless it is pinned: those are a rehearsal's, not users'."""
         gateway = self._gateway
         if (gateway.recorder is not None and exchange.choice.why != "pinned"
-                and (fault := gateway.recorder.write(exchange.request))):  # fmt: skip
+                and (fault := gateway.recorder.write(exchange.request))):
             gateway.note(fault)
 
     async def _call(self, request: Request, arm: Arm) -> Call:

@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from serve.gateway.arms import ARMS, BASE
 from serve.gateway.front import ARM_ARGUMENT
-from vocabext.manifest import read_manifest
+from vocabext.checkpoint.manifest import read_manifest
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -11,18 +11,7 @@ from typing import Any
 
 from serve.gateway.canary import agreement
 from serve.gateway.observe import events_of
-from serve.gateway.swap_test import (
-    ARMS,
-    BASE,
-    DIFFERS,
-    EXPANDED,
-    FAIL,
-    NOT_CHECKED,
-    PASS,
-    Item,
-    Rehearsal,
-    Reply,
-)
+from serve.gateway.rehearsal import ARMS, BASE, DIFFERS, EXPANDED, FAIL, NOT_CHECKED, PASS, Item, Rehearsal, Reply
 
 FORCE = 100.0  # as a bias: whatever else the model would write
 TRIED_TOKENS = 5
@@ -126,7 +115,7 @@ def streams(r: Rehearsal) -> Item:
         for fresh in (False, True):
             whole = r.replay(arm, index, fresh=fresh)
             fault = stream_fault(r.replay(arm, index, fresh=fresh, stream=True, stream_options={
-                "include_usage": True}), whole)  # fmt: skip
+                "include_usage": True}), whole)
             if not fault.startswith(OTHER_TEXT):
                 break
         return fault

@@ -6,7 +6,7 @@ meant, together with the ban on new tokens (ban.py). Ids are made in two ways:
     a prompt   the base tokenizer, here, with the special tokens that frame a prompt
     a chat     the engine's own `/tokenize`, which applies the chat template as its chat endpoint does once it
                has been told what that endpoint adds by itself (`rendering_of`), and then `unmerge`: that is what
-               the base tokenizer would have said (vocabext/expansion.py)
+               the base tokenizer would have said (vocabext/tokens.py)
 
 Both go to `/v1/completions`, which has taken ids since vLLM's first versions. vLLM's render servers and
 `/inference/v1/generate` would do the same in one more process, and are switched off by default as unfinished
@@ -26,7 +26,7 @@ from serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
 from serve.gateway.chat import ChatConverter
 from serve.gateway.logprobs import LogprobsConverter
 from serve.gateway.upstream import forwarded
-from vocabext.expansion import Expansion
+from vocabext.tokens import Expansion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

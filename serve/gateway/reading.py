@@ -115,6 +115,6 @@ async def _log_probability(
 ) -> float:
     """Return the log-probability of ids behind a prompt, in nats."""
     found = await _post(gateway, arm, COMPLETIONS, {
-        "prompt": [*prompt, *answer], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}, headers)  # fmt: skip
+        "prompt": [*prompt, *answer], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}, headers)
     steps = found["choices"][0]["prompt_logprobs"][-len(answer):]
     return sum(float(step[str(i)]["logprob"]) for step, i in zip(steps, answer, strict=True))

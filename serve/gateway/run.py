@@ -25,8 +25,8 @@ from serve.gateway.policy import Policy
 from serve.gateway.record import Recorder
 from serve.gateway.state import State, locked, open_state
 from serve.gateway.upstream import Upstream
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.errors import ServerError, UsageError
-from vocabext.manifest import read_manifest
 from vocabext.progress import Progress, no_progress
 
 BAN = "serve.gateway.ban:BanNewTokens"
@@ -139,7 +139,7 @@ def check_verified(config: GatewayConfig) -> None:
         CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
     """
     from serve.card import require_verified
-    from vocabext.checkpoint import resolve_model
+    from vocabext.checkpoint.folder import resolve_model
 
     # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
     places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
@@ -155,7 +155,7 @@ def engines_of(config: GatewayConfig) -> dict[str, Server]:
     for arm, place in places.items():
         if is_url(place):
             continue
-        from vocabext.checkpoint import resolve_model
+        from vocabext.checkpoint.folder import resolve_model
 
         flags = (*config.vllm_flags, *(ONE_ENGINE_FLAGS if config.one_engine else ()))
         server = vllm_server(resolve_model(place), config.log_folder / f"{arm}.log", name=f"the {arm} engine",
@@ -176,10 +176,9 @@ def load_front(config: GatewayConfig) -> BaseFront:
     Raises:
         UsageError: If one of the two has to be a folder and is a URL.
     """
-    from vocabext.checkpoint import resolve_model
-    from vocabext.expansion import Expansion
-    from vocabext.records import NewToken
+    from vocabext.checkpoint.folder import resolve_model
     from vocabext.tokenizer import load_base_of
+    from vocabext.tokens import Expansion, NewToken
 
     if is_url(config.base):
         raise UsageError(f"with one engine, BASE is the base model for its tokenizer, not a URL ({config.base})")

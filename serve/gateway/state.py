@@ -19,7 +19,7 @@ from typing import Any
 
 from serve.gateway.policy import Policy
 from vocabext.errors import ServerError, UsageError
-from vocabext.records import atomic_file
+from vocabext.files.atomic import atomic_file
 
 VERSION = 1
 KEPT_CHANGES = 100

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.config import CollectConfig
+from vocabext.options import CollectConfig
 
 DEFAULTS = CollectConfig()
 NUM_NAMED = 20
@@ -24,7 +24,7 @@ def collect_options(command: Command) -> Command:
                      help="Length of a snippet, in base ids."),
         click.option("--snippets", type=int, default=DEFAULTS.snippets, show_default=True,
                      help="Snippets per token."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
@@ -43,20 +43,20 @@ def collect_options(command: Command) -> Command:
 def collect(
     candidates: Path, corpus: tuple[str, ...], model: str | None, output: Path, text_field: str, force: bool,
     trust_remote_code: bool, as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Sample snippets of a corpus for each token of CANDIDATES (from `vocabext mine`).
 
     One pass keeps a uniform sample per token of the places where the expanded tokenizer really produces
     it. A token that is mostly part of longer ones also gets places inside those.
     """
-    from vocabext.checkpoint import resolve_model
+    from vocabext.checkpoint.folder import resolve_model
     from vocabext.collect import collect as run_collect
     from vocabext.collect import generate_missing, short_of_snippets, write_snippets
     from vocabext.corpus import left_out_of, read_documents
     from vocabext.errors import UsageError
-    from vocabext.mine import read_candidates
-    from vocabext.records import check_output
-    from vocabext.support import check_loads
+    from vocabext.files.atomic import check_output
+    from vocabext.mine.stage import read_candidates
+    from vocabext.model.support import check_loads
     from vocabext.tokenizer import check_made_for, load_base
 
     config = CollectConfig(**settings)
@@ -73,7 +73,7 @@ def collect(
     check_made_for(header, base, candidates)
     records = run_collect(documents, base, tokens, config, show.progress)
     if config.generate_missing and short_of_snippets(records, config):
-        from vocabext.model import load_model
+        from vocabext.model.frozen import load_model
 
         frozen = load_model(folder, trust_remote_code=trust_remote_code, runs=False)
         records = generate_missing(records, frozen, base, config, show.progress)

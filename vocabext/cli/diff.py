@@ -37,7 +37,7 @@ def diff(
 
 def _render(found: "Difference", num_tokens: int) -> None:
     click.echo(f"{found.expanded}: {found.base} and {found.rows.num_new:,} new tokens "
-               f"(rows by {found.method}, made {found.created})")  # fmt: skip
+               f"(rows by {found.method}, made {found.created})")
     _render_files(found)
     _render_tensors(found)
     _render_tokens(found, num_tokens)
@@ -52,7 +52,7 @@ def _render_files(found: "Difference") -> None:
     alike = [file for file in found.files if file.state in (SAME, LINKED)]
     linked = sum(file.state == LINKED for file in alike)
     click.echo(f"\n{len(alike):,} files are the same"
-               f"{f', {linked:,} of them one file on the disk (hard links)' if linked else ''}")  # fmt: skip
+               f"{f', {linked:,} of them one file on the disk (hard links)' if linked else ''}")
     show.table([(file.name, file.state, file.bytes_before, file.bytes_after, file.reason) for file in found.files
                 if file not in alike], ("file", "", "bytes before", "now", ""))
     for key, (before, after) in found.config.items():

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.config import METHODS, OUTPUT_ROWS, DistillConfig
+from vocabext.options import METHODS, OUTPUT_ROWS, DistillConfig
 
 if TYPE_CHECKING:
-    from vocabext.writing.rows import OutputRows
+    from vocabext.distill.output_rows.stage import OutputRows
 
 DEFAULTS = DistillConfig()
 Command = Callable[..., Any]
@@ -57,7 +57,7 @@ def distill_options(command: Command) -> Command:
                      help="Layer whose hidden states are matched: 'last', a number, or a fraction of the depth."),
         click.option("--method", type=click.Choice(METHODS), default=DEFAULTS.method, show_default=True,
                      help="'distill' trains; 'mean' writes the mean of the pieces, in seconds."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return compute_options(command)
 
@@ -76,11 +76,11 @@ def compute_options(command: Command) -> Command:
     """Add the options of everything that runs a model."""
     command = click.option("--max-memory", metavar="LIMITS",
                            help="Spread the model over devices, such as '0=20GiB,cpu=60GiB'; the rest stays on "
-                                "disk.")(command)  # fmt: skip
+                                "disk.")(command)
     command = click.option("--dtype", default="auto", show_default=True, metavar="TYPE",
-                           help="auto, bfloat16, float16 or float32.")(command)  # fmt: skip
+                           help="auto, bfloat16, float16 or float32.")(command)
     return click.option("--device", default="auto", show_default=True, metavar="DEVICE",
-                        help="auto, cpu, cuda or cuda:N.")(command)  # fmt: skip
+                        help="auto, cpu, cuda or cuda:N.")(command)
 
 
 def _show_writing(output: "OutputRows") -> None:
@@ -96,10 +96,10 @@ def _show_writing(output: "OutputRows") -> None:
              f"{found.false_use:.2%} of places (--false-use {output.bound:.2%})"),
             ("loss of base targets elsewhere", f"{found.nll_rise_nats:.4f} nats"),
             ("seconds", f"{output.read_seconds:.0f} to read, {output.fit_seconds:.0f} to fit"),
-        ], ("on held-out snippets", ""))  # fmt: skip
+        ], ("on held-out snippets", ""))
     if silent:
         click.echo("\nthe model reads these tokens and does not write them "
-                   f"({len(silent):,} of {len(output.tokens):,})")  # fmt: skip
+                   f"({len(silent):,} of {len(output.tokens):,})")
         show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
     if output.leak is not None:
         click.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")
@@ -117,7 +117,7 @@ def _show_writing(output: "OutputRows") -> None:
 def distill(
     snippets: Path, model: str, output: Path, seed: int, force: bool, trust_remote_code: bool, as_json: bool,
     **settings: object,
-) -> None:  # fmt: skip
+) -> None:
     """Make one embedding row for each token of SNIPPETS (from `vocabext collect`).
 
     Only new rows are trained; the model stays as it is. With --method mean, SNIPPETS may also be the
@@ -145,7 +145,7 @@ def distill(
         if worst:
             click.echo("\nhardest tokens")
             show.table([(repr(r.token), r.snippets, f"{r.ratio:.0%}") for r in worst],
-                       ("token", "snippets", "error, relative to the mean of its pieces"))  # fmt: skip
+                       ("token", "snippets", "error, relative to the mean of its pieces"))
 
         if result.output is not None:
             _show_writing(result.output)

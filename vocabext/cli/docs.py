@@ -7,7 +7,7 @@ import click
 
 from vocabext.cli.main import LazyGroup, cli
 from vocabext.errors import VocabextError
-from vocabext.records import atomic_file
+from vocabext.files.atomic import atomic_file
 
 _WIDTH = 100
 

@@ -7,7 +7,7 @@ import click
 
 from vocabext.cli import options, show
 from vocabext.cli.distill import Command, compute_options
-from vocabext.config import EvalConfig
+from vocabext.options import EvalConfig
 
 DEFAULTS = EvalConfig()
 
@@ -15,9 +15,9 @@ DEFAULTS = EvalConfig()
 def evaluate_options(command: Command) -> Command:
     """Add the options that `eval` and `run` share."""
     command = click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
-                           help="Held-out prompts that both models continue; 0: none.")(command)  # fmt: skip
+                           help="Held-out prompts that both models continue; 0: none.")(command)
     return click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True,
-                        help="Held-out text to read, in bytes.")(command)  # fmt: skip
+                        help="Held-out text to read, in bytes.")(command)
 
 
 @click.command("eval")
@@ -32,14 +32,14 @@ def evaluate_options(command: Command) -> Command:
 def evaluate(
     folder: Path, against: str, corpus: tuple[str, ...], text_field: str, max_bytes: int, prompts: int, device: str,
     dtype: str, max_memory: str | None, trust_remote_code: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure how well NEWDIR reads and writes held-out text, and write NEWDIR/eval.json.
 
     Three rows: the base model, new tokens as the mean of their pieces, and new tokens as NEWDIR has them.
     The corpus must be held out: nothing that was mined or distilled from.
     """
     from vocabext.corpus import read_documents
-    from vocabext.evaluate import evaluate_folder
+    from vocabext.evaluate.stage import evaluate_folder
 
     documents = read_documents(corpus, text_field=text_field, say=show.note)
     config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype, max_memory=max_memory)
@@ -60,13 +60,13 @@ def render_evaluation(result: dict[str, Any]) -> None:
          row["greedy_common_characters"])
         for row in result["rows"]
     ], ("rows", "nats per piece", "bits per byte, reading", "bits per byte, writing", "same greedy text",
-        "characters until it differs"))  # fmt: skip
+        "characters until it differs"))
     if result.get("writing"):
         _render_writing(result["writing"])
     if result["gap_recovered"] is not None:
         low, high = result["gap_recovered_interval"]
         click.echo(f"gap between mean of pieces and base recovered: {result['gap_recovered']:.1%} "
-                   f"(95 % interval {low:.1%} to {high:.1%})")  # fmt: skip
+                   f"(95 % interval {low:.1%} to {high:.1%})")
 
 
 def _render_writing(writing: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def _render_writing(writing: dict[str, Any]) -> None:
     base, places = writing["base"], writing["rows"][0]["places"]
     click.echo(f"\nwriting: base goes on with a run at {places['deserved']:,} of {places['places']:,} places; "
                f"after {base['prompts']} prompts it writes {base['characters_per_step']:.2f} characters per step, "
-               f"{base['characters_per_step_if_all_adopted']:.2f} if each of them became one step")  # fmt: skip
+               f"{base['characters_per_step_if_all_adopted']:.2f} if each of them became one step")
     show.table([
         (row["name"], f"{row['greedy']['characters_per_step']:.2f}", _share(row["greedy"]["share_of_possible_gain"]),
          _share(row["places"]["adoption"]), f"{row['places']['false_use']:.2%}",
@@ -83,7 +83,7 @@ def _render_writing(writing: dict[str, Any]) -> None:
          f"{row['sampling']['kl_nats_per_piece']:.4f}")
         for row in writing["rows"]
     ], ("rows", "characters per step", "of the possible gain", "adopted", "written wrongly", "nats lost elsewhere",
-        "greedy text identical / similar / worse", "shift of samples, nats per piece"))  # fmt: skip
+        "greedy text identical / similar / worse", "shift of samples, nats per piece"))
     click.echo("")
 
 

@@ -199,9 +199,9 @@ def swap_test(
     expanded arm breaks what the base arm keeps; the exit code is then 3. `differs` means that numbers change by
     nature, and says how.
     """
-    from serve.gateway.swap_test import swap_test as rehearse
+    from serve.gateway.rehearsal import swap_test as rehearse
     from vocabext.errors import BadCheckpointError
-    from vocabext.records import check_output, write_json
+    from vocabext.files.atomic import check_output, write_json
 
     check_output(output, force=force)
     result = rehearse(requests, url, expanded, limit=limit, timeout_seconds=timeout_seconds,

@@ -7,8 +7,8 @@ import click
 from vocabext.cli import options, show
 
 if TYPE_CHECKING:
-    from vocabext.inspect_model import Inspection
-    from vocabext.support import Support
+    from vocabext.inspect import Inspection
+    from vocabext.model.support import Support
 
 
 @click.command()
@@ -20,10 +20,10 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
 
     MODEL is a folder or a hub id. No weights are loaded, and nothing is changed.
     """
+    from vocabext.checkpoint.named_ids import listed
     from vocabext.errors import UnsupportedError
-    from vocabext.inspect_model import expanded_note, inspect_model
-    from vocabext.named_ids import listed
-    from vocabext.support import Support
+    from vocabext.inspect import expanded_note, inspect_model
+    from vocabext.model.support import Support
 
     try:
         found = inspect_model(model, trust_remote_code=trust_remote_code)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.config import MineConfig
+from vocabext.options import MineConfig
 
 if TYPE_CHECKING:
-    from vocabext.mine import MineResult
+    from vocabext.mine.stage import MineResult
 
 DEFAULTS = MineConfig()
 NUM_BEST = 20
@@ -37,7 +37,7 @@ def mine_options(command: Command) -> Command:
                      help="A token must occur this often in the corpus."),
         click.option("--budget", callback=_budget, default=str(DEFAULTS.budget), show_default=True, metavar="N|auto",
                      help="How many new tokens; 'auto' takes the knee of the curve of savings."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
@@ -54,18 +54,18 @@ def mine_options(command: Command) -> Command:
 def mine(
     corpus: tuple[str, ...], model: str, output: Path, text_field: str, force: bool, trust_remote_code: bool,
     as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Find the words and phrases of CORPUS that are worth a token in MODEL.
 
     CORPUS is a file, folder, glob or hub dataset. Tokens are chosen by what they still save once those
     before them are chosen; the curve shows how much shorter the corpus gets for which budget.
     """
-    from vocabext.checkpoint import resolve_model
+    from vocabext.checkpoint.folder import resolve_model
     from vocabext.corpus import left_out_of, read_documents
-    from vocabext.mine import mine as run_mine
-    from vocabext.mine import write_candidates
-    from vocabext.records import check_output
-    from vocabext.support import check_patchable, holds_weights
+    from vocabext.files.atomic import check_output
+    from vocabext.mine.stage import mine as run_mine
+    from vocabext.mine.stage import write_candidates
+    from vocabext.model.support import check_patchable, holds_weights
     from vocabext.tokenizer import load_base
 
     config = MineConfig(**settings)
@@ -81,7 +81,7 @@ def mine(
     if result.rejected:
         reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
         show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "
-                  f"the header of {output} has examples")  # fmt: skip
+                  f"the header of {output} has examples")
     if result.parts:
         show.note(f"{result.parts:,} of {len(result.tokens):,} tokens occur fewer than {config.min_count} times by "
                   "themselves; they are there because longer tokens are merged from them")
@@ -90,15 +90,15 @@ def mine(
                   "the tokenizer will search for them")
     best = [token.to_json() for token in result.tokens[:NUM_BEST]]
     document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
-                "best": best}  # fmt: skip
+                "best": best}
     show.emit(document, as_json, lambda: _render(result, output))
 
 
 def _render(result: "MineResult", output: Path) -> None:
     show.table([(point.budget, point.saved_tokens, f"{point.shorter_share:.1%}") for point in result.curve],
-               ("budget", "saved tokens", "shorter"))  # fmt: skip
+               ("budget", "saved tokens", "shorter"))
     click.echo(f"\nbest {min(NUM_BEST, len(result.tokens))} of {len(result.tokens):,} tokens")
     show.table([(repr(t.token), len(t.run), t.count, t.saved) for t in result.tokens[:NUM_BEST]],
-               ("token", "pieces", "count", "saved"))  # fmt: skip
+               ("token", "pieces", "count", "saved"))
     click.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus {result.shorter_share:.1%} shorter "
-               f"({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")  # fmt: skip
+               f"({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")

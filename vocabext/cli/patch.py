@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vocabext.cli import options, show
-from vocabext.links import AUTO, LINKS
+from vocabext.files.links import AUTO, LINKS
 
 
 @click.command()
@@ -23,14 +23,14 @@ from vocabext.links import AUTO, LINKS
 @options.trust_remote_code_option
 @options.json_option
 def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: bool, trust_remote_code: bool,
-          as_json: bool) -> None:  # fmt: skip
+          as_json: bool) -> None:
     """Write a new model folder: MODEL with the tokens and rows of ROWS (from `vocabext distill`).
 
     The new folder loads in plain transformers and plain vLLM. Rows in use are kept bit for bit, new rows take
     free rows first, and every other file is carried over. vocabext.json says what was made from what, and with
     vocabext_base/ `vocabext revert` gets MODEL back. Weights are never loaded; the folder appears when it is whole.
     """
-    from vocabext.patch import patch as run_patch
+    from vocabext.patch.stage import patch as run_patch
 
     result = run_patch(rows, model, output, force=force, link=link, untie=untie, trust_remote_code=trust_remote_code,
                        progress=show.progress, say=show.note)

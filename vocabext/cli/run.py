@@ -31,7 +31,7 @@ from vocabext.cli.mine import mine_options
 def run(
     corpus: tuple[str, ...], model: str, output: Path, heldout: tuple[str, ...], work: Path | None, text_field: str,
     seed: int, force: bool, trust_remote_code: bool, as_json: bool, device: str, dtype: str, **settings: object,
-) -> None:  # fmt: skip
+) -> None:
     """Walk from CORPUS to a verified and measured model folder: mine, collect, distill, patch, verify, eval.
 
     Stages whose inputs have not changed are skipped, so an interrupted run goes on where it stopped. With
@@ -39,11 +39,11 @@ def run(
     """
     from dataclasses import fields
 
-    from vocabext.config import CollectConfig, DistillConfig, EvalConfig, MineConfig
-    from vocabext.evaluate import EVAL_NAME
-    from vocabext.pipeline import RunConfig
-    from vocabext.pipeline import run as run_stages
-    from vocabext.records import read_object
+    from vocabext.evaluate.stage import EVAL_NAME
+    from vocabext.files.atomic import read_object
+    from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+    from vocabext.run import RunConfig
+    from vocabext.run import run as run_stages
 
     everything = {**settings, "seed": seed, "device": device, "dtype": dtype}
 
@@ -55,12 +55,12 @@ def run(
         mine=MineConfig(**pick(MineConfig)), collect=CollectConfig(**pick(CollectConfig)),  # type: ignore[arg-type]
         distill=DistillConfig(**pick(DistillConfig)), evaluate=EvalConfig(**pick(EvalConfig)),  # type: ignore[arg-type]
         force=force, trust_remote_code=trust_remote_code,
-    ), show.progress, show.note)  # fmt: skip
+    ), show.progress, show.note)
     evaluation = read_object(output / EVAL_NAME)
 
     def render() -> None:
         show.table([(o.name, o.state, f"{o.seconds:.1f} s", o.output) for o in outcomes],
-                   ("stage", "", "time", "artifact"))  # fmt: skip
+                   ("stage", "", "time", "artifact"))
         if evaluation:
             click.echo("")
             render_evaluation(evaluation)

@@ -27,7 +27,7 @@ def lengths(
     Use documents that `mine` has not seen. BASE and EXPANDED are folders or hub ids.
     """
     from serve.lengths import measure_lengths
-    from vocabext.records import check_output, write_json
+    from vocabext.files.atomic import check_output, write_json
 
     if output is not None:
         check_output(output, force=force)

@@ -43,9 +43,9 @@ def predict(
     """
     from serve.devices import find_device
     from serve.predict import Lengths, PredictConfig, run_predict
-    from serve.report import read_result
+    from serve.report.page import read_result
     from vocabext.errors import UsageError
-    from vocabext.records import check_output, write_json
+    from vocabext.files.atomic import check_output, write_json
 
     if output is not None:
         check_output(output, force=force)

@@ -31,8 +31,8 @@ def start(
     """
     from serve.card import card_of, require_verified
     from serve.engine import require_vllm, vllm_server, wait_until_ready
-    from vocabext.checkpoint import resolve_model
-    from vocabext.records import check_output
+    from vocabext.checkpoint.folder import resolve_model
+    from vocabext.files.atomic import check_output
 
     require_vllm()
     if log is not None:

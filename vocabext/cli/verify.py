@@ -20,17 +20,17 @@ from vocabext.cli import options, show
 def verify(
     folder: Path, against: str, corpus: tuple[str, ...], text_field: str, skip_weights: bool,
     use_vllm: bool, seed: int, trust_remote_code: bool, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Check NEWDIR against its base, and write the verdicts to NEWDIR/verify.json.
 
     Text without new tokens must keep its ids, rows and logits; text with them must turn back into the base's ids.
     Exit code 3 if anything is wrong.
     """
+    from vocabext.checkpoint.verdicts import FAIL, VERIFY_NAME
     from vocabext.corpus import read_documents
     from vocabext.errors import BadCheckpointError
-    from vocabext.records import write_json
-    from vocabext.verdicts import FAIL, VERIFY_NAME
-    from vocabext.verify import verify as run_verify
+    from vocabext.files.atomic import write_json
+    from vocabext.verify.stage import verify as run_verify
 
     documents = read_documents(corpus, text_field=text_field, say=show.note) if corpus else None
     result = run_verify(folder, against, documents, trust_remote_code=trust_remote_code, seed=seed,

@@ -14,7 +14,7 @@ match those it had with the original pieces. Only new rows are trained.
     stage.py      the stage: mean-of-pieces rows, training, the quality gate
 """
 
-from vocabext.distill.report import TokenReport
+from vocabext.distill.input_rows.report import TokenReport
 from vocabext.distill.stage import DistillResult, distill, distill_file
 
 __all__ = ["DistillResult", "TokenReport", "distill", "distill_file"]

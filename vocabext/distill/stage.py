@@ -9,28 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vocabext.checkpoint import Rows, resolve_model, save_rows
-from vocabext.config import DistillConfig
-from vocabext.distill.contexts import sharing_is_exact
-from vocabext.distill.engine import Fit, Objective, Taught, fit_rows, held_out_errors
-from vocabext.distill.examples import Examples, build_examples
+from vocabext.checkpoint.folder import Rows, resolve_model, save_rows
+from vocabext.checkpoint.manifest import base_record
+from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
 from vocabext.distill.heap import give_back_large_blocks
-from vocabext.distill.memory import GIB, MemoryPlan, plan_memory
-from vocabext.distill.report import TokenReport, left_out_reasons, nearest_rows
-from vocabext.distill.resume import FinishedGroups, model_facts, work_digest
-from vocabext.distill.sharing import share_texts
-from vocabext.distill.silence import Background, sample_background
-from vocabext.errors import UsageError
-from vocabext.expansion import Expansion
-from vocabext.manifest import base_record
-from vocabext.model import FrozenModel, check_runs_on_rows, load_model
-from vocabext.overlap import text_numbers
-from vocabext.progress import Progress, no_progress
-from vocabext.records import TokenSnippets, check_output, read_tokens
-from vocabext.rows import mean_rows, row_norms, rows_in_use
-from vocabext.support import check_patchable, check_runs
-from vocabext.tokenizer import BaseTokenizer, check_made_for, extend, load_base
-from vocabext.writing.rows import (
+from vocabext.distill.input_rows.contexts import sharing_is_exact
+from vocabext.distill.input_rows.engine import Fit, Objective, Taught, fit_rows, held_out_errors
+from vocabext.distill.input_rows.examples import Examples, build_examples
+from vocabext.distill.input_rows.memory import GIB, MemoryPlan, plan_memory
+from vocabext.distill.input_rows.report import TokenReport, left_out_reasons, nearest_rows
+from vocabext.distill.input_rows.resume import FinishedGroups, model_facts, work_digest
+from vocabext.distill.input_rows.sharing import share_texts
+from vocabext.distill.input_rows.silence import Background, sample_background
+from vocabext.distill.output_rows.stage import (
     OutputChoice,
     OutputRows,
     choose_output_rows,
@@ -38,6 +29,16 @@ from vocabext.writing.rows import (
     states_bytes,
     work_bytes,
 )
+from vocabext.distill.overlap import text_numbers
+from vocabext.errors import UsageError
+from vocabext.files.atomic import check_output
+from vocabext.files.jsonl import read_tokens
+from vocabext.model.frozen import FrozenModel, check_runs_on_rows, load_model
+from vocabext.model.support import check_patchable, check_runs
+from vocabext.options import DistillConfig
+from vocabext.progress import Progress, no_progress
+from vocabext.tokenizer import BaseTokenizer, check_made_for, extend, load_base
+from vocabext.tokens import Expansion, TokenSnippets
 
 # One snippet in this many is held out (at least one): it judges the row that the others made. Snippets of one text
 # (`overlap.py`) are on one side, so that no text judges what it has trained.
@@ -116,7 +117,7 @@ class DistillResult:
                 "left_out": [asdict(r) for r in self.reports if r.left_out is not None],
                 "writing": self._writing(),
                 "per_token": [{**asdict(self.reports[i]), **facts} for i, facts in zip(
-                    self.kept, self._writing_facts(), strict=True)]}  # fmt: skip
+                    self.kept, self._writing_facts(), strict=True)]}
 
     def _writing(self) -> dict[str, object] | None:
         """Return what is said about the writing of all tokens."""
@@ -134,7 +135,7 @@ class DistillResult:
 def distill_file(
     path: Path, model: str, output: Path, config: DistillConfig, *, force: bool = False,
     trust_remote_code: bool = False, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
-) -> DistillResult:  # fmt: skip
+) -> DistillResult:
     """Read snippets, make the rows of their tokens, and write them to `output`.
 
     Finished groups of tokens are kept in a folder beside `output` until it is written: the same call goes on
@@ -165,7 +166,7 @@ def distill_file(
     if config.method != "mean":
         check_runs(folder, trust_remote_code=trust_remote_code)
     choice = choose_output_rows(config, architecture=names.architecture, tied=names.tied,
-                                biased=names.head_bias is not None)  # fmt: skip
+                                biased=names.head_bias is not None)
     made_from = base_record(folder, names, model=model, num_used_ids=base.num_used_ids)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
@@ -184,7 +185,7 @@ def distill_file(
     save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
         "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
         **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
-    })  # fmt: skip
+    })
     FinishedGroups(beside, "").remove()
     return result
 
@@ -234,7 +235,7 @@ def distill(
     records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
     writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (), reserved_ids: Collection[int] = (),
-) -> DistillResult:  # fmt: skip
+) -> DistillResult:
     """Make the input rows of all new tokens.
 
     Args:
@@ -282,17 +283,17 @@ class _Work:
     def __init__(
         self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, num_used_ids: int,
         prefix_ids: Sequence[int], finished_folder: Path | None, scale: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
         check_runs_on_rows(model.model.config)
         self.layer = model.layer_number(config.target_layer)
         if config.next_token_weight and self.layer != model.num_layers:
             raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
-                             f"{config.target_layer}; the next token is predicted from the last layer")  # fmt: skip
+                             f"{config.target_layer}; the next token is predicted from the last layer")
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
         if (longest := self._longest_text()) > model.max_positions:
             raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
-                             "at most; collect again with a smaller --window")  # fmt: skip
+                             "at most; collect again with a smaller --window")
         embedding_VD = model.embedding_VD
         self.rate = config.learning_rate * scale  # root mean square of the elements of base rows
         self.last_piece_ND = embedding_VD[[record.new_token.run[-1] for record in records]].cpu().float()
@@ -363,7 +364,7 @@ class _Work:
         merge_all = others_ND is not None
         parts = self._parts(group)
         train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
-                 for part in parts[1:]]  # fmt: skip
+                 for part in parts[1:]]
         held_out, rounds = self._held_out(group, merge_all=merge_all), self._rounds(group)
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
@@ -389,7 +390,7 @@ class _Work:
             # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
             silence=self.config.silence * len(self.records), others_ND=others_ND,
             bias_G=None if self.bias_N is None else self.bias_N[group],
-        )  # fmt: skip
+        )
 
     def _groups(self, size: int) -> list[list[int]]:
         return [self.trainable[at : at + size] for at in range(0, len(self.trainable), size)]
@@ -445,7 +446,7 @@ class _Work:
 
     def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
         return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
-                              merge_all=merge_all)  # fmt: skip
+                              merge_all=merge_all)
 
     def _plan(self) -> MemoryPlan:
         """State the memory, and choose the size of groups, from the longest snippets there are."""
@@ -463,7 +464,7 @@ class _Work:
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
                            wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)  # fmt: skip
+                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)
 
     def _longest_text(self) -> int:
         """Return how many base ids the longest snippet has, with what stands in front of it."""
@@ -489,7 +490,7 @@ class _Work:
     def _most_before(self, part: Sequence[TokenSnippets], group: Sequence[int]) -> tuple[int, int]:
         """Return how many texts some snippets are, and how many base ids stand before the token in one at most."""
         starts = [(ids, ids.index(self.expansion.first_new_id + i))
-                  for i, record in zip(group, part, strict=True) for ids in record.snippets]  # fmt: skip
+                  for i, record in zip(group, part, strict=True) for ids in record.snippets]
         before = max((int(self.expansion.run_lengths(ids[:at]).sum()) for ids, at in starts), default=0)
         return len({ids for ids, _ in starts}), len(self.prefix_ids) + before
 
@@ -501,7 +502,7 @@ class _Work:
         some = having[:: max(1, len(having) // BACKGROUND_SNIPPETS)]
         first = [_slice(self.records[i], 0, 1) for i in some]
         groups = [self._lay_out(first[at : at + BACKGROUND_AT_ONCE], some[at : at + BACKGROUND_AT_ONCE])
-                  for at in range(0, len(some), BACKGROUND_AT_ONCE)]  # fmt: skip
+                  for at in range(0, len(some), BACKGROUND_AT_ONCE)]
         generator = torch.Generator().manual_seed(self.config.seed)
         return sample_background(self.model, groups, self.expansion.first_new_id, generator)
 
@@ -553,14 +554,14 @@ def _slice(record: TokenSnippets, low: int, high: int) -> TokenSnippets:
 
 def _only(record: TokenSnippets, at: Sequence[int]) -> TokenSnippets:
     return replace(record, snippets=tuple(record.snippets[i] for i in at),
-                   positions=tuple(record.positions[i] for i in at))  # fmt: skip
+                   positions=tuple(record.positions[i] for i in at))
 
 
 def _reports(
     records: Sequence[TokenSnippets], rows_ND: torch.Tensor, start_ND: torch.Tensor,
     errors: Mapping[int, tuple[float, float]], shown: Mapping[int, int], config: DistillConfig,
     embedding_VD: torch.Tensor, usable_V: torch.Tensor, parts: Sequence[Sequence[int]],
-) -> tuple[TokenReport, ...]:  # fmt: skip
+) -> tuple[TokenReport, ...]:
     base_VD = embedding_VD[: len(usable_V)]
     typical = float(row_norms(base_VD)[usable_V].median())
     reasons = left_out_reasons([errors.get(i) for i in range(len(records))], config.leave_out, parts)
@@ -574,5 +575,5 @@ def _reports(
         reports.append(TokenReport(
             record.new_token.token, len(record.snippets), start, end, norm,
             "mean" if unchanged else "piece" if copied else "distill",
-            norm / max(typical, 1e-12), nearest[i], shown.get(i, 0), reasons[i]))  # fmt: skip
+            norm / max(typical, 1e-12), nearest[i], shown.get(i, 0), reasons[i]))
     return tuple(reports)

@@ -9,7 +9,7 @@ A new token is made in one of three ways, none of which can touch other text:
   spaces (`chain.py`). This needs its parts among the tokens.
 - It is looked up: where a regex has split the text into chunks, `ignore_merges` finds a chunk that is an entry
   before anything is merged. A phrase of several chunks becomes one by an alternative in that regex (`chunks.py`).
-- It is cut out where `vocabext.boundaries` proves that no merge could cross its edges, and then looked up: what
+- It is cut out where `vocabext.tokenizer.boundaries` proves that no merge could cross its edges, and then looked up: what
   lacks parts where it would have to be a merge (`whole_text.py`, `inner.py`).
 
 Unigram has its own way (`unigram.py`). No merge of the base is touched, and no AddedToken is made (those match inside
@@ -19,7 +19,6 @@ This package is the only importer of `tokenizers`.
 """
 
 from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, check_rules, extend, given_rows
-from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.loading import (
     check_made_for,
     is_stale,
@@ -30,6 +29,7 @@ from vocabext.tokenizer.loading import (
     load_tokenizer,
     save_expanded,
 )
+from vocabext.tokenizer.merges import MergeChain
 from vocabext.tokenizer.scheme import SPACE_MARK, Units
 
 __all__ = ["SPACE_MARK", "BaseTokenizer", "ExpandedTokenizer", "MergeChain", "Units", "check_made_for",

@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from vocabext.checkpoint.named_ids import MAX_MISSING_ROWS, NamedIds, Rules
 from vocabext.errors import CheckpointError, TokenizerError
-from vocabext.expansion import Expansion
-from vocabext.named_ids import MAX_MISSING_ROWS, NamedIds, Rules
-from vocabext.records import NewToken
 from vocabext.tokenizer.chunks import ChunkScheme
 from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
-from vocabext.tokenizer.unigram import FINEST_SCALE, UnigramScheme, exact_scores
+from vocabext.tokenizer.unigram.splitting import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
+from vocabext.tokens import Expansion, NewToken
 
 # How many refused tokens a message names; all are counted.
 NUM_NAMED = 10

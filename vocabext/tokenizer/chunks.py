@@ -20,13 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, pre_tokenizers
 
-from vocabext.boundaries import Definitions, MergeTable, holds_spaceless, prefix_tree
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
+from vocabext.tokenizer.boundaries import Definitions, MergeTable, holds_spaceless, prefix_tree
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
-from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.marks import SPACE_IN_FRONT, cuts, inside, pre_tokenizer_of, taken_apart, unmarked
+from vocabext.tokenizer.merges import MergeChain
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import (
     EXTENDED_BEFORE,
@@ -38,12 +37,13 @@ from vocabext.tokenizer.scheme import (
     steps_of,
     with_new_entries,
 )
+from vocabext.tokens import NewToken
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # One of every sort of character that a split expression may forget.
 GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 ไทย שלום ـع "
-             "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")  # fmt: skip
+             "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")
 # What splitting expressions list by its letters, in any language of theirs.
 CONTRACTION = re.compile("['’][A-Za-z]{1,2}$")
 # How many chunks at either end of a phrase can be changed by what stands next to it.
@@ -78,7 +78,7 @@ class ChunkScheme(BpeScheme):
         self._unmarked = pre_tokenizer_of([unmarked(step) for step in steps]) if marks else backend.pre_tokenizer
         kinds = [step["type"] for step in self.steps]
         splitting = [step for step in self.steps if step != SPACE_IN_FRONT and (
-            step["type"] != "ByteLevel" or step["use_regex"])]  # fmt: skip
+            step["type"] != "ByteLevel" or step["use_regex"])]
         if not any(cuts(step) for step in splitting):
             raise TokenizerError(f"this byte-level tokenizer does not split the text; supported are {SUPPORTED}")
         self.splitting = _splitting_kind(splitting) if kinds[-1] == "ByteLevel" else OPAQUE
@@ -123,7 +123,7 @@ class ChunkScheme(BpeScheme):
         """Encode many texts; a unit also begins at any character of a script without spaces."""
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e) | _spaceless_starts(e, text))
-                for e, text in zip(encodings, texts, strict=True)]  # fmt: skip
+                for e, text in zip(encodings, texts, strict=True)]
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
         """A unit is a chunk."""
@@ -137,7 +137,7 @@ class ChunkScheme(BpeScheme):
         for token in entries:
             text = self.key_text(token)
             if token not in self.taken_out and any(len(splitting.pre_tokenize_str(text)) == 1 for splitting in (
-                    self._unmarked, self.backend.pre_tokenizer)):  # fmt: skip
+                    self._unmarked, self.backend.pre_tokenizer)):
                 yield token, 0
 
     def describe(self) -> str:
@@ -168,7 +168,7 @@ class ChunkScheme(BpeScheme):
         texts = (self.key_text(key) for key in self.vocabulary)
         several = (text for text in texts if not text[1:].isalpha() and not CONTRACTION.search(text))
         return next((text for text in several if (other := _with_another_end(text)) and len(self.split(text)) == 1
-                     and len(self.split(other)) > 1), None)  # fmt: skip
+                     and len(self.split(other)) > 1), None)
 
     def _phrase_guards(self, text: str) -> tuple[str, str]:
         """Return the assertions on both sides of a phrase.
@@ -261,7 +261,7 @@ class ChunkScheme(BpeScheme):
     def chain(self) -> MergeChain:
         """Return an empty chain of merges, for words inside a run of letters without spaces."""
         return MergeChain(self.vocabulary, lambda ids: [self.backend.id_to_token(i) or "" for i in ids],
-                          lambda token: is_inner(token.token) and len(self.pieces(token.token)) == 1)  # fmt: skip
+                          lambda token: is_inner(token.token) and len(self.pieces(token.token)) == 1)
 
     @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
@@ -296,7 +296,7 @@ class ChunkScheme(BpeScheme):
             return None
         table, wanted = MergeTable(merges_of(self.spec), self.vocabulary), set(words)
         cut_out = [text for text in texts if is_inner(text) and len(self.pieces(text)) == 1 and any(
-            text[start:end] in wanted for end in range(1, len(text) + 1) for start in range(end))]  # fmt: skip
+            text[start:end] in wanted for end in range(1, len(text) + 1) for start in range(end))]
         return inner_step(cut_out, set(texts) - set(cut_out), table)
 
     @cached_property
@@ -308,7 +308,7 @@ class ChunkScheme(BpeScheme):
         spec["model"]["ignore_merges"] = False
         model = Tokenizer.from_str(json.dumps(spec)).model
         return all([piece.id for piece in model.tokenize(token)] == [i]
-                   for token, i in self.vocabulary.items() if token not in self.taken_out)  # fmt: skip
+                   for token, i in self.vocabulary.items() if token not in self.taken_out)
 
 
 def _with_another_end(text: str) -> str | None:
@@ -370,7 +370,7 @@ def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str,
     found = "|".join(left + prefix_tree(group) for left, group in groups.items())
     whole = rf"\A{prefix_tree(dict.fromkeys(phrases, ''))}\z"
     return [split_step(definitions.written_out(f"(?:{found})")),
-            *(new for step in steps for new in _with_alternative(step, whole))]  # fmt: skip
+            *(new for step in steps for new in _with_alternative(step, whole))]
 
 
 def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 A split expression hands over a whole run of such letters as one chunk, so a word in it is not a chunk.
 Inside a chunk BPE sees everything at once, as it does with whole texts: a new word is a merge (`chain.py`). Where
-that needs parts that are not tokens, the proof for whole texts applies (`vocabext.boundaries`), on the level of
+that needs parts that are not tokens, the proof for whole texts applies (`vocabext.tokenizer.boundaries`), on the level of
 bytes: a word is cut out where no merge could cross its edges.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from vocabext.boundaries import MergeTable, character_class, escape, holds_spaceless, prefix_tree
+from vocabext.tokenizer.boundaries import MergeTable, character_class, escape, holds_spaceless, prefix_tree
 from vocabext.tokenizer.scheme import split_step
 
 # The alphabet of byte-level BPE: printable bytes are themselves, the others are numbered from U+0100.

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from vocabext.checkpoint import read_json, resolve_model
+from vocabext.checkpoint.folder import read_json, resolve_model
+from vocabext.checkpoint.manifest import refuse_expanded
+from vocabext.checkpoint.named_ids import named_ids
 from vocabext.errors import TokenizerError, UsageError, in_one_line
-from vocabext.expansion import Expansion
-from vocabext.manifest import refuse_expanded
-from vocabext.named_ids import named_ids
 from vocabext.tokenizer.base import BaseTokenizer, ExpandedTokenizer, given_rows, plain_copy
 from vocabext.tokenizer.scheme import SUPPORTED
+from vocabext.tokens import Expansion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Files from which a reader would make a tokenizer without the new tokens, or special tokens that did not count.
 STALE_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken",
-               "tokenizer.*.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+               "tokenizer.*.json", "special_tokens_map.json", "added_tokens.json")
 # Settings that a model class would act upon, or that name files which are not carried over.
 DROPPED_SETTINGS = ("auto_map", "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
-                    "fast_tokenizer_files", "mistral_format")  # fmt: skip
+                    "fast_tokenizer_files", "mistral_format")
 AS_WRITTEN = "tokenization_as_written"
 AS_WRITTEN_CODE = '''"""Take tokenizer.json as it is.
 

@@ -34,7 +34,7 @@ def look_alikes(added: Collection[str]) -> re.Pattern[str]:
     """
     marked = (content.strip() for content in added)
     own = {re.sub(r"\d+", r"\\d+", re.escape(text)) for text in marked if len(text) > 2
-           and not (text[0].isalnum() or text[-1].isalnum()) and any(map(str.isalnum, text))}  # fmt: skip
+           and not (text[0].isalnum() or text[-1].isalnum()) and any(map(str.isalnum, text))}
     return re.compile("|".join((*SHAPES, *sorted(own))), re.IGNORECASE | re.DOTALL)
 
 

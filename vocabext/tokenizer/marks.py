@@ -54,5 +54,5 @@ def unmarked(step: dict[str, Any]) -> dict[str, Any]:
 def pre_tokenizer_of(steps: Sequence[dict[str, Any]]) -> Any:
     """Return the pre-tokenizer that takes the given steps."""
     spec = {"version": "1.0", "added_tokens": [], "pre_tokenizer": in_sequence(steps),
-            "model": {"type": "BPE", "vocab": {}, "merges": []}}  # fmt: skip
+            "model": {"type": "BPE", "vocab": {}, "merges": []}}
     return Tokenizer.from_str(json.dumps(spec)).pre_tokenizer

@@ -67,7 +67,7 @@ RIGHT = {
     BREAK: (NO_BREAK, NO_SPACE, ONE_SPACE),
     BREAKS: (NO_BREAK, NO_SPACE, ONE_SPACE),
     SPACE: (ONE_SPACE, Guard(r"(?= [A-Za-z])", lambda rest: re.match(" [A-Za-z]", rest) is not None)),
-}  # fmt: skip
+}
 LEFT = (
     Guard("", lambda before: True),
     Guard(r"(?<!\s)", lambda before: not before[-1:].isspace()),
@@ -85,11 +85,11 @@ FOLLOWING = (
     *(letters + rest for ending in ("s", "t", "re", "ve", "m", "ll", "d") for letters in (ending, ending.upper())
       for rest in ("", "x")),
     *(sign + rest for sign in SIGNS for rest in ("", "x", " x", "\n")),
-)  # fmt: skip
+)
 PRECEDING = ("", "x", "X", "1", "12", "x ", "x  ", "1 ", " ", "  ", "\n", "x\n", "\n\n", "\n ", "\t", ". ", ".  ", "é",
              "中", "中 ", "😀", "😀 ", "\u00a0", "\u3000", "x'", "x's", "ไ",
              "\u0301", "x\u0301", "\u093f", "ก\u0e34", "\u200d", "\x00", "½", "€", "x\u0301 ", *SIGNS,
-             *("x" + sign for sign in SIGNS))  # fmt: skip
+             *("x" + sign for sign in SIGNS))
 SAMPLES = {
     WORD: (" of the", "a b", " x-ray", " naïve café", " 中 文"),
     MARK: ("e\u0301te\u0301", " ที่ ที่", " नमस्ते दुनिया ि"),
@@ -110,14 +110,14 @@ def right_guards(split: Split) -> dict[str, Guard | None]:
         A guard per ending; None where no guard is narrow enough.
     """
     return {end: next((g for g in guards if all(bad_following(t, split, g) is None for t in SAMPLES[end])), None)
-            for end, guards in RIGHT.items()}  # fmt: skip
+            for end, guards in RIGHT.items()}
 
 
 def bad_following(text: str, split: Split, guard: Guard) -> str | None:
     """Return a continuation that the guard lets pass and that changes how the text is cut, None for none."""
     pieces = split(text)
     return next((after for after in FOLLOWING
-                 if guard.accepts(after) and split(text + after)[: len(pieces)] != pieces), None)  # fmt: skip
+                 if guard.accepts(after) and split(text + after)[: len(pieces)] != pieces), None)
 
 
 def left_guard(text: str, split: Split, edge: int) -> Guard | None:
@@ -130,5 +130,5 @@ def left_guard(text: str, split: Split, edge: int) -> Guard | None:
     """
     pieces = split(text)[:edge]
     bad = [before for before in PRECEDING
-           if split(before + text)[: len(split(before)) + edge] != [*split(before), *pieces]]  # fmt: skip
+           if split(before + text)[: len(split(before)) + edge] != [*split(before), *pieces]]
     return next((guard for guard in LEFT if not any(guard.accepts(before) for before in bad)), None)

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
-from vocabext.tokenizer.chain import MergeChain
 from vocabext.tokenizer.look_alikes import look_alike, look_alikes
+from vocabext.tokenizer.merges import MergeChain
+from vocabext.tokens import NewToken
 
 SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
-             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XGLM)")  # fmt: skip
+             "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XGLM)")
 
 # A comment in front of every splitting expression of an extension. What such an expression finds is an edge that no
 # look at the rest of the splitting shows, so a second one could cut it.
@@ -212,7 +212,7 @@ class Scheme(ABC):
     def parts(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
         """Return for each new token the indices of the new tokens that it is merged from."""
         return [tuple(i - self.num_used_ids for i in ids if i >= self.num_used_ids)
-                for ids in self.merged_from(tokens)]  # fmt: skip
+                for ids in self.merged_from(tokens)]
 
     def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
         """Return the new tokens that cannot be merges though they should be, and that text is searched for."""

@@ -4,7 +4,7 @@ Or all of a word, where text is cut in front of its marks.
 
 New tokens are merges behind those of the base (`chain.py`). One whose parts are not tokens is searched for instead:
 BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
-`vocabext.boundaries` proves where that is and writes it as assertions around a prefix tree.
+`vocabext.tokenizer.boundaries` proves where that is and writes it as assertions around a prefix tree.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from vocabext.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
 from vocabext.errors import TokenizerError
-from vocabext.records import NewToken
+from vocabext.tokenizer.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
-from vocabext.tokenizer.chain import MergeChain
+from vocabext.tokenizer.merges import MergeChain
 from vocabext.tokenizer.scheme import (
     SPACE_MARK,
     copy_of,
@@ -30,6 +29,7 @@ from vocabext.tokenizer.scheme import (
     steps_of,
     with_new_entries,
 )
+from vocabext.tokens import NewToken
 
 
 class WholeTextScheme(BpeScheme):
@@ -211,7 +211,7 @@ class WholeTextScheme(BpeScheme):
 def safe_cut(entry: str, entries: Container[str], table: MergeTable) -> int:
     """Return a place in an entry where a chunk that begins with it can be cut, whatever follows; 0 for none."""
     return next((cut for cut in range(1, len(entry)) if entry[:cut] not in entries
-                 and not any(text[0] == entry[cut] for text in table.hazards(entry[:cut]).right)), 0)  # fmt: skip
+                 and not any(text[0] == entry[cut] for text in table.hazards(entry[:cut]).right)), 0)
 
 
 def never_cuts(step: dict[str, Any]) -> bool:

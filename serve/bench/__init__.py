@@ -1,0 +1,1 @@
+"""`serve bench`: base and expanded in turn, under the same texts."""

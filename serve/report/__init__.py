@@ -1,0 +1,1 @@
+"""`serve report`: all results on one page; never measures."""

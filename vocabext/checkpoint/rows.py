@@ -1,0 +1,190 @@
+"""Where new rows come from: a rows file, or the mean of their pieces. Read a few at a time.
+
+Shapes: N new rows, n of them at a time, V rows as stored, D width (a bias has none).
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from vocabext.checkpoint.folder import Checkpoint, RowsFile
+from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo, byte_range
+from vocabext.errors import CheckpointError
+from vocabext.tokens import NewToken
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Gives new rows [i, j) in float32.
+RowSource = Callable[[int, int], torch.Tensor]
+# A row this much shorter than the median one is as good as zero.
+NOTHING = 1e-3
+# Rows that are there in float32 at once.
+ROWS_AT_ONCE = 4_096
+
+
+def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
+    """Return the mean of each token's pieces, (N, D), float32: the usual baseline, and our start.
+
+    Args:
+        matrix_VD: Embedding or head of the base model.
+        tokens: The new tokens.
+    """
+    return _means(matrix_VD, [t.run for t in tokens])
+
+
+def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the mean of the rows of each run; runs of one length in one call, which costs more than the sums."""
+    found = torch.empty(len(runs), *matrix_VD.shape[1:], dtype=torch.float32, device=matrix_VD.device)
+    for length in {len(run) for run in runs}:
+        chosen = [i for i, run in enumerate(runs) if len(run) == length]
+        found[chosen] = matrix_VD[torch.tensor([runs[i] for i in chosen])].float().mean(1)
+    return found
+
+
+def row_norms(matrix_VD: torch.Tensor) -> torch.Tensor:
+    """Return the length of each row, (V,), float32, on the host; the matrix is never there in float32 as a whole."""
+    return torch.cat([part.float().norm(dim=1).cpu() for part in matrix_VD.split(ROWS_AT_ONCE)])
+
+
+def rows_in_use(matrix_VD: torch.Tensor, num_base: int, reserved: Collection[int] = ()) -> torch.Tensor:
+    """Tell which base rows stand for tokens that the model was trained on, (num_base,), on the host.
+
+    Many checkpoints have rows that nobody trained: of reserved and special ids, of ids that the tokenizer lacks. They
+    may be zero, next to nothing, or all the same, and say nothing about the others. Where too few rows would be left,
+    less is asked of them.
+
+    Args:
+        matrix_VD: Embedding or head of the base model.
+        num_base: How many rows the tokenizer addresses.
+        reserved: Ids among these that no text has.
+    """
+    num_base = min(num_base, len(matrix_VD))  # the last ids may have no row
+    norms_V = row_norms(matrix_VD[:num_base])
+    some_V = norms_V > 0
+    if bool(some_V.any()):
+        some_V &= norms_V >= NOTHING * norms_V[some_V].median()
+    free_V = some_V.clone()
+    free_V[[i for i in reserved if i < num_base]] = False
+    checksums = np.fromiter(_checksums(matrix_VD[:num_base]), np.uint32, num_base)
+    _, which, count = np.unique(checksums, return_inverse=True, return_counts=True)
+    alone_V = free_V & torch.from_numpy(count[which] == 1)
+    return next((found_V for found_V in (alone_V, free_V) if int(found_V.sum()) > 1), some_V)
+
+
+def _checksums(matrix_VD: torch.Tensor) -> Iterator[int]:
+    for part in matrix_VD.detach().split(ROWS_AT_ONCE):
+        yield from (zlib.crc32(row) for row in part.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def rows_from_file(file: RowsFile, name: str) -> RowSource:
+    """Return the rows of a rows file.
+
+    Args:
+        file: The file.
+        name: `input` or `output`.
+    """
+    info = file.tensors[name]
+
+    def read(first: int, last: int) -> torch.Tensor:
+        with open(file.path, "rb") as stream:
+            start = file.data_start + info.start + first * info.row_bytes
+            raw = bytearray(b"".join(byte_range(stream, start, (last - first) * info.row_bytes)))
+        return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(last - first, *info.shape[1:]).float()
+
+    return read
+
+
+def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]) -> RowSource:
+    """Return the mean of the rows of each token's run, in any stored tensor with a row per token id.
+
+    Args:
+        checkpoint: The base.
+        name: Stored name of the tensor.
+        tokens: The new tokens.
+    """
+    info = checkpoint.tensors[name]
+    start = checkpoint.shards[info.file].data_start + info.start
+
+    def read(first: int, last: int) -> torch.Tensor:
+        some = tokens[first:last]
+        pieces = sorted({piece for token in some for piece in token.run})
+        with open(checkpoint.folder / info.file, "rb") as file:
+            raw = bytearray(b"".join(_row(file.fileno(), info, start, piece) for piece in pieces))
+        rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(len(pieces), *info.shape[1:])
+        at = {piece: i for i, piece in enumerate(pieces)}
+        return _means(rows, [[at[piece] for piece in token.run] for token in some])
+
+    return read
+
+
+def _row(descriptor: int, info: TensorInfo, start: int, row: int) -> bytes:
+    if row >= info.shape[0]:
+        raise CheckpointError(f"a new token has the piece {row}, but {info.file} has {info.shape[0]} rows for it")
+    return os.pread(descriptor, info.row_bytes, start + row * info.row_bytes)
+
+
+def as_bytes(source: RowSource, dtype: str) -> Callable[[int, int], bytes]:
+    """Return rows as the bytes of a stored dtype."""
+
+    def read(first: int, last: int) -> bytes:
+        return source(first, last).to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+
+    return read
+
+
+def check_rows(source: RowSource, num_new: int, info: TensorInfo) -> None:
+    """Refuse rows that do not fit a tensor, before anything is written.
+
+    Args:
+        source: The rows.
+        num_new: How many.
+        info: The tensor that they go into.
+
+    Raises:
+        CheckpointError: If the widths differ, or a row is not finite in the dtype of the tensor.
+    """
+    dtype = DTYPES[info.dtype]
+    step = max(1, CHUNK_BYTES // (4 * info.row_bytes))
+    bad: list[int] = []
+    for first in range(0, num_new, step):
+        rows = source(first, min(first + step, num_new))
+        if tuple(rows.shape[1:]) != info.shape[1:]:
+            raise CheckpointError(
+                f"the new rows are {list(rows.shape[1:])} wide, but a row of the model is {list(info.shape[1:])} wide; "
+                "they were made for another model"
+            )
+        finite = torch.isfinite(rows.to(dtype)).flatten(1).all(1) if rows.dim() > 1 else torch.isfinite(rows.to(dtype))
+        bad += [first + row for row in (~finite).nonzero().flatten().tolist()]
+    if bad:
+        raise CheckpointError(f"{len(bad)} new rows are not finite in {dtype}, the first is row {bad[0]}")
+
+
+def same_rows(one: RowSource, other: RowSource, num_new: int, row_bytes: int) -> bool:
+    """Tell whether two sources give the same rows."""
+    step = max(1, CHUNK_BYTES // (4 * row_bytes))
+    return all(torch.equal(one(first, min(first + step, num_new)), other(first, min(first + step, num_new)))
+               for first in range(0, num_new, step))
+
+
+def mean_row(checkpoint: Checkpoint, name: str, ids: Sequence[int]) -> bytes:
+    """Return the bytes of the mean of some rows of a stored tensor, in its dtype.
+
+    Args:
+        checkpoint: The base.
+        name: Stored name of the tensor.
+        ids: Which rows.
+    """
+    source = mean_of_pieces(checkpoint, name, [NewToken("", "", tuple(ids))])
+    return as_bytes(source, checkpoint.tensors[name].dtype)(0, 1)
+
+
+def constant_row(info: TensorInfo, value: float) -> bytes:
+    """Return the bytes of one row of a tensor that holds one value everywhere."""
+    return torch.full(info.shape[1:], value, dtype=DTYPES[info.dtype]).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def constant_rows(value: float) -> RowSource:
+    """Return a source of rows of a tensor without width (a bias) that are all the same."""
+    return lambda first, last: torch.full((last - first,), value, dtype=torch.float32)

@@ -1,0 +1,67 @@
+"""verify.json: the verdicts of `verify`, which stay with the checkpoint."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vocabext.files.atomic import read_object
+
+VERIFY_NAME = "verify.json"
+PASS, FAIL, SKIPPED = "pass", "fail", "not checked"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict.
+
+    Attributes:
+        name: What was checked.
+        verdict: `pass`, `fail` or `not checked`.
+        detail: What was found, or why it was not checked.
+    """
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All verdicts on one checkpoint.
+
+    Attributes:
+        model: The expanded checkpoint.
+        against: The base.
+        checks: The verdicts.
+        seconds: Time it took.
+        carried_sha256: Digests of the shards that were found equal to the base's, now or by an earlier `verify`.
+    """
+
+    model: str
+    against: str
+    checks: tuple[Check, ...]
+    seconds: float
+    carried_sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.verdict != FAIL for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of verify.json."""
+        return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
+                "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks],
+                "carried_sha256": self.carried_sha256}
+
+
+def verified_sha256(folder: Path) -> dict[str, str]:
+    """Return the digests of the shards that a `verify` has found equal to the base's.
+
+    A `verify` that failed for another reason counts as well: what it found equal was equal.
+
+    Args:
+        folder: The expanded checkpoint.
+    """
+    found = (read_object(folder / VERIFY_NAME) or {}).get("carried_sha256")
+    return {str(name): str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}

@@ -1,0 +1,1 @@
+"""The input rows: Token Distillation."""

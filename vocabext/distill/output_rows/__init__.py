@@ -1,0 +1,1 @@
+"""The output rows: fitted so that the model writes new tokens."""

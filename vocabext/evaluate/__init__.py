@@ -1,0 +1,1 @@
+"""`eval`: measure reading and writing on held-out text."""

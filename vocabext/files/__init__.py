@@ -1,0 +1,1 @@
+"""Files: written atomically, linked, copied, compared, read in ranges."""

@@ -1,0 +1,1 @@
+"""`patch`: write a new checkpoint with new tokens and rows."""

@@ -1,0 +1,354 @@
+"""All stages in order: from a corpus to a verified, measured checkpoint. Resumable.
+
+Every stage has a key: a digest of its options and of everything it reads (the keys of the stages
+before it, the signature of the corpus, the files of the model). A stage whose key is the one that its
+output was made with is skipped, so an interrupted run goes on where it stopped and a second run does
+nothing. Keys and artifacts lie in a working folder beside the new checkpoint.
+"""
+
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vocabext import __version__
+from vocabext.checkpoint.folder import resolve_model
+from vocabext.checkpoint.manifest import has_manifest, refuse_expanded
+from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
+from vocabext.corpus import Document, Documents, corpus_signature, left_out_of, read_documents
+from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
+from vocabext.files.atomic import read_object, remove_unfinished, write_json
+from vocabext.mine.stage import mine, read_candidates, write_candidates
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.progress import Progress, no_progress
+
+# Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
+HELD_OUT_EVERY = 20
+ROWS_NAME = "rows.safetensors"
+# Under this name run.json says with which key the output was begun, when nothing was there.
+BEGUN = "patch, begun"
+MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja", ".txt")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `run` needs to know."""
+
+    model: str
+    corpus: tuple[str, ...]
+    output: Path
+    # Held-out corpus; empty takes documents out of `corpus`.
+    heldout: tuple[str, ...] = ()
+    text_field: str = "text"
+    # Working folder; None is the output's name with `-work` behind it.
+    work: Path | None = None
+    mine: MineConfig = field(default_factory=MineConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What happened to one stage: `made`, `up to date` or `not made: ...`, and how long that took."""
+
+    name: str
+    state: str
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    key: str
+    output: Path
+    make: Callable[[], str | None]  # returns why it could not be made, if so
+
+
+def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None
+        ) -> list[StageOutcome]:
+    """Walk from a corpus to a verified and measured checkpoint.
+
+    Args:
+        config: What to do.
+        progress: Where stages report.
+        say: Told one line per stage.
+
+    Returns:
+        One outcome per stage, in order.
+
+    Raises:
+        OutputExistsError: If the output folder exists and was not made by this very run.
+        BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
+    """
+    work = _Work(config, progress, say)
+    stages = work.stages()
+    work.check_output(stages)
+    if not all(work.is_done(stage) for stage in stages):
+        work.check_inputs()
+    with work.made_folder():
+        return list(_walk(work, stages, say))
+
+
+def _walk(work: "_Work", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:
+    for stage in stages:
+        began = time.monotonic()
+        if work.is_done(stage):
+            state = "up to date"
+        else:
+            reason = stage.make()
+            state = f"not made: {reason}" if reason else "made"
+            if not reason:
+                work.record(stage)
+        outcome = StageOutcome(stage.name, state, time.monotonic() - began, str(stage.output))
+        say(f"{stage.name}: {state}" + (f" in {outcome.seconds:.1f} s" if state == "made" else ""))
+        yield outcome
+
+
+class _Work:
+    """The working folder, and the stages with their keys."""
+
+    def __init__(self, config: RunConfig, progress: Progress, say: Callable[[str], None]) -> None:
+        self.config, self.progress, self.say = config, progress, say
+        self.output = config.output
+        if not self.output.name:
+            raise UsageError(f"the output {self.output} is a folder that is there already; name a new one")
+        self.folder = config.work or self.output.with_name(self.output.name + "-work")
+        for path in (self.output, self.folder):
+            if not path.absolute().parent.is_dir():
+                raise UsageError(f"the folder {path.absolute().parent} does not exist; create it first")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"the working folder {self.folder} is a file; choose another with --work")
+        self._state_path = self.folder / "run.json"
+        self._state = read_object(self._state_path) or {}
+        self._patch_key = ""
+        self._said: set[str] = set()
+
+    @cached_property
+    def base_folder(self) -> Path:
+        return resolve_model(self.config.model)
+
+    def stages(self) -> list[_Stage]:
+        """Return the stages; each one's key covers all that came before it."""
+        c = self.config
+        text = {"corpus": corpus_signature(c.corpus), "field": c.text_field,
+                "heldout": corpus_signature(c.heldout) if c.heldout else None}
+        key = _digest({"vocabext": __version__, "model": _model_signature(self.base_folder), **text})
+        candidates, snippets = self.folder / "candidates.jsonl", self.folder / "snippets.jsonl"
+        rows = self.folder / ROWS_NAME
+        mean = c.distill.method == "mean"
+        plan: list[tuple[str, Any, Path, Callable[[], str | None]]] = [
+            ("mine", asdict(c.mine), candidates, lambda: self._mine(candidates)),
+            ("collect", asdict(c.collect), snippets, lambda: self._collect(candidates, snippets)),
+            ("distill", asdict(c.distill), rows, lambda: self._distill(candidates if mean else snippets, rows)),
+            ("patch", {}, self.output, self._patch),
+            ("verify", {}, self.output / "verify.json", self._verify),
+            ("eval", asdict(c.evaluate), self.output / "eval.json", self._evaluate),
+        ]
+        stages = []
+        for name, options, output, make in plan:
+            if name == "collect" and mean:
+                continue  # the mean of pieces needs no text
+            key = _digest({"stage": name, "options": options, "before": key})
+            stages.append(_Stage(name, key, output, make))
+        return stages
+
+    def is_done(self, stage: _Stage) -> bool:
+        return self._state.get(stage.name) == stage.key and stage.output.exists()
+
+    def record(self, stage: _Stage) -> None:
+        self._state[stage.name] = stage.key
+        write_json(self._state_path, self._state)
+
+    def check_output(self, stages: list[_Stage]) -> None:
+        """Refuse at once what `patch` would refuse in the end."""
+        (patching,) = (stage for stage in stages if stage.name == "patch")
+        self._patch_key = patching.key
+        if self.output.exists() and not self.is_done(patching) and not self.config.force and not self._is_ours():
+            raise OutputExistsError(self.output)
+
+    def _is_ours(self) -> bool:
+        """Tell whether the output is there because this run died between making it and writing that down."""
+        return self._state.get(BEGUN) == self._patch_key and has_manifest(self.output)
+
+    def check_inputs(self) -> None:
+        """Refuse at once what a later stage would refuse after much work."""
+        from vocabext.distill.output_rows.stage import choose_output_rows
+        from vocabext.model.frozen import layer_number, parse_max_memory, pick_device
+        from vocabext.model.support import check_loads, check_patchable, check_runs
+        from vocabext.patch.stage import check_places
+        from vocabext.tokenizer import given_rows
+
+        c = self.config
+        refuse_expanded(self.base_folder)
+        check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
+        tokenizer = self._tokenizer()
+        base = check_patchable(self.base_folder, tokenizer.num_used_ids, num_new=c.mine.budget or 1,
+                               trust_remote_code=c.trust_remote_code)
+        given_rows(tokenizer, base.vocab_size)
+        config = base.config
+        choose_output_rows(c.distill, architecture=base.names.architecture, tied=base.tied,
+                           biased=base.names.head_bias is not None)
+        pick_device(c.distill.device)
+        if c.distill.max_memory is not None:
+            parse_max_memory(c.distill.max_memory)
+        if c.distill.method == "distill":
+            check_runs(self.base_folder, trust_remote_code=c.trust_remote_code)
+            if c.collect.generate_missing:
+                check_loads(self.base_folder, trust_remote_code=c.trust_remote_code)
+        num_layers = (config.get("text_config") or config).get("num_hidden_layers")
+        if isinstance(num_layers, int) and c.distill.method == "distill":
+            layer_number(c.distill.target_layer, num_layers)
+        if c.heldout:
+            next(self._held_out_documents(), None)
+
+    @contextmanager
+    def made_folder(self) -> Iterator[None]:
+        """Make the working folder; if nothing was made in it, remove it again."""
+        is_new = not self.folder.exists()
+        self.folder.mkdir(exist_ok=True)
+        for folder in (self.folder, self.output):
+            remove_unfinished(folder)
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it holds something
+                    self.folder.rmdir()
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def _mine(self, output: Path) -> None:
+        base = self._tokenizer()
+        documents = self._mining_documents()
+        result = mine(documents, base, self.config.mine, self.progress)
+        write_candidates(output, result, base, model=self.config.model, config=self.config.mine,
+                         corpus=self.config.corpus, left_out=left_out_of(documents))
+
+    def _collect(self, candidates: Path, output: Path) -> None:
+        config = self.config.collect
+        base = self._tokenizer()
+        header, tokens = read_candidates(candidates)
+        documents = self._mining_documents()
+        records = collect(documents, base, tokens, config, self.progress)
+        if config.generate_missing and short_of_snippets(records, config):
+            from vocabext.model.frozen import load_model, offloading
+
+            compute = self.config.distill
+            with offloading(output) as elsewhere:
+                model = load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
+                                   trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
+                                   offload_folder=elsewhere, runs=False)
+                records = generate_missing(records, model, base, config, self.progress)
+        write_snippets(output, records, header, config=config, corpus=self.config.corpus,
+                       left_out=left_out_of(documents))
+
+    def _distill(self, source: Path, output: Path) -> None:
+        from vocabext.distill import distill_file
+
+        distill_file(source, self.config.model, output, self.config.distill, force=True,
+                     trust_remote_code=self.config.trust_remote_code, progress=self.progress,
+                     say=self.say)
+
+    def _patch(self) -> None:
+        from vocabext.patch.stage import patch
+
+        force = self.config.force or self._is_ours()
+        if not self.output.exists():
+            self._state[BEGUN] = self._patch_key
+            write_json(self._state_path, self._state)
+        patch(self.folder / ROWS_NAME, self.config.model, self.output, force=force,
+              trust_remote_code=self.config.trust_remote_code, progress=self.progress, say=self.say)
+
+    def _verify(self) -> None:
+        from vocabext.verify.stage import VERIFY_NAME, verify
+
+        if self.config.distill.max_memory is not None:
+            self.say(f"--max-memory is {self.config.distill.max_memory}, but verify loads each model whole; where that "
+                     "does not fit, it says that logits were not compared")
+        result = verify(self.output, self.config.model, self._all_documents(), progress=self.progress,
+                        trust_remote_code=self.config.trust_remote_code)
+        write_json(self.output / VERIFY_NAME, result.to_json())
+        if not result.passed:
+            failed = [f"{check.name} ({check.detail})" for check in result.checks if check.verdict == "fail"]
+            raise BadCheckpointError(f"{self.output} failed verification: {'; '.join(failed)}")
+
+    def _evaluate(self) -> str | None:
+        from vocabext.evaluate.stage import evaluate_folder
+        from vocabext.model.support import check_runs, why_not
+
+        reason = why_not(lambda: check_runs(self.base_folder, trust_remote_code=self.config.trust_remote_code))
+        if reason is not None:  # the mean of the pieces can be made, but not measured
+            return reason
+        if next(self._held_out_documents(), None) is None:
+            return "the corpus is too small to hold a document out; pass --heldout"
+        evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,
+                        trust_remote_code=self.config.trust_remote_code, progress=self.progress)
+        return None
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> Any:
+        from vocabext.tokenizer import load_base
+
+        return load_base(self.base_folder, trust_remote_code=self.config.trust_remote_code)
+
+    def _mining_documents(self) -> Documents:
+        documents = self._read(*self.config.corpus)
+        if not self.config.heldout:
+            return Documents((d for d in documents if not is_held_out(d)), documents.left_out)
+        return Documents((d for d in documents if _text_digest(d) not in self._held_out_texts), documents.left_out)
+
+    @cached_property
+    def _held_out_texts(self) -> set[bytes]:
+        """Digests of the held-out texts; what the corpus holds of them is not mined."""
+        held_out = {_text_digest(document) for document in self._held_out_documents()}
+        if common := sum(_text_digest(document) in held_out for document in self._read(*self.config.corpus)):
+            self.say(f"{common:,} documents of the corpus are in --heldout, too; they are not mined")
+        return held_out
+
+    def _held_out_documents(self) -> Documents:
+        documents = self._read(*(self.config.heldout or self.config.corpus))
+        if self.config.heldout:
+            return documents
+        return Documents((d for d in documents if is_held_out(d)), documents.left_out)
+
+    def _all_documents(self) -> Documents:
+        return self._read(*self.config.corpus, *self.config.heldout)
+
+    def _read(self, *sources: str) -> Documents:
+        return read_documents(sources, text_field=self.config.text_field, say=self._say_once)
+
+    def _say_once(self, line: str) -> None:
+        """Say something unless it was said: several stages read the same corpus."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+
+def is_held_out(document: Document) -> bool:
+    """Tell whether a document is kept from mining: decided by its text, so the same text always is."""
+    return zlib.crc32(document.text.encode()) % HELD_OUT_EVERY == 0
+
+
+def _text_digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _model_signature(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of every file of a model that matters."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

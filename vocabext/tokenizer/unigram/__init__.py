@@ -1,0 +1,1 @@
+"""Unigram tokenizers and their extension."""
