@@ -27,7 +27,7 @@ from gateway_soak import start_gateway
 from serve.engine import Server, free_port, vllm_server, wait_until_ready
 from serve.provenance import provenance
 
-FAKE = Path(__file__).resolve().parents[1] / "tests" / "fake_vllm.py"
+FAKE = Path(__file__).resolve().parents[1] / "tests" / "support" / "fake_vllm.py"
 CONCURRENCY, TOKENS = 32, 32
 
 

@@ -48,7 +48,8 @@ from vocabext.files.atomic import write_json
 GB = 10**9
 LOOK_SECONDS = 0.02
 VOCABEXT = (sys.executable, "-m", "vocabext")
-IMPORTS = "import transformers.models.llama.modeling_llama, transformers.generation, vocabext.patch.stage, vocabext.verify.stage"
+IMPORTS = ("import transformers.models.llama.modeling_llama, transformers.generation, vocabext.patch.stage, "
+           "vocabext.verify.stage")
 RESIZE = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer

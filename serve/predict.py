@@ -22,9 +22,9 @@ from typing import Any
 from serve.devices import Device
 from serve.provenance import provenance
 from serve.shape import attention_width, cache_bytes_per_token, context_length, num_layers, read_config
+from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.model.architecture import embedding_names
 
 FORMAT_VERSION = 1
 DTYPE_BYTES = 2  # what vLLM computes and stores in unless told otherwise

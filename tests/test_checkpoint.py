@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import asset_model, edit_header, edit_json, tiny_folder, tiny_model
 
 from vocabext.checkpoint import folder as module
+from vocabext.checkpoint.architecture import with_sizes
 from vocabext.checkpoint.folder import Rows, load_rows, open_checkpoint, resolve_model, save_rows
 from vocabext.checkpoint.shards import read_shard
 from vocabext.checkpoint.vocabulary import stored_name
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.model.architecture import with_sizes
 from vocabext.tokens import NewToken
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

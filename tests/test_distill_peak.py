@@ -13,7 +13,8 @@ from peak_memory import SHAPES
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_memory_that_is_stated_is_what_is_used(shape: str) -> None:
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("peak_memory.py")), shape], check=True,
+    script = Path(__file__).parent / "support" / "peak_memory.py"
+    done = subprocess.run([sys.executable, str(script), shape], check=True,
                           capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["stated"] > 300 * 2**20

@@ -44,7 +44,7 @@ every_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: s
 PLANNED_API = {"vocabext.load", "vocabext.expand"}
 PLANNED_TARGETS = {"quick", "fuzz"}
 # Paths that stand for others, and one that is planned as well.
-NO_FILES = {"benchmarks/NAME.py", "benchmarks/NAME.json", "tests/support/"}
+NO_FILES = {"benchmarks/NAME.py", "benchmarks/NAME.json"}
 
 # Options that pages name and that are not ours: vLLM's, pip's, and those of scripts.
 FOREIGN_OPTIONS = {"--logits-processors", "--exclude-tools-when-tool-choice-none", "--help"}

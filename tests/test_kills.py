@@ -1,6 +1,6 @@
 """Processes that are killed leave nothing that looks finished, and running them again succeeds: see `kills.py`.
 
-A few kills here; `python tests/kills.py --kills 50` makes fifty of each.
+A few kills here; `python tests/support/kills.py --kills 50` makes fifty of each.
 """
 
 import json
@@ -13,7 +13,7 @@ from kills import check_after_kill, contents
 
 from vocabext.files.atomic import remove_unfinished
 
-KILLS = Path(__file__).with_name("kills.py")
+KILLS = Path(__file__).parent / "support" / "kills.py"
 
 
 @pytest.mark.slow

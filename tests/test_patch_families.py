@@ -12,12 +12,12 @@ from test_patch import make_rows
 from tiny_checkpoints import default_dtype
 from tiny_families import FAMILIES, tiny_family
 
+from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import Rows, load_rows, open_checkpoint, save_rows
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.checkpoint.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER
 from vocabext.errors import CheckpointError
-from vocabext.model.architecture import embedding_names
 from vocabext.patch.stage import patch
 from vocabext.verify.stage import verify
 
@@ -123,7 +123,7 @@ def test_a_tied_family_is_untied(tmp_path: Path, family: str) -> None:
 
 
 def test_a_wrapper_whose_ids_mean_sounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vocabext.model import architecture
+    from vocabext.checkpoint import architecture
 
     base = tiny_family(tmp_path / "base", "gemma3n")
     make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
@@ -135,7 +135,7 @@ def test_a_wrapper_whose_ids_mean_sounds_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_reserved_ids_are_read_from_the_config() -> None:
-    from vocabext.model.architecture import _first_reserved_id
+    from vocabext.checkpoint.architecture import _first_reserved_id
 
     assert _first_reserved_id(transformers.Gemma3nConfig()) == 262_144
     assert _first_reserved_id(transformers.LlamaConfig()) is None

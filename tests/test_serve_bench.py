@@ -22,7 +22,7 @@ from serve.engine import Server, free_port, wait_until_ready
 from vocabext.corpus import Document
 from vocabext.errors import ServerError, UsageError
 
-FAKE = Path(__file__).with_name("fake_server.py")
+FAKE = Path(__file__).parent / "support" / "fake_server.py"
 TARGET = {"ttft_seconds": None, "request_seconds": None}
 READ, WRITE = Point(PREFILL), Point(DECODE)
 LENGTHS = {PREFILL: [900] * 4, DECODE: [200] * 4, MIXED: [1700] * 4}

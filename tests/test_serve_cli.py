@@ -12,7 +12,7 @@ from tiny_expanded import expanded_pair
 from serve.engine import Server, free_port
 from vocabext.cli.main import cli
 
-FAKE = Path(__file__).with_name("fake_server.py")
+FAKE = Path(__file__).parent / "support" / "fake_server.py"
 
 CORPUS = '{"text": "a text of some words"}\n'
 HEAVY = {"torch", "transformers", "tokenizers", "vllm", "numpy", "jinja2"}
@@ -158,7 +158,8 @@ def test_a_rate_replaces_the_fixed_number_in_flight(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("serve.bench.stage.run_bench", lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
+    monkeypatch.setattr("serve.bench.stage.run_bench",
+                        lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
     for rest in (["--rate", 2], ["--rate", 2, "--concurrency", 4], ["--scenario", "mixed"]):
         assert run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--json", *rest).exit_code == 0
     assert [(c.concurrency, c.rate) for c in seen] == [((), (2.0,)), ((4,), (2.0,)), ((1,), ())]

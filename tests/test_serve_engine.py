@@ -15,7 +15,7 @@ from serve.engine import Server, free_port, wait_until_ready
 from vocabext.errors import MissingExtraError, ServerError
 
 ROOT = Path(__file__).parent.parent
-FAKE = Path(__file__).with_name("fake_server.py")
+FAKE = Path(__file__).parent / "support" / "fake_server.py"
 
 
 def fake(tmp_path: Path, mode: str, seconds: float = 0.0) -> Server:

@@ -23,7 +23,7 @@ from serve.bench.stage import BenchConfig, Setting, compare_servers
 from serve.engine import Server, _group_members, _running, free_port
 from vocabext.errors import ServerError
 
-FAKE = Path(__file__).with_name("fake_server.py")
+FAKE = Path(__file__).parent / "support" / "fake_server.py"
 PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)),
            DECODE: tuple(f"short {i}" for i in range(4))}
 
@@ -190,7 +190,7 @@ with LoadClient(folder / "client.log") as client:
 def test_a_signal_in_mid_run_leaves_results_and_no_orphans(tmp_path: Path, name: str) -> None:
     script = SCRIPT.format(tests=str(FAKE.parent), folder=str(tmp_path))
     script = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n" + script
-    environment = {**os.environ, "PYTHONPATH": str(FAKE.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(FAKE.parents[2])}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "bench.json").exists() and time.monotonic() < deadline and process.poll() is None:

@@ -1,7 +1,7 @@
 """Make the base again from an expanded checkpoint, byte for byte and without the base.
 
-What `patch` changed is kept in the expanded folder (`vocabext.checkpoint.manifest` says how). Nothing is trusted: whatever has a
-recorded digest must have it again, or nothing is written under the output's name.
+What `patch` changed is kept in the expanded folder (`vocabext.checkpoint.manifest` says how). Nothing is trusted:
+whatever has a recorded digest must have it again, or nothing is written under the output's name.
 """
 
 import hashlib

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from vocabext.checkpoint.architecture import EmbeddingNames, embedding_names, find_misfit
 from vocabext.checkpoint.shards import DTYPE_BYTES as DTYPE_BYTES  # sizes are asked of this module
 from vocabext.checkpoint.shards import Shard, TensorInfo, byte_range, read_shard
 from vocabext.checkpoint.vocabulary import (
@@ -29,7 +30,6 @@ from vocabext.checkpoint.vocabulary import (
 from vocabext.errors import CheckpointError, UnsupportedError, UsageError, in_one_line
 from vocabext.files.atomic import atomic_file
 from vocabext.files.jsonl import FORMAT_VERSION
-from vocabext.model.architecture import EmbeddingNames, embedding_names, find_misfit
 from vocabext.tokens import NewToken
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vocabext import __version__
+from vocabext.checkpoint.architecture import EmbeddingNames
 from vocabext.checkpoint.folder import read_json
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import write_json
-from vocabext.model.architecture import EmbeddingNames
 from vocabext.tokens import NewToken
 
 MANIFEST_NAME = "vocabext.json"

@@ -1,6 +1,6 @@
 """Which stored tensors have one row per token id, and which of them can be given more.
 
-The model class knows the parameters (`vocabext.model.architecture`); here they are found among the stored names,
+The model class knows the parameters (`vocabext.checkpoint.architecture`); here they are found among the stored names,
 which may lack or have other prefixes, and whatever cannot be extended is refused by its name.
 """
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vocabext.checkpoint.architecture import EmbeddingNames
 from vocabext.checkpoint.shards import TensorInfo
 from vocabext.errors import CheckpointError, UnsupportedError
-from vocabext.model.architecture import EmbeddingNames
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 # How quantised weights are stored beside or instead of `NAME.weight`: GPTQ and AWQ, compressed-tensors and FP8,
@@ -23,6 +23,10 @@ PACKED_DTYPES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER, TABLE = (
     "embedding", "head", "head bias", "per-layer embedding", "further table")
+# The bias of an output row that no token has: exp of it is 0, and every float format can hold it.
+SILENT_BIAS = -10_000.0
+# vLLM 0.32 multiplies with the embedding in these classes, whatever the config says.
+TIED_IN_VLLM = ("Gemma2ForCausalLM", "Gemma3nForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM")
 # A new row this many times longer than the longest base row in use would win every softmax it is in: `verify` fails it.
 MAX_NORM_RATIO = 3.0
 

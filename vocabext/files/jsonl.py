@@ -12,7 +12,9 @@ from vocabext.errors import UsageError
 from vocabext.files.atomic import atomic_file
 
 FORMAT_VERSION = 1
+# The verb that writes each kind of JSON Lines artifact.
 MADE_BY = {"candidates": "mine", "snippets": "collect"}
+# What a file of candidates looks like, and the way in for words that were not mined.
 CANDIDATES_LAYOUT = (
     """its first line is {"artifact": "candidates", "version": 1, "base": {"model": MODEL}}, each further line is a """
     """token, such as {"token": " word", "key": "\u0120word", "run": [12, 345]}; for a word of your own, """

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vocabext.checkpoint.architecture import Quiet, describe_misfit, loading_class, read_config
 from vocabext.errors import CheckpointError, UsageError, in_one_line
-from vocabext.model.architecture import Quiet, describe_misfit, loading_class, read_config
 from vocabext.model.branches import Branches, unrolled
 from vocabext.model.logit_map import LogitMap, measure_logit_map
 from vocabext.options import DEVICE

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vocabext.checkpoint.architecture import read_config
 from vocabext.checkpoint.folder import (
     ADAPTER_CONFIG,
     INDEX_NAME,
@@ -18,9 +19,9 @@ from vocabext.checkpoint.folder import (
     open_checkpoint,
     read_json,
 )
+from vocabext.checkpoint.named_ids import MAX_MISSING_ROWS
 from vocabext.checkpoint.vocabulary import QUANTISED_FILES, quantisation
 from vocabext.errors import CheckpointError, UsageError, in_one_line
-from vocabext.model.architecture import read_config
 
 WITHOUT_LOADING = "`distill --method mean` and `patch` extend it without loading it"
 
@@ -50,11 +51,33 @@ def check_patchable(folder: Path, num_used: int, *, num_new: int = 1, trust_remo
     Raises:
         CheckpointError: If it cannot, or the folder is damaged.
     """
-    from vocabext.patch.plan import check_room
-
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     check_room(checkpoint, num_used, num_new)
     return checkpoint
+
+
+def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
+    """Refuse a model that has far fewer rows than its tokenizer has ids, or no ids free for new tokens.
+
+    Args:
+        checkpoint: The base.
+        num_used: Ids that its tokenizer addresses (U).
+        num_new: New tokens (N).
+
+    Raises:
+        CheckpointError: If so.
+    """
+    if num_used > checkpoint.vocab_size + MAX_MISSING_ROWS:
+        raise CheckpointError(
+            f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
+            "this tokenizer belongs to another checkpoint"
+        )
+    reserved, last = checkpoint.names.first_reserved_id, num_used + num_new - 1
+    if reserved is not None and last >= reserved:
+        raise CheckpointError(
+            f"{checkpoint.names.architecture} takes ids from {reserved} on for images or sounds, and the new tokens "
+            f"would have the ids {num_used} to {last}; extend the text-only model of this family"
+        )
 
 
 def holds_weights(folder: Path) -> bool:
@@ -98,8 +121,6 @@ def support(checkpoint: Checkpoint, num_used: int | None, *, trust_remote_code: 
         trust_remote_code: Whether code that comes with the model may run.
         no_tokenizer: Why its tokenizer cannot be extended, if so.
     """
-    from vocabext.patch.plan import check_room
-
     patch = no_tokenizer or why_not(lambda: None if num_used is None else check_room(checkpoint, num_used, 1))
     run = why_not(lambda: check_runs(checkpoint.folder, trust_remote_code=trust_remote_code))
     return Support(patch, patch or run)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vocabext.checkpoint.architecture import with_own_head, with_sizes
 from vocabext.checkpoint.folder import (
     ADAPTER_CONFIG,
     CONFIG_NAME,
@@ -21,11 +22,10 @@ from vocabext.checkpoint.folder import (
     read_json,
 )
 from vocabext.checkpoint.manifest import TensorRecord
-from vocabext.checkpoint.named_ids import MAX_MISSING_ROWS
 from vocabext.checkpoint.shards import Copied, Growth
-from vocabext.checkpoint.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, quantisation
+from vocabext.checkpoint.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, SILENT_BIAS, TIED_IN_VLLM, quantisation
 from vocabext.errors import CheckpointError
-from vocabext.model.architecture import with_own_head, with_sizes
+from vocabext.model.support import check_room
 
 SKIPPED_FOLDERS = (".git", ".cache")
 OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.pdparams")
@@ -33,10 +33,6 @@ ADAPTER_WEIGHTS = "adapter_model.*"
 WEIGHT_INDICES = ("*.index.json", "*.index.*.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MULTIPLE = 64
-# The bias of an output row that no token has: exp of it is 0, and every float format can hold it.
-SILENT_BIAS = -10_000.0
-# vLLM 0.32 multiplies with the embedding in these classes, whatever the config says.
-TIED_IN_VLLM = ("Gemma2ForCausalLM", "Gemma3nForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM")
 MEAN = "mean of the rows of the token's run"
 # Settings of a quantisation that keep a head out of it; other methods are not known to.
 IGNORING = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert"}
@@ -205,30 +201,6 @@ def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
     ids = writing.get("silent_ids") if isinstance(writing, dict) else None
     known = isinstance(ids, list) and all(type(i) is int and 0 <= i < num_used for i in ids)
     return tuple(ids) if known and ids else ()
-
-
-def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
-    """Refuse a model that has far fewer rows than its tokenizer has ids, or no ids free for new tokens.
-
-    Args:
-        checkpoint: The base.
-        num_used: Ids that its tokenizer addresses (U).
-        num_new: New tokens (N).
-
-    Raises:
-        CheckpointError: If so.
-    """
-    if num_used > checkpoint.vocab_size + MAX_MISSING_ROWS:
-        raise CheckpointError(
-            f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
-            "this tokenizer belongs to another checkpoint"
-        )
-    reserved, last = checkpoint.names.first_reserved_id, num_used + num_new - 1
-    if reserved is not None and last >= reserved:
-        raise CheckpointError(
-            f"{checkpoint.names.architecture} takes ids from {reserved} on for images or sounds, and the new tokens "
-            f"would have the ids {num_used} to {last}; extend the text-only model of this family"
-        )
 
 
 def _unwritten(file: RowsFile) -> bool:

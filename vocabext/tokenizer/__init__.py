@@ -6,10 +6,10 @@ in it says; model classes rebuild parts of the pipeline from their own code.
 A new token is made in one of three ways, none of which can touch other text:
 
 - It is a merge behind all merges of the base, wherever BPE sees a whole text or a whole run of letters without
-  spaces (`chain.py`). This needs its parts among the tokens.
+  spaces (`merges.py`). This needs its parts among the tokens.
 - It is looked up: where a regex has split the text into chunks, `ignore_merges` finds a chunk that is an entry
   before anything is merged. A phrase of several chunks becomes one by an alternative in that regex (`chunks.py`).
-- It is cut out where `vocabext.tokenizer.boundaries` proves that no merge could cross its edges, and then looked up: what
+- It is cut out where `boundaries.py` proves that no merge could cross its edges, and then looked up: what
   lacks parts where it would have to be a merge (`whole_text.py`, `inner.py`).
 
 Unigram has its own way (`unigram.py`). No merge of the base is touched, and no AddedToken is made (those match inside

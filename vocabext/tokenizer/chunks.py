@@ -6,7 +6,7 @@ takes several steps, or leaves gaps, the tree is a step of its own in front of t
 its left side too, and the later steps leave its matches whole.
 
 In scripts without spaces a chunk is a whole run of words. There new words are merges behind those of the base
-(`chain.py`); only one whose parts are not tokens must be searched for (`inner.py`).
+(`merges.py`); only one whose parts are not tokens must be searched for (`inner.py`).
 """
 
 import json

@@ -1,8 +1,8 @@
 """Words of scripts that put no space between them (Chinese, Japanese), inside a chunk of byte-level BPE.
 
 A split expression hands over a whole run of such letters as one chunk, so a word in it is not a chunk.
-Inside a chunk BPE sees everything at once, as it does with whole texts: a new word is a merge (`chain.py`). Where
-that needs parts that are not tokens, the proof for whole texts applies (`vocabext.tokenizer.boundaries`), on the level of
+Inside a chunk BPE sees everything at once, as it does with whole texts: a new word is a merge (`merges.py`). Where
+that needs parts that are not tokens, the proof for whole texts applies (`boundaries.py`), on the level of
 bytes: a word is cut out where no merge could cross its edges.
 """
 

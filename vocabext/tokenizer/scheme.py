@@ -2,7 +2,7 @@
 
 A *scheme* knows one kind of tokenizer: how text becomes ids there, which texts can become a token,
 and which changes to the tokenizer's specification make them one. `chunks.py` (byte-level BPE behind a
-split expression), `whole_text.py` (BPE that sees everything) and `unigram.py` are the three.
+split expression), `whole_text.py` (BPE that sees everything) and `unigram/` are the three.
 """
 
 import re

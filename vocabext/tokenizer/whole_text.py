@@ -2,7 +2,7 @@
 
 Or all of a word, where text is cut in front of its marks.
 
-New tokens are merges behind those of the base (`chain.py`). One whose parts are not tokens is searched for instead:
+New tokens are merges behind those of the base (`merges.py`). One whose parts are not tokens is searched for instead:
 BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
 `vocabext.tokenizer.boundaries` proves where that is and writes it as assertions around a prefix tree.
 """

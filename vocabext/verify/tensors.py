@@ -13,9 +13,8 @@ import torch
 from vocabext.checkpoint.folder import Checkpoint
 from vocabext.checkpoint.rows import DTYPES, mean_row
 from vocabext.checkpoint.shards import CHUNK_BYTES
-from vocabext.checkpoint.vocabulary import PER_LAYER, TABLE
+from vocabext.checkpoint.vocabulary import PER_LAYER, SILENT_BIAS, TABLE
 from vocabext.files.ranges import Extent, first_difference, in_parallel, same_inode
-from vocabext.patch.plan import SILENT_BIAS
 from vocabext.tokenizer import given_rows
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 

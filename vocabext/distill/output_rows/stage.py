@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
-from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
+from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO, TIED_IN_VLLM
 from vocabext.distill.output_rows.fit import BATCH, Fit, Task, longest_runs
 from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
@@ -143,8 +143,6 @@ def choose_output_rows(config: DistillConfig, *, architecture: str, tied: bool, 
     Raises:
         UsageError: If other rows than these were asked for.
     """
-    from vocabext.patch.plan import TIED_IN_VLLM
-
     asked = config.output_rows
     if config.method == "mean":  # which other rows are refused with, by the options themselves
         return OutputChoice("input", "--method mean makes no output rows: `patch` takes the mean of each token's run, "

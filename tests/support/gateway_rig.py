@@ -15,7 +15,7 @@ import httpx
 
 from serve.engine import Server, free_port, wait_until_ready
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 

@@ -1,4 +1,4 @@
-"""Kill our commands at random moments and run them again: `python tests/kills.py [WORK...] --kills 50 [--seed N]`.
+"""Kill our commands at random moments and run them again: `kills.py [WORK...] --kills 50 [--seed N]`.
 
 A killed process is a fork of this one, which has everything imported but has computed nothing: so a kill costs no
 start. Half of the kills come after a random time, half at a random one of the moments in which the process opens,

@@ -1,6 +1,6 @@
 """Load base and expanded folders of many families in vLLM, one after the other in one process, and compare them.
 
-    python tests/vllm_families.py FOLDER [FAMILY...]      all families if none is named
+    python tests/support/vllm_families.py FOLDER [FAMILY...]      all families if none is named
 
 Each is a tiny random model; both continue the same prompts greedily by base ids. One line of JSON per family: `same`,
 `differs` with the place, or the error with which vLLM refuses the base, which is no fault of ours.

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ASSETS = Path(os.environ.get("VOCABEXT_ASSETS") or Path(__file__).resolve().parents[1] / ".." / "shared" / "assets")
+ASSETS = Path(os.environ.get("VOCABEXT_ASSETS") or Path(__file__).resolve().parents[2] / ".." / "shared" / "assets")
 TEXT = ["the heart muscle and the heart rate", "a muscle of the heart", "rates of the muscles are rated", "so the rest"]
 NUM_ROWS = 300
 
