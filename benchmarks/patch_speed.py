@@ -53,7 +53,7 @@ IMPORTS = ("import transformers.models.llama.modeling_llama, transformers.genera
 RESIZE = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabext.checkpoint import open_rows
+from vocabext.checkpoint.folder import open_rows
 from pathlib import Path
 base, rows, output, shard = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)

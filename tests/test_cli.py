@@ -222,7 +222,7 @@ def test_a_signal_ends_a_running_verb_and_leaves_nothing_behind(
         import time
         from pathlib import Path
         import click
-        from vocabext.records import atomic_file
+        from vocabext.files.atomic import atomic_file
 
         @click.command()
         @click.argument("output", type=click.Path(path_type=Path))

@@ -130,7 +130,7 @@ def test_a_run_that_stops_in_the_middle_of_a_group_goes_on_with_the_same_result(
 KILLED = """
 import sys
 from pathlib import Path
-from vocabext.config import DistillConfig
+from vocabext.options import DistillConfig
 from vocabext.distill import distill_file
 import vocabext.distill.stage as stage
 train = stage.fit_rows

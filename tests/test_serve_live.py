@@ -177,7 +177,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_serve_live as live
-from serve.client import LoadClient
+from serve.bench.client import LoadClient
 folder = Path({folder!r})
 print("started", flush=True)
 with LoadClient(folder / "client.log") as client:
