@@ -75,10 +75,11 @@ def test_what_is_not_read_of_a_corpus_is_said_once_and_recorded_by_every_stage(
 ) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    write_corpus(folder / "a.jsonl", [*DOCUMENTS, Document("empty", " ")])
+    more = [Document(str(i), f"{DOCUMENTS[i % len(DOCUMENTS)].text} {i}") for i in range(60)]
+    write_corpus(folder / "a.jsonl", [*DOCUMENTS, *more, Document("empty", " ")])
     (folder / "b.pdf").write_text("no text")
     said: list[str] = []
-    run(replace(config, corpus=(str(folder),), heldout=(str(folder),)), say=said.append)
+    run(replace(config, corpus=(str(folder),), heldout=()), say=said.append)
     unread, empty = f"unknown format .pdf: 1 (such as {folder}/b.pdf)", f"empty record: 1 (such as {folder}/a.jsonl:"
     assert sum(unread in line for line in said) == sum(empty in line for line in said) == 1
     work = tmp_path / "new-work"
