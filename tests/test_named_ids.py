@@ -72,6 +72,8 @@ NAMED: dict[str, tuple[str, dict[str, Any], int]] = {
     "biased run": ("generation_config.json", {"sequence_bias": [[[290, 291], -5.0]]}, 292),
     "forced": ("generation_config.json", {"forced_decoder_ids": [[1, 294]]}, 295),
     "image": ("config.json", {"image_token_index": 290, "image_token_id": 291}, 292),
+    "with a fraction of nothing": ("generation_config.json", {"eos_token_id": [1, 290.0, 1e400]}, 291),
+    "beginning and end of an image": ("config.json", {"visual": {"image_start_id": 290, "vision_end_id": 291}}, 292),
     "as a number": ("config.json", {"im_patch_token": 290}, 291),
     "a language": ("generation_config.json", {"lang_to_id": {"<|en|>": 290, "<|de|>": 291}}, 292),
     "sound of a processor": ("processor_config.json", {"audio_token_id": 293}, 294),

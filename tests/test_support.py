@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from planted import failed, skipped
 from safetensors.torch import load_file, save_file
 from test_patch import make_rows
 from tiny_checkpoints import edit_json, tiny_folder, tiny_tokenizer
-from tiny_families import FAMILIES, NUM_ROWS, SHAPE, tiny_family
+from tiny_families import FAMILIES, NUM_ROWS, OTHER_KINDS, add_adapter, of_kind, tiny_family
 
 from vocabext.checkpoint.folder import WEIGHTS_NAME, load_rows, open_checkpoint
 from vocabext.checkpoint.manifest import read_manifest
@@ -35,53 +34,11 @@ from vocabext.verify.stage import verify
 
 TEXTS = (" heart rate", " heart muscle")
 CORPUS = "the heart muscle and the heart rate of the heart muscle\n" * 30
-BERT = {"vocab_size": NUM_ROWS, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 96, "max_position_embeddings": 64}
-T5 = {"vocab_size": NUM_ROWS, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 1, "num_heads": 2}
-BART = {"vocab_size": NUM_ROWS, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64}
-WHISPER = {**{key: value for key, value in BART.items() if key != "max_position_embeddings"}, "num_mel_bins": 8,
-           "max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 0,
-           "eos_token_id": 1, "decoder_start_token_id": 0}
-
-# A class, its config, and what it is called.
-KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "LlamaForSequenceClassification": ("Llama", SHAPE, "a sequence classifier"),
-    "LlamaForTokenClassification": ("Llama", SHAPE, "a token classifier"),
-    "LlamaForQuestionAnswering": ("Llama", SHAPE, "a model that marks answers in a text"),
-    "LlamaModel": ("Llama", SHAPE, "a body without an output head"),
-    "GPT2DoubleHeadsModel": ("GPT2", {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64},
-                             "no causal language model"),
-    "BertForMaskedLM": ("Bert", BERT, "a masked language model"),
-    "BertModel": ("Bert", BERT, "an encoder"),
-    "BertLMHeadModel": ("Bert", BERT,
-                        "a model in which a word sees what follows it (its config does not say is_decoder)"),
-    "XLNetLMHeadModel": ("XLNet", {"d_model": 64, "n_layer": 1, "n_head": 2, "d_inner": 96},
-                         "a model in which a word sees what follows it (its config says attn_type 'bi')"),
-    "Gemma3ForCausalLM": ("Gemma3Text", {**SHAPE, "use_bidirectional_attention": True},
-                          "a model in which a word sees what follows it (its config says use_bidirectional_attention"),
-    "T5ForConditionalGeneration": ("T5", T5, "an encoder-decoder"),
-    "BartForConditionalGeneration": ("Bart", BART, "an encoder-decoder"),
-    "WhisperForConditionalGeneration": ("Whisper", WHISPER, "an encoder-decoder"),
-}
-
-
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 20)
     monkeypatch.setattr(behaviour, "STREAMED", 5)
     monkeypatch.setattr(behaviour, "RANDOM_ROWS", 5)
-
-
-def of_kind(folder: Path, name: str) -> Path:
-    """Save a tiny model of a class that writes no text from left to right."""
-    config, settings, _ = KINDS[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, f"{config}Config")(
-        **{"vocab_size": NUM_ROWS, **settings}))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def rename(folder: Path, change: Callable[[str], str]) -> None:
@@ -119,11 +76,11 @@ def refusals(folder: Path, tmp_path: Path, *, method: str = "distill") -> dict[s
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OTHER_KINDS)
 def test_what_writes_no_text_is_refused_by_what_it_is(tmp_path: Path, name: str) -> None:
     folder = of_kind(tmp_path / "m", name)
     said = refusals(folder, tmp_path)
-    assert f"holds {name}, {KINDS[name][2]}" in said["inspect"]
+    assert f"holds {name}, {OTHER_KINDS[name][2]}" in said["inspect"]
     assert len(set(said.values())) == 1, said
     shown = CliRunner().invoke(inspect_command, [str(folder), "--json"], catch_exceptions=False)
     assert (shown.exit_code, json.loads(shown.stdout)["support"]["patch"]) == (0, said["inspect"])
@@ -302,6 +259,15 @@ def test_a_model_whose_library_is_missing_is_extended_by_means_alone(tmp_path: P
     assert [outcome.state for outcome in outcomes] == [*["made"] * 4, f"not made: {found.run}"]
 
 
+def test_a_class_that_computes_otherwise_is_extended_by_means_and_not_measured(tmp_path: Path) -> None:
+    folder, corpus = tiny_family(tmp_path / "m", "minicpm3"), tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
+    outcomes = run(RunConfig(str(folder), (str(corpus),), tmp_path / "new", distill=DistillConfig(method="mean"),
+                             mine=MineConfig(budget=2, min_count=2)))
+    assert [outcome.state for outcome in outcomes[:-1]] == ["made"] * 4
+    assert outcomes[-1].state.startswith("not made: the logits of MiniCPM3ForCausalLM")
+
+
 def test_the_rows_of_means_are_those_of_the_stored_rows(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", dtype=torch.bfloat16)
     base, config = load_tokenizer(folder), MineConfig(budget=2, min_count=2)
@@ -314,15 +280,6 @@ def test_the_rows_of_means_are_those_of_the_stored_rows(tmp_path: Path) -> None:
 
 
 # -- adapters and other pairs of files -----------------------------------------------------------------------------
-
-ADAPTER = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
-
-
-def add_adapter(folder: Path, weights: str = "adapter_model.safetensors") -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    save_file({"base_model.model.q.lora_A.weight": torch.zeros(2, 64)}, folder / weights, {"format": "pt"})
-
 
 def test_an_adapter_given_as_a_model_is_named_with_its_base(tmp_path: Path) -> None:
     add_adapter(tmp_path / "adapter")

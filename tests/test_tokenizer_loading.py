@@ -15,11 +15,13 @@ import pytest
 from hard_texts import FRAGMENTS, possible
 from tiny_checkpoints import edit_json, tiny_folder
 from tiny_expanded import new_tokens
+from tiny_families import tiny_family
 from tiny_tokenizers import FAMILIES, MORE_TEXT, TEKKEN_SPLIT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.checkpoint.rows import mean_rows
+from vocabext.errors import TokenizerError
 from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
@@ -376,14 +378,21 @@ def test_a_mistral_folder_with_both_of_its_tokenizers(tmp_path: Path) -> None:
     check_same_ids(pair, pair.new)
 
 
+def test_what_transformers_says_in_several_lines_is_said_whole_in_one(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    edit_json(folder / "config.json", eos_token_id="290")
+    with pytest.raises(TokenizerError, match=r"'eos_token_id'.*with value '290' doesn't match") as refused:
+        load_tokenizer(folder)
+    assert "\n" not in str(refused.value)
+
+
 # ---- the whole way -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", [
     "llama", "qwen2", "qwen3", "mistral"])
 def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base")
-    edit_json(base / "config.json", model_type=model_type)
+    base = tiny_family(tmp_path / "base", model_type)
     tokens = new_tokens(base)
     tokenizer = load_tokenizer(base)
     header = {"base": {"num_used_ids": tokenizer.num_used_ids}, "method": "mean"}

@@ -291,8 +291,13 @@ class _Work:
             return reason
         if next(self._held_out_documents(), None) is None:
             return "the corpus is too small to hold a document out; pass --heldout"
-        evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,
-                        trust_remote_code=self.config.trust_remote_code, progress=self.progress)
+        try:
+            evaluate_folder(self.output, self.config.model, self._held_out_documents(), self.config.evaluate,
+                            trust_remote_code=self.config.trust_remote_code, progress=self.progress)
+        except UsageError as error:  # some classes are known to compute otherwise only when they are loaded
+            if self.config.distill.method != "mean":
+                raise
+            return str(error)
         return None
 
     # -- text -----------------------------------------------------------------------------------------------------

@@ -259,8 +259,8 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
     except Exception as error:  # whatever a class raises on tensors it cannot use
         if quantised:  # parts that cannot be put together before they are unpacked
             return None
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"transformers cannot make {cls.__name__} of the tensors of {folder}: {reason}") from None
+        raise CheckpointError(f"transformers cannot make {cls.__name__} of the tensors of {folder}: "
+                              f"{in_one_line(error)}") from None
     return describe_misfit(folder, model, report, quantised=quantised)
 
 

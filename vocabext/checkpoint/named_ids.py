@@ -25,8 +25,8 @@ GENERATION_NAME = "generation_config.json"
 FILES = (CONFIG_NAME, GENERATION_NAME, "tokenizer_config.json", "processor_config.json", "*preprocessor_config.json",
          "added_tokens.json")
 # Entries whose numbers are ids: `eos_token_id`, `image_token_index`, `bad_words_ids`, `boi_id`, `lang_to_id`, ...
-ID_KEY = re.compile(r"(^|_)(tokens?|words|eos|bos|pad|unk|sep|cls|mask|stop|boi|eoi|boa|eoa|bov|eov|image|audio|video"
-                    r"|vision|decoder|lang_to|task_to)_(ids?|index|indices|indexes)$|^(?!num_|max_|n_).*_token$")
+ID_KEY = re.compile(r"(^|_)(tokens?|words|eos|bos|pad|unk|sep|cls|mask|start|stop|end|boi|eoi|boa|eoa|bov|eov"
+                    r"|image|audio|video|vision|decoder|lang_to|task_to)_(ids?|index|indices|indexes)$|^(?!num_|max_|n_).*_token$")
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "added_tokens_decoder")
 # An id further behind the last row than that is a default that somebody forgot to change: no row is given to it.
 MAX_MISSING_ROWS = 256
@@ -195,14 +195,14 @@ def _parts(document: Mapping[str, Any], num_rows: int | None, path: str = ""
 
 
 def _ids(value: Any) -> Iterator[int]:
-    """Yield the numbers in a value that can be ids; -1 and null say that there is none."""
+    """Yield the numbers in a value that can be ids (some write 290.0); -1 and null say that there is none."""
     if isinstance(value, dict):
         value = [*value.values()]
     if isinstance(value, list):
         for item in value:
             yield from _ids(item)
-    elif type(value) is int and value >= 0:
-        yield value
+    elif type(value) in (int, float) and value >= 0 and float(value).is_integer():
+        yield int(value)
 
 
 def _rules(documents: Mapping[str, Mapping[str, Any]], num_rows: int | None) -> Rules:

@@ -614,12 +614,11 @@ class _Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 def _body(model: Any) -> Any:
-    """Return what gives a class's last hidden states: what is around the layers, without the head."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if found is not model:
-        return found
+    """Return what gives a class's last hidden states: what is around embedding and layers, without the head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return next((child for child in model.children() if child is not head and embedding in child.modules()), model)
+    named = [model.get_decoder()] if hasattr(model, "get_decoder") else []  # of some classes it is the head
+    parts = [*named, model.base_model, *(child for child in model.children() if child is not head)]
+    return next((part for part in parts if part is not model and embedding in part.modules()), model)
 
 
 def relative_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
