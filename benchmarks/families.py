@@ -27,18 +27,18 @@ import torch
 from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))  # the tiny models are those of the tests
+sys.path.append(str(ROOT / "tests" / "support"))  # the tiny models are those of the tests
 
 from tiny_families import FAMILIES, OTHER_KINDS, READERS, UNREADABLE, add_adapter, of_kind, tiny_family  # noqa: E402
 
 from vocabext import __version__  # noqa: E402
+from vocabext.checkpoint.architecture import Quiet, loading_class, read_config  # noqa: E402
 from vocabext.checkpoint.folder import Rows, load_rows  # noqa: E402
 from vocabext.corpus import Document  # noqa: E402
 from vocabext.errors import UsageError, VocabextError  # noqa: E402
 from vocabext.evaluate.stage import RowSet, evaluate, evaluate_folder  # noqa: E402
 from vocabext.files.atomic import atomic_file, write_json  # noqa: E402
 from vocabext.inspect import inspect_model  # noqa: E402
-from vocabext.model.architecture import Quiet, loading_class, read_config  # noqa: E402
 from vocabext.model.frozen import FrozenModel, load_model, relative_difference  # noqa: E402
 from vocabext.model.support import check_runs  # noqa: E402
 from vocabext.options import DistillConfig, EvalConfig, MineConfig  # noqa: E402
@@ -378,7 +378,7 @@ def page(found: Mapping[str, Any]) -> str:
         *(f"- *{column}*: {what}." for column, what in COLUMNS.items()), "",
         "| family | what it takes | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|", *families, "",
         "What is refused, and with which line. That a class computes otherwise (its logits differ from its own) is seen"
-        " when its weights are loaded, in `run` after mining; everything else before any work.", "", *said, "",
+        " when its weights are loaded, which `run` does before mining; everything else before any work.", "", *said, "",
         "## Refused as a whole", "",
         "| model | `inspect` and every verb say |", "|---|---|", *kinds, "",
         f"Made by `python benchmarks/families.py` on {found['machine']['date']}, with vocabext {found['vocabext']}, "

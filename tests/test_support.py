@@ -25,7 +25,7 @@ from vocabext.errors import CheckpointError, UnsupportedError, UsageError, Vocab
 from vocabext.inspect import inspect_model
 from vocabext.mine.stage import mine, write_candidates
 from vocabext.model.support import check_loads
-from vocabext.options import DistillConfig, MineConfig
+from vocabext.options import CollectConfig, DistillConfig, MineConfig
 from vocabext.patch.stage import patch
 from vocabext.run import RunConfig, run
 from vocabext.tokenizer import load_tokenizer
@@ -266,6 +266,21 @@ def test_a_class_that_computes_otherwise_is_extended_by_means_and_not_measured(t
                              mine=MineConfig(budget=2, min_count=2)))
     assert [outcome.state for outcome in outcomes[:-1]] == ["made"] * 4
     assert outcomes[-1].state.startswith("not made: the logits of MiniCPM3ForCausalLM")
+
+
+@pytest.mark.parametrize(("family", "window", "message"), [
+    ("minicpm3", 24, "the logits of MiniCPM3ForCausalLM"),
+    ("llama", 200, r"--window is 200, but the model takes 128 positions"),
+])
+def test_what_shows_only_with_the_weights_is_refused_before_mining(
+    tmp_path: Path, family: str, window: int, message: str
+) -> None:
+    folder, corpus = tiny_family(tmp_path / "m", family), tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
+    with pytest.raises(UsageError, match=message):
+        run(RunConfig(str(folder), (str(corpus),), tmp_path / "new", mine=MineConfig(budget=2, min_count=2),
+                      collect=CollectConfig(window=window)))
+    assert not (tmp_path / "new-work").exists()
 
 
 def test_the_rows_of_means_are_those_of_the_stored_rows(tmp_path: Path) -> None:

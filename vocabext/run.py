@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vocabext import __version__
 from vocabext.checkpoint.folder import resolve_model
@@ -27,6 +27,9 @@ from vocabext.files.atomic import read_object, remove_unfinished, write_json
 from vocabext.mine.stage import mine, read_candidates, write_candidates
 from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from vocabext.model.frozen import FrozenModel
 
 # Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
 HELD_OUT_EVERY = 20
@@ -205,11 +208,33 @@ class _Work:
             check_runs(self.base_folder, trust_remote_code=c.trust_remote_code)
             if c.collect.generate_missing:
                 check_loads(self.base_folder, trust_remote_code=c.trust_remote_code)
+            self._check_model(len(tokenizer.prefix_ids))
         num_layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(num_layers, int) and c.distill.method == "distill":
             layer_number(c.distill.target_layer, num_layers)
         if c.heldout:
             next(self._held_out_documents(), None)
+
+    def _check_model(self, num_prefix: int) -> None:
+        """Refuse a model that computes otherwise than its class; that shows only where its weights are loaded."""
+        if self._state.get("distill") is not None and (self.folder / ROWS_NAME).exists():
+            return  # it was distilled with
+        with self._model(self.output) as model:
+            window = self.config.collect.window
+            if num_prefix + window > model.max_positions:
+                raise UsageError(f"--window is {window}, but the model takes {model.max_positions} positions, "
+                                 f"{num_prefix} of them in front of each text; pass a smaller --window")
+
+    @contextmanager
+    def _model(self, beside: Path, *, runs: bool = True) -> Iterator["FrozenModel"]:
+        """Load the base as `distill` does."""
+        from vocabext.model.frozen import load_model, offloading
+
+        compute = self.config.distill
+        with offloading(beside) as elsewhere:
+            yield load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
+                             trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
+                             offload_folder=elsewhere, runs=runs)
 
     @contextmanager
     def made_folder(self) -> Iterator[None]:
@@ -241,13 +266,7 @@ class _Work:
         documents = self._mining_documents()
         records = collect(documents, base, tokens, config, self.progress)
         if config.generate_missing and short_of_snippets(records, config):
-            from vocabext.model.frozen import load_model, offloading
-
-            compute = self.config.distill
-            with offloading(output) as elsewhere:
-                model = load_model(self.base_folder, device=compute.device, dtype=compute.dtype,
-                                   trust_remote_code=self.config.trust_remote_code, max_memory=compute.max_memory,
-                                   offload_folder=elsewhere, runs=False)
+            with self._model(output, runs=False) as model:
                 records = generate_missing(records, model, base, config, self.progress)
         write_snippets(output, records, header, config=config, corpus=self.config.corpus,
                        left_out=left_out_of(documents))
