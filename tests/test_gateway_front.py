@@ -16,12 +16,17 @@ from tiny_expanded import expanded_pair
 from serve.gateway.answers import Refusal
 from serve.gateway.app import Gateway, Proxy
 from serve.gateway.arms import BASE, EXPANDED, Arm
+from serve.gateway.background import Background
 from serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
+from serve.gateway.engines import Engines
 from serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
-from serve.gateway.guard import Limits
+from serve.gateway.health import AWAY, Health, ban_fault
+from serve.gateway.load import Loads
 from serve.gateway.metrics import Metrics
 from serve.gateway.policy import Policy
-from serve.gateway.run import AWAY, GatewayConfig, Service, run_gateway
+from serve.gateway.run import GatewayConfig, run_gateway
+from serve.gateway.state import State
+from serve.gateway.trial import Trial
 from vocabext.cli.main import cli
 from vocabext.errors import CheckpointError
 from vocabext.tokens import Expansion, NewToken
@@ -54,17 +59,20 @@ def request(path: str, **document: Any) -> Request:
     return Request(path, [], json.dumps(document).encode(), document, time.perf_counter())
 
 
-def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Gateway:
-    """Return a gateway whose one engine is a function of path and body."""
+def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Engines:
+    """Return one engine of both arms that is a function of path and body."""
 
     async def post_json(url: str, value: bytes, **_: Any) -> tuple[int, bytes]:
         status, answer = engine(url.removeprefix("http://engine"), json.loads(value))
         return status, json.dumps(answer).encode()
 
-    arms = {BASE: Arm(BASE, "http://engine", "m", front), EXPANDED: Arm(EXPANDED, "http://engine", "m")}
     upstream: Any = SimpleNamespace(post_json=post_json)
-    state: Any = SimpleNamespace()
-    return Gateway(arms, state, upstream, Limits(), Metrics(), model="m")
+    return Engines(arms_at("http://engine"), upstream, front, "m")
+
+
+def arms_at(url: str) -> dict[str, Arm]:
+    """Return both arms behind one URL."""
+    return {name: Arm(name, url, "m") for name in (BASE, EXPANDED)}
 
 
 def tokenize(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -81,8 +89,8 @@ def call(path: str, *, front: BaseFront | None = None, asked: list[Any] | None =
         return tokenize(path, body)
 
     front = front or new_front()
-    gateway = between(front, engine)
-    return asyncio.run(front.call(request(path, **document), gateway.arms[BASE], gateway))
+    engines = between(front, engine)
+    return asyncio.run(engines.call_for(request(path, **document), engines.arms[BASE]))
 
 
 def converted(sent: Call, answer: dict[str, Any], *, streamed: bool = False) -> dict[str, Any]:
@@ -93,12 +101,13 @@ def converted(sent: Call, answer: dict[str, Any], *, streamed: bool = False) -> 
     return dict(json.loads(sent.converter.whole(data)))
 
 
-def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing() -> None:
+def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing(tmp_path: Path) -> None:
     async def refuse(*_: Any) -> Any:
         raise Refusal(502, "the engine of the base arm cannot be reached")
 
-    gateway = between(SimpleNamespace(call=refuse), tokenize)
-    gateway.state = SimpleNamespace(policy=Policy())  # type: ignore[assignment]
+    metrics, background, state = Metrics(), Background(), State(tmp_path / "state.json", Policy())
+    gateway = Gateway(between(SimpleNamespace(call=refuse), tokenize), Trial(state, None, metrics, background),
+                      Loads(metrics, 9), metrics, background)
     sent: list[Any] = []
 
     async def talk() -> None:
@@ -220,11 +229,11 @@ def test_reasoning_is_read_under_both_of_its_names() -> None:
 
 def test_a_long_prompt_does_not_hold_up_the_streams() -> None:
     front = new_front(seconds=0.5)
-    gateway = between(front, tokenize)
+    engines = between(front, tokenize)
 
     async def longest_pause(characters: int) -> float:
-        work = asyncio.ensure_future(front.call(request(COMPLETIONS, prompt="a" * characters), gateway.arms[BASE],
-                                                gateway))
+        work = asyncio.ensure_future(engines.call_for(request(COMPLETIONS, prompt="a" * characters),
+                                                      engines.arms[BASE]))
         pauses = [0.0]
         while not work.done():
             began = time.perf_counter()
@@ -268,25 +277,25 @@ class Engine:
         return 200, json.dumps({"choices": [{"token_ids": [65] if banned else [FIRST]}]}).encode()
 
 
-def test_an_engine_that_was_away_serves_the_base_arm_once_its_ban_was_tried_again(tmp_path: Path) -> None:
+def test_an_engine_that_was_away_serves_the_base_arm_once_its_ban_was_tried_again() -> None:
     engine, front = Engine(), new_front()
     notes: list[str] = []
-    config = GatewayConfig("base", "folder@http://engine/", True, tmp_path / "state.json")
-    service = Service(config, SimpleNamespace(), {}, front, [], lambda _: None, notes.append)  # type: ignore[arg-type]
-    gateway = Gateway({}, SimpleNamespace(), engine, Limits(), Metrics(), model="m")  # type: ignore[arg-type]
+    upstream: Any = engine
+    engines = Engines(arms_at("http://engine"), upstream, front, "m")
+    health = Health(engines, Metrics(), {}, notes.append)
 
     def ask() -> str:
         try:
-            asyncio.run(front.call(request(COMPLETIONS, prompt="a"), gateway.arms[BASE], gateway))
+            asyncio.run(engines.call_for(request(COMPLETIONS, prompt="a"), engines.arms[BASE]))
         except Refusal as refusal:
             return f"{refusal.status} {refusal.message}"
         return ""
 
     def check() -> dict[str, bool]:
-        asyncio.run(service._check_health(gateway))
-        return gateway.healthy
+        asyncio.run(health.check())
+        return engines.healthy
 
-    gateway.arms = asyncio.run(service._arms(gateway))
+    assert asyncio.run(ban_fault(upstream, front, "http://engine", {})) == ""
     assert (check(), engine.trials, front.context, ask()) == ({BASE: True, EXPANDED: True}, 2, 50, "")
     engine.up = False
     assert check() == {BASE: False, EXPANDED: False}

@@ -14,8 +14,9 @@ from tiny_expanded import expanded_pair
 
 from serve.gateway import contract
 from serve.gateway.arms import ARMS, BASE, EXPANDED
-from serve.gateway.contract import ITEMS, stream_fault
-from serve.gateway.rehearsal import FAIL, NOT_CHECKED, Item, Rehearsal, Reply, checked, read_requests
+from serve.gateway.contract import FAIL, ITEMS, NOT_CHECKED, Item, stream_fault
+from serve.gateway.rehearsal import checked
+from serve.gateway.replay import Rehearsal, Reply, read_requests
 from serve.report.swap import render_swap
 from vocabext.errors import UsageError
 

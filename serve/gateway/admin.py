@@ -3,6 +3,7 @@
 import hmac
 import json
 import urllib.error
+from collections.abc import Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -10,24 +11,35 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve.gateway.app import Gateway, status_of
 from serve.gateway.arms import ARMS, EXPANDED
 from serve.gateway.local import open_url_with
 from serve.gateway.policy import Policy
 from serve.gateway.state import State
+from serve.gateway.trial import Trial
 from vocabext.errors import ServerError, UsageError
 
 TOKEN_HEADER = "x-vocabext-token"
 
 
-def admin_application(gateway: Gateway) -> Starlette:
-    """Return the application that operators talk to."""
+def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Starlette:
+    """Return the application that operators talk to.
+
+    Args:
+        trial: The policy, and the comparison under it.
+        health: Returns what the gateway tells everybody of itself.
+    """
+    state = trial.state
+
+    def report() -> dict[str, Any]:
+        return {**health(), "expanded_percent": trial.policy.expanded_percent,
+                "mirror_percent": trial.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
+                "unsaved": state.unsaved, "canary": None if trial.canary is None else trial.canary.to_json()}
 
     def allowed(request: Request) -> bool:
-        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), gateway.state.token)
+        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), state.token)
 
     async def status(request: Request) -> JSONResponse:
-        return JSONResponse(report(gateway)) if allowed(request) else _no("the token is missing or wrong", 401)
+        return JSONResponse(report()) if allowed(request) else _no("the token is missing or wrong", 401)
 
     async def swap(request: Request) -> JSONResponse:
         if not allowed(request):
@@ -36,14 +48,14 @@ def admin_application(gateway: Gateway) -> Starlette:
             order = json.loads(await request.body())
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
-                gateway.roll_back(by="operator", reason=reason)
+                trial.roll_back(by="operator", reason=reason)
             else:
-                gateway.set_policy(ordered(gateway.state.policy, order), by="operator", reason=reason)
+                trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
         except OSError as error:
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
-        return JSONResponse(report(gateway))
+        return JSONResponse(report())
 
     return Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
 
@@ -69,15 +81,6 @@ def ordered(policy: Policy, order: dict[str, Any]) -> Policy:
     if mirror is None:
         mirror = policy.mirror_percent if to is None else 0.0
     return Policy(share, mirror, policy.salt)
-
-
-def report(gateway: Gateway) -> dict[str, Any]:
-    """Return everything that an operator may want to know."""
-    state = gateway.state
-    return {**status_of(gateway), "expanded_percent": state.policy.expanded_percent,
-            "mirror_percent": state.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
-            "unsaved": state.unsaved,
-            "canary": None if gateway.canary is None else gateway.canary.to_json()}
 
 
 def _no(message: str, status: int) -> JSONResponse:
