@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serve.encoder import Encoder, load_encoder
 from serve.lengths import measure_lengths
+from serve.model import Encoder, load_encoder
 from serve.provenance import provenance
 from vocabext.corpus import read_documents
 from vocabext.files.atomic import write_json

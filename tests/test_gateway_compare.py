@@ -21,7 +21,6 @@ from serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
 from serve.gateway.answers import Refusal
 from serve.gateway.app import Gateway, Proxy
 from serve.gateway.arms import ARMS, Arm
-from serve.gateway.background import Background
 from serve.gateway.calls import Request
 from serve.gateway.canary import FAILURES, FIRST, LENGTH, PACE, Canary
 from serve.gateway.engines import Engines
@@ -31,6 +30,7 @@ from serve.gateway.metrics import Metrics
 from serve.gateway.observe import Observation
 from serve.gateway.policy import Policy
 from serve.gateway.record import Recorder
+from serve.gateway.side_tasks import SideTasks
 from serve.gateway.state import State, read_state
 from serve.gateway.trial import Trial
 from vocabext.cli.main import cli
@@ -86,10 +86,10 @@ class Rig:
         state.save()
         urls = {name: "http://one" if front else f"http://{name}" for name in ARMS}
         arms = {name: Arm(name, urls[name], "m") for name in ARMS}
-        metrics, background = Metrics(), Background(self.notes.append)
+        metrics, side_tasks = Metrics(), SideTasks(self.notes.append)
         self.gateway = Gateway(
             Engines(arms, self.engines, front, "m"),  # type: ignore[arg-type]
-            Trial(state, Canary(), metrics, background), Loads(metrics, Limits().in_flight), metrics, background)
+            Trial(state, Canary(), metrics, side_tasks), Loads(metrics, Limits().in_flight), metrics, side_tasks)
 
     async def ask(self, headers: list[tuple[bytes, bytes]] | None = None, *, leave: float = 60.0, **body: Any
                   ) -> tuple[int, bytes]:
@@ -112,7 +112,7 @@ class Rig:
 
     async def settle(self) -> None:
         """Wait for the copies."""
-        await asyncio.gather(*self.gateway.background.tasks)
+        await asyncio.gather(*self.gateway.side_tasks.tasks)
 
     def seen(self, measure: str) -> dict[str, int]:
         """Return how many answers of each arm a measure knows."""
@@ -356,7 +356,7 @@ def test_a_fault_of_the_gateway_is_answered_in_json_and_logged_without_the_reque
         assert (status, json.loads(body)["error"]["code"]) == (500, 500)
         assert "RuntimeError at app.py:" in rig.notes[0]
         assert "secret" not in rig.notes[0] + body.decode()
-        rig.gateway.background.spawn(broken())  # type: ignore[arg-type]
+        rig.gateway.side_tasks.spawn(broken())  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         assert "RuntimeError" in rig.notes[1]
         assert "secret" not in rig.notes[1]

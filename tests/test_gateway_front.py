@@ -16,7 +16,6 @@ from tiny_expanded import expanded_pair
 from serve.gateway.answers import Refusal
 from serve.gateway.app import Gateway, Proxy
 from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.background import Background
 from serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
 from serve.gateway.engines import Engines
 from serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
@@ -25,6 +24,7 @@ from serve.gateway.load import Loads
 from serve.gateway.metrics import Metrics
 from serve.gateway.policy import Policy
 from serve.gateway.run import GatewayConfig, run_gateway
+from serve.gateway.side_tasks import SideTasks
 from serve.gateway.state import State
 from serve.gateway.trial import Trial
 from vocabext.cli.main import cli
@@ -105,9 +105,9 @@ def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing(tmp_pat
     async def refuse(*_: Any) -> Any:
         raise Refusal(502, "the engine of the base arm cannot be reached")
 
-    metrics, background, state = Metrics(), Background(), State(tmp_path / "state.json", Policy())
-    gateway = Gateway(between(SimpleNamespace(call=refuse), tokenize), Trial(state, None, metrics, background),
-                      Loads(metrics, 9), metrics, background)
+    metrics, side_tasks, state = Metrics(), SideTasks(), State(tmp_path / "state.json", Policy())
+    gateway = Gateway(between(SimpleNamespace(call=refuse), tokenize), Trial(state, None, metrics, side_tasks),
+                      Loads(metrics, 9), metrics, side_tasks)
     sent: list[Any] = []
 
     async def talk() -> None:

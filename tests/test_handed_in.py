@@ -20,7 +20,7 @@ from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
 from tiny_tokenizers import tiny_base
 
 from serve.bench.journal import Journal
-from serve.card import require_verified
+from serve.model import require_verified
 from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, resolve_model
 from vocabext.checkpoint.verdicts import SKIPPED, verified_sha256
 from vocabext.cli.main import cli

@@ -18,8 +18,8 @@ from tiny_checkpoints import TEXT, tiny_folder
 from serve.bench.answers import plan_answers
 from serve.bench.client import Job, LoadClient, write_prompts
 from serve.bench.stage import agreement_of
-from serve.encoder import load_encoder
 from serve.engine import Server, _group_members, open_url
+from serve.model import load_encoder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [

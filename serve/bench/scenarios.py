@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from serve.encoder import Encoder
+from serve.model import Encoder
 from vocabext.errors import CorpusError, UsageError
 
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"

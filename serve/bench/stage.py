@@ -30,7 +30,6 @@ from serve.bench.scenarios import (
     tokens_per_character,
 )
 from serve.bench.summary import summarize
-from serve.encoder import Encoder, load_encoder
 from serve.engine import (
     START_TIMEOUT_SECONDS,
     Server,
@@ -41,8 +40,8 @@ from serve.engine import (
     vllm_device,
     vllm_server,
 )
+from serve.model import Encoder, context_length, load_encoder
 from serve.provenance import provenance
-from serve.shape import context_length
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.checkpoint.manifest import file_sha256
 from vocabext.corpus import Document, left_out_of, read_documents

@@ -19,17 +19,17 @@ from starlette.routing import Route
 
 from serve.gateway.answers import Headers, Refusal, error_body
 from serve.gateway.arms import BASE, Arm, other
-from serve.gateway.background import Background, where
 from serve.gateway.calls import ARM_HEADER, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Request, parse
 from serve.gateway.engines import Engines
 from serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, check_key, read_body
 from serve.gateway.load import Loads, Mark
 from serve.gateway.metrics import Metrics
 from serve.gateway.observe import Observation, failure
-from serve.gateway.policy import Choice
+from serve.gateway.policy import ArmChoice
 from serve.gateway.reading import reading_loss
 from serve.gateway.record import Recorder
 from serve.gateway.relay import Outbox, Relay, send_whole
+from serve.gateway.side_tasks import SideTasks, where
 from serve.gateway.trial import Trial
 from serve.gateway.upstream import forwarded
 
@@ -49,7 +49,7 @@ class Gateway:
         trial: The policy, and the comparison under it.
         loads: How busy the arms are.
         metrics: Counters.
-        background: What runs beside the requests.
+        side_tasks: What runs beside the requests.
         limits: What is accepted.
         recorder: Writes requests down; None, unless it was asked for.
         api_key: What clients have to know; None for nothing.
@@ -60,7 +60,7 @@ class Gateway:
     trial: Trial
     loads: Loads
     metrics: Metrics
-    background: Background
+    side_tasks: SideTasks
     limits: Limits = field(default_factory=Limits)
     recorder: Recorder | None = None
     api_key: str | None = None
@@ -94,7 +94,7 @@ class Exchange:
         left_after: Seconds after which the client had waited in vain, and left; None if it did not.
     """
 
-    def __init__(self, request: Request, choice: Choice) -> None:
+    def __init__(self, request: Request, choice: ArmChoice) -> None:
         """Begin, inside the running loop."""
         self.request, self.choice = request, choice
         self.relay: Relay | None = None
@@ -137,7 +137,7 @@ class Proxy:
             await send_whole(outbox, status, error_body(status, refusal.message), [*refusal.headers, *headers])
         except Exception as error:  # a fault of the gateway's own: the server would write its text into the log
             status = 500
-            gateway.background.note(f"a request failed by a fault of the gateway: {where(error)}")
+            gateway.side_tasks.note(f"a request failed by a fault of the gateway: {where(error)}")
             await outbox.fail(status, "the gateway failed at this request; its log says where", headers)
         finally:
             if exchange is not None and not exchange.seen.done():
@@ -198,13 +198,13 @@ class Proxy:
         gateway = self._gateway
         if (gateway.recorder is not None and exchange.choice.why != "pinned"
                 and (fault := gateway.recorder.write(exchange.request))):
-            gateway.background.note(fault)
+            gateway.side_tasks.note(fault)
 
     def _mirror(self, exchange: Exchange, arm: Arm) -> None:
-        if len(self._gateway.background.tasks) >= MAX_MIRRORS:
+        if len(self._gateway.side_tasks.tasks) >= MAX_MIRRORS:
             self._gateway.metrics.mirrors_dropped.inc()
             return
-        self._gateway.background.spawn(self._answer_unseen(exchange, arm))
+        self._gateway.side_tasks.spawn(self._answer_unseen(exchange, arm))
 
     async def _answer_unseen(self, exchange: Exchange, arm: Arm) -> None:
         """Send a copy of a request to the other arm, and compare the two answers if the first one counts."""

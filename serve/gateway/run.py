@@ -17,7 +17,6 @@ from serve.gateway.admin import admin_application
 from serve.gateway.answers import Refusal
 from serve.gateway.app import Gateway, application
 from serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
-from serve.gateway.background import Background
 from serve.gateway.canary import Bounds, Canary
 from serve.gateway.engines import Engines
 from serve.gateway.front import BaseFront
@@ -27,6 +26,7 @@ from serve.gateway.load import Loads
 from serve.gateway.metrics import Metrics
 from serve.gateway.policy import Policy
 from serve.gateway.record import Recorder
+from serve.gateway.side_tasks import SideTasks
 from serve.gateway.state import State, locked, open_state
 from serve.gateway.trial import Trial
 from serve.gateway.upstream import Upstream
@@ -140,7 +140,7 @@ def check_verified(config: GatewayConfig) -> None:
     Raises:
         CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
     """
-    from serve.card import require_verified
+    from serve.model import require_verified
     from vocabext.checkpoint.folder import resolve_model
 
     # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
@@ -215,19 +215,19 @@ class Service:
         """Serve until a signal comes; returns its number."""
         config, upstream, metrics = self._config, Upstream(self._config.limits), Metrics()
         recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
-        background = Background(self._note)
+        side_tasks = SideTasks(self._note)
         try:
             arms = await self._arms(upstream)
             canary = None if config.bounds is None else Canary(config.bounds)
             gateway = Gateway(
                 Engines(arms, upstream, self._front, config.model or arms[BASE].model),
-                Trial(self._state, canary, metrics, background), Loads(metrics, config.limits.in_flight), metrics,
-                background, config.limits, recorder, config.api_key, config.allow_pin)
+                Trial(self._state, canary, metrics, side_tasks), Loads(metrics, config.limits.in_flight), metrics,
+                side_tasks, config.limits, recorder, config.api_key, config.allow_pin)
             health = Health(gateway.engines, metrics, self._headers(), self._note)
             await health.check()
             await self._serve(gateway, health)
         finally:
-            await background.close()
+            await side_tasks.close()
             await upstream.close()
             if recorder is not None:
                 recorder.close()
@@ -258,7 +258,7 @@ class Service:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in handlers:
             loop.add_signal_handler(number, stop, number)
-        gateway.background.spawn(health.watch())
+        gateway.side_tasks.spawn(health.watch())
         for listener in self._listeners:
             listener.listen(2048)  # before anybody is told: whoever comes now waits a moment, and is not refused
         host = f"[{public[0]}]" if ":" in public[0] else public[0]

@@ -6,11 +6,11 @@ Every change of the policy begins a trial. It ends with the next change: the ope
 import asyncio
 from dataclasses import dataclass
 
-from serve.gateway.background import Background
 from serve.gateway.canary import Canary
 from serve.gateway.metrics import Metrics
 from serve.gateway.observe import Observation
 from serve.gateway.policy import Policy
+from serve.gateway.side_tasks import SideTasks
 from serve.gateway.state import State
 
 SAVE_AGAIN_SECONDS = 5.0
@@ -24,13 +24,13 @@ class Trial:
         state: The policy and its history.
         canary: Compares the arms; None to leave that to the operator.
         metrics: Counts the changes.
-        background: Runs what saves a rollback later.
+        side_tasks: Runs what saves a rollback later.
     """
 
     state: State
     canary: Canary | None
     metrics: Metrics
-    background: Background
+    side_tasks: SideTasks
 
     def __post_init__(self) -> None:
         """Show the policy in the metrics."""
@@ -56,9 +56,9 @@ class Trial:
         self.state.roll_back(by=by, reason=reason)
         self._begin(by)
         if self.state.unsaved and was_saved:
-            self.background.note(f"{self.state.unsaved}: the rollback is in force, but a restart would not know of it; "
+            self.side_tasks.note(f"{self.state.unsaved}: the rollback is in force, but a restart would not know of it; "
                                  "make room, it is tried again")
-            self.background.spawn(self._save_later())
+            self.side_tasks.spawn(self._save_later())
 
     def compare(self, *answers: Observation) -> None:
         """Take answers into account that chance has divided between the arms, or that both arms gave to one request."""
@@ -83,4 +83,4 @@ class Trial:
         while self.state.unsaved:
             await asyncio.sleep(SAVE_AGAIN_SECONDS)
             if self.state.unsaved and self.state.try_to_save():
-                self.background.note(f"{self.state.path} is written again")
+                self.side_tasks.note(f"{self.state.path} is written again")

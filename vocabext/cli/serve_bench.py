@@ -90,7 +90,7 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from serve.report.page import METRIC_NAMES, left_out, shown_metrics
+    from serve.report.speed import METRIC_NAMES, left_out, shown_metrics
 
     rows = []
     for point in result["points"]:

@@ -29,8 +29,8 @@ def start(
     passed `vocabext verify`. Flags of vLLM's server go after --, such as:
     vocabext serve start MODEL -- --max-model-len 4096
     """
-    from serve.card import card_of, require_verified
     from serve.engine import require_vllm, vllm_server, wait_until_ready
+    from serve.model import card_of, require_verified
     from vocabext.checkpoint.folder import resolve_model
     from vocabext.files.atomic import check_output
 

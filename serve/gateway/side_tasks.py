@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Background:
+class SideTasks:
     """Tasks beside the requests.
 
     Attributes:
