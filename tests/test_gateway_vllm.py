@@ -14,7 +14,7 @@ import pytest
 from gateway_rig import Running, events, gateway, text_of
 from tiny_expanded import TOKENS, expanded_pair
 
-from serve.engine import _group_members
+from serve.engine import group_members
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.tokenizer import load_tokenizer
 
@@ -223,7 +223,7 @@ def test_the_official_client_works_on_both_arms(running: Running) -> None:
 
 def test_the_engine_ends_with_the_gateway(running: Running) -> None:
     group = running.document["process_ids"]["expanded"]
-    assert _group_members(group)
+    assert group_members(group)
     running.process.terminate()
     assert running.process.wait(timeout=60) == 143
-    assert not _group_members(group)
+    assert not group_members(group)

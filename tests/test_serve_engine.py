@@ -25,7 +25,7 @@ def fake(tmp_path: Path, mode: str, seconds: float = 0.0) -> Server:
 
 
 def members(group: int) -> list[int]:
-    return engine._group_members(group)
+    return engine.group_members(group)
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.engine import Server, open_url
+from serve.engine import Server
 from vocabext.errors import ServerError
 
 TYPICAL_CHARACTERS_PER_TOKEN = 3
@@ -76,13 +76,7 @@ def _token_ends(choice: dict[str, Any]) -> list[int]:
 def _complete(server: Server, model: str, prompt: str, tokens: int) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0.0,
             "ignore_eos": True, "logprobs": 0}
-    try:
-        with open_url(f"{server.url}/v1/completions", body=json.dumps(body).encode(),
-                      timeout_seconds=ANSWER_TIMEOUT_SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
-    except OSError as error:
-        server.check_alive()
-        raise server.failure(f"{server.name} did not answer ({error})") from None
+    answer = server.ask("/v1/completions", body, timeout_seconds=ANSWER_TIMEOUT_SECONDS)
     choices = answer.get("choices")
     if not choices or not isinstance(choices[0].get("logprobs"), dict):
         raise ServerError(f"{server.name} gave no token offsets; its answer begins {json.dumps(answer)[:200]}")

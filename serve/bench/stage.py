@@ -5,7 +5,6 @@ per output *character*; tokens per second falls when a tokenizer improves, so it
 verdict comes about: `compare.py`. What is on the disk while it runs: `journal.py`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -35,7 +34,6 @@ from serve.engine import (
     Server,
     flag_value,
     has_flag,
-    open_url,
     require_vllm,
     vllm_device,
     vllm_server,
@@ -488,13 +486,8 @@ def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: En
     """
     agreeing = 0
     for prompt in prompts:
-        body = json.dumps({"model": model, "prompt": prompt, "add_special_tokens": False}).encode()
-        try:
-            with open_url(f"{server.url}/tokenize", body=body) as response:
-                agreeing += json.load(response)["tokens"] == encoder.encode(prompt)
-        except OSError as error:
-            server.check_alive()
-            raise server.failure(f"{server.name} did not answer /tokenize ({error})") from None
+        answer = server.ask("/tokenize", {"model": model, "prompt": prompt, "add_special_tokens": False})
+        agreeing += answer["tokens"] == encoder.encode(prompt)
     return {"prompts": len(prompts), "agreeing": agreeing}
 
 

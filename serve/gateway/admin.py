@@ -2,17 +2,17 @@
 
 import hmac
 import json
-import urllib.error
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from serve.engine import ask_local
 from serve.gateway.arms import ARMS, EXPANDED
-from serve.gateway.local import open_url_with
 from serve.gateway.policy import Policy
 from serve.gateway.state import State
 from serve.gateway.trial import Trial
@@ -102,18 +102,15 @@ def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
         ServerError: If there is no gateway.
     """
     url = f"{state.admin_url}/{'status' if order is None else 'swap'}"
-    body = None if order is None else json.dumps(order).encode()
     try:
         if not state.admin_url:
-            raise OSError("it has not been started")
-        with open_url_with(url, {TOKEN_HEADER: state.token}, body=body, timeout_seconds=30.0) as response:
-            document: dict[str, Any] = json.load(response)
-            return document
-    except urllib.error.HTTPError as error:
-        with error:
-            message = json.loads(error.read())["error"]["message"]
-        raise (UsageError if error.code == 400 else ServerError)(f"the gateway refuses: {message}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ServerError(f"no gateway answers for {state.path} ({reason}); is `vocabext serve gateway` running?"
+            raise ValueError("it has not been started")
+        answer = ask_local(url, order, headers={TOKEN_HEADER: state.token}, timeout_seconds=30.0)
+        document: dict[str, Any] = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerError(f"no gateway answers for {state.path} ({error}); is `vocabext serve gateway` running?"
                           ) from None
+    if answer.is_success:
+        return document
+    kind = UsageError if answer.status_code == 400 else ServerError
+    raise kind(f"the gateway refuses: {document['error']['message']}")
