@@ -37,7 +37,7 @@ from vocabext.verify.stage import verify
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """Run the command line in this process; returns its exit code and what it wrote to stderr."""
+    """Pass the command line in this process; returns its exit code and what it wrote to stderr."""
     outcome = CliRunner().invoke(cli, [*map(str, arguments)], prog_name="vocabext")
     if outcome.exception and not isinstance(outcome.exception, SystemExit):
         raise outcome.exception

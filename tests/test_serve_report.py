@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from serve.bench.client import Load
-from serve.bench.journal import Run
+from serve.bench.journal import Pass
 from serve.bench.scenarios import Point
 from serve.bench.stage import BenchConfig
 from serve.bench.summary import summarize
@@ -75,7 +75,7 @@ def bench_result(*, speedup: float = 1.5, pairs: int = 5, state: str = "complete
         return Load(sum(seconds), times, tuple(s and s / 10 for s in times), (300,) * 3,
                     (70 if place == 1 else 100,) * 3, (64,) * 3, ("reset",) * (place == 1 and failed > 0), ())
 
-    runs = [Run(number, place, point, load(point, place)) for number in range(pairs) for point in POINTS
+    runs = [Pass(number, place, point, load(point, place)) for number in range(pairs) for point in POINTS
             for place in range(3)]
     options = {**dataclasses.asdict(BenchConfig(pairs=5)), "target_request_seconds": 1.15}
     target = {"ttft_seconds": None, "request_seconds": 1.15}

@@ -3,7 +3,7 @@
 Two vocabularies do not write the same text with the same number of tokens, so an equal `max_tokens` would
 have them write different amounts. Instead each server answers every prompt once, greedily, before anything
 is timed; the offsets of its tokens say how many of them reach the wanted number of characters, and that
-many it gets for this prompt in every run.
+many it gets for this prompt in every pass.
 """
 
 import json

@@ -30,7 +30,7 @@ START_TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the load generator.
+    """One pass, as the load generator gets it.
 
     Attributes:
         url: The server.
@@ -55,10 +55,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run measured, request by request, in the order of the prompts.
+    """What one pass measured, request by request, in the order of the prompts.
 
     Attributes:
-        duration_seconds: Wall time of the run.
+        duration_seconds: Wall time of the pass.
         request_seconds: From sending a request to its last token; None where it failed.
         ttft_seconds: From sending a request to its first token; None where it failed.
         output_characters: Characters of each answer.
@@ -111,7 +111,7 @@ class LoadClient(Child):
             self._is_ready = True
 
     def run(self, job: Job, server: Server, *, timeout_seconds: float = 1800.0) -> Load:
-        """Send the requests of one run and wait for all answers.
+        """Send the requests of one pass and wait for all answers.
 
         Args:
             job: What to send where.

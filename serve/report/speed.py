@@ -8,7 +8,7 @@ from markupsafe import Markup
 from serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
 from serve.bench.journal import PARTIAL
 from serve.bench.scenarios import DECODE, PREFILL
-from serve.bench.summary import REQUEST_METRICS, RUN_METRICS
+from serve.bench.summary import PASS_METRICS, REQUEST_METRICS
 from serve.report import charts
 
 METRIC_NAMES = {
@@ -228,4 +228,4 @@ def machine_of(result: Mapping[str, Any]) -> str:
     return ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu") or "unknown machine")
 
 
-assert set(METRIC_NAMES) == {*REQUEST_METRICS, *RUN_METRICS}
+assert set(METRIC_NAMES) == {*REQUEST_METRICS, *PASS_METRICS}
