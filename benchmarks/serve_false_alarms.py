@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from serve.bench.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
-from serve.bench.journal import Pass
-from serve.bench.scenarios import Point
-from serve.bench.summary import summarize
 from vocabext.files.atomic import write_json
+from vocabext.serve.bench.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import Point
+from vocabext.serve.bench.summary import summarize
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TARGET_SHARE = 19 / 20

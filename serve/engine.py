@@ -28,6 +28,7 @@ from typing import Any, Self
 import httpx
 import psutil
 
+import vocabext
 from vocabext.errors import MissingExtraError, ServerError
 from vocabext.progress import Progress, no_progress
 
@@ -340,6 +341,16 @@ def server_environment(device: str) -> dict[str, str]:
         hosts = [host for host in environment.get(name, "").split(",") if host]
         environment[name] = ",".join(dict.fromkeys([*hosts, LOCAL, "localhost"]))
     return environment
+
+
+def find_this_package(environment: dict[str, str]) -> None:
+    """Have a child process find this package where this process found it, installed or not.
+
+    Args:
+        environment: The child's; changed in place.
+    """
+    root = str(Path(vocabext.__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
 
 
 def ask_local(

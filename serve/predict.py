@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.model import attention_width, cache_bytes_per_token, context_length, num_layers, read_config
-from serve.provenance import provenance
 from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.errors import CheckpointError, UsageError
+from vocabext.serve.model import attention_width, cache_bytes_per_token, context_length, num_layers, read_config
+from vocabext.serve.provenance import provenance
 
 FORMAT_VERSION = 1
 DTYPE_BYTES = 2  # what vLLM computes and stores in unless told otherwise

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from gateway_rig import fake_engine, gateway
 
-from serve.gateway.arms import Arm
-from serve.gateway.calls import Request
-from serve.gateway.canary import Bounds, Canary, agreement
-from serve.gateway.engines import Engines
-from serve.gateway.load import Loads
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation, observe
-from serve.gateway.reading import reading_loss
-from serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.arms import Arm
+from vocabext.serve.gateway.calls import Request
+from vocabext.serve.gateway.canary import Bounds, Canary, agreement
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation, observe
+from vocabext.serve.gateway.reading import reading_loss
+from vocabext.serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.tokens import Expansion, NewToken
 
 

@@ -16,24 +16,24 @@ import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
 
-from serve.gateway import app, relay, trial
-from serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, Proxy
-from serve.gateway.arms import ARMS, Arm
-from serve.gateway.calls import Request
-from serve.gateway.canary import FAILURES, FIRST, LENGTH, PACE, Canary
-from serve.gateway.engines import Engines
-from serve.gateway.guard import Limits
-from serve.gateway.load import Loads
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation
-from serve.gateway.policy import Policy
-from serve.gateway.record import Recorder
-from serve.gateway.side_tasks import SideTasks
-from serve.gateway.state import State, read_state
-from serve.gateway.trial import Trial
 from vocabext.cli.main import cli
+from vocabext.serve.gateway import app, relay, trial
+from vocabext.serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, Proxy
+from vocabext.serve.gateway.arms import ARMS, Arm
+from vocabext.serve.gateway.calls import Request
+from vocabext.serve.gateway.canary import FAILURES, FIRST, LENGTH, PACE, Canary
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.guard import Limits
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State, read_state
+from vocabext.serve.gateway.trial import Trial
 
 Answer = Callable[[], Awaitable[tuple[int, list[bytes]]]]
 TEXT = json.dumps({"choices": [{"text": "hello", "finish_reason": "stop"}]}).encode()
@@ -313,7 +313,7 @@ def test_an_operators_rollback_succeeds_without_a_disk_and_a_swap_does_not(
         assert "cannot be written (No space left on device)" in answer.json()["unsaved"]
         assert answer.json()["changes"][-1]["reason"] == "now"
     monkeypatch.undo()
-    monkeypatch.setattr("serve.gateway.admin.send_order", lambda *_: {**answer.json(), "canary": None})
+    monkeypatch.setattr("vocabext.serve.gateway.admin.send_order", lambda *_: {**answer.json(), "canary": None})
     done = CliRunner().invoke(cli, ["serve", "swap", "--rollback", "--state", str(tmp_path / "state.json")])
     assert done.exit_code == 0
     assert "a restart would not know of it" in done.output

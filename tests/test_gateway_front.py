@@ -13,22 +13,22 @@ import pytest
 from click.testing import CliRunner
 from tiny_expanded import expanded_pair
 
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, Proxy
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
-from serve.gateway.engines import Engines
-from serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
-from serve.gateway.health import AWAY, Health, ban_fault
-from serve.gateway.load import Loads
-from serve.gateway.metrics import Metrics
-from serve.gateway.policy import Policy
-from serve.gateway.run import GatewayConfig, run_gateway
-from serve.gateway.side_tasks import SideTasks
-from serve.gateway.state import State
-from serve.gateway.trial import Trial
 from vocabext.cli.main import cli
 from vocabext.errors import CheckpointError
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, Proxy
+from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
+from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
+from vocabext.serve.gateway.health import AWAY, Health, ban_fault
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.run import GatewayConfig, run_gateway
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State
+from vocabext.serve.gateway.trial import Trial
 from vocabext.tokens import Expansion, NewToken
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -334,12 +334,13 @@ def test_the_flag_opens_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(config)
         raise CheckpointError("enough")
 
-    monkeypatch.setattr("serve.gateway.run.run_gateway", run)
+    monkeypatch.setattr("vocabext.serve.gateway.run.run_gateway", run)
     CliRunner().invoke(cli, ["serve", "gateway", "a", "b", "--logs", str(tmp_path), *flags])
     assert seen[0].unverified == bool(flags)
     if flags:
         monkeypatch.undo()
-        monkeypatch.setattr("serve.gateway.run.engines_of", lambda _: (_ for _ in ()).throw(CheckpointError("beyond")))
+        monkeypatch.setattr("vocabext.serve.gateway.run.engines_of",
+                            lambda _: (_ for _ in ()).throw(CheckpointError("beyond")))
         base, folder = expanded_pair(tmp_path)
         config = GatewayConfig(str(base), str(folder), False, tmp_path / "state.json", port=0, unverified=True)
         with pytest.raises(CheckpointError, match="beyond"):

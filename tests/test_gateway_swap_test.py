@@ -12,13 +12,13 @@ import pytest
 from gateway_rig import Running, cli, fake_engine, gateway
 from tiny_expanded import expanded_pair
 
-from serve.gateway import contract
-from serve.gateway.arms import ARMS, BASE, EXPANDED
-from serve.gateway.contract import FAIL, ITEMS, NOT_CHECKED, Item, stream_fault
-from serve.gateway.rehearsal import checked
-from serve.gateway.replay import Rehearsal, Reply, read_requests
-from serve.report.page import render_report
 from vocabext.errors import UsageError
+from vocabext.serve.gateway import contract
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
+from vocabext.serve.gateway.contract import FAIL, ITEMS, NOT_CHECKED, Item, stream_fault
+from vocabext.serve.gateway.rehearsal import checked
+from vocabext.serve.gateway.replay import Rehearsal, Reply, read_requests
+from vocabext.serve.report.page import render_report
 
 
 @pytest.fixture(scope="module")

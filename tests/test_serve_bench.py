@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from tiny_checkpoints import edit_json, tiny_folder
 
-from serve.bench import pool
-from serve.bench import stage as bench
-from serve.bench.client import Load
-from serve.bench.journal import Journal, Pass
-from serve.bench.pool import BASE, EXPANDED, ServerPool
-from serve.bench.scenarios import DECODE, MIXED, PREFILL, Point
-from serve.bench.stage import BenchConfig
-from serve.bench.summary import complete_rounds, is_good, summarize, with_points
-from serve.engine import Server, free_port, wait_until_ready
 from vocabext.corpus import Document
 from vocabext.errors import ServerError, UsageError
+from vocabext.serve.bench import pool
+from vocabext.serve.bench import stage as bench
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.journal import Journal, Pass
+from vocabext.serve.bench.pool import BASE, EXPANDED, ServerPool
+from vocabext.serve.bench.scenarios import DECODE, MIXED, PREFILL, Point
+from vocabext.serve.bench.stage import BenchConfig
+from vocabext.serve.bench.summary import complete_rounds, is_good, summarize, with_points
+from vocabext.serve.engine import Server, free_port, wait_until_ready
 
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 TARGET = {"ttft_seconds": None, "request_seconds": None}

@@ -8,7 +8,7 @@ import pytest
 from browser import Browser, find_browser
 from test_serve_report import bench_result, everything
 
-from serve.report.page import render_report
+from vocabext.serve.report.page import render_report
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (or name one in $CHROMIUM)")
 

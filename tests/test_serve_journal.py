@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.bench.client import Load
-from serve.bench.journal import Journal, Pass, is_partial
-from serve.bench.scenarios import DECODE, PREFILL, Point
 from vocabext.errors import OutputExistsError, UsageError
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.journal import Journal, Pass, is_partial
+from vocabext.serve.bench.scenarios import DECODE, PREFILL, Point
 
 READ, WRITE = Point(PREFILL), Point(DECODE, None, 2.0)
 SETTINGS = {"options": {"pairs": 5, "concurrency": (1,)}, "models": {"base": {"name": "b"}}}

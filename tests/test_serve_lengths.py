@@ -7,12 +7,12 @@ import torch
 from test_tokenizer_loading import CASES, base_folder, tekken
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve import lengths, model
-from serve.model import load_encoder
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, TokenizerError
 from vocabext.patch.stage import patch
+from vocabext.serve import lengths, model
+from vocabext.serve.model import load_encoder
 from vocabext.tokenizer import load_tokenizer
 from vocabext.tokens import Expansion, NewToken
 

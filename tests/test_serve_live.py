@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from serve.bench import pool
-from serve.bench import stage as bench
-from serve.bench.client import LoadClient
-from serve.bench.journal import Journal
-from serve.bench.pool import BASE, EXPANDED
-from serve.bench.scenarios import DECODE, PREFILL
-from serve.bench.stage import BenchConfig, Setting, compare_servers
-from serve.engine import Server, free_port, group_members, running_children
 from vocabext.errors import ServerError
+from vocabext.serve.bench import pool
+from vocabext.serve.bench import stage as bench
+from vocabext.serve.bench.client import LoadClient
+from vocabext.serve.bench.journal import Journal
+from vocabext.serve.bench.pool import BASE, EXPANDED
+from vocabext.serve.bench.scenarios import DECODE, PREFILL
+from vocabext.serve.bench.stage import BenchConfig, Setting, compare_servers
+from vocabext.serve.engine import Server, free_port, group_members, running_children
 
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)),
@@ -177,7 +177,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_serve_live as live
-from serve.bench.client import LoadClient
+from vocabext.serve.bench.client import LoadClient
 folder = Path({folder!r})
 print("started", flush=True)
 with LoadClient(folder / "client.log") as client:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from tiny_expanded import expanded_pair
 
-from serve import predict
-from serve.predict import (
+from vocabext.errors import UsageError
+from vocabext.serve import predict
+from vocabext.serve.predict import (
     DEVICES,
     Lengths,
     ModelShape,
@@ -17,7 +18,6 @@ from serve.predict import (
     prefill_cost,
     shape_of,
 )
-from vocabext.errors import UsageError
 
 EIGHT_B = ModelShape(6_980_000_000, 128_256, 4096, False, 32, 4096, 131072, 8192)  # about a Llama 3.1 8B
 H100 = DEVICES["h100"]

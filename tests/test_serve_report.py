@@ -10,17 +10,25 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve.bench.client import Load
-from serve.bench.journal import Pass
-from serve.bench.scenarios import Point
-from serve.bench.stage import BenchConfig
-from serve.bench.summary import summarize
-from serve.model import card_of
-from serve.predict import DEVICES, Lengths, ModelShape, PredictConfig, measured_beside, predict_loads, predict_memory
-from serve.report import charts, page, speed
 from vocabext.cli.serve_bench import _show
 from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import Point
+from vocabext.serve.bench.stage import BenchConfig
+from vocabext.serve.bench.summary import summarize
+from vocabext.serve.model import card_of
+from vocabext.serve.predict import (
+    DEVICES,
+    Lengths,
+    ModelShape,
+    PredictConfig,
+    measured_beside,
+    predict_loads,
+    predict_memory,
+)
+from vocabext.serve.report import charts, page, speed
 
 SECTIONS = ("shorter", "examples", "faster", "faithful", "writing", "tokens", "verified", "worse", "method")
 WITH_PREDICTION = (*SECTIONS[:3], "predicted", *SECTIONS[3:])

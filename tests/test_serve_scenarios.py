@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from serve.bench import answers
-from serve.bench.scenarios import (
+from vocabext.errors import CorpusError, ServerError, UsageError
+from vocabext.serve.bench import answers
+from vocabext.serve.bench.scenarios import (
     DECODE,
     MIXED,
     PREFILL,
@@ -19,8 +20,7 @@ from serve.bench.scenarios import (
     points_of,
     tokens_per_character,
 )
-from serve.engine import Server
-from vocabext.errors import CorpusError, ServerError, UsageError
+from vocabext.serve.engine import Server
 
 WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()
 SHAPE = PromptShape(4, None, 40, 120, 64)

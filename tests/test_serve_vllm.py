@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve.bench.answers import plan_answers
-from serve.bench.client import Job, LoadClient, write_prompts
-from serve.bench.stage import agreement_of
-from serve.engine import Server, ask_local, group_members
-from serve.model import load_encoder
+from vocabext.serve.bench.answers import plan_answers
+from vocabext.serve.bench.client import Job, LoadClient, write_prompts
+from vocabext.serve.bench.stage import agreement_of
+from vocabext.serve.engine import Server, ask_local, group_members
+from vocabext.serve.model import load_encoder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.engine import Server
 from vocabext.errors import ServerError
+from vocabext.serve.engine import Server
 
 TYPICAL_CHARACTERS_PER_TOKEN = 3
 ANSWER_TIMEOUT_SECONDS = 600.0

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.engine import Child, Server, server_environment
 from vocabext.errors import ServerError
+from vocabext.serve.engine import Child, Server, find_this_package, server_environment
 
 START_TIMEOUT_SECONDS = 300.0
 
@@ -90,7 +90,7 @@ class LoadClient(Child):
 
     def __init__(self, log_path: Path) -> None:
         """Describe the child; `log_path` receives what vLLM's client prints."""
-        super().__init__([sys.executable, "-m", "serve.bench.client"], log_path,
+        super().__init__([sys.executable, "-m", "vocabext.serve.bench.client"], log_path,
                          environment=_client_environment(), piped=True)
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._is_ready = False
@@ -214,9 +214,7 @@ def _last_line(text: str) -> str:
 
 def _client_environment() -> dict[str, str]:
     environment = server_environment("cpu")
-    # The child finds this package where this process found it, installed or not.
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    find_this_package(environment)
     return environment
 
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.bench.answers import AnswerPlan
-from serve.bench.client import Load
-from serve.bench.scenarios import Point
 from vocabext.errors import OutputExistsError, UsageError
 from vocabext.files.atomic import read_object, write_json
+from vocabext.serve.bench.answers import AnswerPlan
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.scenarios import Point
 
 FORMAT_VERSION = 2
 PARTIAL, COMPLETE = "partial", "complete"

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from serve.model import Encoder
 from vocabext.errors import CorpusError, UsageError
+from vocabext.serve.model import Encoder
 
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
 SCENARIOS = (PREFILL, DECODE, MIXED)

@@ -12,11 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from serve.bench.answers import AnswerPlan, plan_answers
-from serve.bench.client import Job, Load, LoadClient, write_prompts
-from serve.bench.journal import COMPLETE, PARTIAL, Journal, Pass
-from serve.bench.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
-from serve.bench.scenarios import (
+from vocabext.checkpoint.folder import resolve_model
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.corpus import Document, left_out_of, read_documents
+from vocabext.errors import ServerError, UsageError, VocabextError
+from vocabext.files.atomic import write_json
+from vocabext.progress import Progress, no_progress
+from vocabext.serve.bench.answers import AnswerPlan, plan_answers
+from vocabext.serve.bench.client import Job, Load, LoadClient, write_prompts
+from vocabext.serve.bench.journal import COMPLETE, PARTIAL, Journal, Pass
+from vocabext.serve.bench.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
+from vocabext.serve.bench.scenarios import (
     CONTEXT_MARGIN_TOKENS,
     DEFAULT_PROMPT_TOKENS,
     PREFILL,
@@ -28,8 +34,8 @@ from serve.bench.scenarios import (
     points_of,
     tokens_per_character,
 )
-from serve.bench.summary import summarize
-from serve.engine import (
+from vocabext.serve.bench.summary import summarize
+from vocabext.serve.engine import (
     START_TIMEOUT_SECONDS,
     Server,
     flag_value,
@@ -38,14 +44,8 @@ from serve.engine import (
     vllm_device,
     vllm_server,
 )
-from serve.model import Encoder, context_length, load_encoder
-from serve.provenance import provenance
-from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
-from vocabext.corpus import Document, left_out_of, read_documents
-from vocabext.errors import ServerError, UsageError, VocabextError
-from vocabext.files.atomic import write_json
-from vocabext.progress import Progress, no_progress
+from vocabext.serve.model import Encoder, context_length, load_encoder
+from vocabext.serve.provenance import provenance
 
 ROUND = (BASE, EXPANDED, BASE)
 MAX_CORPUS_CHARACTERS = 50_000_000

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from serve.bench.client import Load
-from serve.bench.compare import Comparison, Floats, Series, compare
-from serve.bench.journal import Pass
-from serve.bench.scenarios import DECODE, PREFILL, Point, points_of
 from vocabext.errors import ServerError
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.compare import Comparison, Floats, Series, compare
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import DECODE, PREFILL, Point, points_of
 
 PLACES = 3  # of a round: base, expanded, base again
 HELD_UP = 1.5  # a pass that took this many times what its siblings took was held up by something else

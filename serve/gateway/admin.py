@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve.engine import ask_local
-from serve.gateway.arms import ARMS, EXPANDED
-from serve.gateway.policy import Policy
-from serve.gateway.state import State
-from serve.gateway.trial import Trial
 from vocabext.errors import ServerError, UsageError
+from vocabext.serve.engine import ask_local
+from vocabext.serve.gateway.arms import ARMS, EXPANDED
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.state import State
+from vocabext.serve.gateway.trial import Trial
 
 TOKEN_HEADER = "x-vocabext-token"
 

@@ -17,21 +17,21 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.gateway.answers import Headers, Refusal, error_body
-from serve.gateway.arms import BASE, Arm, other
-from serve.gateway.calls import ARM_HEADER, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Request, parse
-from serve.gateway.engines import Engines
-from serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, check_key, read_body
-from serve.gateway.load import Loads, Mark
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation, failure
-from serve.gateway.policy import ArmChoice
-from serve.gateway.reading import reading_loss
-from serve.gateway.record import Recorder
-from serve.gateway.relay import Outbox, Relay, send_whole
-from serve.gateway.side_tasks import SideTasks, where
-from serve.gateway.trial import Trial
-from serve.gateway.upstream import forwarded
+from vocabext.serve.gateway.answers import Headers, Refusal, error_body
+from vocabext.serve.gateway.arms import BASE, Arm, other
+from vocabext.serve.gateway.calls import ARM_HEADER, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Request, parse
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, check_key, read_body
+from vocabext.serve.gateway.load import Loads, Mark
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation, failure
+from vocabext.serve.gateway.policy import ArmChoice
+from vocabext.serve.gateway.reading import reading_loss
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.relay import Outbox, Relay, send_whole
+from vocabext.serve.gateway.side_tasks import SideTasks, where
+from vocabext.serve.gateway.trial import Trial
+from vocabext.serve.gateway.upstream import forwarded
 
 MAX_MIRRORS = 16
 # A client that leaves after so long without a byte has waited in vain: an engine that hangs would otherwise be a matter

@@ -5,8 +5,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import ARMS, Arm
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import ARMS, Arm
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serve.gateway.arms import ARMS, BASE, EXPANDED
-from serve.gateway.canary import agreement
-from serve.gateway.observe import events_of
-from serve.gateway.replay import Rehearsal, Reply
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
+from vocabext.serve.gateway.canary import agreement
+from vocabext.serve.gateway.observe import events_of
+from vocabext.serve.gateway.replay import Rehearsal, Reply
 
 PASS, DIFFERS, FAIL, NOT_CHECKED = "pass", "differs", "FAIL", "not checked"
 FORCE = 100.0  # as a bias: whatever else the model would write

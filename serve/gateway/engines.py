@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import Call, Request, plain_call
-from serve.gateway.front import BaseFront
-from serve.gateway.upstream import Upstream
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
+from vocabext.serve.gateway.calls import Call, Request, plain_call
+from vocabext.serve.gateway.front import BaseFront
+from vocabext.serve.gateway.upstream import Upstream
 
 
 @dataclass

@@ -20,12 +20,12 @@ from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
-from serve.gateway.chat import ChatConverter
-from serve.gateway.logprobs import LogprobsConverter
-from serve.gateway.upstream import Upstream, forwarded
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
+from vocabext.serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
+from vocabext.serve.gateway.chat import ChatConverter
+from vocabext.serve.gateway.logprobs import LogprobsConverter
+from vocabext.serve.gateway.upstream import Upstream, forwarded
 from vocabext.tokens import Expansion
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ async def check_ban(upstream: Upstream, front: BaseFront, url: str, model: str, 
             return "the engine's answer to a trial request cannot be read; is it a vLLM server?"
     if any(i >= first for i in written[BASE]):
         return ("the engine does not ban new tokens from base requests; start it with --logits-processors "
-                "serve.gateway.ban:BanNewTokens")
+                "vocabext.serve.gateway.ban:BanNewTokens")
     if first not in written[EXPANDED]:
         return f"the trial could not make the engine write the new token {first}, so the ban cannot be checked"
     return ""

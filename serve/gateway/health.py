@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, Arm
-from serve.gateway.engines import Engines
-from serve.gateway.front import BaseFront, check_ban
-from serve.gateway.metrics import Metrics
-from serve.gateway.upstream import Upstream
 from vocabext.errors import ServerError
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, Arm
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import BaseFront, check_ban
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.upstream import Upstream
 
 HEALTH_SECONDS = 2.0
 BAN_SECONDS = 60.0  # longest time for the trial that the ban holds

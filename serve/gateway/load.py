@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import ARMS, other
-from serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import ARMS, other
+from vocabext.serve.gateway.metrics import Metrics
 
 LIKE = 1.5  # times as many requests on one arm as on the other
 FEW = 1.0  # requests beside the one that is looked at

@@ -10,8 +10,8 @@ import random
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve.gateway.arms import ARMS, BASE, EXPANDED
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
 
 
 @dataclass(frozen=True)

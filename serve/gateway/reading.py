@@ -18,13 +18,13 @@ The base engine turns texts into ids and computes nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, EXPANDED
-from serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
-from serve.gateway.engines import Engines
-from serve.gateway.front import rendering_of
-from serve.gateway.load import Loads
-from serve.gateway.upstream import forwarded
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, EXPANDED
+from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import rendering_of
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.upstream import forwarded
 
 # Of one answer; its beginning says enough.
 MOST_CHARACTERS = 1_000

@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 
-from serve.gateway.contract import FAIL, ITEMS, Item
-from serve.gateway.replay import Rehearsal, read_requests
-from serve.provenance import provenance
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.errors import ServerError
 from vocabext.progress import Progress, no_progress
+from vocabext.serve.gateway.contract import FAIL, ITEMS, Item
+from vocabext.serve.gateway.replay import Rehearsal, read_requests
+from vocabext.serve.provenance import provenance
 
 VERSION = 1
 

@@ -5,13 +5,13 @@ import json
 import time
 from collections.abc import AsyncIterator
 
-from serve.gateway.answers import Headers, error_body, error_event
-from serve.gateway.arms import Arm
-from serve.gateway.calls import ARM_HEADER, Call, Request
-from serve.gateway.events import DONE, EventSplitter
-from serve.gateway.guard import Message, Send
-from serve.gateway.observe import KEPT_BYTES, Observation, failure, observe
-from serve.gateway.upstream import Upstream, forwarded, returned
+from vocabext.serve.gateway.answers import Headers, error_body, error_event
+from vocabext.serve.gateway.arms import Arm
+from vocabext.serve.gateway.calls import ARM_HEADER, Call, Request
+from vocabext.serve.gateway.events import DONE, EventSplitter
+from vocabext.serve.gateway.guard import Message, Send
+from vocabext.serve.gateway.observe import KEPT_BYTES, Observation, failure, observe
+from vocabext.serve.gateway.upstream import Upstream, forwarded, returned
 
 
 class Relay:

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
-from serve.gateway.calls import CHAT, COMPLETIONS
 from vocabext.checkpoint.manifest import Manifest
 from vocabext.errors import ServerError, UsageError
+from vocabext.serve.gateway.calls import CHAT, COMPLETIONS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -12,29 +11,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve.engine import LOCAL, Server, check_port, vllm_server, wait_until_ready
-from serve.gateway.admin import admin_application
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, application
-from serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
-from serve.gateway.canary import Bounds, Canary
-from serve.gateway.engines import Engines
-from serve.gateway.front import BaseFront
-from serve.gateway.guard import Limits
-from serve.gateway.health import Health, ban_fault, card_of
-from serve.gateway.load import Loads
-from serve.gateway.metrics import Metrics
-from serve.gateway.policy import Policy
-from serve.gateway.record import Recorder
-from serve.gateway.side_tasks import SideTasks
-from serve.gateway.state import State, locked, open_state
-from serve.gateway.trial import Trial
-from serve.gateway.upstream import Upstream
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.errors import ServerError, UsageError
 from vocabext.progress import Progress, no_progress
+from vocabext.serve.engine import LOCAL, Server, check_port, find_this_package, vllm_server, wait_until_ready
+from vocabext.serve.gateway.admin import admin_application
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, application
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
+from vocabext.serve.gateway.canary import Bounds, Canary
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import BaseFront
+from vocabext.serve.gateway.guard import Limits
+from vocabext.serve.gateway.health import Health, ban_fault, card_of
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State, locked, open_state
+from vocabext.serve.gateway.trial import Trial
+from vocabext.serve.gateway.upstream import Upstream
 
-BAN = "serve.gateway.ban:BanNewTokens"
+BAN = "vocabext.serve.gateway.ban:BanNewTokens"
 ONE_ENGINE_FLAGS = ("--logits-processors", BAN)
 EXCLUDES_TOOLS = "--exclude-tools-when-tool-choice-none"
 
@@ -140,8 +139,8 @@ def check_verified(config: GatewayConfig) -> None:
     Raises:
         CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
     """
-    from serve.model import require_verified
     from vocabext.checkpoint.folder import resolve_model
+    from vocabext.serve.model import require_verified
 
     # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
     places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
@@ -162,10 +161,7 @@ def engines_of(config: GatewayConfig) -> dict[str, Server]:
         flags = (*config.vllm_flags, *(ONE_ENGINE_FLAGS if config.one_engine else ()))
         server = vllm_server(resolve_model(place), config.log_folder / f"{arm}.log", name=f"the {arm} engine",
                              served_name=config.model or config.base, flags=flags)
-        # The engine imports the ban from where this process found it, installed or not.
-        root = str(Path(__file__).resolve().parents[2])
-        server.environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (root, server.environment.get("PYTHONPATH"))))
+        find_this_package(server.environment)  # for the ban
         if config.api_key is not None:
             server.environment["VLLM_API_KEY"] = config.api_key
         engines[arm] = server
@@ -236,7 +232,7 @@ class Service:
     async def _serve(self, gateway: Gateway, health: Health) -> None:
         import uvicorn
 
-        from serve.gateway.protocol import QuietServer, limited_protocol
+        from vocabext.serve.gateway.protocol import QuietServer, limited_protocol
 
         config = self._config
         protocol = limited_protocol(config.limits.header_bytes)

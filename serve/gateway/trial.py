@@ -6,12 +6,12 @@ Every change of the policy begins a trial. It ends with the next change: the ope
 import asyncio
 from dataclasses import dataclass
 
-from serve.gateway.canary import Canary
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation
-from serve.gateway.policy import Policy
-from serve.gateway.side_tasks import SideTasks
-from serve.gateway.state import State
+from vocabext.serve.gateway.canary import Canary
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State
 
 SAVE_AGAIN_SECONDS = 5.0
 

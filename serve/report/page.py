@@ -14,10 +14,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from serve.bench.summary import with_points
-from serve.model import card_of
-from serve.report import charts
-from serve.report.speed import (
+from vocabext import __version__
+from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
+from vocabext.errors import UsageError
+from vocabext.serve.bench.summary import with_points
+from vocabext.serve.model import card_of
+from vocabext.serve.report import charts
+from vocabext.serve.report.speed import (
     METRIC_NAMES,
     cost_rows,
     curves,
@@ -31,9 +34,6 @@ from serve.report.speed import (
     speed_rows,
     speed_sentence,
 )
-from vocabext import __version__
-from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
-from vocabext.errors import UsageError
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
 OPTIONAL = ("predict", "swap")

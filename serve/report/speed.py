@@ -5,11 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
-from serve.bench.journal import PARTIAL
-from serve.bench.scenarios import DECODE, PREFILL
-from serve.bench.summary import PASS_METRICS, REQUEST_METRICS
-from serve.report import charts
+from vocabext.serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
+from vocabext.serve.bench.journal import PARTIAL
+from vocabext.serve.bench.scenarios import DECODE, PREFILL
+from vocabext.serve.bench.summary import PASS_METRICS, REQUEST_METRICS
+from vocabext.serve.report import charts
 
 METRIC_NAMES = {
     "request_seconds": "seconds per request",
