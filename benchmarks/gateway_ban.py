@@ -21,10 +21,10 @@ import aiohttp
 from gateway_models import STORIES, make_pair
 from gateway_soak import engines
 
-from serve.engine import wait_until_ready
-from serve.gateway.run import ONE_ENGINE_FLAGS
-from serve.provenance import provenance
 from vocabext.checkpoint.manifest import Manifest, read_manifest
+from vocabext.serve.engine import wait_until_ready
+from vocabext.serve.gateway.run import ONE_ENGINE_FLAGS
+from vocabext.serve.provenance import provenance
 from vocabext.tokenizer import load_tokenizer
 
 TOKENS, CONCURRENCY, ROUNDS = 64, 16, 3

@@ -25,11 +25,11 @@ import aiohttp
 from gateway_soak import engines, start_gateway
 from safetensors.torch import load_file, save_file
 
-from serve.engine import wait_until_ready
-from serve.provenance import provenance
 from vocabext.checkpoint.folder import open_checkpoint
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.corpus import read_documents
+from vocabext.serve.engine import wait_until_ready
+from vocabext.serve.provenance import provenance
 
 PROMPT_CHARACTERS, ANSWER_TOKENS, SHIFT = 300, 32, 7
 TIMES_FREE = ("--max-pace", "1000", "--max-first", "1000")

@@ -8,7 +8,7 @@ from typing import Any
 
 from sections import DOCS, put_section
 
-from serve.gateway.canary import READING
+from vocabext.serve.gateway.canary import READING
 
 ROOT = Path(__file__).resolve().parent
 SOAKS = ("gateway_soak", "gateway_soak_one_engine")

@@ -24,8 +24,8 @@ import aiohttp
 from gateway_models import ASSETS, STORIES
 from gateway_soak import start_gateway
 
-from serve.engine import Server, free_port, vllm_server, wait_until_ready
-from serve.provenance import provenance
+from vocabext.serve.engine import Server, free_port, vllm_server, wait_until_ready
+from vocabext.serve.provenance import provenance
 
 FAKE = Path(__file__).resolve().parents[1] / "tests" / "support" / "fake_vllm.py"
 CONCURRENCY, TOKENS = 32, 32

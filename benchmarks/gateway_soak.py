@@ -25,11 +25,11 @@ from typing import Any
 import aiohttp
 from gateway_models import STORIES, make_pair
 
-from serve.engine import Server, vllm_server, wait_until_ready
-from serve.gateway.observe import events_of
-from serve.gateway.run import ONE_ENGINE_FLAGS
-from serve.provenance import provenance
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.serve.engine import Server, vllm_server, wait_until_ready
+from vocabext.serve.gateway.observe import events_of
+from vocabext.serve.gateway.run import ONE_ENGINE_FLAGS
+from vocabext.serve.provenance import provenance
 from vocabext.tokenizer import load_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

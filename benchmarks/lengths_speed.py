@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serve.encoder import Encoder, load_encoder
-from serve.lengths import measure_lengths
-from serve.provenance import provenance
 from vocabext.corpus import read_documents
 from vocabext.files.atomic import write_json
+from vocabext.serve.lengths import measure_lengths
+from vocabext.serve.model import Encoder, load_encoder
+from vocabext.serve.provenance import provenance
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sections import DOCS, put_section
 from serve_false_alarms import table as false_alarm_table
 
-from serve.report.speed import METRIC_NAMES, shown_metrics
+from vocabext.serve.report.speed import METRIC_NAMES, shown_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BIOMED, ALARMS, LENGTHS = (ROOT / "benchmarks" / f"{name}.json"

@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from serve.bench.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
-from serve.bench.journal import Run
-from serve.bench.scenarios import Point
-from serve.bench.summary import summarize
 from vocabext.files.atomic import write_json
+from vocabext.serve.bench.compare import FASTER, MIN_ROUNDS, NO_DIFFERENCE, SLOWER
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import Point
+from vocabext.serve.bench.summary import summarize
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TARGET_SHARE = 19 / 20
@@ -63,7 +63,7 @@ def judge(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         document: A bench.json with one point.
     """
-    runs = [Run.from_json(row) for row in document["runs"]]
+    runs = [Pass.from_json(row) for row in document["runs"]]
     (point,) = {run.point for run in runs}
     counts: dict[str, Counter[str]] = {}
     speedups: dict[str, list[float]] = {}
@@ -78,7 +78,7 @@ def judge(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _verdicts(
-    runs: list[Run], point: Point, start: int, characters: dict[str, list[int]]
+    runs: list[Pass], point: Point, start: int, characters: dict[str, list[int]]
 ) -> list[tuple[str, dict[str, Any]]]:
     here = [run for run in runs if start <= run.round < start + MIN_ROUNDS]
     none = {"ttft_seconds": None, "request_seconds": None}

@@ -1,14 +1,17 @@
 """Serve a base and an expanded model with vLLM, measure both on the same text, and report.
 
     engine.py      a vLLM server as a child process: start, wait until healthy, always stop
-    client.py      vLLM's own benchmark client, in a process of its own
-    compare.py     paired ratios, bootstrap intervals, the noise floor, the verdict
-    bench.py       base and expanded in turn, under the same texts  -> bench.json
-    lengths.py     how much shorter a corpus becomes                 -> lengths.json
+    lengths.py     how much shorter a corpus becomes                  -> lengths.json
+    predict.py     what that should bring on a device, from a roofline -> predict.json
+    model.py       what serving asks of a model folder
     provenance.py  what was measured on: versions, hardware
-    pictures.py    SVG from numbers
-    report.py      all results on one page, never measures           -> report.html
+    bench/         base and expanded in turn, under the same texts    -> bench.json
+    report/        all results on one page, never measures            -> report.html
+    gateway/       both behind one endpoint: try, compare, go back
 
-May import `vocabext` (its lower floors); `vocabext` never imports this package, except for the
-lazily loaded `vocabext serve`.
+Installed, and in every import, this folder is `vocabext.serve` (vocabext/serve is a link to it). It may import
+`vocabext`'s lower floors; `vocabext` never imports this package, except for the lazily loaded `vocabext serve`.
 """
+
+if __name__ != "vocabext.serve":
+    raise ImportError(f"this package was imported as {__name__}; import vocabext.serve, or there would be two of it")

@@ -20,14 +20,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import httpx
+import psutil
+
+import vocabext
 from vocabext.errors import MissingExtraError, ServerError
 from vocabext.progress import Progress, no_progress
 
@@ -56,7 +57,7 @@ _CAUSE = re.compile(r"(?:^|\s)(?P<cause>(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|E
 _USAGE = re.compile(r"^\S+: error: (?P<cause>.+)$")
 _LOG_PREFIX = re.compile(r"^\(\w[^)]*pid=\d+\)\s*(?:(?:INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
 
-_running: "set[Child]" = set()
+running_children: "set[Child]" = set()
 
 
 def require_vllm() -> None:
@@ -121,7 +122,7 @@ class Child:
                 command, stdin=pipe or subprocess.DEVNULL, stdout=pipe or log, stderr=log,
                 env=self.environment, start_new_session=True,
             )
-        _running.add(self)
+        running_children.add(self)
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -136,7 +137,7 @@ class Child:
 
     def stop(self) -> None:
         """End every process of the group: SIGTERM, then SIGKILL. Harmless if they ended already."""
-        if self not in _running:
+        if self not in running_children:
             return
         try:
             _end_group(self.process, STOP_GRACE_SECONDS)
@@ -144,7 +145,7 @@ class Child:
             _end_group(self.process, 0.0)
             raise
         finally:
-            _running.discard(self)
+            running_children.discard(self)
             for stream in (self.process.stdin, self.process.stdout):
                 if stream is not None:
                     with contextlib.suppress(OSError):
@@ -193,13 +194,24 @@ class Server(Child):
     def is_healthy(self) -> bool:
         """Ask the server whether it is ready."""
         try:
-            with open_url(f"{self.url}/health", timeout_seconds=2.0) as response:
-                return bool(response.status == 200)
-        except urllib.error.HTTPError as error:
-            error.close()
+            return ask_local(f"{self.url}/health", timeout_seconds=2.0).status_code == 200
+        except httpx.HTTPError:
             return False
-        except OSError:
-            return False
+
+    def ask(self, path: str, document: Mapping[str, Any], *, timeout_seconds: float = 60.0) -> dict[str, Any]:
+        """Post JSON, and return the JSON that comes back.
+
+        Raises:
+            ServerError: If the server has died, or gives no such answer.
+        """
+        try:
+            answer: dict[str, Any] = ask_local(
+                self.url + path, document, timeout_seconds=timeout_seconds).raise_for_status().json()
+            return answer
+        except (httpx.HTTPError, ValueError) as error:
+            self.check_alive()
+            reason = str(error).partition("\n")[0]
+            raise self.failure(f"{self.name} did not answer {path} ({reason})") from None
 
     def check_alive(self) -> None:
         """Raise if the server's process has ended.
@@ -331,12 +343,27 @@ def server_environment(device: str) -> dict[str, str]:
     return environment
 
 
-def open_url(url: str, *, body: bytes | None = None, timeout_seconds: float = 60.0) -> HTTPResponse:
-    """Open a URL of a server of ours, past any proxy; with a body it is a POST of JSON."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    response: HTTPResponse = opener.open(request, timeout=timeout_seconds)
-    return response
+def find_this_package(environment: dict[str, str]) -> None:
+    """Have a child process find this package where this process found it, installed or not.
+
+    Args:
+        environment: The child's; changed in place.
+    """
+    root = str(Path(vocabext.__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+
+
+def ask_local(
+    url: str, document: Mapping[str, Any] | None = None, *, headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 60.0,
+) -> httpx.Response:
+    """Ask a server of ours, past any proxy; with a document it is a POST of JSON.
+
+    Raises:
+        httpx.HTTPError: If it cannot be reached, or is silent for too long.
+    """
+    return httpx.request("GET" if document is None else "POST", url, json=document, headers=headers,
+                         timeout=timeout_seconds, trust_env=False)
 
 
 def free_port(host: str = LOCAL) -> int:
@@ -406,29 +433,22 @@ def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             ended = process.poll() is not None
-            if ended and not _group_members(group):
+            if ended and not group_members(group):
                 return
             time.sleep(0.05)
 
 
-def _group_members(group: int) -> list[int]:
+def group_members(group: int) -> list[int]:
     """Return the living processes of a group; zombies that nobody collects do not count."""
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.killpg(group, 0)
-        except (ProcessLookupError, PermissionError):
-            return []
-        return [group]
     members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state not in "ZX":
-                members.append(int(path.parent.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                members.append(process.pid)
     return members
 
 
 @atexit.register
 def _stop_all() -> None:
-    for child in list(_running):
+    for child in list(running_children):
         child.stop()

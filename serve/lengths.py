@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.encoder import Encoder, load_encoder
-from serve.provenance import provenance
-from serve.shape import cache_bytes_per_token, context_length, read_config
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.checkpoint.manifest import has_manifest, read_manifest
 from vocabext.corpus import Document, left_out_of, read_documents
 from vocabext.progress import Progress, no_progress
+from vocabext.serve.model import Encoder, cache_bytes_per_token, context_length, load_encoder, read_config
+from vocabext.serve.provenance import provenance
 from vocabext.tokens import Expansion, NewToken
 
 FORMAT_VERSION = 2

@@ -385,8 +385,8 @@ def test_every_field_of_a_rows_file_is_described() -> None:
 
 def test_every_field_of_a_bench_file_is_described() -> None:
     pytest.importorskip("numpy")
-    from serve.bench.client import Load
-    from serve.bench.compare import Comparison
+    from vocabext.serve.bench.client import Load
+    from vocabext.serve.bench.compare import Comparison
 
     names = {field.name for record in (Load, Comparison) for field in dataclasses.fields(record)} - {"texts"}
     assert not [name for name in sorted(names) if f"`{name}`" not in section("bench.json")]
@@ -394,7 +394,7 @@ def test_every_field_of_a_bench_file_is_described() -> None:
 
 def test_every_metric_of_the_gateway_is_described() -> None:
     pytest.importorskip("prometheus_client")
-    from serve.gateway.metrics import Metrics
+    from vocabext.serve.gateway.metrics import Metrics
 
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
     described = dict(re.findall(r"^\| `(vocabext_\w+?)(?:_total)?` \| (\w+) \|", page, re.MULTILINE))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serve.engine import vllm_server, wait_until_ready
 from vocabext.checkpoint.folder import load_rows
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.serve.engine import vllm_server, wait_until_ready
 from vocabext.tokenizer import load_tokenizer
 from vocabext.tokens import Expansion
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from gateway_rig import Running, cli, events, fake_engine, gateway, inspect, text_of, wait_for
 
-from serve.engine import Server
+from vocabext.serve.engine import Server
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from gateway_rig import fake_engine, gateway
 
-from serve.gateway.app import Gateway
-from serve.gateway.arms import Arm
-from serve.gateway.calls import Request
-from serve.gateway.canary import Bounds, Canary, agreement
-from serve.gateway.guard import Limits
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation, observe
-from serve.gateway.reading import reading_loss
-from serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.arms import Arm
+from vocabext.serve.gateway.calls import Request
+from vocabext.serve.gateway.canary import Bounds, Canary, agreement
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation, observe
+from vocabext.serve.gateway.reading import reading_loss
+from vocabext.serve.gateway.sequential import BURN_IN, BoundedMean, Mean
 from vocabext.tokens import Expansion, NewToken
 
 
@@ -166,7 +166,7 @@ def test_a_running_gateway_takes_back_an_arm_that_reads_or_answers_otherwise(
             assert answer.headers["x-vocabext-arm"] == "base"
 
 
-class Engines:
+class Connections:
     """Both engines, in place of connections to them: a merged `ab` is id 200; what they were asked."""
 
     def __init__(self, *, lost: float) -> None:
@@ -188,25 +188,25 @@ class Engines:
         return 200, json.dumps({"choices": [{"prompt_logprobs": steps}]}).encode()
 
 
-def read(engines: Engines, prompt: str, *, one_engine: bool = False, busy: int = 0, **chat: Any) -> float | None:
+def read(engines: Connections, prompt: str, *, one_engine: bool = False, busy: int = 0, **chat: Any) -> float | None:
     """Let the expanded engine read a prompt and the base's answer `hello`."""
     front = SimpleNamespace(encode=lambda text, special: [ord(c) for c in text],
                             expansion=Expansion([NewToken("ab", "ab", (97, 98))], 200))
-    arms = {"base": Arm("base", "http://base", "b", front if one_engine else None),  # type: ignore[arg-type]
-            "expanded": Arm("expanded", "http://expanded", "e")}
-    found = Gateway(arms, None, engines, Limits(in_flight=2), Metrics())  # type: ignore[arg-type]
-    found.in_flight["expanded"] = busy
+    arms = {"base": Arm("base", "http://base", "b"), "expanded": Arm("expanded", "http://expanded", "e")}
+    found = Engines(arms, engines, front if one_engine else None)  # type: ignore[arg-type]
+    loads = Loads(Metrics(), 2)
+    loads.in_flight["expanded"] = busy
     document = {"messages": [{"role": "user", "content": prompt}], **chat} if chat else {"prompt": prompt}
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    loss = asyncio.run(reading_loss(found, Request(path, [], b"", document, 0.0), "hello"))
-    assert found.in_flight["expanded"] == busy
+    loss = asyncio.run(reading_loss(found, loads, Request(path, [], b"", document, 0.0), "hello"))
+    assert loads.in_flight["expanded"] == busy
     return loss
 
 
 @pytest.mark.parametrize("one_engine", [False, True])
 @pytest.mark.parametrize("lost", [0.0, 0.25])
 def test_what_new_tokens_take_from_base_ids_is_not_taken_for_bad_reading(one_engine: bool, lost: float) -> None:
-    engines = Engines(lost=lost)
+    engines = Connections(lost=lost)
     assert read(engines, "ab c", one_engine=one_engine) == pytest.approx(lost)
     assert [what for what in engines.asked if what[1] == "completions"] == [("expanded", "completions")] * 2
     assert (("base", "tokenize") in engines.asked) == (not one_engine)
@@ -214,13 +214,13 @@ def test_what_new_tokens_take_from_base_ids_is_not_taken_for_bad_reading(one_eng
 
 @pytest.mark.parametrize(("prompt", "busy", "loss"), [("c", 0, 0.0), ("ab" + "c" * 2_050, 0, None), ("ab", 2, None)])
 def test_what_need_not_or_must_not_be_read_costs_no_pass(prompt: str, busy: int, loss: float | None) -> None:
-    engines = Engines(lost=1.0)
+    engines = Connections(lost=1.0)
     assert read(engines, prompt, busy=busy) == loss
     assert "completions" not in {path for _, path in engines.asked}
 
 
 def test_a_chat_is_read_as_the_chat_endpoint_renders_it() -> None:
-    engines = Engines(lost=0.25)
+    engines = Connections(lost=0.25)
     assert read(engines, "ab c", model="theirs", reasoning_effort="low") == pytest.approx(0.25)
     rendered = [body for body in engines.bodies if "messages" in body]
     assert [body["model"] for body in rendered] == ["e", "b"]

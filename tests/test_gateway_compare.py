@@ -16,21 +16,24 @@ import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
 
-from serve.gateway import app
-from serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, Proxy
-from serve.gateway.arms import ARMS, Arm
-from serve.gateway.calls import Request
-from serve.gateway.canary import FAILURES, FIRST, LENGTH, PACE, Canary
-from serve.gateway.guard import Limits
-from serve.gateway.load import Loads
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import Observation
-from serve.gateway.policy import Policy
-from serve.gateway.record import Recorder
-from serve.gateway.state import State, read_state
 from vocabext.cli.main import cli
+from vocabext.serve.gateway import app, relay, trial
+from vocabext.serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, Proxy
+from vocabext.serve.gateway.arms import ARMS, Arm
+from vocabext.serve.gateway.calls import Request
+from vocabext.serve.gateway.canary import FAILURES, FIRST, LENGTH, PACE, Canary
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.guard import Limits
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State, read_state
+from vocabext.serve.gateway.trial import Trial
 
 Answer = Callable[[], Awaitable[tuple[int, list[bytes]]]]
 TEXT = json.dumps({"choices": [{"text": "hello", "finish_reason": "stop"}]}).encode()
@@ -54,7 +57,7 @@ def after(seconds: float) -> Answer:
     return answer
 
 
-class Engines:
+class Connections:
     """Both engines, in place of connections to them."""
 
     def __init__(self, arms: dict[str, Answer]) -> None:
@@ -77,15 +80,16 @@ class Rig:
     """A gateway without sockets."""
 
     def __init__(self, folder: Path, policy: Policy, *, front: Any = None, **arms: Answer) -> None:
-        self.engines = Engines({"base": good, "expanded": good, **arms})
+        self.engines = Connections({"base": good, "expanded": good, **arms})
         self.notes: list[str] = []
         state = State(folder / "state.json", policy)
         state.save()
         urls = {name: "http://one" if front else f"http://{name}" for name in ARMS}
-        self.gateway = Gateway({"base": Arm("base", urls["base"], "m", front),
-                                "expanded": Arm("expanded", urls["expanded"], "m")},
-                               state, self.engines, Limits(), Metrics(), Canary(), None, "m",  # type: ignore[arg-type]
-                               note=self.notes.append)
+        arms = {name: Arm(name, urls[name], "m") for name in ARMS}
+        metrics, side_tasks = Metrics(), SideTasks(self.notes.append)
+        self.gateway = Gateway(
+            Engines(arms, self.engines, front, "m"),  # type: ignore[arg-type]
+            Trial(state, Canary(), metrics, side_tasks), Loads(metrics, Limits().in_flight), metrics, side_tasks)
 
     async def ask(self, headers: list[tuple[bytes, bytes]] | None = None, *, leave: float = 60.0, **body: Any
                   ) -> tuple[int, bytes]:
@@ -108,17 +112,17 @@ class Rig:
 
     async def settle(self) -> None:
         """Wait for the copies."""
-        await asyncio.gather(*self.gateway.background)
+        await asyncio.gather(*self.gateway.side_tasks.tasks)
 
     def seen(self, measure: str) -> dict[str, int]:
         """Return how many answers of each arm a measure knows."""
-        assert self.gateway.canary is not None
-        return next(f["values"] for f in self.gateway.canary.to_json()["findings"] if f["measure"] == measure)
+        assert self.gateway.trial.canary is not None
+        return next(f["values"] for f in self.gateway.trial.canary.to_json()["findings"] if f["measure"] == measure)
 
     def failed(self) -> dict[str, float | None]:
         """Return the share of failures of each arm."""
-        assert self.gateway.canary is not None
-        found = self.gateway.canary.findings()[0]
+        assert self.gateway.trial.canary is not None
+        found = self.gateway.trial.canary.findings()[0]
         return {"base": found.base, "expanded": found.expanded}
 
 
@@ -156,7 +160,7 @@ def test_pinned_requests_never_take_an_arm_back(tmp_path: Path) -> None:
         rig = Rig(tmp_path, Policy(10), expanded=answering(500))
         for _ in range(150):
             assert (await rig.ask(PINNED))[0] == 500
-        assert rig.gateway.state.serial == 0
+        assert rig.gateway.trial.state.serial == 0
     run(work)
 
 
@@ -182,10 +186,10 @@ def test_an_arm_that_hangs_until_clients_leave_is_taken_back(tmp_path: Path, mon
         rig = Rig(tmp_path, Policy(50), expanded=after(60))
         for _ in range(20):
             await asyncio.gather(*(rig.ask(leave=0.03) for _ in range(20)))
-            if rig.gateway.state.serial:
+            if rig.gateway.trial.state.serial:
                 break
-        assert rig.gateway.state.policy.expanded_percent == 0
-        assert "failures" in rig.gateway.state.changes[-1]["reason"]
+        assert rig.gateway.trial.state.policy.expanded_percent == 0
+        assert "failures" in rig.gateway.trial.state.changes[-1]["reason"]
     run(work)
 
 
@@ -214,11 +218,11 @@ def test_a_client_that_left_would_have_left_the_copy_too_unless_it_was_faster(
 
 
 def test_a_stream_that_comes_along_is_not_silent() -> None:
-    relay = app.Relay(None, None, Request("/v1/completions", [], b"", {}, 0.0), None, None)  # type: ignore[arg-type]
-    relay._parts = [(1.0, b"a"), (9.0, b"b")]
-    assert (relay.silence(0.5), relay.silence(10.0), relay.silence(20.0)) == (0.5, 1.0, 11.0)
-    relay._complete = True
-    assert (relay.silence(8.0), relay.silence(20.0)) == (7.0, 0.0)
+    passing = relay.Relay(None, None, Request("/v1/completions", [], b"", {}, 0.0), None, None)  # type: ignore[arg-type]
+    passing._parts = [(1.0, b"a"), (9.0, b"b")]
+    assert (passing.silence(0.5), passing.silence(10.0), passing.silence(20.0)) == (0.5, 1.0, 11.0)
+    passing._complete = True
+    assert (passing.silence(8.0), passing.silence(20.0)) == (7.0, 0.0)
 
 
 # --- requests that were refused
@@ -229,9 +233,9 @@ def test_an_arm_that_refuses_what_the_other_answers_is_taken_back(tmp_path: Path
         rig = Rig(tmp_path, Policy(50), expanded=answering(400))
         for _ in range(600):
             await rig.ask()
-            if rig.gateway.state.serial:
+            if rig.gateway.trial.state.serial:
                 break
-        assert rig.gateway.state.changes[-1]["by"] == "canary"
+        assert rig.gateway.trial.state.changes[-1]["by"] == "canary"
     run(work)
 
 
@@ -241,7 +245,7 @@ def test_mistakes_of_clients_take_nothing_back(tmp_path: Path, percent: float, s
         rig = Rig(tmp_path, Policy(percent), base=answering(status), expanded=answering(status))
         for _ in range(400):
             await rig.ask()
-        assert rig.gateway.state.serial == 0
+        assert rig.gateway.trial.state.serial == 0
         assert (rig.seen(FAILURES)["expanded"] > 0) == (status == 400)
     run(work)
 
@@ -276,20 +280,20 @@ def test_the_canary_takes_back_without_a_disk_and_saves_it_later(tmp_path: Path)
         rig = Rig(tmp_path, Policy(100), expanded=answering(500))
         with pytest.MonkeyPatch.context() as patch:
             full(patch)
-            patch.setattr(app, "SAVE_AGAIN_SECONDS", 0.01)
+            patch.setattr(trial, "SAVE_AGAIN_SECONDS", 0.01)
             arms = []
             for _ in range(200):
                 status, _ = await rig.ask()
                 arms.append(rig.engines.asked[-1])
                 assert status == (500 if arms[-1] == "expanded" else 200)
             assert arms[-1] == "base"
-            assert rig.gateway.state.unsaved.endswith("state.json cannot be written (No space left on device)")
+            assert rig.gateway.trial.state.unsaved.endswith("state.json cannot be written (No space left on device)")
             await asyncio.sleep(0.05)
             assert read_state(tmp_path / "state.json").policy.expanded_percent == 100
             assert len(rig.notes) == 1
             assert "a restart would not know of it" in rig.notes[0]
         await rig.settle()
-        assert rig.gateway.state.unsaved == ""
+        assert rig.gateway.trial.state.unsaved == ""
         assert read_state(tmp_path / "state.json").policy.expanded_percent == 0
         assert len(rig.notes) == 2
     run(work)
@@ -300,16 +304,16 @@ def test_an_operators_rollback_succeeds_without_a_disk_and_a_swap_does_not(
 ) -> None:
     rig = Rig(tmp_path, Policy(50))
     full(monkeypatch)
-    headers = {TOKEN_HEADER: rig.gateway.state.token}
-    with TestClient(admin_application(rig.gateway)) as client:
+    headers = {TOKEN_HEADER: rig.gateway.trial.state.token}
+    with TestClient(admin_application(rig.gateway.trial, rig.gateway.status)) as client:
         answer = client.post("/swap", json={"to": "expanded"}, headers=headers)
-        assert (answer.status_code, rig.gateway.state.policy.expanded_percent) == (500, 50)
+        assert (answer.status_code, rig.gateway.trial.state.policy.expanded_percent) == (500, 50)
         answer = client.post("/swap", json={"rollback": True, "reason": "now"}, headers=headers)
-        assert (answer.status_code, rig.gateway.state.policy.expanded_percent) == (200, 0)
+        assert (answer.status_code, rig.gateway.trial.state.policy.expanded_percent) == (200, 0)
         assert "cannot be written (No space left on device)" in answer.json()["unsaved"]
         assert answer.json()["changes"][-1]["reason"] == "now"
     monkeypatch.undo()
-    monkeypatch.setattr("serve.gateway.admin.send_order", lambda *_: {**answer.json(), "canary": None})
+    monkeypatch.setattr("vocabext.serve.gateway.admin.send_order", lambda *_: {**answer.json(), "canary": None})
     done = CliRunner().invoke(cli, ["serve", "swap", "--rollback", "--state", str(tmp_path / "state.json")])
     assert done.exit_code == 0
     assert "a restart would not know of it" in done.output
@@ -352,7 +356,7 @@ def test_a_fault_of_the_gateway_is_answered_in_json_and_logged_without_the_reque
         assert (status, json.loads(body)["error"]["code"]) == (500, 500)
         assert "RuntimeError at app.py:" in rig.notes[0]
         assert "secret" not in rig.notes[0] + body.decode()
-        rig.gateway.spawn(broken())  # type: ignore[arg-type]
+        rig.gateway.side_tasks.spawn(broken())  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         assert "RuntimeError" in rig.notes[1]
         assert "secret" not in rig.notes[1]
@@ -365,7 +369,7 @@ def test_a_fault_in_a_stream_ends_it_with_an_error() -> None:
 
         async def send(message: Any) -> None:
             sent.append(message)
-        outbox = app.Outbox(send)
+        outbox = relay.Outbox(send)
         headers = [(b"content-type", b"text/event-stream")]
         await outbox({"type": "http.response.start", "status": 200, "headers": headers})
         await outbox.fail(500, "broken", [])
@@ -388,7 +392,7 @@ def test_a_new_share_mirrors_nothing_unless_it_says_so() -> None:
 @pytest.mark.parametrize(("base", "expanded", "alike"), [(0, 0, True), (1, 1, True), (0, 1, True), (4, 6, True),
                                                          (4, 7, False), (7, 4, False), (0, 2, False), (2, 0, False)])
 def test_loads_are_alike_within_a_factor_or_hardly_there(base: int, expanded: int, alike: bool) -> None:
-    loads, beside = Loads(), {"base": base, "expanded": expanded}
+    loads, beside = Loads(Metrics(), 256), {"base": base, "expanded": expanded}
     for arm in ARMS:
         for _ in range(beside[arm]):
             loads.begin(arm)
@@ -402,7 +406,7 @@ def test_loads_are_alike_within_a_factor_or_hardly_there(base: int, expanded: in
 
 def test_a_load_is_that_of_the_whole_answer() -> None:
     now = 0.0
-    loads = Loads(lambda: now)
+    loads = Loads(Metrics(), 256, clock=lambda: now)
     loads.begin("expanded")
     since = loads.mark()
     now = 0.1
@@ -430,7 +434,8 @@ def under_load(seed: int, share: float, *, clients: int = 32, slower: float = 1.
     Both engines are slower the more requests are in flight: twice as slow at 9 as at 1, five times at 33.
     """
     chance, canary, now = random.Random(seed), Canary(), 0.0
-    loads, done = Loads(lambda: now), dict.fromkeys(ARMS, 0.0)  # characters that each request has had from an engine
+    loads = Loads(Metrics(), 256, clock=lambda: now)
+    done = dict.fromkeys(ARMS, 0.0)  # characters that each request has had from an engine
     queues: dict[str, list[tuple[float, float, int, float, float, Any]]] = {arm: [] for arm in ARMS}
 
     def cost(arm: str) -> float:

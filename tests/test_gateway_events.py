@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.gateway.app import Relay
-from serve.gateway.arms import Arm
-from serve.gateway.calls import COMPLETIONS, Call, Request
-from serve.gateway.contract import stream_fault
-from serve.gateway.logprobs import LogprobsConverter
-from serve.gateway.observe import events_of, observe
-from serve.gateway.rehearsal import Reply
+from vocabext.serve.gateway.arms import Arm
+from vocabext.serve.gateway.calls import COMPLETIONS, Call, Request
+from vocabext.serve.gateway.contract import stream_fault
+from vocabext.serve.gateway.logprobs import LogprobsConverter
+from vocabext.serve.gateway.observe import events_of, observe
+from vocabext.serve.gateway.relay import Relay
+from vocabext.serve.gateway.replay import Reply
 
 ENDS = [b"\n", b"\r\n", b"\r"]
 ONE, TWO = b'{"choices": [{"index": 0, "text": "h\xc3\xa9"}]}', b'{"choices": [{"index": 0, "text": "!"}]}'

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from gateway_rig import Running, events, fake_engine, gateway, inspect, wait_for
 
-from serve.engine import Server
+from vocabext.serve.engine import Server
 
 
 @pytest.fixture

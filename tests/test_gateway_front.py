@@ -13,17 +13,22 @@ import pytest
 from click.testing import CliRunner
 from tiny_expanded import expanded_pair
 
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, Proxy
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
-from serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
-from serve.gateway.guard import Limits
-from serve.gateway.metrics import Metrics
-from serve.gateway.policy import Policy
-from serve.gateway.run import AWAY, GatewayConfig, Service, run_gateway
 from vocabext.cli.main import cli
 from vocabext.errors import CheckpointError
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, Proxy
+from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
+from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
+from vocabext.serve.gateway.health import AWAY, Health, ban_fault
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.run import GatewayConfig, run_gateway
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State
+from vocabext.serve.gateway.trial import Trial
 from vocabext.tokens import Expansion, NewToken
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -54,17 +59,20 @@ def request(path: str, **document: Any) -> Request:
     return Request(path, [], json.dumps(document).encode(), document, time.perf_counter())
 
 
-def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Gateway:
-    """Return a gateway whose one engine is a function of path and body."""
+def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Engines:
+    """Return one engine of both arms that is a function of path and body."""
 
     async def post_json(url: str, value: bytes, **_: Any) -> tuple[int, bytes]:
         status, answer = engine(url.removeprefix("http://engine"), json.loads(value))
         return status, json.dumps(answer).encode()
 
-    arms = {BASE: Arm(BASE, "http://engine", "m", front), EXPANDED: Arm(EXPANDED, "http://engine", "m")}
     upstream: Any = SimpleNamespace(post_json=post_json)
-    state: Any = SimpleNamespace()
-    return Gateway(arms, state, upstream, Limits(), Metrics(), model="m")
+    return Engines(arms_at("http://engine"), upstream, front, "m")
+
+
+def arms_at(url: str) -> dict[str, Arm]:
+    """Return both arms behind one URL."""
+    return {name: Arm(name, url, "m") for name in (BASE, EXPANDED)}
 
 
 def tokenize(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -81,8 +89,8 @@ def call(path: str, *, front: BaseFront | None = None, asked: list[Any] | None =
         return tokenize(path, body)
 
     front = front or new_front()
-    gateway = between(front, engine)
-    return asyncio.run(front.call(request(path, **document), gateway.arms[BASE], gateway))
+    engines = between(front, engine)
+    return asyncio.run(engines.call_for(request(path, **document), engines.arms[BASE]))
 
 
 def converted(sent: Call, answer: dict[str, Any], *, streamed: bool = False) -> dict[str, Any]:
@@ -93,12 +101,13 @@ def converted(sent: Call, answer: dict[str, Any], *, streamed: bool = False) -> 
     return dict(json.loads(sent.converter.whole(data)))
 
 
-def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing() -> None:
+def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing(tmp_path: Path) -> None:
     async def refuse(*_: Any) -> Any:
         raise Refusal(502, "the engine of the base arm cannot be reached")
 
-    gateway = between(SimpleNamespace(call=refuse), tokenize)
-    gateway.state = SimpleNamespace(policy=Policy())  # type: ignore[assignment]
+    metrics, side_tasks, state = Metrics(), SideTasks(), State(tmp_path / "state.json", Policy())
+    gateway = Gateway(between(SimpleNamespace(call=refuse), tokenize), Trial(state, None, metrics, side_tasks),
+                      Loads(metrics, 9), metrics, side_tasks)
     sent: list[Any] = []
 
     async def talk() -> None:
@@ -220,11 +229,11 @@ def test_reasoning_is_read_under_both_of_its_names() -> None:
 
 def test_a_long_prompt_does_not_hold_up_the_streams() -> None:
     front = new_front(seconds=0.5)
-    gateway = between(front, tokenize)
+    engines = between(front, tokenize)
 
     async def longest_pause(characters: int) -> float:
-        work = asyncio.ensure_future(front.call(request(COMPLETIONS, prompt="a" * characters), gateway.arms[BASE],
-                                                gateway))
+        work = asyncio.ensure_future(engines.call_for(request(COMPLETIONS, prompt="a" * characters),
+                                                      engines.arms[BASE]))
         pauses = [0.0]
         while not work.done():
             began = time.perf_counter()
@@ -268,25 +277,25 @@ class Engine:
         return 200, json.dumps({"choices": [{"token_ids": [65] if banned else [FIRST]}]}).encode()
 
 
-def test_an_engine_that_was_away_serves_the_base_arm_once_its_ban_was_tried_again(tmp_path: Path) -> None:
+def test_an_engine_that_was_away_serves_the_base_arm_once_its_ban_was_tried_again() -> None:
     engine, front = Engine(), new_front()
     notes: list[str] = []
-    config = GatewayConfig("base", "folder@http://engine/", True, tmp_path / "state.json")
-    service = Service(config, SimpleNamespace(), {}, front, [], lambda _: None, notes.append)  # type: ignore[arg-type]
-    gateway = Gateway({}, SimpleNamespace(), engine, Limits(), Metrics(), model="m")  # type: ignore[arg-type]
+    upstream: Any = engine
+    engines = Engines(arms_at("http://engine"), upstream, front, "m")
+    health = Health(engines, Metrics(), {}, notes.append)
 
     def ask() -> str:
         try:
-            asyncio.run(front.call(request(COMPLETIONS, prompt="a"), gateway.arms[BASE], gateway))
+            asyncio.run(engines.call_for(request(COMPLETIONS, prompt="a"), engines.arms[BASE]))
         except Refusal as refusal:
             return f"{refusal.status} {refusal.message}"
         return ""
 
     def check() -> dict[str, bool]:
-        asyncio.run(service._check_health(gateway))
-        return gateway.healthy
+        asyncio.run(health.check())
+        return engines.healthy
 
-    gateway.arms = asyncio.run(service._arms(gateway))
+    assert asyncio.run(ban_fault(upstream, front, "http://engine", {})) == ""
     assert (check(), engine.trials, front.context, ask()) == ({BASE: True, EXPANDED: True}, 2, 50, "")
     engine.up = False
     assert check() == {BASE: False, EXPANDED: False}
@@ -325,12 +334,13 @@ def test_the_flag_opens_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(config)
         raise CheckpointError("enough")
 
-    monkeypatch.setattr("serve.gateway.run.run_gateway", run)
+    monkeypatch.setattr("vocabext.serve.gateway.run.run_gateway", run)
     CliRunner().invoke(cli, ["serve", "gateway", "a", "b", "--logs", str(tmp_path), *flags])
     assert seen[0].unverified == bool(flags)
     if flags:
         monkeypatch.undo()
-        monkeypatch.setattr("serve.gateway.run.engines_of", lambda _: (_ for _ in ()).throw(CheckpointError("beyond")))
+        monkeypatch.setattr("vocabext.serve.gateway.run.engines_of",
+                            lambda _: (_ for _ in ()).throw(CheckpointError("beyond")))
         base, folder = expanded_pair(tmp_path)
         config = GatewayConfig(str(base), str(folder), False, tmp_path / "state.json", port=0, unverified=True)
         with pytest.raises(CheckpointError, match="beyond"):

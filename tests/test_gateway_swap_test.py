@@ -12,12 +12,13 @@ import pytest
 from gateway_rig import Running, cli, fake_engine, gateway
 from tiny_expanded import expanded_pair
 
-from serve.gateway import contract
-from serve.gateway.arms import ARMS, BASE, EXPANDED
-from serve.gateway.contract import ITEMS, stream_fault
-from serve.gateway.rehearsal import FAIL, NOT_CHECKED, Item, Rehearsal, Reply, checked, read_requests
-from serve.report.swap import render_swap
 from vocabext.errors import UsageError
+from vocabext.serve.gateway import contract
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
+from vocabext.serve.gateway.contract import FAIL, ITEMS, NOT_CHECKED, Item, stream_fault
+from vocabext.serve.gateway.rehearsal import checked
+from vocabext.serve.gateway.replay import Rehearsal, Reply, read_requests
+from vocabext.serve.report.page import render_report
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def test_a_broken_contract_is_found_item_by_item(running: Running, expanded: Pat
     assert not result["passed"]
     assert verdicts["every request is answered"] == "FAIL"
     assert verdicts["stop strings"] == "not checked"  # the fake engines know none, on either arm
-    page = render_swap(result)
+    page = render_report(expanded, {"swap": result}).html
+    page = page[page.index("Swapping the tokenizer under clients"):].partition("</section>")[0]
     assert "The contract is broken: do not swap" in page
     assert page.count("<tr>") == len(verdicts) + 1
     assert running.status()["policy"] == "all requests to base"

@@ -14,8 +14,8 @@ import pytest
 from gateway_rig import Running, events, gateway, text_of
 from tiny_expanded import TOKENS, expanded_pair
 
-from serve.engine import _group_members
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.serve.engine import group_members
 from vocabext.tokenizer import load_tokenizer
 
 pytestmark = [
@@ -106,7 +106,7 @@ def test_a_chat_is_rendered_from_what_the_chat_endpoint_takes(more: dict[str, An
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
-    from serve.gateway.front import rendering_of
+    from vocabext.serve.gateway.front import rendering_of
 
     document = {"messages": [{"role": "user", "content": "a"}], **more}
     asked = TokenizeChatRequest(**rendering_of(document))
@@ -223,7 +223,7 @@ def test_the_official_client_works_on_both_arms(running: Running) -> None:
 
 def test_the_engine_ends_with_the_gateway(running: Running) -> None:
     group = running.document["process_ids"]["expanded"]
-    assert _group_members(group)
+    assert group_members(group)
     running.process.terminate()
     assert running.process.wait(timeout=60) == 143
-    assert not _group_members(group)
+    assert not group_members(group)

@@ -19,8 +19,6 @@ from tiny_checkpoints import edit_header, edit_json, tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
 from tiny_tokenizers import tiny_base
 
-from serve.bench.journal import Journal
-from serve.card import require_verified
 from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, resolve_model
 from vocabext.checkpoint.verdicts import SKIPPED, verified_sha256
 from vocabext.cli.main import cli
@@ -31,13 +29,15 @@ from vocabext.mine.stage import mine, read_candidates
 from vocabext.options import DistillConfig, EvalConfig, MineConfig
 from vocabext.patch.stage import patch
 from vocabext.run import RunConfig, run
+from vocabext.serve.bench.journal import Journal
+from vocabext.serve.model import require_verified
 from vocabext.tokenizer import extend
 from vocabext.tokens import NewToken
 from vocabext.verify.stage import verify
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """Run the command line in this process; returns its exit code and what it wrote to stderr."""
+    """Pass the command line in this process; returns its exit code and what it wrote to stderr."""
     outcome = CliRunner().invoke(cli, [*map(str, arguments)], prog_name="vocabext")
     if outcome.exception and not isinstance(outcome.exception, SystemExit):
         raise outcome.exception

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from tiny_checkpoints import edit_json, tiny_folder
 
-from serve.bench import pool
-from serve.bench import stage as bench
-from serve.bench.client import Load
-from serve.bench.journal import Journal, Run
-from serve.bench.pool import BASE, EXPANDED, ServerPool
-from serve.bench.scenarios import DECODE, MIXED, PREFILL, Point
-from serve.bench.stage import BenchConfig
-from serve.bench.summary import complete_rounds, is_good, summarize, with_points
-from serve.engine import Server, free_port, wait_until_ready
 from vocabext.corpus import Document
 from vocabext.errors import ServerError, UsageError
+from vocabext.serve.bench import pool
+from vocabext.serve.bench import stage as bench
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.journal import Journal, Pass
+from vocabext.serve.bench.pool import BASE, EXPANDED, ServerPool
+from vocabext.serve.bench.scenarios import DECODE, MIXED, PREFILL, Point
+from vocabext.serve.bench.stage import BenchConfig
+from vocabext.serve.bench.summary import complete_rounds, is_good, summarize, with_points
+from vocabext.serve.engine import Server, free_port, wait_until_ready
 
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 TARGET = {"ttft_seconds": None, "request_seconds": None}
@@ -44,13 +44,13 @@ def load(seconds: float, characters: int = 300, count: int = 4, *, failed: int =
                 ("reset",) * bool(failed), ("x" * characters,) * count)
 
 
-def rounds(measure: Callable[[str, int], Load], point: Point = READ, count: int = 5) -> list[Run]:
+def rounds(measure: Callable[[str, int], Load], point: Point = READ, count: int = 5) -> list[Pass]:
     """Plant runs: `measure` gets the role and the round."""
-    return [Run(number, place, point, measure(role, number))
+    return [Pass(number, place, point, measure(role, number))
             for number in range(count) for place, role in enumerate(bench.ROUND)]
 
 
-def summary(runs: list[Run], point: Point = READ, target: dict[str, float | None] = TARGET) -> dict[str, Any]:
+def summary(runs: list[Pass], point: Point = READ, target: dict[str, float | None] = TARGET) -> dict[str, Any]:
     (found,) = summarize(runs, [point], LENGTHS, target)
     return found
 
@@ -200,7 +200,7 @@ def test_flags_switch_prefix_caching_off_and_give_way_to_the_user() -> None:
 def planned_server(
     monkeypatch: pytest.MonkeyPatch, folder: Path, corpus: list[str], *, context: int = 131072, **options: Any
 ) -> tuple[bench.Setting, int, Journal]:
-    """Run `serve bench` up to the start of its servers; returns what is to be measured, and --max-model-len."""
+    """Pass `serve bench` up to the start of its servers; returns what is to be measured, and --max-model-len."""
     base = tiny_folder(folder / "base")
     edit_json(base / "config.json", max_position_embeddings=context)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
@@ -361,7 +361,7 @@ def test_a_result_without_points_is_summarized_when_it_is_read(tmp_path: Path) -
                 "models": {"base": {"name": "b"}, "expanded": {"name": "e"}}}
     journal = Journal(tmp_path / "bench.json", settings)
     journal.notes["prompt_characters"] = LENGTHS
-    journal.runs = rounds(lambda *_: load(1.0))
+    journal.passes = rounds(lambda *_: load(1.0))
     journal.save()  # all that a killed process leaves
     found = with_points(json.loads((tmp_path / "bench.json").read_text()))
     assert (found["state"], found["base"], found["points"][0]["rounds"]) == ("partial", "b", 5)

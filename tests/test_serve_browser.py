@@ -8,7 +8,7 @@ import pytest
 from browser import Browser, find_browser
 from test_serve_report import bench_result, everything
 
-from serve.report import page as report
+from vocabext.serve.report.page import render_report
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (or name one in $CHROMIUM)")
 
@@ -48,7 +48,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     path = folder.parent / "report.html"
     results: dict[str, Any] = {**everything(), "bench": [bench_result(), bench_result(pairs=2, state="partial")]}
-    path.write_text(report.render_report(folder, results, price_per_hour=2.5).html)
+    path.write_text(render_report(folder, results, price_per_hour=2.5).html)
     return path
 
 

@@ -9,8 +9,8 @@ from click.testing import CliRunner, Result
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import expanded_pair
 
-from serve.engine import Server, free_port
 from vocabext.cli.main import cli
+from vocabext.serve.engine import Server, free_port
 
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 
@@ -89,7 +89,7 @@ def test_a_missing_vllm_is_named_with_its_command(
 def test_a_place_for_logs_that_cannot_be_is_wrong_usage(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.engine.require_vllm", lambda: None)
+    monkeypatch.setattr("vocabext.serve.engine.require_vllm", lambda: None)
     done = run("start", tmp_path, "--log", tmp_path / "no" / "server.log")
     assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
     assert "no does not exist; create it" in done.stderr
@@ -128,7 +128,7 @@ def test_flags_behind_the_dashes_reach_both_servers(
         seen.update(rest, base=base, expanded=expanded)
         return {"artifact": "bench"}
 
-    monkeypatch.setattr("serve.bench.stage.run_bench", fake)
+    monkeypatch.setattr("vocabext.serve.bench.stage.run_bench", fake)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--pairs", 7, "--json",
                "--", "--max-num-seqs", "4")
     assert done.exit_code == 0, done.output
@@ -147,7 +147,7 @@ def test_logs_are_kept_when_a_bench_fails(tmp_path: Path, corpus: Path, monkeypa
         (log_folder / "base.log").write_text("the reason")
         raise ServerError("the base server stopped")
 
-    monkeypatch.setattr("serve.bench.stage.run_bench", fail)
+    monkeypatch.setattr("vocabext.serve.bench.stage.run_bench", fail)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json")
     assert done.exit_code == 1
     assert (tmp_path / "out.logs" / "base.log").read_text() == "the reason"
@@ -158,7 +158,7 @@ def test_a_rate_replaces_the_fixed_number_in_flight(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("serve.bench.stage.run_bench",
+    monkeypatch.setattr("vocabext.serve.bench.stage.run_bench",
                         lambda *_, config, **__: seen.append(config) or {"artifact": "bench"})
     for rest in (["--rate", 2], ["--rate", 2, "--concurrency", 4], ["--scenario", "mixed"]):
         assert run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json", "--json", *rest).exit_code == 0
@@ -169,7 +169,7 @@ def test_a_rate_replaces_the_fixed_number_in_flight(
 def test_a_partial_result_is_taken_up_without_force_and_a_whole_one_is_not(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.bench.stage.run_bench", lambda *_, **__: {"artifact": "bench"})
+    monkeypatch.setattr("vocabext.serve.bench.stage.run_bench", lambda *_, **__: {"artifact": "bench"})
     output = tmp_path / "out.json"
     output.write_text('{"artifact": "bench", "state": "partial"}')
     assert run("bench", "B", "E", "--corpus", corpus, "-o", output, "--json").exit_code == 0
@@ -184,14 +184,14 @@ def test_an_interruption_says_where_the_results_are(
         output.write_text('{"artifact": "bench", "state": "partial"}')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serve.bench.stage.run_bench", interrupted)
+    monkeypatch.setattr("vocabext.serve.bench.stage.run_bench", interrupted)
     done = run("bench", "B", "E", "--corpus", corpus, "-o", tmp_path / "out.json")
     assert done.exit_code == 130
     assert "out.json; the same command goes on from there" in done.stderr
 
 
 def test_a_corpus_of_empty_lines_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.bench.stage.require_vllm", lambda: None)
+    monkeypatch.setattr("vocabext.serve.bench.stage.require_vllm", lambda: None)
     base = tiny_folder(tmp_path / "base")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n{"text": " "}\n')
@@ -203,7 +203,7 @@ def test_a_corpus_of_empty_lines_is_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.bench.stage.require_vllm", lambda: None)
+    monkeypatch.setattr("vocabext.serve.bench.stage.require_vllm", lambda: None)
     base = tiny_folder(tmp_path / "base")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": "the heart of the muscle " * 200}) + "\n")
@@ -244,8 +244,8 @@ def expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     port = free_port()
     server = Server([sys.executable, str(FAKE), str(port), "dies-later", "1"], f"http://127.0.0.1:{port}",
                     tmp_path / "server.log", name="the vLLM server")
-    monkeypatch.setattr("serve.engine.require_vllm", lambda: None)
-    monkeypatch.setattr("serve.engine.vllm_server", lambda *_, **__: server)
+    monkeypatch.setattr("vocabext.serve.engine.require_vllm", lambda: None)
+    monkeypatch.setattr("vocabext.serve.engine.vllm_server", lambda *_, **__: server)
     return folder
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serve.bench.client import Job, LoadClient, arguments, load_from, write_prompts
-from serve.engine import Server
 from vocabext.errors import ServerError
+from vocabext.serve.bench.client import Job, LoadClient, arguments, load_from, write_prompts
+from vocabext.serve.engine import Server
 
 JOB = Job("http://127.0.0.1:1", "base", "/prompts.jsonl", 2, (7, 9), 3)
 RESULT = {

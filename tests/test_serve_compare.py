@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY, Series, compare, verdict
 from vocabext.errors import ServerError
+from vocabext.serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY, Series, compare, verdict
 
 ROUNDS, REQUESTS = 5, 6
 

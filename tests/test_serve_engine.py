@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import os
 import signal
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import tiny_folder
 
-from serve import engine
-from serve.engine import Server, free_port, wait_until_ready
 from vocabext.errors import MissingExtraError, ServerError
+from vocabext.serve import engine
+from vocabext.serve.bench.client import LoadClient
+from vocabext.serve.engine import Server, free_port, wait_until_ready
+from vocabext.serve.gateway.run import GatewayConfig, engines_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 
 
@@ -25,7 +29,7 @@ def fake(tmp_path: Path, mode: str, seconds: float = 0.0) -> Server:
 
 
 def members(group: int) -> list[int]:
-    return engine._group_members(group)
+    return engine.group_members(group)
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> bool:
@@ -116,7 +120,7 @@ PARENT = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
-from serve.engine import Server, wait_until_ready
+from vocabext.serve.engine import Server, wait_until_ready
 port, log, fake, handle = sys.argv[1:]
 if handle == "handled":
     def stop(number, frame):
@@ -269,3 +273,30 @@ def test_the_likely_cause_is_the_first_real_exception(lines: list[str], cause: s
     (3, "with exit code 3"), (-15, "by SIGTERM"), (-9, "by SIGKILL (out of memory?)")])
 def test_the_way_a_process_ended_is_said_in_words(code: int, text: str) -> None:
     assert engine.describe_exit(code) == text
+
+
+# -- the package itself -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("child", ["client", "engine"])
+def test_a_child_process_finds_the_package_whatever_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(engine, "require_vllm", lambda: None)
+    if child == "client":
+        environment = LoadClient(tmp_path / "log").environment
+    else:
+        tiny_folder(tmp_path / "model")
+        config = GatewayConfig("http://base", str(tmp_path / "model"), False, tmp_path / "state.json",
+                               log_folder=tmp_path)
+        environment = engines_of(config)["expanded"].environment
+    code = "import importlib.util as u; print(u.find_spec('vocabext.serve.gateway.ban').origin)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.stdout.strip() == str(ROOT / "vocabext" / "serve" / "gateway" / "ban.py"), done.stderr
+
+
+def test_the_folder_is_imported_under_one_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(ImportError, match=r"this package was imported as serve; import vocabext\.serve"):
+        importlib.import_module("serve")

@@ -7,12 +7,12 @@ import torch
 from test_tokenizer_loading import CASES, base_folder, tekken
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve import lengths, shape
-from serve.encoder import load_encoder
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, TokenizerError
 from vocabext.patch.stage import patch
+from vocabext.serve import lengths, model
+from vocabext.serve.model import load_encoder
 from vocabext.tokenizer import load_tokenizer
 from vocabext.tokens import Expansion, NewToken
 
@@ -156,7 +156,7 @@ def test_pieces_never_cut_a_character(folders: tuple[Path, Path]) -> None:
     ({}, None),
 ])
 def test_the_cache_of_a_token_follows_from_the_config(config: dict[str, object], expected: int | None) -> None:
-    assert shape.cache_bytes_per_token(config) == expected
+    assert model.cache_bytes_per_token(config) == expected
 
 
 def test_cache_and_context_follow_from_the_lengths(folders: tuple[Path, Path], corpus: str) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from serve.bench import pool
-from serve.bench import stage as bench
-from serve.bench.client import LoadClient
-from serve.bench.journal import Journal
-from serve.bench.pool import BASE, EXPANDED
-from serve.bench.scenarios import DECODE, PREFILL
-from serve.bench.stage import BenchConfig, Setting, compare_servers
-from serve.engine import Server, _group_members, _running, free_port
 from vocabext.errors import ServerError
+from vocabext.serve.bench import pool
+from vocabext.serve.bench import stage as bench
+from vocabext.serve.bench.client import LoadClient
+from vocabext.serve.bench.journal import Journal
+from vocabext.serve.bench.pool import BASE, EXPANDED
+from vocabext.serve.bench.scenarios import DECODE, PREFILL
+from vocabext.serve.bench.stage import BenchConfig, Setting, compare_servers
+from vocabext.serve.engine import Server, free_port, group_members, running_children
 
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
 PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)),
@@ -136,7 +136,7 @@ def test_a_prompt_longer_than_the_context_of_the_server_is_one_clear_line(measur
         measure(pairs=1, base="context=5", expanded="context=5")
     assert "the base server" in str(caught.value).splitlines()[0]
     assert "Bad Request" in str(caught.value).splitlines()[0]
-    assert not _running or all(child.name == "the load generator" for child in _running)
+    assert not running_children or all(child.name == "the load generator" for child in running_children)
 
 
 def test_a_server_killed_in_mid_run_keeps_what_there_is_and_the_next_run_goes_on(
@@ -154,7 +154,7 @@ def test_a_server_killed_in_mid_run_keeps_what_there_is_and_the_next_run_goes_on
     assert 6 <= len(partial["runs"]) < 15
     assert "the expanded server stopped" in partial["failures"][0]["message"]
     assert partial["points"][0]["metrics"]["request_seconds"]["verdict"] == "too few rounds"
-    assert [child.name for child in _running] == ["the load generator"]  # no orphans
+    assert [child.name for child in running_children] == ["the load generator"]  # no orphans
 
     whole = measure(pairs=5)
     assert (whole["state"], len(whole["runs"]), whole["resumed"]) == ("complete", 15, 1)
@@ -177,7 +177,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_serve_live as live
-from serve.bench.client import LoadClient
+from vocabext.serve.bench.client import LoadClient
 folder = Path({folder!r})
 print("started", flush=True)
 with LoadClient(folder / "client.log") as client:
@@ -200,7 +200,7 @@ def test_a_signal_in_mid_run_leaves_results_and_no_orphans(tmp_path: Path, name:
         process.terminate()
         assert process.wait(timeout=60) == 143
     assert len(children) >= 2
-    assert not [pid for group in children for pid in _group_members(group)]
+    assert not [pid for group in children for pid in group_members(group)]
     kept = json.loads((tmp_path / "bench.json").read_text())
     assert kept["state"] == "partial"
     assert kept["runs"]

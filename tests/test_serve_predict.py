@@ -5,10 +5,19 @@ from pathlib import Path
 import pytest
 from tiny_expanded import expanded_pair
 
-from serve import predict
-from serve.devices import DEVICES, find_device
-from serve.predict import Lengths, ModelShape, PredictConfig, decode_cost, predict_loads, prefill_cost, shape_of
 from vocabext.errors import UsageError
+from vocabext.serve import predict
+from vocabext.serve.predict import (
+    DEVICES,
+    Lengths,
+    ModelShape,
+    PredictConfig,
+    decode_cost,
+    find_device,
+    predict_loads,
+    prefill_cost,
+    shape_of,
+)
 
 EIGHT_B = ModelShape(6_980_000_000, 128_256, 4096, False, 32, 4096, 131072, 8192)  # about a Llama 3.1 8B
 H100 = DEVICES["h100"]

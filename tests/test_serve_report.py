@@ -10,24 +10,29 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve.bench.client import Load
-from serve.bench.journal import Run
-from serve.bench.scenarios import Point
-from serve.bench.stage import BenchConfig
-from serve.bench.summary import summarize
-from serve.card import card_of
-from serve.devices import DEVICES
-from serve.predict import Lengths, ModelShape, PredictConfig, measured_beside, predict_loads, predict_memory
-from serve.report import charts as pictures
-from serve.report import page as report
-from serve.report import speed as report_speed
 from vocabext.cli.serve_bench import _show
 from vocabext.cli.show import to_plain
 from vocabext.errors import UsageError
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import Point
+from vocabext.serve.bench.stage import BenchConfig
+from vocabext.serve.bench.summary import summarize
+from vocabext.serve.model import card_of
+from vocabext.serve.predict import (
+    DEVICES,
+    Lengths,
+    ModelShape,
+    PredictConfig,
+    measured_beside,
+    predict_loads,
+    predict_memory,
+)
+from vocabext.serve.report import charts, page, speed
 
 SECTIONS = ("shorter", "examples", "faster", "faithful", "writing", "tokens", "verified", "worse", "method")
 WITH_PREDICTION = (*SECTIONS[:3], "predicted", *SECTIONS[3:])
-SCHEMA = Path(report.__file__).with_name("report.schema.json")
+SCHEMA = Path(page.__file__).with_name("report.schema.json")
 HOSTILE = "<script>alert('&')</script>"
 
 
@@ -78,7 +83,7 @@ def bench_result(*, speedup: float = 1.5, pairs: int = 5, state: str = "complete
         return Load(sum(seconds), times, tuple(s and s / 10 for s in times), (300,) * 3,
                     (70 if place == 1 else 100,) * 3, (64,) * 3, ("reset",) * (place == 1 and failed > 0), ())
 
-    runs = [Run(number, place, point, load(point, place)) for number in range(pairs) for point in POINTS
+    runs = [Pass(number, place, point, load(point, place)) for number in range(pairs) for point in POINTS
             for place in range(3)]
     options = {**dataclasses.asdict(BenchConfig(pairs=5)), "target_request_seconds": 1.15}
     target = {"ttft_seconds": None, "request_seconds": 1.15}
@@ -150,13 +155,13 @@ class Structure(html.parser.HTMLParser):
 
     VOID = ("meta", "br", "img", "link", "input", "hr", "circle", "rect", "line", "path")
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, made: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
-        self.feed(page)
+        self.feed(made)
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -183,72 +188,72 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_full_report_has_every_section_and_picture(folder: Path) -> None:
-    page = report.render_report(folder, everything())
-    structure = Structure(page.html)
+    made = page.render_report(folder, everything())
+    structure = Structure(made.html)
     assert tuple(structure.ids) == WITH_PREDICTION
     # two of lengths, intervals, three of rounds, bits per byte; four over the load: time, first token, rate, goodput
     assert structure.tags.count("svg") == 2 + 1 + 3 + 1 + 4
-    assert page.missing == ()
-    assert "Not measured" not in page.html
+    assert made.missing == ()
+    assert "Not measured" not in made.html
 
 
 def test_reading_and_writing_are_shown_apart(folder: Path) -> None:
-    page = report.render_report(folder, everything())
-    for value in (*map(report.percent, (0.28, 0.4321, 0.815)), "+0.0400", "700", "3.25", "5.50", "4.75", "0.95%",
+    made = page.render_report(folder, everything())
+    for value in (*map(page.percent, (0.28, 0.4321, 0.815)), "+0.0400", "700", "3.25", "5.50", "4.75", "0.95%",
                   "0.0125", "3 / 5 / 8", "0.0421"):
-        assert value in page.html, value
-        assert value in page.markdown, value
-    assert page.document["writing"] == writing_result()
-    assert any("0.95% of held-out places the model writes a new token" in line for line in page.document["worse"])
+        assert value in made.html, value
+        assert value in made.markdown, value
+    assert made.document["writing"] == writing_result()
+    assert any("0.95% of held-out places the model writes a new token" in line for line in made.document["worse"])
     results = everything()
     del (results["eval"] or {})["writing"]
-    page = report.render_report(folder, results)
-    assert "how the model writes new tokens" in page.html
-    assert "## Reading and writing" not in page.markdown
-    assert page.document["writing"] is None
+    made = page.render_report(folder, results)
+    assert "how the model writes new tokens" in made.html
+    assert "## Reading and writing" not in made.markdown
+    assert made.document["writing"] is None
 
 
 def test_a_report_needs_nothing_but_itself(folder: Path) -> None:
-    page = report.render_report(folder, everything()).html
-    structure = Structure(page)
+    made = page.render_report(folder, everything()).html
+    structure = Structure(made)
     assert not structure.links
     assert not {"script", "link", "img", "iframe"} & set(structure.tags)
-    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", page)
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", made)
 
 
 def test_text_from_files_cannot_become_markup(folder: Path) -> None:
-    page = report.render_report(folder, everything()).html
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 5  # token, never used, passages, prompt, detail
+    made = page.render_report(folder, everything()).html
+    assert "<script" not in made
+    assert made.count("&lt;script&gt;") >= 5  # token, never used, passages, prompt, detail
 
 
 def test_light_dark_and_print_are_provided_for(folder: Path) -> None:
-    page = report.render_report(folder, {}).html
-    assert "prefers-color-scheme: dark" in page
-    assert "@media print" in page
+    made = page.render_report(folder, {}).html
+    assert "prefers-color-scheme: dark" in made
+    assert "@media print" in made
 
 
 def test_without_results_every_section_says_how_to_measure(folder: Path) -> None:
-    page = report.render_report(folder, report.gather(folder, folder, {}))
-    assert tuple(Structure(page.html).ids) == SECTIONS
-    assert page.missing == report.ARTIFACTS
-    assert page.headline == "Nothing has been measured yet."
+    made = page.render_report(folder, page.gather(folder, folder, {}))
+    assert tuple(Structure(made.html).ids) == SECTIONS
+    assert made.missing == page.ARTIFACTS
+    assert made.headline == "Nothing has been measured yet."
     for command in ("vocabext serve lengths", "vocabext serve bench", "vocabext eval", "vocabext verify"):
-        assert command in page.html
+        assert command in made.html
 
 
-@pytest.mark.parametrize("name", report.ARTIFACTS)
+@pytest.mark.parametrize("name", page.ARTIFACTS)
 def test_any_single_result_may_be_missing(folder: Path, name: str) -> None:
-    page = report.render_report(folder, {**everything(), name: None, "predict": None})
-    assert tuple(Structure(page.html).ids) == SECTIONS
-    assert page.missing == (name,)
-    assert "Not measured" in page.html
+    made = page.render_report(folder, {**everything(), name: None, "predict": None})
+    assert tuple(Structure(made.html).ids) == SECTIONS
+    assert made.missing == (name,)
+    assert "Not measured" in made.html
 
 
 def test_the_headline_carries_its_uncertainty(folder: Path) -> None:
-    page = report.render_report(folder, everything())
-    found = page.headline
-    first = page.document["headline"][0]
+    made = page.render_report(folder, everything())
+    found = made.headline
+    first = made.document["headline"][0]
     assert first.startswith("Held-out text needs 28.0 % fewer tokens (95 % interval 26.0 % to 30.0 %); in vLLM, read")
     assert first.count(". ") == 0  # one sentence
     assert "reading is 1.50 times as fast (" in found
@@ -257,7 +262,7 @@ def test_the_headline_carries_its_uncertainty(folder: Path) -> None:
 
 
 def test_without_lengths_the_headline_takes_them_from_the_evaluation(folder: Path) -> None:
-    assert "28.0 % fewer tokens." in report.render_report(folder, {"eval": eval_result()}).headline
+    assert "28.0 % fewer tokens." in page.render_report(folder, {"eval": eval_result()}).headline
 
 
 def test_what_got_worse_is_said() -> None:
@@ -266,7 +271,7 @@ def test_what_got_worse_is_said() -> None:
     bench["points"][0]["base"]["held_up_runs"] = 2
     lengths = lengths_result()
     lengths["invariant"]["differing"] = 7
-    found = "\n".join(report.what_got_worse(None, lengths, [bench], eval_result(), verify_result(passed=False)))
+    found = "\n".join(page.what_got_worse(None, lengths, [bench], eval_result(), verify_result(passed=False)))
     for line in ("failed verification", "2 of 10 new tokens never occur", "3 of 200 documents are not shorter",
                  "7 documents are not tokenized as pure merges", "Reading (seconds per request) is worse: 0.80",
                  "Writing, 8 at once (seconds per 1000 output characters) is not measurably better",
@@ -280,46 +285,46 @@ def test_what_got_worse_is_said() -> None:
 def test_a_measurement_that_was_stopped_is_shown_as_such(folder: Path) -> None:
     bench = bench_result(pairs=2, state="partial")
     bench["failures"] = [{"after_runs": 24, "message": "the base server stopped by SIGKILL"}]
-    page = report.render_report(folder, {"bench": bench})
-    assert "In vLLM (stopped after 2 of 5 rounds), reading cannot be judged, too few rounds" in page.headline
-    assert "not complete: the base server stopped by SIGKILL." in page.html
-    assert page.document["speed"][0]["state"] == "partial"
+    made = page.render_report(folder, {"bench": bench})
+    assert "In vLLM (stopped after 2 of 5 rounds), reading cannot be judged, too few rounds" in made.headline
+    assert "not complete: the base server stopped by SIGKILL." in made.html
+    assert made.document["speed"][0]["state"] == "partial"
 
 
 def test_a_measurement_without_a_whole_round_is_no_error(folder: Path) -> None:
-    page = report.render_report(folder, {"bench": {**bench_result(), "points": [], "state": "partial"}})
-    assert "stopped before its first round was complete" in page.headline
+    made = page.render_report(folder, {"bench": {**bench_result(), "points": [], "state": "partial"}})
+    assert "stopped before its first round was complete" in made.headline
 
 
 def test_the_cost_of_a_million_characters_follows_from_the_price(folder: Path) -> None:
-    without = report.render_report(folder, everything())
+    without = page.render_report(folder, everything())
     assert "Cost of a million characters" not in without.html
-    page = report.render_report(folder, everything(), price_per_hour=3.6)
-    rows = {row["load"]: row for row in page.document["speed"][0]["cost_per_million_characters"]}
-    reading = page.document["speed"][0]["points"][0]["metrics"]["input_characters_per_second"]
+    made = page.render_report(folder, everything(), price_per_hour=3.6)
+    rows = {row["load"]: row for row in made.document["speed"][0]["cost_per_million_characters"]}
+    reading = made.document["speed"][0]["points"][0]["metrics"]["input_characters_per_second"]
     assert rows["reading"]["base"] == pytest.approx(1000 / reading["base"])
     assert rows["reading"]["base_interval"][0] <= rows["reading"]["base"] <= rows["reading"]["base_interval"][1]
     assert rows["reading"]["expanded"] < rows["reading"]["base"]
-    assert "At 3.6 per hour" in page.html
-    assert "cost of a million characters at 3.6 per hour" in page.markdown
+    assert "At 3.6 per hour" in made.html
+    assert "cost of a million characters at 3.6 per hour" in made.markdown
 
 
 def test_several_corpora_and_machines_stand_side_by_side(folder: Path) -> None:
     other = {**lengths_result(), "corpus": ["independent.jsonl"], "saved_share": 0.07}
     gpu = bench_result()
     gpu["provenance"]["hardware"]["gpus"] = ["a GPU"]
-    page = report.render_report(folder, {**everything(), "lengths": [lengths_result(), other],
+    made = page.render_report(folder, {**everything(), "lengths": [lengths_result(), other],
                                          "bench": [bench_result(), gpu]})
-    assert "independent.jsonl" in page.html
-    assert "7.0 %" in page.html
-    assert "Measured on a GPU" in page.html
-    assert "Measured on a processor" in page.html
-    assert [row["corpus"] for row in page.document["lengths"]] == ["held.jsonl", "independent.jsonl"]
-    assert len(page.document["speed"]) == 2
+    assert "independent.jsonl" in made.html
+    assert "7.0 %" in made.html
+    assert "Measured on a GPU" in made.html
+    assert "Measured on a processor" in made.html
+    assert [row["corpus"] for row in made.document["lengths"]] == ["held.jsonl", "independent.jsonl"]
+    assert len(made.document["speed"]) == 2
 
 
 def test_speed_and_quality_stand_side_by_side(folder: Path) -> None:
-    rows = {row["measure"]: row for row in report.render_report(folder, everything()).document["speed_and_quality"]}
+    rows = {row["measure"]: row for row in page.render_report(folder, everything()).document["speed_and_quality"]}
     assert rows["reading: seconds per request"]["remark"] == "faster"
     assert rows["bits per byte, reading"]["change"] == "+4.0 %"
 
@@ -327,22 +332,22 @@ def test_speed_and_quality_stand_side_by_side(folder: Path) -> None:
 @pytest.mark.parametrize("results", [{}, {"lengths": lengths_result()}, {"bench": bench_result(pairs=2)}, everything()])
 def test_the_json_report_has_the_form_that_its_schema_says(folder: Path, results: dict[str, Any]) -> None:
     schema = json.loads(SCHEMA.read_text())
-    document = json.loads(json.dumps(to_plain(report.render_report(folder, results, price_per_hour=2.0).document)))
+    document = json.loads(json.dumps(to_plain(page.render_report(folder, results, price_per_hour=2.0).document)))
     jsonschema.validate(document, schema)
-    assert document["version"] == schema["properties"]["version"]["const"] == report.REPORT_VERSION
+    assert document["version"] == schema["properties"]["version"]["const"] == page.REPORT_VERSION
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**document, "version": 99}, schema)
     assert "runs" not in document
 
 
 def test_the_markdown_says_the_same_and_has_no_markup(folder: Path) -> None:
-    page = report.render_report(folder, everything(), price_per_hour=2.0)
-    assert page.document["headline"][0] in page.markdown
-    for line in page.document["worse"]:
-        assert f"- {line}" in page.markdown
-    assert "<svg" not in page.markdown
-    assert "&lt;" not in page.markdown
-    tables = [block.splitlines() for block in page.markdown.split("\n\n") if block.startswith("|")]
+    made = page.render_report(folder, everything(), price_per_hour=2.0)
+    assert made.document["headline"][0] in made.markdown
+    for line in made.document["worse"]:
+        assert f"- {line}" in made.markdown
+    assert "<svg" not in made.markdown
+    assert "&lt;" not in made.markdown
+    tables = [block.splitlines() for block in made.markdown.split("\n\n") if block.startswith("|")]
     assert len(tables) >= 8
     for lines in tables:
         assert len({line.count("|") - line.count("\\|") for line in lines}) == 1, lines[0]
@@ -354,26 +359,26 @@ def test_what_a_comparison_leaves_out_is_in_its_row_and_what_has_no_ratio_among_
     bench = bench_result(failed=1)
     reading = bench["points"][0]
     reading["metrics"]["request_seconds"]["lost_rounds"] = 1
-    del reading["metrics"][report_speed.GOODPUT]
-    reading["not_comparable"] = {report_speed.GOODPUT: "0 of 10 runs of the base and 2 of 5 did none"}
-    page = report.render_report(folder, {"bench": bench})
-    rows = {(row["load"], row["measure"]): row["left_out"] for row in report_speed.speed_rows(bench)}
+    del reading["metrics"][speed.GOODPUT]
+    reading["not_comparable"] = {speed.GOODPUT: "0 of 10 runs of the base and 2 of 5 did none"}
+    made = page.render_report(folder, {"bench": bench})
+    rows = {(row["load"], row["measure"]): row["left_out"] for row in speed.speed_rows(bench)}
     assert rows["reading", "seconds per request"] == "1 round, 5 requests"
     assert rows["reading", "input characters per second"] == "nothing"
-    assert "<td>1 round, 5 requests</td>" in page.html
-    assert "| 1 round, 5 requests |" in page.markdown
+    assert "<td>1 round, 5 requests</td>" in made.html
+    assert "| 1 round, 5 requests |" in made.markdown
     reason = "Reading, requests per second within the target: 0 of 10 runs of the base and 2 of 5 did none."
-    assert reason in page.document["worse"]
-    jsonschema.validate(page.document, json.loads(SCHEMA.read_text()))
+    assert reason in made.document["worse"]
+    jsonschema.validate(made.document, json.loads(SCHEMA.read_text()))
     _show(bench)
     assert "1 round, 5 requests" in capsys.readouterr().out
 
 
 def test_prefill_is_not_shown_twice(folder: Path) -> None:
-    page = report.render_report(folder, {"bench": bench_result()})
-    assert [row["measure"] for row in report.speed_rows(bench_result()) if row["load"] == "reading"] == [
+    made = page.render_report(folder, {"bench": bench_result()})
+    assert [row["measure"] for row in speed.speed_rows(bench_result()) if row["load"] == "reading"] == [
         "seconds per request", "input characters per second", "requests per second within the target"]
-    assert page.html.count("<td>writing</td>") == 5  # four measures in the table, one row of goodput
+    assert made.html.count("<td>writing</td>") == 5  # four measures in the table, one row of goodput
 
 
 def write(path: Path, value: Any) -> Path:
@@ -384,7 +389,7 @@ def write(path: Path, value: Any) -> Path:
 def test_results_are_found_in_the_model_and_beside_the_report(folder: Path, tmp_path: Path) -> None:
     write(folder / "eval.json", eval_result())
     write(tmp_path / "lengths.json", lengths_result())
-    found = report.gather(folder, tmp_path, {})
+    found = page.gather(folder, tmp_path, {})
     assert found["eval"] == eval_result()
     assert found["lengths"] == [lengths_result()]
     assert (found["bench"], found["verify"]) == ([], None)
@@ -393,7 +398,7 @@ def test_results_are_found_in_the_model_and_beside_the_report(folder: Path, tmp_
 def test_a_named_result_wins(folder: Path, tmp_path: Path) -> None:
     write(folder / "eval.json", eval_result())
     other = write(tmp_path / "other.json", {**eval_result(), "documents": 7})
-    found = report.gather(folder, tmp_path, {"eval": [other]})["eval"]
+    found = page.gather(folder, tmp_path, {"eval": [other]})["eval"]
     assert found is not None
     assert found["documents"] == 7
 
@@ -405,14 +410,14 @@ def test_a_named_result_wins(folder: Path, tmp_path: Path) -> None:
 ])
 def test_a_wrong_result_is_one_clear_line(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        report.read_result(write(tmp_path / "x.json", content), "eval")
+        page.read_result(write(tmp_path / "x.json", content), "eval")
 
 
 def test_a_missing_folder_or_file_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the model folder .* does not exist"):
-        report.gather(tmp_path / "nowhere", tmp_path, {})
+        page.gather(tmp_path / "nowhere", tmp_path, {})
     with pytest.raises(UsageError, match=r"gone\.json does not exist"):
-        report.gather(folder, tmp_path, {"bench": [tmp_path / "gone.json"]})
+        page.gather(folder, tmp_path, {"bench": [tmp_path / "gone.json"]})
 
 
 def test_the_card_of_a_base_model_says_so(folder: Path) -> None:
@@ -420,16 +425,16 @@ def test_the_card_of_a_base_model_says_so(folder: Path) -> None:
 
 
 def test_noise_that_is_wilder_than_the_picture_stays_inside() -> None:
-    wild = pictures.Estimate("a", 1.0, (0.001, 900.0), 500.0, "1.00×")
-    svg = pictures.intervals([wild], label="x", low_text="slower", high_text="faster")
+    wild = charts.Estimate("a", 1.0, (0.001, 900.0), 500.0, "1.00×")
+    svg = charts.intervals([wild], label="x", low_text="slower", high_text="faster")
     numbers = [float(n) for n in re.findall(r' (?:x|x1|x2|cx)="(-?[\d.]+)"', svg)]
     assert min(numbers) >= 0
-    assert max(numbers) <= pictures.WIDTH
+    assert max(numbers) <= charts.WIDTH
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0, 0.05), (0.93, 1.61), (0, 68), (3, 3)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
-    found = pictures.ticks(low, high)
+    found = charts.ticks(low, high)
     assert 1 <= len(found) <= 13
     assert all(low <= tick <= high for tick in found)
 
@@ -437,5 +442,5 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
 def test_results_are_not_changed_by_rendering(folder: Path) -> None:
     results = everything()
     before = copy.deepcopy(results)
-    report.render_report(folder, results)
+    page.render_report(folder, results)
     assert results == before

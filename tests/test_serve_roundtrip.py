@@ -14,8 +14,8 @@ from tiny_expanded import patched
 from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoTokenizer
 
-from serve.engine import vllm_server, wait_until_ready
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.serve.engine import vllm_server, wait_until_ready
 from vocabext.tokenizer import load_tokenizer
 from vocabext.tokens import Expansion
 from vocabext.verify.adversarial import Adversary

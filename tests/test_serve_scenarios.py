@@ -1,10 +1,15 @@
 import random
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serve.bench import answers
-from serve.bench.scenarios import (
+from vocabext.errors import CorpusError, ServerError, UsageError
+from vocabext.serve.bench import answers
+from vocabext.serve.bench.scenarios import (
     DECODE,
     MIXED,
     PREFILL,
@@ -15,8 +20,7 @@ from serve.bench.scenarios import (
     points_of,
     tokens_per_character,
 )
-from serve.engine import Server
-from vocabext.errors import CorpusError, ServerError, UsageError
+from vocabext.serve.engine import Server
 
 WORDS = "the heart is a muscle that pumps blood through the body in one long loop".split()
 SHAPE = PromptShape(4, None, 40, 120, 64)
@@ -148,11 +152,34 @@ def test_a_model_that_writes_nothing_visible_comes_to_an_end_and_is_counted(monk
 
 
 def test_a_server_without_token_offsets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    monkeypatch.setattr(answers, "open_url", lambda *_, **__: io.BytesIO(b'{"choices": [{"text": "a"}]}'))
+    monkeypatch.setattr(Server, "ask", lambda *_, **__: {"choices": [{"text": "a"}]})
     with pytest.raises(ServerError, match="the server gave no token offsets; its answer begins"):
         answers.plan_answers(Server([], "http://127.0.0.1:1", Path("log")), "base", ["a prompt"], 100, most_tokens=50)
+
+
+@pytest.mark.parametrize(("status", "said"), [(200, "Expecting value"), (500, "500")])
+def test_a_server_that_answers_no_json_is_an_error_in_one_line(tmp_path: Path, status: int, said: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>not a vLLM server")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http, Server(
+        [sys.executable, "-c", "import time; time.sleep(60)"], f"http://127.0.0.1:{http.server_port}", tmp_path / "log",
+        name="the base server",
+    ) as server:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(ServerError, match="the base server did not answer /v1/completions") as caught:
+                answers.plan_answers(server, "base", ["a prompt"], 100, most_tokens=50)
+        finally:
+            http.shutdown()
+    assert said in str(caught.value).partition("\n")[0]
 
 
 # -- text whose characters take several tokens each ---------------------------------------------------------------

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tiny_checkpoints import TEXT, tiny_folder
 
-from serve.bench.answers import plan_answers
-from serve.bench.client import Job, LoadClient, write_prompts
-from serve.bench.stage import agreement_of
-from serve.encoder import load_encoder
-from serve.engine import Server, _group_members, open_url
+from vocabext.serve.bench.answers import plan_answers
+from vocabext.serve.bench.client import Job, LoadClient, write_prompts
+from vocabext.serve.bench.stage import agreement_of
+from vocabext.serve.engine import Server, ask_local, group_members
+from vocabext.serve.model import load_encoder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -64,9 +64,8 @@ def server(started: tuple[subprocess.Popen[str], Any]) -> Server:
 
 def test_it_answers(started: tuple[subprocess.Popen[str], Any], server: Server) -> None:
     name = started[1]["model"]
-    body = json.dumps({"model": name, "prompt": "the heart", "max_tokens": 5, "temperature": 0}).encode()
-    with open_url(f"{server.url}/v1/completions", body=body) as response:
-        answer = json.load(response)
+    answer = ask_local(f"{server.url}/v1/completions", {
+        "model": name, "prompt": "the heart", "max_tokens": 5, "temperature": 0}).json()
     assert answer["usage"]["prompt_tokens"] >= 2
     assert 1 <= answer["usage"]["completion_tokens"] <= 5
 
@@ -100,16 +99,16 @@ def test_vllms_own_client_puts_load_on_it(
 def test_it_says_how_many_tokens_an_answer_takes(started: tuple[subprocess.Popen[str], Any], server: Server) -> None:
     plan = plan_answers(server, started[1]["model"], TEXT[:2], 12, most_tokens=6)
     for prompt, tokens, characters in zip(TEXT, plan.tokens, plan.characters, strict=False):
-        body = json.dumps({"model": started[1]["model"], "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens,
-                           "ignore_eos": True, "temperature": 0}).encode()
-        with open_url(f"{server.url}/v1/completions", body=body) as response:
-            assert len(json.load(response)["choices"][0]["text"]) == characters
+        answer = ask_local(f"{server.url}/v1/completions", {
+            "model": started[1]["model"], "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens,
+            "ignore_eos": True, "temperature": 0}).json()
+        assert len(answer["choices"][0]["text"]) == characters
 
 
 def test_sigterm_stops_all_of_it(started: tuple[subprocess.Popen[str], Any]) -> None:
     process, document = started
     group = document["process_id"]
-    assert len(_group_members(group)) >= 2
+    assert len(group_members(group)) >= 2
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not _group_members(group)
+    assert not group_members(group)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from serve.engine import vllm_server, wait_until_ready
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
@@ -22,6 +21,7 @@ from vocabext.model.frozen import FrozenModel, load_model
 from vocabext.model.places import find_places
 from vocabext.model.run_tree import RunTree
 from vocabext.patch.stage import patch
+from vocabext.serve.engine import vllm_server, wait_until_ready
 from vocabext.tokenizer import BaseTokenizer, load_tokenizer
 from vocabext.tokens import Expansion, NewToken
 

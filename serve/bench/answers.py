@@ -3,7 +3,7 @@
 Two vocabularies do not write the same text with the same number of tokens, so an equal `max_tokens` would
 have them write different amounts. Instead each server answers every prompt once, greedily, before anything
 is timed; the offsets of its tokens say how many of them reach the wanted number of characters, and that
-many it gets for this prompt in every run.
+many it gets for this prompt in every pass.
 """
 
 import json
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.engine import Server, open_url
 from vocabext.errors import ServerError
+from vocabext.serve.engine import Server
 
 TYPICAL_CHARACTERS_PER_TOKEN = 3
 ANSWER_TIMEOUT_SECONDS = 600.0
@@ -76,13 +76,7 @@ def _token_ends(choice: dict[str, Any]) -> list[int]:
 def _complete(server: Server, model: str, prompt: str, tokens: int) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0.0,
             "ignore_eos": True, "logprobs": 0}
-    try:
-        with open_url(f"{server.url}/v1/completions", body=json.dumps(body).encode(),
-                      timeout_seconds=ANSWER_TIMEOUT_SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
-    except OSError as error:
-        server.check_alive()
-        raise server.failure(f"{server.name} did not answer ({error})") from None
+    answer = server.ask("/v1/completions", body, timeout_seconds=ANSWER_TIMEOUT_SECONDS)
     choices = answer.get("choices")
     if not choices or not isinstance(choices[0].get("logprobs"), dict):
         raise ServerError(f"{server.name} gave no token offsets; its answer begins {json.dumps(answer)[:200]}")

@@ -22,15 +22,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.engine import Child, Server, server_environment
 from vocabext.errors import ServerError
+from vocabext.serve.engine import Child, Server, find_this_package, server_environment
 
 START_TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the load generator.
+    """One pass, as the load generator gets it.
 
     Attributes:
         url: The server.
@@ -55,10 +55,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run measured, request by request, in the order of the prompts.
+    """What one pass measured, request by request, in the order of the prompts.
 
     Attributes:
-        duration_seconds: Wall time of the run.
+        duration_seconds: Wall time of the pass.
         request_seconds: From sending a request to its last token; None where it failed.
         ttft_seconds: From sending a request to its first token; None where it failed.
         output_characters: Characters of each answer.
@@ -90,7 +90,7 @@ class LoadClient(Child):
 
     def __init__(self, log_path: Path) -> None:
         """Describe the child; `log_path` receives what vLLM's client prints."""
-        super().__init__([sys.executable, "-m", "serve.bench.client"], log_path,
+        super().__init__([sys.executable, "-m", "vocabext.serve.bench.client"], log_path,
                          environment=_client_environment(), piped=True)
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._is_ready = False
@@ -111,7 +111,7 @@ class LoadClient(Child):
             self._is_ready = True
 
     def run(self, job: Job, server: Server, *, timeout_seconds: float = 1800.0) -> Load:
-        """Send the requests of one run and wait for all answers.
+        """Send the requests of one pass and wait for all answers.
 
         Args:
             job: What to send where.
@@ -214,9 +214,7 @@ def _last_line(text: str) -> str:
 
 def _client_environment() -> dict[str, str]:
     environment = server_environment("cpu")
-    # The child finds this package where this process found it, installed or not.
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    find_this_package(environment)
     return environment
 
 

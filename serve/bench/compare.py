@@ -54,7 +54,7 @@ class Comparison:
     """The result of a paired comparison. Intervals are (low, high) at 95 %.
 
     Attributes:
-        base: Median over the requests of seconds per unit of text, both base runs together.
+        base: Median over the requests of seconds per unit of text, both base passes together.
         base_interval: Its interval.
         expanded: The same for the expanded model.
         expanded_interval: Its interval.

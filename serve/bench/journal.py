@@ -1,10 +1,10 @@
-"""bench.json while it is being written: every run is on the disk as soon as it is measured.
+"""bench.json while it is being written: every pass is on the disk as soon as it is measured.
 
 A comparison of an hour must survive a server that dies, a full disk, a Ctrl-C. So the result file is
-written after every run, with `"state": "partial"` until all rounds are there; the same command again goes on
+written after every pass, with `"state": "partial"` until all rounds are there; the same command again goes on
 where it stopped. It goes on only with the same settings on the same kind of machine: results of two
-set-ups are never mixed. A block (the runs that are compared with each other) that was cut short is
-measured again as a whole, and the runs that are dropped for it are counted.
+set-ups are never mixed. A block (the passes that are compared with each other) that was cut short is
+measured again as a whole, and the passes that are dropped for it are counted.
 """
 
 import json
@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.bench.answers import AnswerPlan
-from serve.bench.client import Load
-from serve.bench.scenarios import Point
 from vocabext.errors import OutputExistsError, UsageError
 from vocabext.files.atomic import read_object, write_json
+from vocabext.serve.bench.answers import AnswerPlan
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.scenarios import Point
 
 FORMAT_VERSION = 2
 PARTIAL, COMPLETE = "partial", "complete"
@@ -25,8 +25,8 @@ PLACE_NAMES = ("base", "expanded", "base again")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of one point on one server.
+class Pass:
+    """One point, measured once on one server; bench.json calls it a run.
 
     Attributes:
         round: Counted from 0.
@@ -41,14 +41,14 @@ class Run:
     load: Load
 
     def to_json(self) -> dict[str, Any]:
-        """Return the run as it stands in bench.json."""
+        """Return the pass as it stands in bench.json."""
         values = asdict(self.load)
         values.pop("texts")
         return {"round": self.round + 1, "role": PLACE_NAMES[self.place], **asdict(self.point), **values}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Run":
-        """Read a run back."""
+    def from_json(cls, row: Mapping[str, Any]) -> "Pass":
+        """Read a pass back."""
         lists = {name: tuple(row[name]) for name in ("request_seconds", "ttft_seconds", "output_characters",
                                                      "prompt_tokens", "output_tokens", "errors")}
         load = Load(duration_seconds=float(row["duration_seconds"]), texts=(), **lists)
@@ -57,23 +57,23 @@ class Run:
 
 
 class Journal:
-    """The runs of a comparison, kept in a file.
+    """The passes of a comparison, kept in a file.
 
     Attributes:
-        runs: What has been measured.
+        passes: What has been measured.
         failures: What went wrong on the way, one record each.
-        dropped_runs: Runs of blocks that were cut short, and measured again.
+        dropped: Passes of blocks that were cut short, and measured again.
         answers: The `max_tokens` of each role and scenario.
         notes: What else belongs to the result and is found out on the way.
         resumed: How often the comparison was taken up again.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Begin with nothing; the file is written with the first run."""
+        """Begin with nothing; the file is written with the first pass."""
         self.path, self.settings = path, json.loads(json.dumps(settings))
-        self.runs: list[Run] = []
+        self.passes: list[Pass] = []
         self.failures: list[dict[str, Any]] = []
-        self.dropped_runs = 0
+        self.dropped = 0
         self.answers: dict[str, dict[str, AnswerPlan]] = {}
         self.notes: dict[str, Any] = {}
         self.resumed = 0
@@ -84,7 +84,7 @@ class Journal:
 
         Args:
             path: The result file.
-            settings: What must be equal for two runs to be comparable, JSON-ready.
+            settings: What must be equal for two passes to be comparable, JSON-ready.
             force: Begin anew whatever is there.
 
         Raises:
@@ -110,29 +110,29 @@ class Journal:
         return journal
 
     def _take_up(self, document: Mapping[str, Any]) -> None:
-        self.runs = [Run.from_json(row) for row in document["runs"]]
+        self.passes = [Pass.from_json(row) for row in document["runs"]]
         self.failures = list(document["failures"])
-        self.dropped_runs = int(document["dropped_runs"])
+        self.dropped = int(document["dropped_runs"])
         self.answers = {role: {name: AnswerPlan(tuple(plan["tokens"]), tuple(plan["characters"]))
                                for name, plan in plans.items()} for role, plans in document["answers"].items()}
         self.notes = dict(document["notes"])
         self.resumed = int(document["resumed"]) + 1
 
     def keep_blocks(self, blocks: Sequence[Sequence[tuple[int, int, Point]]]) -> None:
-        """Drop the runs of blocks that are not complete.
+        """Drop the passes of blocks that are not complete.
 
         Args:
-            blocks: The runs that are compared with each other, as (round, place, point).
+            blocks: The passes that are compared with each other, as (round, place, point).
         """
-        have = {(run.round, run.place, run.point) for run in self.runs}
+        have = {(one.round, one.place, one.point) for one in self.passes}
         whole = {step for block in blocks if have.issuperset(block) for step in block}
-        kept = [run for run in self.runs if (run.round, run.place, run.point) in whole]
-        self.dropped_runs += len(self.runs) - len(kept)
-        self.runs = kept
+        kept = [one for one in self.passes if (one.round, one.place, one.point) in whole]
+        self.dropped += len(self.passes) - len(kept)
+        self.passes = kept
 
     def has(self, round_number: int, place: int, point: Point) -> bool:
-        """Tell whether a run has been measured."""
-        return any((run.round, run.place, run.point) == (round_number, place, point) for run in self.runs)
+        """Tell whether a pass has been measured."""
+        return any((one.round, one.place, one.point) == (round_number, place, point) for one in self.passes)
 
     def save(self) -> None:
         """Write what there is, as a partial result."""
@@ -142,10 +142,10 @@ class Journal:
         """Return what the journal knows, JSON-ready."""
         return {
             "artifact": "bench", "version": FORMAT_VERSION, "state": state, "settings": self.settings,
-            "failures": self.failures, "dropped_runs": self.dropped_runs, "resumed": self.resumed,
+            "failures": self.failures, "dropped_runs": self.dropped, "resumed": self.resumed,
             "answers": {role: {name: asdict(plan) for name, plan in plans.items()}
                         for role, plans in self.answers.items()},
-            "notes": self.notes, "runs": [run.to_json() for run in self.runs],
+            "notes": self.notes, "runs": [one.to_json() for one in self.passes],
         }
 
 

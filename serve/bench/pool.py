@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from serve.engine import Server, wait_until_ready
 from vocabext.errors import ServerError
 from vocabext.progress import Progress, no_progress
+from vocabext.serve.engine import Server, wait_until_ready
 
 BASE, EXPANDED = "base", "expanded"
 SETTLE_SECONDS = 1.2  # vLLM's worker polls for one second after its last request, on the core the other one needs

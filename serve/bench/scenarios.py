@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from serve.encoder import Encoder
 from vocabext.errors import CorpusError, UsageError
+from vocabext.serve.model import Encoder
 
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
 SCENARIOS = (PREFILL, DECODE, MIXED)
@@ -50,7 +50,7 @@ class Point:
         return f"{self.scenario} {load}"
 
     def num_requests(self, texts: int) -> int:
-        """Return how many requests a run needs to fill the load, at least `texts`."""
+        """Return how many requests a pass needs to fill the load, at least `texts`."""
         if self.request_rate is not None:
             return max(texts, math.ceil(self.request_rate * RATE_SECONDS))
         return max(texts, REQUESTS_PER_SLOT * (self.concurrency or 1))
@@ -61,7 +61,7 @@ class PromptShape:
     """How large the prompts are.
 
     Attributes:
-        texts: Prompts per run, at least.
+        texts: Prompts per pass, at least.
         prompt_tokens: Length of a prefill prompt in base tokens; None takes 2,032, or less if the context is smaller.
         prompt_characters: Length of a decode prompt.
         passage_characters: Length of all passages of a mixed prompt together.

@@ -5,7 +5,6 @@ per output *character*; tokens per second falls when a tokenizer improves, so it
 verdict comes about: `compare.py`. What is on the disk while it runs: `journal.py`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,11 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from serve.bench.answers import AnswerPlan, plan_answers
-from serve.bench.client import Job, Load, LoadClient, write_prompts
-from serve.bench.journal import COMPLETE, PARTIAL, Journal, Run
-from serve.bench.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
-from serve.bench.scenarios import (
+from vocabext.checkpoint.folder import resolve_model
+from vocabext.checkpoint.manifest import file_sha256
+from vocabext.corpus import Document, left_out_of, read_documents
+from vocabext.errors import ServerError, UsageError, VocabextError
+from vocabext.files.atomic import write_json
+from vocabext.progress import Progress, no_progress
+from vocabext.serve.bench.answers import AnswerPlan, plan_answers
+from vocabext.serve.bench.client import Job, Load, LoadClient, write_prompts
+from vocabext.serve.bench.journal import COMPLETE, PARTIAL, Journal, Pass
+from vocabext.serve.bench.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
+from vocabext.serve.bench.scenarios import (
     CONTEXT_MARGIN_TOKENS,
     DEFAULT_PROMPT_TOKENS,
     PREFILL,
@@ -29,26 +34,18 @@ from serve.bench.scenarios import (
     points_of,
     tokens_per_character,
 )
-from serve.bench.summary import summarize
-from serve.encoder import Encoder, load_encoder
-from serve.engine import (
+from vocabext.serve.bench.summary import summarize
+from vocabext.serve.engine import (
     START_TIMEOUT_SECONDS,
     Server,
     flag_value,
     has_flag,
-    open_url,
     require_vllm,
     vllm_device,
     vllm_server,
 )
-from serve.provenance import provenance
-from serve.shape import context_length
-from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
-from vocabext.corpus import Document, left_out_of, read_documents
-from vocabext.errors import ServerError, UsageError, VocabextError
-from vocabext.files.atomic import write_json
-from vocabext.progress import Progress, no_progress
+from vocabext.serve.model import Encoder, context_length, load_encoder
+from vocabext.serve.provenance import provenance
 
 ROUND = (BASE, EXPANDED, BASE)
 MAX_CORPUS_CHARACTERS = 50_000_000
@@ -74,7 +71,7 @@ class BenchConfig:
     # Latency target of goodput; None is no limit.
     target_ttft_seconds: float | None = None
     target_request_seconds: float | None = None
-    # Prompts per run; more where the concurrency or the rate needs more.
+    # Prompts per pass; more where the concurrency or the rate needs more.
     texts: int = 6
     # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
     prompt_tokens: int | None = None
@@ -167,7 +164,7 @@ class Setting:
         return longest + self.most_answer_tokens + 4 * CONTEXT_MARGIN_TOKENS
 
     def requests(self, point: Point) -> int:
-        """Return how many requests a run of a point sends."""
+        """Return how many requests a pass of a point sends."""
         return min(len(self.prompts[point.scenario]), point.num_requests(self.config.texts))
 
 
@@ -183,11 +180,11 @@ def run_bench(
         expanded: Expanded model, folder or hub id.
         corpus: Held-out documents, the prompts' source.
         config: The options.
-        output: bench.json: written after every run; a partial one of the same settings is taken up again.
+        output: bench.json: written after every pass; a partial one of the same settings is taken up again.
         text_field: Field with the text in `.jsonl` and `.parquet`.
         force: Begin anew whatever `output` holds.
         log_folder: An existing folder for the logs of the servers and of the load generator.
-        progress: Told of every run.
+        progress: Told of every pass.
         say: Told what of the corpus is not read.
 
     Returns:
@@ -236,10 +233,10 @@ def compare_servers(
         setting: What is compared, on which prompts.
         make: Describes a server: the role, and `alone=` whether nothing else runs beside it.
         client: The load generator, started.
-        journal: Takes every run to the disk.
+        journal: Takes every pass to the disk.
         head: What the result begins with.
         log_folder: An existing folder for the prompts' files.
-        progress: Told of every run.
+        progress: Told of every pass.
 
     Returns:
         The content of bench.json.
@@ -294,9 +291,9 @@ def compare_servers(
 
 
 def plan(config: BenchConfig, *, one_at_a_time: bool) -> Iterator[list[Step]]:
-    """Yield the runs in order, in blocks: what is compared with each other, as (round, place, point).
+    """Yield the passes in order, in blocks: what is compared with each other, as (round, place, point).
 
-    With both servers up, the runs that are compared follow each other directly. One at a time, a
+    With both servers up, the passes that are compared follow each other directly. One at a time, a
     server does everything it has to before it is stopped.
     """
     for number in range(config.pairs):
@@ -309,13 +306,13 @@ def plan(config: BenchConfig, *, one_at_a_time: bool) -> Iterator[list[Step]]:
 def _measure(
     blocks: Iterable[Sequence[Step]], measure: Callable[[str, Point], Load], journal: Journal, progress: Progress
 ) -> None:
-    """Run what is missing; every run is on the disk before the next one begins."""
+    """Measure what is missing; every pass is on the disk before the next one begins."""
     steps = [step for block in blocks for step in block if not journal.has(*step)]
     with progress("measuring", len(steps), "runs") as task:
         for number, place, point in steps:
             task.note(f"round {number + 1}, {point.name}, {ROUND[place]}")
             load = measure(ROUND[place], point)
-            journal.runs.append(Run(number, place, point, load))
+            journal.passes.append(Pass(number, place, point, load))
             if number == 0 and place < 2 and point.scenario != PREFILL:
                 answers = journal.notes.setdefault("sample_answers", {}).setdefault(ROUND[place], {})
                 answers.setdefault(point.scenario, list(load.texts[:NUM_SAMPLE_ANSWERS]))
@@ -343,11 +340,11 @@ def _answer_tokens(journal: Journal, role: str, scenario: str, num_requests: int
 def _keep(reason: str, setting: Setting, journal: Journal, head: Mapping[str, Any]) -> str:
     """Write what was measured, with what went wrong; says what is kept and how to go on."""
     total = sum(len(block) for block in plan(setting.config, one_at_a_time=False))
-    journal.failures.append({"after_runs": len(journal.runs), "message": reason})
-    if not journal.runs:
+    journal.failures.append({"after_runs": len(journal.passes), "message": reason})
+    if not journal.passes:
         return ""
     write_json(journal.path, document_of(setting, journal, head, PARTIAL))
-    return (f"{len(journal.runs)} of {total} runs are kept in {journal.path}; "
+    return (f"{len(journal.passes)} of {total} runs are kept in {journal.path}; "
             "the same command goes on from there")
 
 
@@ -369,7 +366,7 @@ def document_of(setting: Setting, journal: Journal, head: Mapping[str, Any], sta
         **head, "context_tokens": setting.context, "server_flags": notes.get("server_flags", []),
         "options": asdict(config), "method": method_of(config, notes.get("server_flags", []), notes),
         "tokenize_agreement": notes.get("tokenize_agreement", {}),
-        "points": summarize(journal.runs, config.points, notes["prompt_characters"], config.target, seed=config.seed),
+        "points": summarize(journal.passes, config.points, notes["prompt_characters"], config.target, seed=config.seed),
         "answers_below_wanted": _below(journal, config.output_characters),
         "sample_answers": _samples(setting, notes.get("sample_answers", {})),
         **document, "runs": runs,
@@ -391,7 +388,7 @@ def _samples(setting: Setting, answers: Mapping[str, Mapping[str, list[str]]]) -
 
 
 def settings_of(setting: Setting, base: str, expanded: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be equal for runs to be compared with each other: models, prompts, options, machine."""
+    """Return what must be equal for passes to be compared with each other: models, prompts, options, machine."""
     hardware = about["hardware"]
     return {
         "models": {role: {"name": name, **{file: file_sha256(setting.folders[role] / file) for file in
@@ -489,13 +486,8 @@ def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: En
     """
     agreeing = 0
     for prompt in prompts:
-        body = json.dumps({"model": model, "prompt": prompt, "add_special_tokens": False}).encode()
-        try:
-            with open_url(f"{server.url}/tokenize", body=body) as response:
-                agreeing += json.load(response)["tokens"] == encoder.encode(prompt)
-        except OSError as error:
-            server.check_alive()
-            raise server.failure(f"{server.name} did not answer /tokenize ({error})") from None
+        answer = server.ask("/tokenize", {"model": model, "prompt": prompt, "add_special_tokens": False})
+        agreeing += answer["tokens"] == encoder.encode(prompt)
     return {"prompts": len(prompts), "agreeing": agreeing}
 
 

@@ -1,12 +1,12 @@
-"""From runs to medians, intervals and verdicts: what bench.json says about each point.
+"""From passes to medians, intervals and verdicts: what bench.json says about each point.
 
 Two kinds of measures, told apart by what they compare:
 
     per request   seconds per request, to the first token, per output character: each request with itself
-    per run       characters and requests per second, goodput: each run with the run beside it
+    per pass      characters and requests per second, goodput: each pass with the pass beside it
 
 All are stored so that `speedup` above 1 means that the expanded model is better. Goodput is how many requests
-per second met the latency target. A run that did nothing has no rate to compare: leaving its round out would give
+per second met the latency target. A pass that did nothing has no rate to compare: leaving its round out would give
 a verdict on the rounds that went well, so the measure is not compared at that point.
 """
 
@@ -17,29 +17,29 @@ from typing import Any
 
 import numpy as np
 
-from serve.bench.client import Load
-from serve.bench.compare import Comparison, Floats, Series, compare
-from serve.bench.journal import Run
-from serve.bench.scenarios import DECODE, PREFILL, Point, points_of
 from vocabext.errors import ServerError
+from vocabext.serve.bench.client import Load
+from vocabext.serve.bench.compare import Comparison, Floats, Series, compare
+from vocabext.serve.bench.journal import Pass
+from vocabext.serve.bench.scenarios import DECODE, PREFILL, Point, points_of
 
 PLACES = 3  # of a round: base, expanded, base again
-HELD_UP = 1.5  # a run that took this many times what its siblings took was held up by something else
+HELD_UP = 1.5  # a pass that took this many times what its siblings took was held up by something else
 CHARACTERS = 1000  # output costs are per so many
 REQUEST_METRICS = ("request_seconds", "ttft_seconds", "seconds_per_1000_output_characters",
                    "seconds_per_1000_output_characters_after_first_token")
-RUN_METRICS = ("input_characters_per_second", "output_characters_per_second", "requests_per_second",
+PASS_METRICS = ("input_characters_per_second", "output_characters_per_second", "requests_per_second",
                "goodput_requests_per_second")
 
 
 def summarize(
-    runs: Sequence[Run], points: Sequence[Point], prompt_characters: Mapping[str, Sequence[int]],
+    passes: Sequence[Pass], points: Sequence[Point], prompt_characters: Mapping[str, Sequence[int]],
     target: Mapping[str, float | None], *, seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Compare base and expanded at every point that has a complete round.
 
     Args:
-        runs: What was measured.
+        passes: What was measured.
         points: The points, in the order wanted.
         prompt_characters: Length of each prompt of each scenario.
         target: `ttft_seconds` and `request_seconds` that a good request stays below; None is no limit.
@@ -47,14 +47,14 @@ def summarize(
     """
     found = []
     for point in points:
-        rounds = complete_rounds(runs, point)
+        rounds = complete_rounds(passes, point)
         if rounds:
             found.append(_summary_of(point, rounds, prompt_characters[point.scenario], target, seed))
     return found
 
 
 def with_points(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a bench.json that was cut off before its runs were summarized.
+    """Complete a bench.json that was cut off before its passes were summarized.
 
     Args:
         document: The content of bench.json.
@@ -64,10 +64,10 @@ def with_points(document: Mapping[str, Any]) -> dict[str, Any]:
     options, notes = document["settings"]["options"], document["notes"]
     target = {"ttft_seconds": options["target_ttft_seconds"], "request_seconds": options["target_request_seconds"]}
     points = points_of(options["scenario"], options["concurrency"], options["rate"])
-    runs = [Run.from_json(row) for row in document["runs"]]
+    passes = [Pass.from_json(row) for row in document["runs"]]
     models = document["settings"]["models"]
     return {
-        **document, "points": summarize(runs, points, notes["prompt_characters"], target, seed=options["seed"]),
+        **document, "points": summarize(passes, points, notes["prompt_characters"], target, seed=options["seed"]),
         "base": models["base"]["name"], "expanded": models["expanded"]["name"], "options": options, "method": [],
         "server_flags": notes.get("server_flags", []), "tokenize_agreement": notes.get("tokenize_agreement", {}),
         "answers_below_wanted": {}, "sample_answers": [], "device": "unknown",
@@ -75,12 +75,12 @@ def with_points(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def complete_rounds(runs: Sequence[Run], point: Point) -> list[list[Load]]:
+def complete_rounds(passes: Sequence[Pass], point: Point) -> list[list[Load]]:
     """Return base, expanded and base again of every round of a point that has all three."""
     by_round: dict[int, dict[int, Load]] = {}
-    for run in runs:
-        if run.point == point:
-            by_round.setdefault(run.round, {})[run.place] = run.load
+    for one in passes:
+        if one.point == point:
+            by_round.setdefault(one.round, {})[one.place] = one.load
     return [[places[i] for i in range(PLACES)] for _, places in sorted(by_round.items()) if len(places) == PLACES]
 
 
@@ -105,7 +105,7 @@ def _summary_of(
     failures: dict[str, str] = {}
     for name in _metrics_of(point, target):
         series = [_series(name, [places[i] for places in rounds], characters, target) for i in range(PLACES)]
-        if name in RUN_METRICS and (idle := _idle_runs(series)):
+        if name in PASS_METRICS and (idle := _idle_passes(series)):
             failures[name] = idle
             continue
         try:
@@ -113,7 +113,7 @@ def _summary_of(
         except ServerError as error:  # nothing to compare; the reason is part of the result
             failures[name] = str(error)
             continue
-        metrics[name] = (_as_rate(found) if name in RUN_METRICS else found).to_json()
+        metrics[name] = (_as_rate(found) if name in PASS_METRICS else found).to_json()
     loads = {"base": [places[i] for places in rounds for i in (0, 2)], "expanded": [places[1] for places in rounds]}
     used = len(rounds[0][0].request_seconds)
     return {
@@ -125,8 +125,8 @@ def _summary_of(
     }
 
 
-def _idle_runs(series: Sequence[Series]) -> str:
-    """Say how many runs did none of what a measure counts; nothing if all did some."""
+def _idle_passes(series: Sequence[Series]) -> str:
+    """Say how many passes did none of what a measure counts; nothing if all did some."""
     first, expanded, second = (int((one.amount_RQ == 0).sum()) for one in series)
     if not first + expanded + second:
         return ""
@@ -136,17 +136,17 @@ def _idle_runs(series: Sequence[Series]) -> str:
 
 
 def _metrics_of(point: Point, target: Mapping[str, float | None]) -> list[str]:
-    names = [*REQUEST_METRICS[:1], *RUN_METRICS[:1], *RUN_METRICS[2:3]]
+    names = [*REQUEST_METRICS[:1], *PASS_METRICS[:1], *PASS_METRICS[2:3]]
     if point.scenario != PREFILL:  # with one output token, the first is all there is
-        names += [*REQUEST_METRICS[1:], RUN_METRICS[1]]
+        names += [*REQUEST_METRICS[1:], PASS_METRICS[1]]
     if any(limit is not None for limit in target.values()):
-        names.append(RUN_METRICS[3])
+        names.append(PASS_METRICS[3])
     return names
 
 
 def _series(name: str, loads: Sequence[Load], characters: Sequence[int], target: Mapping[str, float | None]) -> Series:
     """Return costs of a measure: seconds, and how much of what is counted they were for."""
-    if name in RUN_METRICS:
+    if name in PASS_METRICS:
         amounts = [_amount(name, load, characters, target) for load in loads]
         return Series(np.array([[load.duration_seconds] for load in loads]), np.array(amounts, float)[:, None])
     seconds = _matrix(loads, "ttft_seconds" if name == "ttft_seconds" else "request_seconds")
@@ -158,7 +158,7 @@ def _series(name: str, loads: Sequence[Load], characters: Sequence[int], target:
 
 
 def _amount(name: str, load: Load, characters: Sequence[int], target: Mapping[str, float | None]) -> float:
-    """Return how much a run did; what failed did nothing."""
+    """Return how much a pass did; what failed did nothing."""
     done = [seconds is not None for seconds in load.request_seconds]
     if name == "input_characters_per_second":
         return sum(count for count, ok in zip(characters, done, strict=False) if ok)

@@ -2,32 +2,44 @@
 
 import hmac
 import json
-import urllib.error
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve.gateway.app import Gateway, status_of
-from serve.gateway.arms import ARMS, EXPANDED
-from serve.gateway.local import open_url_with
-from serve.gateway.policy import Policy
-from serve.gateway.state import State
 from vocabext.errors import ServerError, UsageError
+from vocabext.serve.engine import ask_local
+from vocabext.serve.gateway.arms import ARMS, EXPANDED
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.state import State
+from vocabext.serve.gateway.trial import Trial
 
 TOKEN_HEADER = "x-vocabext-token"
 
 
-def admin_application(gateway: Gateway) -> Starlette:
-    """Return the application that operators talk to."""
+def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Starlette:
+    """Return the application that operators talk to.
+
+    Args:
+        trial: The policy, and the comparison under it.
+        health: Returns what the gateway tells everybody of itself.
+    """
+    state = trial.state
+
+    def report() -> dict[str, Any]:
+        return {**health(), "expanded_percent": trial.policy.expanded_percent,
+                "mirror_percent": trial.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
+                "unsaved": state.unsaved, "canary": None if trial.canary is None else trial.canary.to_json()}
 
     def allowed(request: Request) -> bool:
-        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), gateway.state.token)
+        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), state.token)
 
     async def status(request: Request) -> JSONResponse:
-        return JSONResponse(report(gateway)) if allowed(request) else _no("the token is missing or wrong", 401)
+        return JSONResponse(report()) if allowed(request) else _no("the token is missing or wrong", 401)
 
     async def swap(request: Request) -> JSONResponse:
         if not allowed(request):
@@ -36,14 +48,14 @@ def admin_application(gateway: Gateway) -> Starlette:
             order = json.loads(await request.body())
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
-                gateway.roll_back(by="operator", reason=reason)
+                trial.roll_back(by="operator", reason=reason)
             else:
-                gateway.set_policy(ordered(gateway.state.policy, order), by="operator", reason=reason)
+                trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
         except OSError as error:
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
-        return JSONResponse(report(gateway))
+        return JSONResponse(report())
 
     return Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
 
@@ -71,15 +83,6 @@ def ordered(policy: Policy, order: dict[str, Any]) -> Policy:
     return Policy(share, mirror, policy.salt)
 
 
-def report(gateway: Gateway) -> dict[str, Any]:
-    """Return everything that an operator may want to know."""
-    state = gateway.state
-    return {**status_of(gateway), "expanded_percent": state.policy.expanded_percent,
-            "mirror_percent": state.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
-            "unsaved": state.unsaved,
-            "canary": None if gateway.canary is None else gateway.canary.to_json()}
-
-
 def _no(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "code": status}}, status)
 
@@ -99,18 +102,15 @@ def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
         ServerError: If there is no gateway.
     """
     url = f"{state.admin_url}/{'status' if order is None else 'swap'}"
-    body = None if order is None else json.dumps(order).encode()
     try:
         if not state.admin_url:
-            raise OSError("it has not been started")
-        with open_url_with(url, {TOKEN_HEADER: state.token}, body=body, timeout_seconds=30.0) as response:
-            document: dict[str, Any] = json.load(response)
-            return document
-    except urllib.error.HTTPError as error:
-        with error:
-            message = json.loads(error.read())["error"]["message"]
-        raise (UsageError if error.code == 400 else ServerError)(f"the gateway refuses: {message}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ServerError(f"no gateway answers for {state.path} ({reason}); is `vocabext serve gateway` running?"
+            raise ValueError("it has not been started")
+        answer = ask_local(url, order, headers={TOKEN_HEADER: state.token}, timeout_seconds=30.0)
+        document: dict[str, Any] = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerError(f"no gateway answers for {state.path} ({error}); is `vocabext serve gateway` running?"
                           ) from None
+    if answer.is_success:
+        return document
+    kind = UsageError if answer.status_code == 400 else ServerError
+    raise kind(f"the gateway refuses: {document['error']['message']}")

@@ -8,11 +8,8 @@ import asyncio
 import contextlib
 import json
 import time
-import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,113 +17,54 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.gateway.answers import Headers, Refusal, error_body, error_event
-from serve.gateway.arms import BASE, EXPANDED, Arm, other
-from serve.gateway.calls import (
-    ARM_HEADER,
-    CHAT,
-    COMPLETIONS,
-    DETOKENIZE,
-    TOKENIZE,
-    Call,
-    Request,
-    parse,
-    plain_call,
-)
-from serve.gateway.canary import Canary
-from serve.gateway.events import DONE, EventSplitter
-from serve.gateway.guard import Limits, Message, Receive, Scope, Send, check_headers, check_key, read_body
-from serve.gateway.load import Loads, Mark
-from serve.gateway.metrics import Metrics
-from serve.gateway.observe import KEPT_BYTES, Observation, failure, observe
-from serve.gateway.policy import Choice, Policy
-from serve.gateway.reading import reading_loss
-from serve.gateway.record import Recorder
-from serve.gateway.state import State
-from serve.gateway.upstream import Upstream, forwarded, returned
+from vocabext.serve.gateway.answers import Headers, Refusal, error_body
+from vocabext.serve.gateway.arms import BASE, Arm, other
+from vocabext.serve.gateway.calls import ARM_HEADER, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Request, parse
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, check_key, read_body
+from vocabext.serve.gateway.load import Loads, Mark
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.observe import Observation, failure
+from vocabext.serve.gateway.policy import ArmChoice
+from vocabext.serve.gateway.reading import reading_loss
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.relay import Outbox, Relay, send_whole
+from vocabext.serve.gateway.side_tasks import SideTasks, where
+from vocabext.serve.gateway.trial import Trial
+from vocabext.serve.gateway.upstream import forwarded
 
 MAX_MIRRORS = 16
 # A client that leaves after so long without a byte has waited in vain: an engine that hangs would otherwise be a matter
 # of its users' patience. Less than the shortest time-out that a client library comes with (httpx: 5 seconds); who
 # stops an answer that comes along does not count.
 SILENT_SECONDS = 4.0
-SAVE_AGAIN_SECONDS = 5.0
 
 
 @dataclass
 class Gateway:
-    """All that the requests share.
+    """The parts of a gateway, put together.
 
     Attributes:
-        arms: The two arms by name.
-        state: The policy.
-        upstream: Connections to the engines.
-        limits: What is accepted.
-        metrics: Counters.
-        canary: Compares the arms; None to leave that to the operator.
-        recorder: Writes requests down; None, unless it was asked for.
-        model: What clients call the model.
-        api_key: What they have to know; None for nothing.
-        allow_pin: Whether a header may choose the arm.
-        healthy: Whether each arm's engine answered its last health check.
+        engines: The two arms and the way to them.
+        trial: The policy, and the comparison under it.
         loads: How busy the arms are.
-        note: Told of what the operator should know; never of what clients say.
+        metrics: Counters.
+        side_tasks: What runs beside the requests.
+        limits: What is accepted.
+        recorder: Writes requests down; None, unless it was asked for.
+        api_key: What clients have to know; None for nothing.
+        allow_pin: Whether a header may choose the arm.
     """
 
-    arms: dict[str, Arm]
-    state: State
-    upstream: Upstream
-    limits: Limits
+    engines: Engines
+    trial: Trial
+    loads: Loads
     metrics: Metrics
-    canary: Canary | None = None
+    side_tasks: SideTasks
+    limits: Limits = field(default_factory=Limits)
     recorder: Recorder | None = None
-    model: str = ""
     api_key: str | None = None
     allow_pin: bool = True
-    healthy: dict[str, bool] = field(default_factory=dict)
-    loads: Loads = field(default_factory=Loads)
-    note: Callable[[str], None] = field(default=lambda message: None)
-    background: set["asyncio.Task[None]"] = field(default_factory=set)
-
-    @property
-    def in_flight(self) -> dict[str, int]:
-        """The number of requests in flight on each arm."""
-        return self.loads.in_flight
-
-    def names(self) -> Mapping[str, str]:
-        """Return the names under which clients may ask for the model."""
-        return dict.fromkeys([self.model, *(arm.model for arm in self.arms.values())], "")
-
-    def set_policy(self, policy: Policy, *, by: str, reason: str = "") -> None:
-        """Put a policy in force for all requests from now on; those in flight keep their arm.
-
-        Raises:
-            OSError: If it cannot be saved; the old one stays in force.
-        """
-        self.state.change(policy, by=by, reason=reason)
-        self._begin_trial(by)
-
-    def roll_back(self, *, by: str, reason: str = "") -> None:
-        """Send all requests to the base arm, whether or not that can be saved; if not, try again until it can."""
-        was_saved = not self.state.unsaved
-        self.state.roll_back(by=by, reason=reason)
-        self._begin_trial(by)
-        if self.state.unsaved and was_saved:
-            self.note(f"{self.state.unsaved}: the rollback is in force, but a restart would not know of it; "
-                      "make room, it is tried again")
-            self.spawn(self._save_later())
-
-    def _begin_trial(self, by: str) -> None:
-        self.metrics.changes.labels(by).inc()
-        self.metrics.expanded_percent.set(self.state.policy.expanded_percent)
-        if self.canary is not None:
-            self.canary.restart()
-
-    async def _save_later(self) -> None:
-        while self.state.unsaved:
-            await asyncio.sleep(SAVE_AGAIN_SECONDS)
-            if self.state.unsaved and self.state.try_to_save():
-                self.note(f"{self.state.path} is written again")
 
     def measured(self, seen: Observation, since: Mark) -> Observation:
         """Say of an answer what only a look at both arms can tell.
@@ -134,69 +72,15 @@ class Gateway:
         One engine bears the load of both arms. What it refuses says nothing about one of them, and the base arm's
         requests are refused by the gateway already where they are no requests.
         """
-        one_engine = self.arms[BASE].url == self.arms[EXPANDED].url
-        return replace(seen, alike=one_engine or self.loads.alike(seen.arm, since),
-                       refused=seen.refused and not one_engine)
+        one = self.engines.are_one
+        return replace(seen, alike=one or self.loads.alike(seen.arm, since), refused=seen.refused and not one)
 
-    def saw(self, observation: Observation, *, mirrored: bool = False) -> None:
-        """Count an answer in the metrics."""
-        if observation.failed:
-            self.metrics.failures.labels(observation.arm).inc()
-        if observation.counted and not mirrored:
-            self.metrics.characters.labels(observation.arm).inc(observation.characters)
-            if observation.first_text_seconds is not None:
-                self.metrics.first_text.labels(observation.arm).observe(observation.first_text_seconds)
-
-    def compare(self, *answers: Observation) -> None:
-        """Take answers into account that chance has divided between the arms, or that both arms gave to one request."""
-        if self.canary is not None:
-            for answer in answers:
-                self.canary.add(answer)
-            self.judge()
-
-    def judge(self) -> None:
-        """Roll back if the canary has found the expanded arm worse, and it is in use."""
-        assert self.canary is not None
-        policy = self.state.policy
-        if (policy.uses("expanded") or policy.mirror_percent) and (reason := self.canary.reason_to_stop()):
-            self.roll_back(by="canary", reason=reason)
-
-    @contextmanager
-    def slot(self, arm: str) -> Iterator[Mark]:
-        """Hold a place among the requests of an arm; gives the moment since when.
-
-        Raises:
-            Refusal: 503 if all are taken.
-        """
-        busy = self.in_flight[arm]
-        if busy >= self.limits.in_flight:
-            raise Refusal(503, f"the {arm} arm has {busy} requests in flight, the limit is {self.limits.in_flight}; "
-                               "try again in a moment", [(b"retry-after", b"1")])
-        self.loads.begin(arm)
-        self.metrics.in_flight.labels(arm).inc()
-        try:
-            yield self.loads.mark()
-        finally:
-            self.loads.end(arm)
-            self.metrics.in_flight.labels(arm).dec()
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the requests; it is cancelled when the gateway stops."""
-        task = asyncio.create_task(work)
-        self.background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self.background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.note(f"something beside the requests failed: {where(error)}")
-
-    async def close(self) -> None:
-        """End what runs beside the requests, and all connections."""
-        for task in list(self.background):
-            task.cancel()
-        await asyncio.gather(*self.background, return_exceptions=True)
-        await self.upstream.close()
+    def status(self) -> dict[str, Any]:
+        """Return whether every arm that requests may reach answers, and the policy."""
+        arms, policy = self.engines.statuses(), self.trial.policy
+        status = "ok" if all(arms[name] == "ok" for name in arms if policy.uses(name)) else "down"
+        return {"status": status, "arms": arms, "policy": policy.describe(),
+                "in_flight": {name: self.loads.in_flight[name] for name in arms}}
 
 
 class Exchange:
@@ -210,7 +94,7 @@ class Exchange:
         left_after: Seconds after which the client had waited in vain, and left; None if it did not.
     """
 
-    def __init__(self, request: Request, choice: Choice) -> None:
+    def __init__(self, request: Request, choice: ArmChoice) -> None:
         """Begin, inside the running loop."""
         self.request, self.choice = request, choice
         self.relay: Relay | None = None
@@ -220,30 +104,6 @@ class Exchange:
     def silence(self, after: float) -> float:
         """Return for how many seconds nothing had come, so many seconds after the request's arrival."""
         return after if self.relay is None else self.relay.silence(after)
-
-
-class Outbox:
-    """Sends an answer, and knows how far it has come."""
-
-    def __init__(self, send: Send) -> None:
-        """Send by way of the server."""
-        self._send = send
-        self._begun = self._streams = False
-
-    async def __call__(self, message: Message) -> None:
-        """Send a message."""
-        if message["type"] == "http.response.start":
-            self._begun = True
-            self._streams = any(name == b"content-type" and value.startswith(b"text/event-stream")
-                                for name, value in message["headers"])
-        await self._send(message)
-
-    async def fail(self, status: int, message: str, headers: Headers) -> None:
-        """End an answer that cannot be given; one that is no stream and has begun breaks off."""
-        if not self._begun:
-            await send_whole(self._send, status, error_body(status, message), headers)
-        elif self._streams:
-            await self._send({"type": "http.response.body", "body": error_event(status, message), "more_body": False})
 
 
 class Proxy:
@@ -260,11 +120,11 @@ class Proxy:
         headers: Headers = []
         try:
             request = await self._accept(scope, receive, started)
-            choice = gateway.state.policy.choose(pin=request.pin() if gateway.allow_pin else None,
+            choice = gateway.trial.policy.choose(pin=request.pin() if gateway.allow_pin else None,
                                                  user=request.user())
             arm, exchange = choice.arm, Exchange(request, choice)
             headers = [(ARM_HEADER, arm.encode())]
-            with gateway.slot(arm) as since:
+            with gateway.loads.slot(arm) as since:
                 finished = await _unless_gone(receive, self._answer(exchange, since, outbox))
             if finished is None:
                 gateway.metrics.gone.labels(arm).inc()
@@ -277,7 +137,7 @@ class Proxy:
             await send_whole(outbox, status, error_body(status, refusal.message), [*refusal.headers, *headers])
         except Exception as error:  # a fault of the gateway's own: the server would write its text into the log
             status = 500
-            gateway.note(f"a request failed by a fault of the gateway: {where(error)}")
+            gateway.side_tasks.note(f"a request failed by a fault of the gateway: {where(error)}")
             await outbox.fail(status, "the gateway failed at this request; its log says where", headers)
         finally:
             if exchange is not None and not exchange.seen.done():
@@ -296,14 +156,14 @@ class Proxy:
     async def _answer(self, exchange: Exchange, since: Mark, send: Send) -> int:
         """Answer from the chosen arm, and let the other one answer too if it is to be compared."""
         gateway, request, choice = self._gateway, exchange.request, exchange.choice
-        arm = gateway.arms[choice.arm]
+        arm = gateway.engines.arms[choice.arm]
         try:
-            call = await self._call(request, arm)
+            call = await gateway.engines.call_for(request, arm)
             if request.is_generation:
                 self._record(exchange)
                 if choice.mirrored:
-                    self._mirror(exchange, gateway.arms[other(arm.name)])
-            exchange.relay = Relay(gateway, arm, request, call, send)
+                    self._mirror(exchange, gateway.engines.arms[other(arm.name)])
+            exchange.relay = Relay(gateway.engines.upstream, arm, request, call, send)
             observation = await exchange.relay.run()
             self._over(exchange, gateway.measured(observation, since))
             return exchange.relay.status
@@ -321,10 +181,10 @@ class Proxy:
         """
         if not exchange.request.is_generation:
             return
-        self._gateway.saw(observation)
+        self._gateway.metrics.saw(observation)
         exchange.seen.set_result(observation if observation.tells else None)
         if exchange.choice.why == "share":
-            self._gateway.compare(observation)
+            self._gateway.trial.compare(observation)
 
     def _given_up(self, exchange: Exchange) -> None:
         """Take into account that a client went away, if nothing had come for long."""
@@ -338,27 +198,23 @@ class Proxy:
         gateway = self._gateway
         if (gateway.recorder is not None and exchange.choice.why != "pinned"
                 and (fault := gateway.recorder.write(exchange.request))):
-            gateway.note(fault)
-
-    async def _call(self, request: Request, arm: Arm) -> Call:
-        if arm.front is None:
-            return plain_call(request, arm, self._gateway.names())
-        return await arm.front.call(request, arm, self._gateway)
+            gateway.side_tasks.note(fault)
 
     def _mirror(self, exchange: Exchange, arm: Arm) -> None:
-        if len(self._gateway.background) >= MAX_MIRRORS:
+        if len(self._gateway.side_tasks.tasks) >= MAX_MIRRORS:
             self._gateway.metrics.mirrors_dropped.inc()
             return
-        self._gateway.spawn(self._answer_unseen(exchange, arm))
+        self._gateway.side_tasks.spawn(self._answer_unseen(exchange, arm))
 
     async def _answer_unseen(self, exchange: Exchange, arm: Arm) -> None:
         """Send a copy of a request to the other arm, and compare the two answers if the first one counts."""
-        gateway, request = self._gateway, exchange.request
+        gateway, request, engines = self._gateway, exchange.request, self._gateway.engines
         copy = Exchange(request, exchange.choice)
         try:
-            with gateway.slot(arm.name) as since:
+            with gateway.loads.slot(arm.name) as since:
                 gateway.metrics.mirrored.labels(arm.name).inc()
-                copy.relay = Relay(gateway, arm, request, await self._call(request, arm), _nowhere)
+                call = await engines.call_for(request, arm)
+                copy.relay = Relay(engines.upstream, arm, request, call, _nowhere)
                 mirrored = gateway.measured(await copy.relay.run(), since)
         except Refusal as refusal:
             if refusal.status == 503:
@@ -366,136 +222,23 @@ class Proxy:
             if refusal.status not in (502, 504):
                 return  # the gateway's own: what the base arm of one engine cannot do is no failure of an engine
             mirrored = failure(arm.name, time.perf_counter() - request.started)
-        gateway.saw(mirrored, mirrored=True)
+        gateway.metrics.saw(mirrored, mirrored=True)
         original = await exchange.seen
-        if original is None or gateway.canary is None:
+        if original is None or gateway.trial.canary is None:
             return
         if exchange.left_after is not None and copy.silence(exchange.left_after) >= SILENT_SECONDS:
             mirrored = failure(arm.name, exchange.left_after)  # the same client would have left this arm, too
-        gateway.compare(*([mirrored] if exchange.choice.why == "share" else [original, mirrored]))
+        gateway.trial.compare(*([mirrored] if exchange.choice.why == "share" else [original, mirrored]))
         if request.is_greedy:
-            gateway.canary.compare(original, mirrored)
+            gateway.trial.canary.compare(original, mirrored)
         of_base = original if original.arm == BASE else mirrored
-        if of_base.counted and (loss := await reading_loss(gateway, request, of_base.text)) is not None:
-            gateway.canary.read(loss)
-        gateway.judge()
-
-
-class Relay:
-    """Passes one answer on, as it comes, and looks into it when it is complete."""
-
-    def __init__(self, gateway: Gateway, arm: Arm, request: Request, call: Call, send: Send) -> None:
-        """Prepare one exchange with an engine."""
-        self._gateway, self._arm, self._request, self._call, self._send = gateway, arm, request, call, send
-        self._parts: list[tuple[float, bytes]] = []
-        self._kept = 0
-        self._complete = False
-        self.status = 0
-
-    async def run(self) -> Observation:
-        """Send the request and pass the answer on.
-
-        Raises:
-            Refusal: If the engine failed before anything was passed on.
-        """
-        arm, gateway = self._arm, self._gateway
-        headers = forwarded(self._request.headers)
-        headers["content-type"] = "application/json"
-        async with gateway.upstream.call("POST", arm.url + self._call.path, arm=arm.name, headers=headers,
-                                         body=self._call.body) as response:
-            self.status = response.status
-            out = [*returned(response), (ARM_HEADER, arm.name.encode())]
-            if response.content_type == "text/event-stream":
-                await self._send({"type": "http.response.start", "status": response.status,
-                                  "headers": [h for h in out if h[0] != b"content-length"]})
-                return await self._stream(response.content.iter_any())
-            body = await response.read()
-        if self._call.converter is not None and self.status == 200:
-            body = self._call.converter.whole(body)
-        self._keep(body)
-        await send_whole(self._send, self.status, body, [h for h in out if h[0] != b"content-length"])
-        return self._observation(streamed=False)
-
-    async def _stream(self, parts: AsyncIterator[bytes]) -> Observation:
-        """Pass a stream on; if it breaks off, end it with an error event."""
-        converter = self._call.converter if self.status == 200 else None
-        done, trouble = False, ""
-        try:
-            async for part, events in _with_events(parts):
-                out = part if converter is None else b"".join(map(converter.event, events))
-                done = done or DONE in events
-                self._keep(out)
-                if out:
-                    await self._send({"type": "http.response.body", "body": out, "more_body": True})
-        except Exception as error:  # the context manager names what can go wrong with a connection; here it is caught
-            trouble = _trouble(error, self._arm.name)
-        if not trouble and self.status == 200 and not done:
-            trouble = f"the engine of the {self._arm.name} arm broke the answer off"
-        last = error_event(502, trouble) if trouble else b""
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
-        if trouble:
-            return failure(self._arm.name, time.perf_counter() - self._request.started)
-        return self._observation(streamed=True)
-
-    def silence(self, after: float) -> float:
-        """Return for how many seconds nothing had come, so many after the request's arrival; 0 if all had come."""
-        before = [when for when, _ in self._parts if when <= after]
-        return 0.0 if self._complete and len(before) == len(self._parts) else after - (before[-1] if before else 0.0)
-
-    def _keep(self, part: bytes) -> None:
-        self._kept += len(part)
-        self._parts.append((time.perf_counter() - self._request.started, part if self._kept <= KEPT_BYTES else b""))
-
-    def _observation(self, *, streamed: bool) -> Observation:
-        seconds = time.perf_counter() - self._request.started
-        self._complete = True
-        if self._kept > KEPT_BYTES or not self._request.is_generation:
-            return Observation(self._arm.name, self.status >= 500, seconds)
-        return observe(self._arm.name, self.status, self._parts, seconds, streamed=streamed)
-
-
-async def _with_events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[bytes, list[bytes]]]:
-    """Yield every part of a stream with the data of the events that it completes."""
-    splitter = EventSplitter()
-    async for part in parts:
-        yield part, splitter.feed(part)
-    if last := [data for data in splitter.close() if data == DONE or _is_json(data)]:  # else it is half of one
-        yield b"", last
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        json.loads(data)
-    except ValueError:
-        return False
-    return True
-
-
-def where(error: BaseException) -> str:
-    """Say what failed and where, without the error's text: that may quote a request."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__} at " + " > ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
-
-
-def _trouble(error: Exception, arm: str) -> str:
-    if isinstance(error, asyncio.TimeoutError):
-        return f"the engine of the {arm} arm went silent in the middle of the answer"
-    if isinstance(error, OSError | EOFError) or type(error).__module__.startswith("aiohttp"):
-        return f"the engine of the {arm} arm broke the answer off"
-    raise error
+        if of_base.counted and (loss := await reading_loss(engines, gateway.loads, request, of_base.text)) is not None:
+            gateway.trial.canary.read(loss)
+        gateway.trial.judge()
 
 
 async def _nowhere(message: Any) -> None:
     """Take a message of an answer that nobody sees."""
-
-
-async def send_whole(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    """Send an answer that is no stream."""
-    if not any(name == b"content-type" for name, _ in headers):
-        headers = [*headers, (b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status,
-                "headers": [*headers, (b"content-length", str(len(body)).encode())]})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, int]) -> int | None:
@@ -530,7 +273,7 @@ def application(gateway: Gateway) -> Starlette:
         return await _with_errors(_models(gateway, request))
 
     async def health(_: HttpRequest) -> Response:
-        document = status_of(gateway)
+        document = gateway.status()
         return JSONResponse(document, 200 if document["status"] == "ok" else 503)
 
     async def metrics(_: HttpRequest) -> Response:
@@ -561,19 +304,10 @@ async def _models(gateway: Gateway, request: HttpRequest) -> Response:
     headers = list(request.headers.raw)
     check_headers(headers, gateway.limits.header_bytes)
     check_key(dict(headers), gateway.api_key)
-    arm = gateway.arms[gateway.state.policy.main_arm()]
-    document = await gateway.upstream.get_json(f"{arm.url}/v1/models", arm=arm.name, headers=forwarded(headers))
+    engines = gateway.engines
+    arm = engines.arms[gateway.trial.policy.main_arm()]
+    document = await engines.upstream.get_json(f"{arm.url}/v1/models", arm=arm.name, headers=forwarded(headers))
     for card in document.get("data") or ():
         if card.get("id") == arm.model:
-            card["id"] = gateway.model
+            card["id"] = engines.model
     return Response(json.dumps(document), media_type="application/json")
-
-
-def status_of(gateway: Gateway) -> dict[str, Any]:
-    """Return whether every arm that requests may reach answers, and the policy."""
-    policy = gateway.state.policy
-    arms = {name: "ok" if gateway.healthy.get(name) else "down" for name in gateway.arms}
-    needed = [name for name in gateway.arms if policy.uses(name)]
-    status = "ok" if all(arms[name] == "ok" for name in needed) else "down"
-    return {"status": status, "arms": arms, "policy": policy.describe(),
-            "in_flight": {name: gateway.in_flight[name] for name in gateway.arms}}

@@ -6,7 +6,7 @@ base's ids, a suffix of the logits, so the ban is one slice per step for all req
     "vllm_xargs": {"vocabext_arm": "base"}
 
 Their logits become minus infinity before anything is sampled, whatever bias, temperature or grammar a request
-has. vLLM loads the class by name: `--logits-processors serve.gateway.ban:BanNewTokens`. Why not vLLM's own
+has. vLLM loads the class by name: `--logits-processors vocabext.serve.gateway.ban:BanNewTokens`. Why not vLLM's own
 `allowed_token_ids`, `logit_bias` or `bad_words`: benchmarks/gateway_ban.py.
 """
 
@@ -17,9 +17,9 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from serve.gateway.arms import ARMS, BASE
-from serve.gateway.front import ARM_ARGUMENT
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.serve.gateway.arms import ARMS, BASE
+from vocabext.serve.gateway.front import ARM_ARGUMENT
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

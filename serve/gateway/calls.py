@@ -1,12 +1,12 @@
 """One request as the gateway understands it, and as an engine gets it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import ARMS, Arm
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import ARMS, Arm
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -107,13 +107,13 @@ def parse(body: bytes) -> dict[str, Any]:
     return document
 
 
-def plain_call(request: Request, arm: Arm, names: Mapping[str, str]) -> Call:
+def plain_call(request: Request, arm: Arm, names: Container[str]) -> Call:
     """Return a request as an arm's own server gets it: untouched, but for the model's name.
 
     Args:
         request: The request.
         arm: Who will answer.
-        names: For each name under which clients may ask for the model, anything.
+        names: The names under which clients may ask for the model.
     """
     asked = request.document.get("model")
     if asked == arm.model or asked not in names:

@@ -20,10 +20,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from serve.gateway.arms import ARMS, BASE, EXPANDED
-from serve.gateway.observe import Observation
-from serve.gateway.sequential import BoundedMean, Mean, Sequence
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
+from vocabext.serve.gateway.observe import Observation
+from vocabext.serve.gateway.sequential import BoundedMean, Mean, Sequence
 
 FAILURES, PACE, FIRST, LENGTH, AGREEMENT, READING = (
     "failures", "seconds per character", "seconds to the first character", "characters per answer", "agreement",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from serve.gateway.logprobs import id_of, text_of, without_new
+from vocabext.serve.gateway.logprobs import id_of, text_of, without_new
 
 
 class ChatConverter:

@@ -1,24 +1,53 @@
 """What clients of an OpenAI-compatible server rely on, item by item.
 
+Each item gets a verdict:
+
+    pass          both arms keep it
+    differs       both keep it, and the numbers differ by nature; says how
+    FAIL          the expanded arm breaks what the base arm keeps; the base arm's own faults are none
+    not checked   the base arm does not do it either, or it needs something that is not there; says what
+
 Every case is tried on the base arm first, and on the expanded arm only where the base arm keeps it: what the base
 breaks or refuses is not checked, with the reason.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serve.gateway.canary import agreement
-from serve.gateway.observe import events_of
-from serve.gateway.rehearsal import ARMS, BASE, DIFFERS, EXPANDED, FAIL, NOT_CHECKED, PASS, Item, Rehearsal, Reply
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
+from vocabext.serve.gateway.canary import agreement
+from vocabext.serve.gateway.observe import events_of
+from vocabext.serve.gateway.replay import Rehearsal, Reply
 
+PASS, DIFFERS, FAIL, NOT_CHECKED = "pass", "differs", "FAIL", "not checked"
 FORCE = 100.0  # as a bias: whatever else the model would write
 TRIED_TOKENS = 5
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
           "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "note", "description": "Take a note.", "parameters": SCHEMA}}
 OTHER_TEXT = "its parts add up to"
+
+
+@dataclass(frozen=True)
+class Item:
+    """The verdict on one part of the contract.
+
+    Attributes:
+        name: What clients rely on.
+        verdict: `pass`, `differs`, `FAIL` or `not checked`.
+        detail: What was found, with numbers, and what it means for clients.
+        checked: How many requests or tokens were tried.
+        examples: What went wrong, at most three.
+    """
+
+    name: str
+    verdict: str
+    detail: str
+    checked: int = 0
+    examples: tuple[str, ...] = ()
 
 
 class Cases:

@@ -16,22 +16,20 @@ Both go to `/v1/completions`, which has taken ids since vLLM's first versions. v
 import asyncio
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
-from serve.gateway.chat import ChatConverter
-from serve.gateway.logprobs import LogprobsConverter
-from serve.gateway.upstream import forwarded
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
+from vocabext.serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
+from vocabext.serve.gateway.chat import ChatConverter
+from vocabext.serve.gateway.logprobs import LogprobsConverter
+from vocabext.serve.gateway.upstream import Upstream, forwarded
 from vocabext.tokens import Expansion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from serve.gateway.app import Gateway
 
 ARM_ARGUMENT = "vocabext_arm"
 # Fields of a chat request that are used up by its rendering.
@@ -77,15 +75,21 @@ class BaseFront:
         self._worker = ThreadPoolExecutor(1, "long-prompts")
         self._tokenizer_of_worker = copy.deepcopy(tokenizer)
 
-    async def call(self, request: Request, arm: Arm, gateway: "Gateway") -> Call:
+    async def call(self, request: Request, arm: Arm, names: Container[str], upstream: Upstream) -> Call:
         """Return what to send to the engine.
+
+        Args:
+            request: The request.
+            arm: The base arm.
+            names: The names under which clients may ask for the model.
+            upstream: The way to the engine, which renders chats.
 
         Raises:
             Refusal: 400 if the request asks for something that the base arm of one engine cannot do, 502 if the
                 engine's ban on new tokens is not known to hold.
         """
         document = dict(request.document)
-        if document.get("model") in gateway.names():
+        if document.get("model") in names:
             document["model"] = arm.model
         if request.path == DETOKENIZE:
             self._check_ids(document.get("tokens"), "tokens")
@@ -99,7 +103,7 @@ class BaseFront:
         document["vllm_xargs"] = {**(arguments if isinstance(arguments, dict) else {}), ARM_ARGUMENT: BASE}
         if request.path == COMPLETIONS:
             return await self._completion(document)
-        return await self._chat(document, request, arm, gateway)
+        return await self._chat(document, request, arm, upstream)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the base ids of a prompt.
@@ -141,7 +145,7 @@ class BaseFront:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, _encode, self._tokenizer_of_worker, rows, special), several
 
-    async def _chat(self, document: dict[str, Any], request: Request, arm: Arm, gateway: "Gateway") -> Call:
+    async def _chat(self, document: dict[str, Any], request: Request, arm: Arm, upstream: Upstream) -> Call:
         if document.get("tools") and document.get("tool_choice", "auto") != "none":
             raise Refusal(400, "tool calls are parsed by the engine's chat endpoint, which takes no ids: the base arm "
                                "of one engine cannot make them; use two engines, or tool_choice 'none'")
@@ -150,7 +154,7 @@ class BaseFront:
         top = document.get("top_logprobs")
         if top is not None and type(top) is not int:
             raise Refusal(400, f"top_logprobs is a JSON {type(top).__name__}, it must be a whole number")
-        ids, longest = await self._render(document, request, arm, gateway)
+        ids, longest = await self._render(document, request, arm, upstream)
         if len(ids) >= longest:
             raise Refusal(400, f"the chat has {len(ids)} tokens, and the model's context is {longest}")
         completion = {key: value for key, value in document.items() if key not in _RENDERED + _CHAT_ONLY}
@@ -164,13 +168,13 @@ class BaseFront:
                     ChatConverter(self.decode, self.expansion.first_new_id, top))
 
     async def _render(
-        self, document: Mapping[str, Any], request: Request, arm: Arm, gateway: "Gateway"
+        self, document: Mapping[str, Any], request: Request, arm: Arm, upstream: Upstream
     ) -> tuple[list[int], int]:
         """Return the base ids of a chat, and the length of the model's context."""
         body = rendering_of(document)
         if self._excludes_tools and document.get("tool_choice") == "none":
             body.pop("tools", None)
-        status, answer = await gateway.upstream.post_json(
+        status, answer = await upstream.post_json(
             f"{arm.url}/tokenize", json.dumps(body).encode(), arm=arm.name, headers=forwarded(request.headers))
         try:
             found = json.loads(answer)
@@ -293,7 +297,7 @@ class UnmergeConverter:
         raise AssertionError("/tokenize does not stream")
 
 
-async def check_ban(gateway: "Gateway", front: BaseFront, url: str, model: str, headers: Mapping[str, str]) -> str:
+async def check_ban(upstream: Upstream, front: BaseFront, url: str, model: str, headers: Mapping[str, str]) -> str:
     """Try to make the engine write a new token, with and without the ban.
 
     Returns:
@@ -305,8 +309,8 @@ async def check_ban(gateway: "Gateway", front: BaseFront, url: str, model: str, 
         body = {"model": model, "prompt": list(front.expansion.tokens[0].run), "max_tokens": 2, "temperature": 0,
                 "logit_bias": {str(first): 100}, "return_token_ids": True, "ignore_eos": True,
                 "vllm_xargs": {ARM_ARGUMENT: arm}}
-        status, answer = await gateway.upstream.post_json(f"{url}/v1/completions", json.dumps(body).encode(),
-                                                          arm=arm, headers=headers)
+        status, answer = await upstream.post_json(f"{url}/v1/completions", json.dumps(body).encode(),
+                                                  arm=arm, headers=headers)
         if status != 200:
             return f"the engine answered a trial request with status {status}: {answer[:200].decode(errors='replace')}"
         try:
@@ -315,7 +319,7 @@ async def check_ban(gateway: "Gateway", front: BaseFront, url: str, model: str, 
             return "the engine's answer to a trial request cannot be read; is it a vLLM server?"
     if any(i >= first for i in written[BASE]):
         return ("the engine does not ban new tokens from base requests; start it with --logits-processors "
-                "serve.gateway.ban:BanNewTokens")
+                "vocabext.serve.gateway.ban:BanNewTokens")
     if first not in written[EXPANDED]:
         return f"the trial could not make the engine write the new token {first}, so the ban cannot be checked"
     return ""

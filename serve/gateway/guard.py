@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve.gateway.answers import Refusal
+from vocabext.serve.gateway.answers import Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -11,10 +11,13 @@ took back identical arms in simulation, because a random gap between two busy en
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serve.gateway.arms import ARMS, other
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import ARMS, other
+from vocabext.serve.gateway.metrics import Metrics
 
 LIKE = 1.5  # times as many requests on one arm as on the other
 FEW = 1.0  # requests beside the one that is looked at
@@ -40,25 +43,47 @@ class Loads:
         in_flight: Requests that are being answered now, by arm.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, metrics: Metrics, limit: int, *, clock: Callable[[], float] = time.perf_counter) -> None:
         """Start without requests.
 
         Args:
+            metrics: Shows what is in flight.
+            limit: Requests that one arm may have at once.
             clock: Tells the time in seconds.
         """
         self.in_flight = dict.fromkeys(ARMS, 0)
+        self._metrics, self._limit = metrics, limit
         self._clock, self._last = clock, clock()
         self._busy = dict.fromkeys(ARMS, 0.0)
+
+    @contextmanager
+    def slot(self, arm: str) -> Iterator[Mark]:
+        """Hold a place among the requests of an arm; gives the moment since when.
+
+        Raises:
+            Refusal: 503 if all are taken.
+        """
+        busy = self.in_flight[arm]
+        if busy >= self._limit:
+            raise Refusal(503, f"the {arm} arm has {busy} requests in flight, the limit is {self._limit}; "
+                               "try again in a moment", [(b"retry-after", b"1")])
+        self.begin(arm)
+        try:
+            yield self.mark()
+        finally:
+            self.end(arm)
 
     def begin(self, arm: str) -> None:
         """Count a request that is sent to an arm."""
         self._sum_up()
         self.in_flight[arm] += 1
+        self._metrics.in_flight.labels(arm).inc()
 
     def end(self, arm: str) -> None:
         """Count a request that has ended."""
         self._sum_up()
         self.in_flight[arm] -= 1
+        self._metrics.in_flight.labels(arm).dec()
 
     def mark(self) -> Mark:
         """Return where things stand, for `alike` to look back at."""

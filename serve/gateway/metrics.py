@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from vocabext.serve.gateway.observe import Observation
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -36,6 +38,15 @@ class Metrics:
         self.changes = Counter("vocabext_gateway_policy_changes", "Changes of the policy", ["by"], registry=registry)
         self.healthy = Gauge("vocabext_gateway_engine_healthy", "Whether the engine of an arm answered its last "
                              "health check", ["arm"], registry=registry)
+
+    def saw(self, observation: Observation, *, mirrored: bool = False) -> None:
+        """Count an answer."""
+        if observation.failed:
+            self.failures.labels(observation.arm).inc()
+        if observation.counted and not mirrored:
+            self.characters.labels(observation.arm).inc(observation.characters)
+            if observation.first_text_seconds is not None:
+                self.first_text.labels(observation.arm).observe(observation.first_text_seconds)
 
     def text(self) -> bytes:
         """Return the state of all counters in Prometheus' text format."""

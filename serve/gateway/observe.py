@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.gateway.events import DONE, EventSplitter
+from vocabext.serve.gateway.events import DONE, EventSplitter
 
 KEPT_BYTES = 8 * 2**20  # of one answer; what is longer is served all the same, and not looked into
 

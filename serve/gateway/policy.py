@@ -10,12 +10,12 @@ import random
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve.gateway.arms import ARMS, BASE, EXPANDED
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
 
 
 @dataclass(frozen=True)
-class Choice:
+class ArmChoice:
     """An arm, and why.
 
     Attributes:
@@ -50,7 +50,7 @@ class Policy:
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 100:
                 raise UsageError(f"{name} is {value!r}; it must be a number from 0 to 100")
 
-    def choose(self, *, pin: str | None, user: str | None) -> Choice:
+    def choose(self, *, pin: str | None, user: str | None) -> ArmChoice:
         """Choose the arm of one request.
 
         Args:
@@ -58,11 +58,11 @@ class Policy:
             user: Who asks, if it is known.
         """
         if pin in ARMS:
-            return Choice(pin, "pinned", mirrored=False)
+            return ArmChoice(pin, "pinned", mirrored=False)
         mirrored = self.mirror_percent > 0 and random.random() * 100 < self.mirror_percent
         place = random.random() if user is None else self.place_of(user)
         arm = EXPANDED if place * 100 < self.expanded_percent else BASE
-        return Choice(arm, "share" if user is None else "user", mirrored)
+        return ArmChoice(arm, "share" if user is None else "user", mirrored)
 
     def place_of(self, user: str) -> float:
         """Return a user's place in the order, from 0 to 1."""

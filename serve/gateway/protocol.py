@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.gateway.answers import error_body
+from vocabext.serve.gateway.answers import error_body
 
 
 def limited_protocol(header_bytes: int) -> type[HttpToolsProtocol]:

@@ -15,18 +15,16 @@ prompts anew where their log-probabilities are asked for), one after the other, 
 The base engine turns texts into ids and computes nothing.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from serve.gateway.answers import Refusal
-from serve.gateway.arms import BASE, EXPANDED, Arm
-from serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
-from serve.gateway.front import rendering_of
-from serve.gateway.upstream import forwarded
-
-if TYPE_CHECKING:
-    from serve.gateway.app import Gateway
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.arms import BASE, EXPANDED
+from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import rendering_of
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.upstream import forwarded
 
 # Of one answer; its beginning says enough.
 MOST_CHARACTERS = 1_000
@@ -35,11 +33,12 @@ MOST_CHARACTERS = 1_000
 MOST_IDS = 2_048
 
 
-async def reading_loss(gateway: "Gateway", request: Request, answer: str) -> float | None:
+async def reading_loss(engines: Engines, loads: Loads, request: Request, answer: str) -> float | None:
     """Return how much less likely an answer of the base is behind the prompt as the expanded tokenizer reads it.
 
     Args:
-        gateway: Its expanded engine is asked.
+        engines: The expanded one is asked.
+        loads: The questions hold one place among the expanded arm's requests.
         request: A completion of one text, or a chat.
         answer: What the base arm answered.
 
@@ -48,21 +47,21 @@ async def reading_loss(gateway: "Gateway", request: Request, answer: str) -> flo
         where it cannot be asked for: no text, more than `MOST_IDS` ids, no place free, or an engine that refuses.
     """
     answer = answer[:MOST_CHARACTERS]
-    base, expanded, headers = gateway.arms[BASE], gateway.arms[EXPANDED], forwarded(request.headers)
+    front, headers = engines.front, forwarded(request.headers)
     try:
         question = _question(request)
         if question is None or not answer:
             return None
-        with gateway.slot(EXPANDED):
-            by_expanded = await _ids(gateway, expanded, question, headers)
-            by_base = (await _ids(gateway, base, question, headers) if base.front is None
-                       else base.front.expansion.unmerge(by_expanded).tolist())
-            answer_ids = await _answer_ids(gateway, base, answer, headers)
+        with loads.slot(EXPANDED):
+            by_expanded = await _ids(engines, EXPANDED, question, headers)
+            by_base = (await _ids(engines, BASE, question, headers) if front is None
+                       else front.expansion.unmerge(by_expanded).tolist())
+            answer_ids = await _answer_ids(engines, answer, headers)
             if max(len(by_base), len(by_expanded)) + len(answer_ids) > MOST_IDS:
                 return None
             if by_base == by_expanded:
                 return 0.0
-            before, after = [await _log_probability(gateway, expanded, prompt, answer_ids, headers)
+            before, after = [await _log_probability(engines, prompt, answer_ids, headers)
                              for prompt in (by_base, by_expanded)]
     except (Refusal, ValueError, KeyError, TypeError, IndexError):
         return None  # the request itself was answered; what cannot be compared is not counted
@@ -86,35 +85,22 @@ def _question(request: Request) -> dict[str, Any] | None:
     return {name: value for name, value in rendering_of(document).items() if name != "model"}
 
 
-async def _post(
-    gateway: "Gateway", arm: Arm, path: str, value: Mapping[str, Any], headers: Mapping[str, str]
-) -> dict[str, Any]:
-    body = json.dumps({"model": arm.model, **value}).encode()
-    status, answer = await gateway.upstream.post_json(arm.url + path, body, arm=arm.name, headers=headers)
-    if status != 200:
-        raise Refusal(502, f"the engine of the {arm.name} arm answered with status {status}")
-    found: dict[str, Any] = json.loads(answer)
-    return found
-
-
-async def _ids(
-    gateway: "Gateway", arm: Arm, question: Mapping[str, Any], headers: Mapping[str, str]
-) -> list[int]:
+async def _ids(engines: Engines, arm: str, question: Mapping[str, Any], headers: Mapping[str, str]) -> list[int]:
     """Return the ids of a prompt as the engine behind an arm reads it."""
-    return list((await _post(gateway, arm, TOKENIZE, question, headers))["tokens"])
+    return list((await engines.post(arm, TOKENIZE, question, headers))["tokens"])
 
 
-async def _answer_ids(gateway: "Gateway", base: Arm, answer: str, headers: Mapping[str, str]) -> list[int]:
-    if base.front is not None:
-        return base.front.encode(answer, special=False)
-    return await _ids(gateway, base, {"prompt": answer, "add_special_tokens": False}, headers)
+async def _answer_ids(engines: Engines, answer: str, headers: Mapping[str, str]) -> list[int]:
+    if engines.front is not None:
+        return engines.front.encode(answer, special=False)
+    return await _ids(engines, BASE, {"prompt": answer, "add_special_tokens": False}, headers)
 
 
 async def _log_probability(
-    gateway: "Gateway", arm: Arm, prompt: Sequence[int], answer: Sequence[int], headers: Mapping[str, str]
+    engines: Engines, prompt: Sequence[int], answer: Sequence[int], headers: Mapping[str, str]
 ) -> float:
     """Return the log-probability of ids behind a prompt, in nats."""
-    found = await _post(gateway, arm, COMPLETIONS, {
+    found = await engines.post(EXPANDED, COMPLETIONS, {
         "prompt": [*prompt, *answer], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}, headers)
     steps = found["choices"][0]["prompt_logprobs"][-len(answer):]
     return sum(float(step[str(i)]["logprob"]) for step, i in zip(steps, answer, strict=True))

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from serve.gateway.calls import Request
 from vocabext.errors import UsageError
+from vocabext.serve.gateway.calls import Request
 
 
 class Recorder:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -12,29 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve.engine import LOCAL, Server, check_port, vllm_server, wait_until_ready
-from serve.gateway.admin import admin_application
-from serve.gateway.answers import Refusal
-from serve.gateway.app import Gateway, application
-from serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
-from serve.gateway.canary import Bounds, Canary
-from serve.gateway.front import BaseFront, check_ban
-from serve.gateway.guard import Limits
-from serve.gateway.metrics import Metrics
-from serve.gateway.policy import Policy
-from serve.gateway.record import Recorder
-from serve.gateway.state import State, locked, open_state
-from serve.gateway.upstream import Upstream
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.errors import ServerError, UsageError
 from vocabext.progress import Progress, no_progress
+from vocabext.serve.engine import LOCAL, Server, check_port, find_this_package, vllm_server, wait_until_ready
+from vocabext.serve.gateway.admin import admin_application
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.app import Gateway, application
+from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
+from vocabext.serve.gateway.canary import Bounds, Canary
+from vocabext.serve.gateway.engines import Engines
+from vocabext.serve.gateway.front import BaseFront
+from vocabext.serve.gateway.guard import Limits
+from vocabext.serve.gateway.health import Health, ban_fault, card_of
+from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.metrics import Metrics
+from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.record import Recorder
+from vocabext.serve.gateway.side_tasks import SideTasks
+from vocabext.serve.gateway.state import State, locked, open_state
+from vocabext.serve.gateway.trial import Trial
+from vocabext.serve.gateway.upstream import Upstream
 
-BAN = "serve.gateway.ban:BanNewTokens"
-HEALTH_SECONDS = 2.0
-BAN_SECONDS = 60.0  # longest time for the trial that the ban holds
+BAN = "vocabext.serve.gateway.ban:BanNewTokens"
 ONE_ENGINE_FLAGS = ("--logits-processors", BAN)
 EXCLUDES_TOOLS = "--exclude-tools-when-tool-choice-none"
-AWAY = "the engine was away, and it is not known yet whether it still bans new tokens; try again in a moment"
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def check_verified(config: GatewayConfig) -> None:
     Raises:
         CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
     """
-    from serve.card import require_verified
     from vocabext.checkpoint.folder import resolve_model
+    from vocabext.serve.model import require_verified
 
     # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
     places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
@@ -160,10 +161,7 @@ def engines_of(config: GatewayConfig) -> dict[str, Server]:
         flags = (*config.vllm_flags, *(ONE_ENGINE_FLAGS if config.one_engine else ()))
         server = vllm_server(resolve_model(place), config.log_folder / f"{arm}.log", name=f"the {arm} engine",
                              served_name=config.model or config.base, flags=flags)
-        # The engine imports the ban from where this process found it, installed or not.
-        root = str(Path(__file__).resolve().parents[2])
-        server.environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (root, server.environment.get("PYTHONPATH"))))
+        find_this_package(server.environment)  # for the ban
         if config.api_key is not None:
             server.environment["VLLM_API_KEY"] = config.api_key
         engines[arm] = server
@@ -211,34 +209,37 @@ class Service:
 
     async def run(self) -> int:
         """Serve until a signal comes; returns its number."""
-        config, upstream = self._config, Upstream(self._config.limits)
+        config, upstream, metrics = self._config, Upstream(self._config.limits), Metrics()
         recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
-        gateway = Gateway({}, self._state, upstream, config.limits, Metrics(),
-                          None if config.bounds is None else Canary(config.bounds), recorder, "", config.api_key,
-                          config.allow_pin, note=self._note)
+        side_tasks = SideTasks(self._note)
         try:
-            gateway.arms = await self._arms(gateway)
-            gateway.model = config.model or gateway.arms[BASE].model
-            gateway.metrics.expanded_percent.set(self._state.policy.expanded_percent)
-            await self._check_health(gateway)
-            await self._serve(gateway)
+            arms = await self._arms(upstream)
+            canary = None if config.bounds is None else Canary(config.bounds)
+            gateway = Gateway(
+                Engines(arms, upstream, self._front, config.model or arms[BASE].model),
+                Trial(self._state, canary, metrics, side_tasks), Loads(metrics, config.limits.in_flight), metrics,
+                side_tasks, config.limits, recorder, config.api_key, config.allow_pin)
+            health = Health(gateway.engines, metrics, self._headers(), self._note)
+            await health.check()
+            await self._serve(gateway, health)
         finally:
-            await gateway.close()
+            await side_tasks.close()
+            await upstream.close()
             if recorder is not None:
                 recorder.close()
         return self._signal
 
-    async def _serve(self, gateway: Gateway) -> None:
+    async def _serve(self, gateway: Gateway, health: Health) -> None:
         import uvicorn
 
-        from serve.gateway.protocol import QuietServer, limited_protocol
+        from vocabext.serve.gateway.protocol import QuietServer, limited_protocol
 
         config = self._config
         protocol = limited_protocol(config.limits.header_bytes)
         servers = [QuietServer(uvicorn.Config(
             app, http=protocol, log_config=None, access_log=False, lifespan="off", server_header=False, ws="none",
             timeout_graceful_shutdown=max(1, round(config.drain_seconds)), timeout_keep_alive=30,
-        )) for app in (application(gateway), admin_application(gateway))]
+        )) for app in (application(gateway), admin_application(gateway.trial, gateway.status))]
         public, admin = (listener.getsockname() for listener in self._listeners)
         self._state.admin_url = f"http://{LOCAL}:{admin[1]}"
         self._state.save()
@@ -253,14 +254,14 @@ class Service:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in handlers:
             loop.add_signal_handler(number, stop, number)
-        gateway.spawn(self._watch(gateway))
+        gateway.side_tasks.spawn(health.watch())
         for listener in self._listeners:
             listener.listen(2048)  # before anybody is told: whoever comes now waits a moment, and is not refused
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
         self._on_ready({
-            "url": f"http://{host}:{public[1]}/v1", "model": gateway.model, "admin_url": self._state.admin_url,
+            "url": f"http://{host}:{public[1]}/v1", "model": gateway.engines.model, "admin_url": self._state.admin_url,
             "state": str(self._state.path), "policy": self._state.policy.describe(),
-            "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.arms.items()},
+            "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.engines.arms.items()},
             "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
         try:
             await asyncio.gather(*(server.serve(sockets=[listener])
@@ -273,33 +274,20 @@ class Service:
             with contextlib.suppress(OSError):
                 self._state.save()
 
-    async def _arms(self, gateway: Gateway) -> dict[str, Arm]:
+    async def _arms(self, upstream: Upstream) -> dict[str, Arm]:
         """Ask the engines what they serve."""
         headers = self._headers()
         try:
             if self._front is not None:
                 url = self._url(EXPANDED)
-                model = str((await _card_of(gateway, url, EXPANDED, headers))["id"])
-                base = Arm(BASE, url, model, self._front)
-                if fault := await self._ban_fault(gateway, base):
+                model = (await card_of(upstream, url, EXPANDED, headers))["id"]
+                if fault := await ban_fault(upstream, self._front, url, headers):
                     raise ServerError(fault)
-                return {BASE: base, EXPANDED: Arm(EXPANDED, url, model)}
-            return {name: Arm(name, self._url(name),
-                              str((await _card_of(gateway, self._url(name), name, headers))["id"])) for name in ARMS}
+                return {name: Arm(name, url, model) for name in ARMS}
+            return {name: Arm(name, self._url(name), (await card_of(upstream, self._url(name), name, headers))["id"])
+                    for name in ARMS}
         except Refusal as refusal:
             raise ServerError(f"{refusal.message}; start it first") from None
-
-    async def _ban_fault(self, gateway: Gateway, base: Arm) -> str:
-        """Return why base requests must not reach the one engine; empty if it bans new tokens from them.
-
-        Raises:
-            Refusal: If the engine cannot be asked.
-        """
-        assert base.front is not None
-        headers = self._headers()
-        card = await _card_of(gateway, base.url, BASE, headers)
-        base.front.context = int(card.get("max_model_len") or 0)
-        return await check_ban(gateway, base.front, base.url, base.model, headers)
 
     def _url(self, arm: str) -> str:
         if arm in self._engines:
@@ -310,62 +298,6 @@ class Service:
     def _headers(self) -> dict[str, str]:
         key = self._config.api_key
         return {} if key is None else {"authorization": f"Bearer {key}"}
-
-    async def _watch(self, gateway: Gateway) -> None:
-        """Look after the engines' health for as long as the gateway runs."""
-        while True:
-            await asyncio.sleep(HEALTH_SECONDS)
-            before = dict(gateway.healthy)
-            await self._check_health(gateway)
-            for name in gateway.arms:
-                if before.get(name) and not gateway.healthy[name]:
-                    self._note(f"the engine of the {name} arm does not answer")
-                elif not before.get(name) and gateway.healthy[name]:
-                    self._note(f"the engine of the {name} arm answers again")
-
-    async def _check_health(self, gateway: Gateway) -> None:
-        async def ask(arm: Arm) -> None:
-            try:
-                async with asyncio.timeout(5.0):
-                    async with gateway.upstream.call("GET", f"{arm.url}/health", arm=arm.name) as response:
-                        answers = response.status == 200
-            except (Refusal, TimeoutError):
-                answers = False
-            if arm.front is not None:
-                answers = await self._may_be_asked(gateway, arm, answers)
-            gateway.healthy[arm.name] = answers
-            gateway.metrics.healthy.labels(arm.name).set(answers)
-
-        await asyncio.gather(*(ask(arm) for arm in gateway.arms.values()))
-
-    async def _may_be_asked(self, gateway: Gateway, base: Arm, answers: bool) -> bool:
-        """Tell whether base requests may reach the one engine: after each absence, only once it was tried again.
-
-        Whoever started it anew may have left out the logits processor.
-        """
-        front = base.front
-        assert front is not None
-        if not answers:
-            front.trouble = AWAY
-        elif before := front.trouble:
-            try:
-                async with asyncio.timeout(BAN_SECONDS):
-                    front.trouble = await self._ban_fault(gateway, base)
-            except (Refusal, ServerError, TimeoutError):
-                front.trouble = AWAY
-            if front.trouble not in ("", before):
-                self._note(f"the base arm is not served: {front.trouble}")
-        return not front.trouble
-
-
-async def _card_of(gateway: Gateway, url: str, arm: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a server says of the model that it serves."""
-    document = await gateway.upstream.get_json(f"{url}/v1/models", arm=arm, headers=headers)
-    try:
-        card = dict(document["data"][0])
-        return {**card, "id": str(card["id"])}
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise ServerError(f"the server of the {arm} arm at {url} lists no model; is it a vLLM server?") from None
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve.gateway.policy import Policy
 from vocabext.errors import ServerError, UsageError
 from vocabext.files.atomic import atomic_file
+from vocabext.serve.gateway.policy import Policy
 
 VERSION = 1
 KEPT_CHANGES = 100

@@ -14,8 +14,8 @@ from typing import Any
 
 import aiohttp
 
-from serve.gateway.answers import Refusal
-from serve.gateway.guard import Limits
+from vocabext.serve.gateway.answers import Refusal
+from vocabext.serve.gateway.guard import Limits
 
 # Hop-by-hop headers, and those that the client library writes itself.
 _NOT_FORWARDED = {b"host", b"content-length", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer",

@@ -14,38 +14,33 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from serve.bench.summary import with_points
-from serve.card import card_of
-from serve.report import charts as pictures
-from serve.report.speed import (
+from vocabext import __version__
+from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
+from vocabext.errors import UsageError
+from vocabext.serve.bench.summary import with_points
+from vocabext.serve.model import card_of
+from vocabext.serve.report import charts
+from vocabext.serve.report.speed import (
     METRIC_NAMES,
     cost_rows,
     curves,
     goodput_rows,
     headline_points,
-    left_out,
     load_name,
     machine_of,
     round_pictures,
-    shown_metrics,
     speed_costs,
     speed_picture,
     speed_rows,
     speed_sentence,
 )
-from serve.report.swap import render_swap
-from vocabext import __version__
-from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
-from vocabext.errors import UsageError
-
-__all__ = ["METRIC_NAMES", "Page", "gather", "left_out", "read_result", "render_report", "shown_metrics"]
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
 OPTIONAL = ("predict", "swap")
 SEVERAL = ("lengths", "bench", "predict")  # of which a report can hold more than one: corpora, machines, devices
 VERSIONS = {"lengths": 2, "bench": 2, "eval": 1, "verify": 1, "predict": 1, "swap": 1}
 REPORT_VERSION = 1
-FOLDER = Path(__file__).parent
+TEMPLATES = Path(__file__).with_name("templates")
 ROW_NAMES = {"base": "base model", "mean": "mean of pieces", "distilled": "distilled"}
 SHOWN_TOKENS = 25
 
@@ -58,7 +53,7 @@ class Page:
 
     Attributes:
         html: The page.
-        markdown: The same as Markdown, without the pictures.
+        markdown: The same as Markdown, without the charts.
         document: The same as JSON-ready values.
         headline: What it says in one or two sentences.
         missing: Names of results that were not there.
@@ -145,7 +140,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "writing": _writing(evaluation),
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
         "sources": [_source(name, found) for name in (*ARTIFACTS, *OPTIONAL) for found in _several(results.get(name))],
-        "swap": Markup(render_swap(swap)) if (swap := results.get("swap")) else "",
+        "swap": results.get("swap"),
         "commands": _commands(expanded, manifest),
         "version": __version__,
     }
@@ -344,7 +339,7 @@ def _figures(
 def _lengths_picture(lengths: Mapping[str, Any]) -> Markup:
     data, median = lengths["saved_share_histogram"], lengths["saved_share_percentiles"]["50"]
     text = f"half of the documents: at least {percent(median)} fewer"
-    return pictures.histogram(data["edges"], data["documents"], marker=median, marker_text=text,
+    return charts.histogram(data["edges"], data["documents"], marker=median, marker_text=text,
                               label=f"How many documents save which share of their tokens; {text}")
 
 
@@ -352,7 +347,7 @@ def _distribution_picture(lengths: Mapping[str, Any]) -> Markup:
     data, middle = lengths["tokens_per_1000_characters_histogram"], lengths["tokens_per_1000_characters_percentiles"]
     words = (f"half of the documents need more than {middle['base']['50']:.0f} tokens per 1000 characters with the "
              f"base, {middle['expanded']['50']:.0f} with the expanded model")
-    return pictures.distributions(data["edges"], {role: data[role] for role in ("base", "expanded")},
+    return charts.distributions(data["edges"], {role: data[role] for role in ("base", "expanded")},
                                   x_text="tokens per 1000 characters, by document", label=f"Distribution: {words}")
 
 
@@ -410,7 +405,7 @@ def _evaluation_picture(evaluation: Mapping[str, Any]) -> Markup:
     if not rows:
         return Markup("")
     words = ", ".join(f"{name} {value:.3f}" for name, value, _ in rows)
-    return pictures.bars(rows, unit="bits per byte of held-out text; less is better", label=f"Bits per byte: {words}")
+    return charts.bars(rows, unit="bits per byte of held-out text; less is better", label=f"Bits per byte: {words}")
 
 
 def _number(value: float | None, form: str | Callable[[float], str]) -> str:
@@ -454,7 +449,7 @@ def _environment() -> jinja2.Environment:
     def escape(name: str | None) -> bool:
         return name is None or ".html" in name
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=escape,
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=escape,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                                      keep_trailing_newline=True)
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")

@@ -5,11 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
-from serve.bench.journal import PARTIAL
-from serve.bench.scenarios import DECODE, PREFILL
-from serve.bench.summary import REQUEST_METRICS, RUN_METRICS
-from serve.report import charts as pictures
+from vocabext.serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
+from vocabext.serve.bench.journal import PARTIAL
+from vocabext.serve.bench.scenarios import DECODE, PREFILL
+from vocabext.serve.bench.summary import PASS_METRICS, REQUEST_METRICS
+from vocabext.serve.report import charts
 
 METRIC_NAMES = {
     "request_seconds": "seconds per request",
@@ -142,12 +142,12 @@ def speed_picture(bench: Mapping[str, Any]) -> Markup:
         tokens = [point[role]["prompt_tokens_per_run"] for role in ("base", "expanded")]
         expected = tokens[0] / max(1, tokens[1]) if point["scenario"] == PREFILL else None
         low, high = metric["speedup_interval"]
-        estimates.append(pictures.Estimate(load_name(point), metric["speedup"], (low, high), metric["noise_floor"],
+        estimates.append(charts.Estimate(load_name(point), metric["speedup"], (low, high), metric["noise_floor"],
                                            f"{metric['speedup']:.2f}×", expected))
     if not estimates:
         return Markup("")
     words = "; ".join(f"{e.label} {e.text}, {e.interval[0]:.2f} to {e.interval[1]:.2f}" for e in estimates)
-    return pictures.intervals(estimates, low_text="slower than base", high_text="faster than base",
+    return charts.intervals(estimates, low_text="slower than base", high_text="faster than base",
                               label=f"Speed-up with 95 % interval over the noise floor: {words}")
 
 
@@ -158,7 +158,7 @@ def round_pictures(bench: Mapping[str, Any]) -> list[tuple[str, Markup]]:
         unit = METRIC_NAMES[point["main_metric"]]
         load = load_name(point)
         words = f"Every round of the load {load}: {unit} for base, expanded and base again"
-        found.append((load, pictures.rounds(point["metrics"][point["main_metric"]]["rounds"], unit=unit, label=words)))
+        found.append((load, charts.rounds(point["metrics"][point["main_metric"]]["rounds"], unit=unit, label=words)))
     return found
 
 
@@ -181,11 +181,11 @@ def _curve(scenario: str, load: str, name: str, points: Sequence[Mapping[str, An
         low, high = metric[f"{role}_interval"]
         return float(point[load]), metric[role], (low, high)
 
-    lines = [pictures.Curve(role, [at(point, role) for point in points]) for role in ("base", "expanded")]
+    lines = [charts.Curve(role, [at(point, role) for point in points]) for role in ("base", "expanded")]
     axis = "requests at once" if load == "concurrency" else "requests arriving per second"
     title = f"{LOAD_NAMES[scenario].capitalize()}: {METRIC_NAMES[name]}"
     words = "; ".join(f"{line.kind} " + ", ".join(f"{x:g}: {y:.4g}" for x, y, _ in line.points) for line in lines)
-    return title, pictures.curves(lines, x_text=axis, unit=METRIC_NAMES[name], label=f"{title} over {axis}: {words}")
+    return title, charts.curves(lines, x_text=axis, unit=METRIC_NAMES[name], label=f"{title} over {axis}: {words}")
 
 
 def cost_rows(bench: Mapping[str, Any], price_per_hour: float) -> list[dict[str, Any]]:
@@ -228,4 +228,4 @@ def machine_of(result: Mapping[str, Any]) -> str:
     return ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu") or "unknown machine")
 
 
-assert set(METRIC_NAMES) == {*REQUEST_METRICS, *RUN_METRICS}
+assert set(METRIC_NAMES) == {*REQUEST_METRICS, *PASS_METRICS}

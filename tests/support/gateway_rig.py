@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from serve.engine import Server, free_port, wait_until_ready
+from vocabext.serve.engine import Server, free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm.py")

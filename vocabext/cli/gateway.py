@@ -87,11 +87,11 @@ def gateway(
     variable VOCABEXT_API_KEY is asked of clients and passed on to the engines. Flags of vLLM's server go after
     --, for the engines that are started.
     """
-    from serve.gateway.canary import Bounds
-    from serve.gateway.guard import Limits
-    from serve.gateway.policy import Policy
-    from serve.gateway.run import GatewayConfig, run_gateway
     from vocabext.errors import MissingExtraError
+    from vocabext.serve.gateway.canary import Bounds
+    from vocabext.serve.gateway.guard import Limits
+    from vocabext.serve.gateway.policy import Policy
+    from vocabext.serve.gateway.run import GatewayConfig, run_gateway
 
     try:
         import aiohttp  # noqa: F401  (one of what `serve` brings stands for all)
@@ -135,9 +135,9 @@ def swap(
     Requests in flight end on the arm that they began on. The new policy is on disk before this returns; a rollback
     that cannot be written is in force all the same, and this says so.
     """
-    from serve.gateway.admin import send_order
-    from serve.gateway.state import read_state
     from vocabext.errors import UsageError
+    from vocabext.serve.gateway.admin import send_order
+    from vocabext.serve.gateway.state import read_state
 
     if rollback and (arm or percent is not None or mirror is not None):
         raise UsageError("--rollback goes without --to, --percent and --mirror")
@@ -199,9 +199,9 @@ def swap_test(
     expanded arm breaks what the base arm keeps; the exit code is then 3. `differs` means that numbers change by
     nature, and says how.
     """
-    from serve.gateway.rehearsal import swap_test as rehearse
     from vocabext.errors import BadCheckpointError
     from vocabext.files.atomic import check_output, write_json
+    from vocabext.serve.gateway.rehearsal import swap_test as rehearse
 
     check_output(output, force=force)
     result = rehearse(requests, url, expanded, limit=limit, timeout_seconds=timeout_seconds,

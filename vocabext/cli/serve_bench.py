@@ -61,11 +61,11 @@ def bench(
     which is the base measured against itself. The output is written after every run; if something stops
     the measurement, the same command goes on from there. Flags of vLLM's server go after --, for both.
     """
-    from serve.bench.journal import is_partial
-    from serve.bench.scenarios import SCENARIOS
-    from serve.bench.stage import BenchConfig, run_bench
     from vocabext.errors import UsageError
     from vocabext.files.atomic import check_output, read_object
+    from vocabext.serve.bench.journal import is_partial
+    from vocabext.serve.bench.scenarios import SCENARIOS
+    from vocabext.serve.bench.stage import BenchConfig, run_bench
 
     partial = is_partial(read_object(output))
     check_output(output, force=force or partial)
@@ -90,7 +90,7 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from serve.report.page import METRIC_NAMES, left_out, shown_metrics
+    from vocabext.serve.report.speed import METRIC_NAMES, left_out, shown_metrics
 
     rows = []
     for point in result["points"]:

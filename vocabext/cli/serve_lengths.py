@@ -26,8 +26,8 @@ def lengths(
 
     Use documents that `mine` has not seen. BASE and EXPANDED are folders or hub ids.
     """
-    from serve.lengths import measure_lengths
     from vocabext.files.atomic import check_output, write_json
+    from vocabext.serve.lengths import measure_lengths
 
     if output is not None:
         check_output(output, force=force)

@@ -41,11 +41,10 @@ def predict(
     BASE and EXPANDED are folders or hub ids; only their configs are read. EXPANDED may be left out: then say
     with --new-tokens how many are planned, and with --saved-share what they should save.
     """
-    from serve.devices import find_device
-    from serve.predict import Lengths, PredictConfig, run_predict
-    from serve.report.page import read_result
     from vocabext.errors import UsageError
     from vocabext.files.atomic import check_output, write_json
+    from vocabext.serve.predict import Lengths, PredictConfig, find_device, run_predict
+    from vocabext.serve.report.page import read_result
 
     if output is not None:
         check_output(output, force=force)

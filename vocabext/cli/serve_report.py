@@ -34,9 +34,9 @@ def report(
     predict.json, eval.json, verify.json, swap.json. What was not measured is said to be so. The same content goes
     beside the page, with the endings .md, to paste, and .json, to read by program.
     """
-    from serve.report.page import gather, render_report
     from vocabext.errors import UsageError
     from vocabext.files.atomic import atomic_file, check_output, write_json
+    from vocabext.serve.report.page import gather, render_report
 
     markdown, document = output.with_suffix(".md"), output.with_suffix(".json")
     if output in (markdown, document):

@@ -29,10 +29,10 @@ def start(
     passed `vocabext verify`. Flags of vLLM's server go after --, such as:
     vocabext serve start MODEL -- --max-model-len 4096
     """
-    from serve.card import card_of, require_verified
-    from serve.engine import require_vllm, vllm_server, wait_until_ready
     from vocabext.checkpoint.folder import resolve_model
     from vocabext.files.atomic import check_output
+    from vocabext.serve.engine import require_vllm, vllm_server, wait_until_ready
+    from vocabext.serve.model import card_of, require_verified
 
     require_vllm()
     if log is not None:

@@ -1,0 +1,44 @@
+"""What runs beside the requests: copies for the other arm, the health check, a policy that waits for a disk."""
+
+import asyncio
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+
+class SideTasks:
+    """Tasks beside the requests.
+
+    Attributes:
+        tasks: Those that have not ended.
+        note: Told of what the operator should know; never of what clients say.
+    """
+
+    def __init__(self, note: Callable[[str], None] = lambda message: None) -> None:
+        """Begin with no task."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.note = note
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the requests; it is cancelled when the gateway stops."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.note(f"something beside the requests failed: {where(error)}")
+
+    async def close(self) -> None:
+        """Cancel every task, and wait until it has ended."""
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def where(error: BaseException) -> str:
+    """Say what failed and where, without the error's text: that may quote a request."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at " + " > ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)

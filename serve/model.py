@@ -1,0 +1,170 @@
+"""What serving asks of a model folder: its tokenizer to count with, its size, and whether it may be served.
+
+`vocabext.tokenizer` asks more of a tokenizer, that it can be extended. To measure one, being able to
+encode is enough. Of a wrapper (vision, audio) the language model's own config counts, which it keeps in `text_config`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vocabext.checkpoint.folder import read_json
+from vocabext.checkpoint.manifest import has_manifest, read_manifest
+from vocabext.checkpoint.verdicts import VERIFY_NAME
+from vocabext.errors import CheckpointError
+from vocabext.files.atomic import read_object
+from vocabext.tokenizer import load_hf_tokenizer
+
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+OTHER_CACHES = ("kv_lora_rank", "ssm_cfg", "mamba_d_state")
+CACHE_DTYPE_BYTES = 2  # vLLM keeps keys and values in the model's 16-bit type unless told otherwise
+
+
+class Encoder:
+    """Encodes text without the special tokens that frame a prompt."""
+
+    def __init__(self, backend: Any, num_ids: int) -> None:
+        """Take over the Rust tokenizer of a fast tokenizer of transformers.
+
+        Args:
+            backend: A `tokenizers.Tokenizer`; its padding and truncation are switched off.
+            num_ids: How many ids there are.
+        """
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.num_ids = num_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of many texts, encoded on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def pieces(self, text: str) -> list[tuple[str, int]]:
+        """Cut a text where its tokens end.
+
+        Returns:
+            (text, token id) pairs. The texts put together are the text. A token that is only some of a
+            character's bytes joins the token that completes the character.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        pieces: list[tuple[str, int]] = []
+        position = 0
+        for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if end > position:
+                pieces.append((text[position:end], int(token_id)))
+                position = end
+        if position < len(text):  # a normalizer dropped the end
+            pieces.append((text[position:], -1))
+        return pieces
+
+
+def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
+    """Load the effective tokenizer of a model folder.
+
+    Raises:
+        TokenizerError: If there is none, or only a slow one.
+    """
+    hf = load_hf_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Encoder(hf.backend_tokenizer, len(hf))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the language model's config of a model folder."""
+    return text_config(read_json(folder / "config.json"))
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that describes the language model."""
+    return dict(config.get("text_config") or config)
+
+
+def context_length(folder: Path) -> int | None:
+    """Return how many tokens a model's context holds, None if its config does not say."""
+    config = read_config(folder)
+    return next((int(config[name]) for name in CONTEXT_NAMES if isinstance(config.get(name), int)), None)
+
+
+def num_layers(config: Mapping[str, Any]) -> int | None:
+    """Return the number of layers, None if the config does not say."""
+    return _first(config, "num_hidden_layers", "n_layer", "num_layers")
+
+
+def attention_width(config: Mapping[str, Any]) -> int | None:
+    """Return heads times head size: the width of queries, None if the config does not say."""
+    hidden, heads = _first(config, "hidden_size", "n_embd"), _first(config, "num_attention_heads", "n_head")
+    if hidden is None or not heads:
+        return None
+    return heads * int(config.get("head_dim") or hidden // heads)
+
+
+def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
+    """Return the bytes of keys and values that one token occupies in a 16-bit cache.
+
+    Returns:
+        None for a config without plain attention: compressed, linear or mixed caches are not guessed.
+    """
+    config = text_config(config)
+    layers, width, heads = num_layers(config), attention_width(config), _first(config, "num_attention_heads", "n_head")
+    if not layers or not width or not heads or any(name in config for name in OTHER_CACHES):
+        return None
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        return None
+    cached = int(config.get("num_key_value_heads") or heads)
+    return 2 * layers * cached * (width // heads) * CACHE_DTYPE_BYTES
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)
+
+
+def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """Return what a model folder says of itself, as lines of a table.
+
+    Args:
+        folder: The model folder.
+        verification: The content of verify.json; looked for in the folder if it is not given.
+    """
+    if not has_manifest(folder):
+        return [("vocabulary", "as published (no vocabext.json)")]
+    manifest = read_manifest(folder)
+    last = manifest.first_new_id + len(manifest.tokens) - 1
+    verification = _verification(folder) if verification is None else verification
+    verified = "not yet; run: vocabext verify"
+    if verification is not None:
+        verified = "passed" if verification.get("passed") is True else "FAILED"
+    return [
+        ("base", manifest.base.model),
+        ("new tokens", f"{len(manifest.tokens):,} (ids {manifest.first_new_id} to {last})"),
+        ("rows made by", manifest.method),
+        ("made", manifest.created),
+        ("verified", verified),
+    ]
+
+
+def require_verified(folder: Path) -> None:
+    """Refuse an expanded folder that `verify` has not passed; a base folder has nothing to verify.
+
+    Raises:
+        CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
+    """
+    if not has_manifest(folder):
+        return
+    base = read_manifest(folder).base.model
+    advice = f"run: vocabext verify {folder} --against {base}, or pass --unverified to serve it all the same"
+    verification = _verification(folder)
+    if verification is None:
+        raise CheckpointError(f"{folder} is an expanded model that was not verified (no {VERIFY_NAME}); {advice}")
+    if verification.get("passed") is not True:
+        checks = verification.get("checks")
+        failed = [str(check.get("name")) for check in (checks if isinstance(checks, list) else [])
+                  if isinstance(check, dict) and check.get("verdict") == "fail"]
+        raise CheckpointError(f"{folder} failed verification ({', '.join(failed) or 'see ' + VERIFY_NAME}); {advice}")
+
+
+def _verification(folder: Path) -> dict[str, Any] | None:
+    document = read_object(folder / VERIFY_NAME) or {}
+    return document if document.get("artifact") == "verify" else None
