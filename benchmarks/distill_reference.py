@@ -301,7 +301,7 @@ def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
     """Guess from how long the defaults took how long a budget takes at most."""
     snippets, config = _budget(budget)
     share = min(1.0, (num_snippets if snippets is None else snippets) / num_snippets)
-    return defaults.seconds * share * config.epochs * (1 + config.second_pass) / DistillConfig().epochs
+    return defaults.seconds * share * config.epochs / DistillConfig().epochs
 
 
 def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,

@@ -26,7 +26,7 @@ from vocabext.model.frozen import FrozenModel
 from vocabext.options import CollectConfig, DistillConfig
 from vocabext.tokenizer import load_tokenizer
 
-CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, leave_out=0.0)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
         calls = count_calls(patched)
         _, whole, header = load_rows(run(source, "whole.safetensors"))
         total = len(calls)
-    assert total >= 4  # groups of one token, in two passes
+    assert total >= 3  # groups of one token
     for stop in (1, total - 1):
         name = f"killed-{stop}.safetensors"
         with monkeypatch.context() as patched:
@@ -139,7 +139,7 @@ def fit(*inputs, **options):
     return train(*inputs, **options)
 stage.fit_rows = fit
 folder = Path(sys.argv[1])
-config = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+config = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, leave_out=0.0)
 distill_file(folder / "snippets.jsonl", str(folder / "base"), folder / "rows.safetensors", config)
 """
 

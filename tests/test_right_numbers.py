@@ -247,8 +247,8 @@ def test_a_window_shorter_than_a_snippet_shares_the_text_before_the_token(name: 
     model, ids = family(name), text(3 * WINDOW)
     record = TokenSnippets(NewToken("x", "x", (7, 8)), ((*ids.tolist(), FIRST, *ids.tolist()),), (len(ids),))
     examples = build_examples([record], Expansion([record.new_token], FIRST), [0])
-    assert sharing_is_exact(model, examples, 1, FIRST)
-    assert sharing_is_exact(model, examples, 2, FIRST)
+    assert sharing_is_exact(model, examples, 1)
+    assert sharing_is_exact(model, examples, 2)
 
 
 # -- what cannot be right is refused ------------------------------------------------------------------------------

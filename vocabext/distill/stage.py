@@ -14,7 +14,7 @@ from vocabext.checkpoint.manifest import base_record
 from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
 from vocabext.distill.heap import give_back_large_blocks
 from vocabext.distill.input_rows.contexts import sharing_is_exact
-from vocabext.distill.input_rows.engine import Fit, Objective, Taught, fit_rows, held_out_errors
+from vocabext.distill.input_rows.engine import Fit, Objective, fit_rows
 from vocabext.distill.input_rows.examples import Examples, build_examples
 from vocabext.distill.input_rows.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.input_rows.report import TokenReport, left_out_reasons, nearest_rows
@@ -265,14 +265,7 @@ def distill(
     memory = replace(work.memory, writing_bytes=writing_bytes)
     with progress(memory.describe()):
         pass  # stated before the work starts
-    errors, shown = work.run("distilling", rows_ND, progress, merge_all=False)
-    if config.second_pass:
-        # What counts is text with all new tokens merged; the rows of the others are those of the first pass.
-        _, more = work.run("distilling with all new tokens merged", rows_ND, progress, merge_all=True)
-        shown = {token: count + more.get(token, 0) for token, count in shown.items()}
-        # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
-        final = work.errors(rows_ND, progress)
-        errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
+    errors, shown = work.run(rows_ND, progress)
     reports = _reports(records, rows_ND, start_ND, errors, shown, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
@@ -287,9 +280,6 @@ class _Work:
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
         check_runs_on_rows(model.model.config)
         self.layer = model.layer_number(config.target_layer)
-        if config.next_token_weight and self.layer != model.num_layers:
-            raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
-                             f"{config.target_layer}; the next token is predicted from the last layer")
         self.expansion = Expansion([record.new_token for record in records], num_used_ids)
         if (longest := self._longest_text()) > model.max_positions:
             raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
@@ -320,7 +310,7 @@ class _Work:
         return float(self.background.taken(rows_ND.to(self.model.device), self.bias_N).sum())
 
     def run(
-        self, title: str, rows_ND: torch.Tensor, progress: Progress, *, merge_all: bool
+        self, rows_ND: torch.Tensor, progress: Progress
     ) -> tuple[dict[int, tuple[float, float]], dict[int, int]]:
         """Train all groups; `rows_ND` is changed in place.
 
@@ -330,11 +320,10 @@ class _Work:
         """
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
-        others_ND = rows_ND.clone().to(self.model.device) if merge_all else None
-        with progress(title, len(self.records), "tokens") as task:
+        with progress("distilling", len(self.records), "tokens") as task:
             task.advance(len(self.records) - len(self.trainable))
             for number, group in enumerate(self._groups(self.memory.group)):
-                fit = self._group(group, f"{'all' if merge_all else 'own'}-{number:08d}", rows_ND[group], others_ND)
+                fit = self._group(group, f"{number:08d}", rows_ND[group])
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
                 errors.update(compress(zip(group, pairs, strict=True), self._judged(group)))
@@ -344,51 +333,30 @@ class _Work:
                 task.note(f"error {end / start:.0%} of the start" if start else "nothing to judge by")
         return errors, shown
 
-    def errors(self, rows_ND: torch.Tensor, progress: Progress) -> dict[int, float]:
-        """Return the held-out error of each token that is judged, in texts where it alone is merged."""
-        found: dict[int, float] = {}
-        with progress("measuring the final rows", len(self.trainable), "tokens") as task:
-            for group in self._groups(self.memory.group):
-                objective, judged = self._objective((), None, group), Taught()
-                if (held_out := self._held_out(group)) is not None:
-                    judged.add(self.model, held_out, objective)
-                errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
-                found.update(compress(zip(group, errors_G.tolist(), strict=True), self._judged(group)))
-                task.advance(len(group))
-        return found
-
-    def _group(self, group: list[int], name: str, start_GD: torch.Tensor, others_ND: torch.Tensor | None) -> Fit:
+    def _group(self, group: list[int], name: str, start_GD: torch.Tensor) -> Fit:
         done = None if self.finished is None else self.finished.load(name)
         if done is not None:
             return done
-        merge_all = others_ND is not None
-        parts = self._parts(group)
-        train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
-                 for part in parts[1:]]
-        held_out, rounds = self._held_out(group, merge_all=merge_all), self._rounds(group)
+        held_out, *train = (self._lay_out(part, group) if any(record.snippets for record in part) else None
+                            for part in self._parts(group))
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
         loud = self.model.tied and self.config.silence > 0
-        last_GD = self.last_piece_ND[group] if others_ND is None and not loud else None
-        objective = self._objective(rounds, others_ND, group)
+        last_GD = None if loud else self.last_piece_ND[group]
+        objective = self._objective(group)
         fit = fit_rows(self.model, train, held_out, start_GD, objective, generators, last_GD)
         if self.finished is not None:
             self.finished.save(name, fit)
         return fit
 
-    def _objective(
-        self, rounds: Sequence[tuple[int, int]], others_ND: torch.Tensor | None, group: Sequence[int]
-    ) -> Objective:
+    def _objective(self, group: Sequence[int]) -> Objective:
         return Objective(
-            layer=self.layer, first_new_id=self.expansion.first_new_id, rounds=rounds,
-            learning_rate=self.rate if others_ND is None else self.rate / 2,
-            batch_snippets=self.config.batch_snippets, positions=POSITIONS_AT_ONCE[self.model.device.type],
-            keep_past=self.memory.keep_past,
-            next_token_weight=self.config.next_token_weight, num_base=self.expansion.first_new_id,
+            layer=self.layer, rounds=self._rounds(group), learning_rate=self.rate,
+            positions=POSITIONS_AT_ONCE[self.model.device.type], keep_past=self.memory.keep_past,
             background=self.background,
             # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
-            silence=self.config.silence * len(self.records), others_ND=others_ND,
+            silence=self.config.silence * len(self.records),
             bias_G=None if self.bias_N is None else self.bias_N[group],
         )
 
@@ -398,11 +366,6 @@ class _Work:
     def _rounds(self, group: Sequence[int]) -> list[tuple[int, int]]:
         most = max(len(self.records[i].snippets) for i in group)
         return _rounds(most - -(-most // HELD_OUT_EVERY), self.config.epochs, self.config.rounds)
-
-    def _held_out(self, group: Sequence[int], *, merge_all: bool = False) -> Examples | None:
-        """Return the held-out snippets of a group; None where each of its tokens has one text only."""
-        part = self._parts(group)[0]
-        return self._lay_out(part, group, merge_all=merge_all) if any(record.snippets for record in part) else None
 
     def _judged(self, group: Sequence[int]) -> list[bool]:
         """Tell which tokens have held-out snippets."""
@@ -444,9 +407,8 @@ class _Work:
             self._divided[tuple(group)] = [[held_out for _, held_out in split], *added]
         return self._divided[tuple(group)]
 
-    def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
-        return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
-                              merge_all=merge_all)
+    def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int]) -> Examples:
+        return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach)
 
     def _plan(self) -> MemoryPlan:
         """State the memory, and choose the size of groups, from the longest snippets there are."""
@@ -457,14 +419,14 @@ class _Work:
         exact = False
         if some:
             probe = self._lay_out([self.records[i] for i in some], some)
-            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
+            exact = sharing_is_exact(self.model, probe, self.layer)
         width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
-        wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
+        wanted = POSITIONS_PER_STEP[self.model.device.type] // width
         budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
                            wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)
+                           kept_positions=self._kept_positions)
 
     def _longest_text(self) -> int:
         """Return how many base ids the longest snippet has, with what stands in front of it."""
