@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.errors import TokenizerError
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer

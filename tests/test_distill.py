@@ -29,7 +29,7 @@ from vocabext.distill.overlap import text_numbers
 from vocabext.distill.stage import _rounds, _Work
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.jsonl import write_jsonl
-from vocabext.checkpoint.manifest import file_sha256
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import FrozenModel, pick_device
 from vocabext.options import CollectConfig, DistillConfig
 from vocabext.progress import Task

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import FAMILIES, KINDS, TEXT, as_hf, llama3, tiny_base
 
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.cli import show
 from vocabext.cli.main import cli
 from vocabext.cli.mine import mine as command
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import write_jsonl
+from vocabext.files.ranges import file_sha256
 from vocabext.mine.stage import CurvePoint, MineResult, _knee, _rare, mine, read_candidates, write_candidates
 from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, extend

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from vocabext import tokenizer as module
 from vocabext.errors import TokenizerError, UsageError
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, chunks, extend, load_tokenizer, save_expanded
 from vocabext.tokens import NewToken
 
 WANTED = [
@@ -195,6 +195,17 @@ def test_an_entry_that_cannot_be_protected_is_refused() -> None:
     base = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
     with pytest.raises(TokenizerError, match="'theatrics' cannot be reached by merges"):
         extend(base, [base.new_token(" cardiac")])
+
+
+def test_an_entry_that_cannot_be_protected_is_refused_under_python_o() -> None:
+    spec = json.loads(gpt2().to_str())
+    spec["model"]["vocab"]["theatrics"] = 342
+    scheme = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec)))).scheme
+    without_asserts: dict[str, Any] = {"__name__": "without_asserts"}
+    source = Path(chunks.__file__).read_text(encoding="utf-8")
+    exec(compile(source, chunks.__file__, "exec", optimize=1), without_asserts)
+    with pytest.raises(TokenizerError, match="'theatrics' cannot be reached by merges"):
+        without_asserts["ChunkScheme"].extended(scheme, [scheme.new_token(" cardiac")])
 
 
 def test_an_added_token_that_wants_to_stand_alone_is_refused() -> None:

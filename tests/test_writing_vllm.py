@@ -13,11 +13,11 @@ import torch
 
 from serve.engine import vllm_server, wait_until_ready
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.distill.output_rows.stage import silent_row
 from vocabext.errors import TokenizerError
 from vocabext.evaluate.decode import write_on
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import FrozenModel, load_model
 from vocabext.model.places import find_places
 from vocabext.model.run_tree import RunTree

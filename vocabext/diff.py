@@ -231,14 +231,10 @@ def _tensors(old: Checkpoint, new: Checkpoint, manifest: Manifest, progress: Pro
             if before and after and (before.dtype, before.shape) == (after.dtype, after.shape):
                 if same_inode(old.folder / before.file, new.folder / after.file):
                     continue
-                if first_difference(_extent(old, before), _extent(new, after), task.advance) is None:
+                if first_difference(old.extent(name), new.extent(name), task.advance) is None:
                     continue
             yield TensorChange(name, one.dtype, _first_axis(before), _first_axis(after), one.shape[1:],
                                _note(name, old, new, manifest))
-
-
-def _extent(checkpoint: Checkpoint, info: TensorInfo) -> Extent:
-    return Extent(checkpoint.folder / info.file, checkpoint.shards[info.file].data_start + info.start, info.num_bytes)
 
 
 def _first_axis(info: TensorInfo | None) -> int | None:

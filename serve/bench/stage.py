@@ -44,10 +44,10 @@ from serve.engine import (
 from serve.provenance import provenance
 from serve.shape import context_length
 from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.corpus import Document, left_out_of, read_documents
 from vocabext.errors import ServerError, UsageError, VocabextError
 from vocabext.files.atomic import write_json
+from vocabext.files.ranges import file_sha256
 from vocabext.progress import Progress, no_progress
 
 ROUND = (BASE, EXPANDED, BASE)

@@ -8,9 +8,9 @@ from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, as_hf, family_base
 
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.corpus import Document
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer

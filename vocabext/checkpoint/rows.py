@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from vocabext.checkpoint.folder import Checkpoint, RowsFile
-from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo, byte_range
+from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo
 from vocabext.errors import CheckpointError
+from vocabext.files.ranges import Extent
 from vocabext.tokens import NewToken
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,9 +89,8 @@ def rows_from_file(file: RowsFile, name: str) -> RowSource:
     info = file.tensors[name]
 
     def read(first: int, last: int) -> torch.Tensor:
-        with open(file.path, "rb") as stream:
-            start = file.data_start + info.start + first * info.row_bytes
-            raw = bytearray(b"".join(byte_range(stream, start, (last - first) * info.row_bytes)))
+        start = file.data_start + info.start + first * info.row_bytes
+        raw = Extent(file.path, start, (last - first) * info.row_bytes).read()
         return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(last - first, *info.shape[1:]).float()
 
     return read

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import read_tokens, write_jsonl
+from vocabext.files.ranges import file_sha256
 from vocabext.mine.counts import BATCH, Choice, Corpus, read_corpus, text_of
 from vocabext.mine.merges import choose_merges
 from vocabext.mine.runs import choose_runs, frequent_runs

@@ -6,7 +6,6 @@ lies in `vocabext_base/` (see `vocabext.checkpoint.manifest`). The folder is bui
 last, so it is there whole or not at all.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -32,18 +31,17 @@ from vocabext.checkpoint.manifest import (
     Manifest,
     Original,
     Originals,
-    file_sha256,
     has_manifest,
     refuse_expanded,
     token_records,
     write_manifest,
 )
 from vocabext.checkpoint.named_ids import listed
-from vocabext.checkpoint.shards import READ_BYTES
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path
 from vocabext.files.folders import Syncer, new_folder
 from vocabext.files.links import AUTO, LINKS, Copier
+from vocabext.files.ranges import Extent, file_sha256, pass_on
 from vocabext.patch.plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
 from vocabext.patch.weights import Advance, WeightWriter
 from vocabext.progress import Progress, no_progress
@@ -296,14 +294,8 @@ class _OtherFiles:
 def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lambda _: None) -> Original:
     """Copy a file and take its digest on the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with open(source, "rb") as old, open(target, "xb") as new:
-        while chunk := old.read(READ_BYTES):
-            digest.update(chunk)
-            new.write(chunk)
-            size += len(chunk)
-            advance(len(chunk))
-    return Original(size, digest.hexdigest(), stored)
+    with open(target, "xb") as new:
+        return Original(*pass_on(Extent.whole(source).chunks(), new, advance), stored)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -344,4 +336,7 @@ def _check_new(folder: Path, checkpoint: Checkpoint, tensors: TensorPlan, *, tru
             f"{new.names.architecture} ties its head to the embedding whatever config.json says; distill again "
             "without output rows"
         )
-    assert new.row_tensors.keys() == tensors.records.keys(), f"{new.row_tensors} for {tensors.records}"
+    if new.row_tensors.keys() != tensors.records.keys():
+        found, written = (", ".join(sorted(names)) for names in (new.row_tensors, tensors.records))
+        raise CheckpointError(f"{new.names.architecture} finds the tensors {found} in the new folder, but {written} "
+                              "were written; please report this")

@@ -240,7 +240,9 @@ class ChunkScheme(BpeScheme):
 
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
-        assert not self.unreachable, "looking at it raises an error where there is one"
+        if self.unreachable:  # looking at it raises an error where an entry cannot be cut, and none is cut here
+            raise TokenizerError(f"the vocabulary entry {next(iter(self.unreachable))!r} cannot be reached by merges; "
+                                 "this tokenizer cannot be extended safely")
         spec = copy_of(self.spec)
         with_new_entries(spec, self.added, tokens, self.num_used_ids)
         spec["model"]["ignore_merges"] = True  # a whole chunk that is an entry is found before anything is merged

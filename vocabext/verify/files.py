@@ -3,8 +3,8 @@
 import fnmatch
 
 from vocabext.checkpoint.folder import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS
-from vocabext.checkpoint.manifest import MANIFEST_NAME, file_sha256
-from vocabext.files.ranges import Extent, first_difference, same_inode
+from vocabext.checkpoint.manifest import MANIFEST_NAME
+from vocabext.files.ranges import Extent, file_sha256, first_difference, same_inode
 from vocabext.tokenizer import is_stale
 from vocabext.verify.pair import FaultError, Pair
 

@@ -5,11 +5,11 @@ tokens. A budget bounds it, and with it the size of the groups. Everything else 
 their optimizer, and what one step computes; none of these grow with the number of snippets.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 
 from vocabext.distill.input_rows.contexts import FORWARD_POSITIONS, READ_AT_ONCE
@@ -71,7 +71,7 @@ def device_bytes(device: torch.device) -> int:
     """Return how much memory a device has, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def plan_memory(
