@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape, peak = BodyShape.of(model), matrix_peak(model.dtype, model.device)
     if arguments.compile:
         model.model.get_decoder().compile(dynamic=True)
-    num_base = shape.rows
+    first_new_id = shape.rows
     rows = []
     for positions in arguments.positions:
         tokens = max(1, positions // (REACH + 1))
-        records = random_records(tokens, 1, num_base)
-        expansion = Expansion([record.new_token for record in records], num_base)
+        records = random_records(tokens, 1, first_new_id)
+        expansion = Expansion([record.new_token for record in records], first_new_id)
         part = build_examples(records, expansion, range(tokens), prefix_ids=[1], reach=REACH).to(model.device)
         contexts = teach(model, part, model.num_layers, keep_past=True)
         row_GD = torch.randn(tokens, shape.hidden, device=model.device).requires_grad_()

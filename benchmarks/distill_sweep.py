@@ -64,7 +64,7 @@ def main() -> None:
     for setting in SETTINGS:
         began = time.monotonic()
         config = DistillConfig(**setting)
-        result = distill(records, models[config.dtype], config, num_used_ids=base.num_used_ids,
+        result = distill(records, models[config.dtype], config, first_new_id=base.first_new_id,
                          prefix_ids=base.prefix_ids)
         seconds = time.monotonic() - began
         found: dict[str, Any] = evaluate(

@@ -26,7 +26,7 @@ from vocabext.distill.input_rows.engine import (
 from vocabext.distill.input_rows.examples import build_examples
 from vocabext.distill.input_rows.silence import sample_background
 from vocabext.distill.overlap import text_numbers
-from vocabext.distill.stage import _rounds, _Work
+from vocabext.distill.stage import _Distillation, _rounds
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.jsonl import write_jsonl
 from vocabext.files.ranges import file_sha256
@@ -177,13 +177,13 @@ def test_distilled_rows_match_the_teacher_better_than_the_mean(tmp_path: Path) -
     folder, found = collected(tmp_path)
     model = frozen(layers=1)
     config = DistillConfig(epochs=10, learning_rate=0.3)
-    result = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, model, config, first_new_id=load_tokenizer(folder).first_new_id)
     assert {report.method for report in result.reports} <= {"distill", "piece"}
     assert "distill" in {report.method for report in result.reports}
     assert result.relative_error is not None
     assert result.relative_error < 0.7
     assert not model.embedding_VD.requires_grad
-    again = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    again = distill(found, model, config, first_new_id=load_tokenizer(folder).first_new_id)
     assert torch.equal(result.input_ND, again.input_ND)
 
 
@@ -193,10 +193,10 @@ def test_a_row_that_training_makes_worse_stays_at_the_better_start(tmp_path: Pat
     base = load_tokenizer(folder)
     # A tied model that is kept silent begins at the mean only.
     config = DistillConfig(epochs=1, learning_rate=1e6)
-    silent = distill(found, model, config, num_used_ids=base.num_used_ids)
+    silent = distill(found, model, config, first_new_id=base.first_new_id)
     assert {report.method for report in silent.reports} == {"mean"}
     config = DistillConfig(epochs=1, learning_rate=1e6, silence=0.0)
-    result = distill(found, model, config, num_used_ids=base.num_used_ids)
+    result = distill(found, model, config, first_new_id=base.first_new_id)
     assert "piece" in {report.method for report in result.reports} <= {"mean", "piece"}
     means = mean_rows(model.embedding_VD, [r.new_token for r in found])
     for report, row, mean, record in zip(result.reports, result.input_ND, means, found, strict=True):
@@ -213,12 +213,12 @@ def test_a_token_without_snippets_is_kept_at_the_mean_and_said_to_be(tmp_path: P
     folder, found = collected(tmp_path)
     found[1] = replace(found[1], snippets=(), positions=())
     base = load_tokenizer(folder)
-    result = distill(found, frozen(1), DistillConfig(epochs=2), num_used_ids=base.num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=2), first_new_id=base.first_new_id)
     assert (result.reports[1].method, result.reports[1].start_error) == ("mean", None)
     assert result.reports[0].start_error is not None
 
 
-def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
+def sides(work: _Distillation) -> dict[int, tuple[set[bytes], set[bytes]]]:
     """For each token the base ids it trains on, and those that judge it."""
     def texts(record: TokenSnippets) -> set[bytes]:
         return {ids.tobytes() for ids in work.expansion.unmerge_batch(record.snippets)}
@@ -228,8 +228,8 @@ def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
             for at, token in enumerate(work.trainable)}
 
 
-def work_on(found: list[TokenSnippets], first: int) -> _Work:
-    return _Work(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
+def work_on(found: list[TokenSnippets], first: int) -> _Distillation:
+    return _Distillation(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
 
 
 @pytest.mark.parametrize("length", [40, 70])
@@ -248,7 +248,7 @@ def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_pat
     found = collect([*documents, *documents], base, new_tokens(folder)[1:2],
                     CollectConfig(snippets=40, window=50, min_snippets=2))
     assert len(found[0].snippets) > 12
-    train, judges = sides(work_on(found, base.num_used_ids))[0]
+    train, judges = sides(work_on(found, base.first_new_id))[0]
     numbers = text_numbers([np.frombuffer(text, np.int64) for text in (*train, *judges)])
     assert train
     assert judges
@@ -257,11 +257,11 @@ def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_pat
 
 def test_a_token_of_one_text_is_trained_and_judged_by_nothing(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    result = distill(found, frozen(1), DistillConfig(epochs=4), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=4), first_new_id=load_tokenizer(folder).first_new_id)
     assert [(r.token, r.start_error) for r in result.reports if r.start_error is None] == [(" are rated", None)]
     alone = result.reports[2]
     assert (alone.method, alone.end_error, alone.left_out, alone.shown) == ("distill", None, None, 21)
-    train, judges = sides(work_on(found, load_tokenizer(folder).num_used_ids))[2]
+    train, judges = sides(work_on(found, load_tokenizer(folder).first_new_id))[2]
     assert (len(train), judges) == (4, set())
 
 
@@ -269,7 +269,7 @@ def test_one_text_under_two_positions_is_too_little_to_train_on(tmp_path: Path) 
     folder, found = collected(tmp_path)
     twice = found[2].snippets[:1] * 2
     found[2] = replace(found[2], snippets=twice, positions=(found[2].positions[0], len(twice[0]) - 1))
-    result = distill(found, frozen(1), DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=1), first_new_id=load_tokenizer(folder).first_new_id)
     assert (result.reports[2].method, result.reports[2].start_error, result.reports[2].shown) == ("mean", None, 0)
 
 
@@ -305,7 +305,7 @@ def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
     assert [fact["token"] for fact in header["per_token"]] == [t.token for t in tokens]
     assert not list(tmp_path.glob(".*"))
     assert header["options"]["window"] == 24
-    assert header["base"] == {"model": str(folder), "num_used_ids": load_tokenizer(folder).num_used_ids,
+    assert header["base"] == {"model": str(folder), "num_used_ids": load_tokenizer(folder).first_new_id,
                               "hidden_size": 64, "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
 
 
@@ -385,15 +385,15 @@ def test_what_a_row_takes_is_what_the_base_tokens_lose() -> None:
     background = sample_background(model, [group], 290, torch.Generator().manual_seed(0))
     assert len(background.hidden_PD) == 7 + 5 + 6  # every base id of the three snippets, no padding
     row = 30 * background.hidden_PD[0]
-    before = model.log_probabilities(background.hidden_PD, num_base=290)
-    after = model.log_probabilities(background.hidden_PD, num_base=290, new_rows_ND=row[None])[:, :290]
+    before = model.log_probabilities(background.hidden_PD, first_new_id=290)
+    after = model.log_probabilities(background.hidden_PD, first_new_id=290, new_rows_ND=row[None])[:, :290]
     assert float(background.taken(row[None])) == pytest.approx(float((before - after).mean()), rel=1e-4)
     assert float(background.taken(row[None])) > 0.1
 
 
 def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
+    first = load_tokenizer(folder).first_new_id
     whole = tiny_model()
     head = torch.nn.Linear(64, whole.config.vocab_size)
     head.weight, head.bias.data[:] = whole.get_input_embeddings().weight, 4.0
@@ -401,14 +401,14 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     model = FrozenModel(whole, torch.device("cpu"), torch.float32)
     background = sample_background(model, [build_examples(records(), EXPANSION, [0, 1])], 290, torch.Generator())
     row, bias = background.hidden_PD[0], torch.tensor([2.0])
-    before, after = (model.log_probabilities(background.hidden_PD, num_base=290, **new)[:, :290]
+    before, after = (model.log_probabilities(background.hidden_PD, first_new_id=290, **new)[:, :290]
                      for new in ({}, {"new_rows_ND": row[None], "new_bias_N": bias}))
     assert float(background.taken(row[None], bias)) == pytest.approx(float((before - after).mean()), rel=1e-4)
     seen: list[float] = []
     for loud in (4.0, -4.0):  # of the pieces: they are what new tokens get the mean of
         head.bias.data[:] = 0.0
         head.bias.data[[piece for r in found for piece in r.new_token.run]] = loud
-        result = distill(found, model, DistillConfig(epochs=1), num_used_ids=first)
+        result = distill(found, model, DistillConfig(epochs=1), first_new_id=first)
         assert result.taken_nats_start is not None
         seen.append(result.taken_nats_start)
     assert seen[0] > 10 * seen[1]
@@ -416,11 +416,11 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
 
 def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
+    first = load_tokenizer(folder).first_new_id
 
     def taken(silence: float) -> float:
         config = DistillConfig(epochs=10, learning_rate=0.3, silence=silence)
-        nats = distill(found, frozen(1), config, num_used_ids=first).taken_nats
+        nats = distill(found, frozen(1), config, first_new_id=first).taken_nats
         assert nats is not None
         return nats
 
@@ -430,7 +430,7 @@ def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
 def test_an_untied_model_needs_no_silence(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     model = FrozenModel(tiny_model(tied=False), torch.device("cpu"), torch.float32)
-    result = distill(found, model, DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, model, DistillConfig(epochs=1), first_new_id=load_tokenizer(folder).first_new_id)
     assert not model.tied
     assert result.taken_nats is None
 
@@ -445,8 +445,8 @@ def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, targ
                **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}
     for name, module in watched.items():
         module.register_forward_hook(lambda *_, name=name: ran.update([name]))
-    first = load_tokenizer(folder).num_used_ids
-    distill(found, model, DistillConfig(epochs=1, target_layer=target, output_rows="none"), num_used_ids=first)
+    first = load_tokenizer(folder).first_new_id
+    distill(found, model, DistillConfig(epochs=1, target_layer=target, output_rows="none"), first_new_id=first)
     needed = 3 if target == "last" else int(target)
     assert {*ran} == {f"layer {i + 1}" for i in range(needed)}
     assert min(ran.values()) > 2
@@ -469,7 +469,7 @@ def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path)
         return nullcontext(Watched())
 
     config = DistillConfig(epochs=1, cache_gib=0.0)
-    distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids, progress=progress)
+    distill(found, frozen(1), config, first_new_id=load_tokenizer(folder).first_new_id, progress=progress)
     assert "of memory for 1 tokens at a time: model" in said[0]
     assert said[1] == "distilling"
     assert said[-1].endswith("% of the start")

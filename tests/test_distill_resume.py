@@ -19,7 +19,7 @@ import vocabext.distill.stage as stage
 from vocabext.checkpoint.folder import Rows, load_rows
 from vocabext.collect import collect
 from vocabext.distill import distill_file
-from vocabext.distill.input_rows.engine import Fit, fit_rows
+from vocabext.distill.input_rows.engine import GroupFit, fit_rows
 from vocabext.distill.input_rows.resume import FinishedGroups
 from vocabext.files.jsonl import write_jsonl
 from vocabext.model.frozen import FrozenModel
@@ -48,7 +48,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> 
     calls: list[int] = []
     train = fit_rows
 
-    def fit(*inputs: Any, **options: Any) -> Fit:
+    def fit(*inputs: Any, **options: Any) -> GroupFit:
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         calls.append(len(calls))
@@ -186,7 +186,7 @@ def test_what_another_version_finished_is_not_used(source: Path, monkeypatch: py
 
 
 def test_a_damaged_group_is_made_again(tmp_path: Path) -> None:
-    fit = Fit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
+    fit = GroupFit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
     groups = FinishedGroups(tmp_path / "groups", "digest")
     assert groups.load("a") is None
     groups.save("a", fit)

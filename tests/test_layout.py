@@ -151,3 +151,21 @@ def test_no_check_vanishes_under_python_o() -> None:
     checks = [f"{module}:{node.lineno}: {ast.unparse(node)}" for module in MODULES if module.startswith("vocabext")
               for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert) and not narrows(node.test)]
     assert checks == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in tree_of(module).body:
+            if isinstance(node, ast.ClassDef) and not (private(node.name) and module.startswith("serve.")):
+                places.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_one_name_for_how_many_ids_the_base_has_and_one_for_the_first_new_id() -> None:
+    """`num_own_ids` and `first_new_id`; the keys of files keep the name that they had."""
+    keys = {"vocabext.checkpoint.manifest", "vocabext.inspect"}
+    named = {f"{module}:{node.lineno}: {node.arg}" for module in MODULES.keys() - keys
+             for node in ast.walk(tree_of(module))
+             if isinstance(node, ast.arg) and node.arg in ("num_base", "num_used", "num_used_ids")}
+    assert named == set()

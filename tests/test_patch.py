@@ -60,7 +60,7 @@ def make_rows(folder: Path, path: Path, texts: tuple[str, ...] = TEXTS, *, outpu
     embed_VD = checkpoint.read(checkpoint.vocab_tensors[0]).float()
     input_ND = torch.stack([embed_VD[list(token.run)].mean(dim=0) for token in tokens])
     output_ND = torch.rand(len(tokens), checkpoint.hidden_size) if output else None
-    recorded = {"model": str(folder), "num_used_ids": tokenizer.num_used_ids, "hidden_size": checkpoint.hidden_size,
+    recorded = {"model": str(folder), "num_used_ids": tokenizer.first_new_id, "hidden_size": checkpoint.hidden_size,
                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
     save_rows(path, tokens, Rows(input_ND, output_ND),
               {"base": recorded, "method": "mean", "options": {"seed": 0}, **header})
@@ -498,7 +498,7 @@ def test_the_size_of_a_chunk_changes_no_byte(many_shards: Case, monkeypatch: pyt
 def test_the_garbage_collector_of_the_caller_stays_as_it_is(
         case: Case, monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(module, "check_places", lambda *_: seen.append(gc.isenabled()))
+    monkeypatch.setattr(module, "check_paths", lambda *_: seen.append(gc.isenabled()))
     try:
         (gc.enable if enabled else gc.disable)()
         case.patch()

@@ -13,7 +13,7 @@ from tiny_writing import NUM_BASE, sharp_model, some_tokens
 from vocabext.checkpoint.rows import mean_rows, rows_in_use
 from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
 from vocabext.distill.output_rows import stage as module
-from vocabext.distill.output_rows.fit import Fit, Task, longest_runs
+from vocabext.distill.output_rows.fit import OutputFit, Targets, longest_runs
 from vocabext.distill.output_rows.stage import _reports, make_output_rows, silent_row
 from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
@@ -51,7 +51,7 @@ def planted(size: int, seed: int) -> tuple[Places, list[int]]:
 
 
 def fitted(places: Places, caution: float = 1.0, cap: float | None = None) -> torch.Tensor:
-    fit = Fit(Task(places, longest_runs(places, LENGTHS), LogitMap(cap=cap)), 2, torch.device("cpu"))
+    fit = OutputFit(Targets(places, longest_runs(places, LENGTHS), LogitMap(cap=cap)), 2, torch.device("cpu"))
     fit.train(60, caution)
     return fit.rows_ND
 
@@ -145,12 +145,12 @@ def test_a_silent_row_is_made_of_rows_in_use_only() -> None:
     usable_V = rows_in_use(head_VD, 39, [8])
     assert (~usable_V).nonzero().flatten().tolist() == [3, 4, 5, 6, 7, 8]
     for dtype in (torch.float32, torch.bfloat16):
-        ids = silent_row(head_VD.to(dtype), [places], 39, usable_V=usable_V)[2]
+        ids = silent_row(head_VD.to(dtype), [places], 39, LogitMap(), usable_V=usable_V)[2]
         assert sorted(ids) == [20, 21]
     with pytest.raises(UsageError, match="all 39 output rows of the model are zero"):
-        silent_row(0 * head_VD, [places], 39)
+        silent_row(0 * head_VD, [places], 39, LogitMap())
     opposite_VD = torch.stack((unlikely_D, -unlikely_D))
-    row_D, _, ids = silent_row(opposite_VD, [places], 2)
+    row_D, _, ids = silent_row(opposite_VD, [places], 2, LogitMap())
     assert (ids, torch.equal(row_D, unlikely_D)) == ((0,), True)
 
 
@@ -353,7 +353,7 @@ def test_a_default_dtype_that_somebody_changed_changes_nothing() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            found.append((silent_row(head_VD, [places], 39)[0], fitted(places), rows_in_use(head_VD, 39),
+            found.append((silent_row(head_VD, [places], 39, LogitMap())[0], fitted(places), rows_in_use(head_VD, 39),
                           find_uses(places, head_VD[:2]).lost_P, mean_rows(head_VD, [NewToken("a", "a", (1, 2))])))
         finally:
             torch.set_default_dtype(torch.float32)

@@ -80,7 +80,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     began = time.perf_counter()
     manifest = read_manifest(folder)
     place = real_path(output)
-    _check_places(real_path(folder), place, force=force)
+    _check_paths(real_path(folder), place, force=force)
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
              for name, original in part.items()}
@@ -96,7 +96,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
 
 # -- before the first byte ----------------------------------------------------------------------------------------
 
-def _check_places(folder: Path, output: Path, *, force: bool) -> None:
+def _check_paths(folder: Path, output: Path, *, force: bool) -> None:
     if output == folder:
         raise UsageError(f"the output {output} is the expanded checkpoint itself; choose another output")
     if folder in output.parents or output in folder.parents:

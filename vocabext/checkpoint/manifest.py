@@ -371,14 +371,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def base_record(folder: Path, names: EmbeddingNames, *, model: str, num_used_ids: int) -> dict[str, Any]:
+def base_record(folder: Path, names: EmbeddingNames, *, model: str, first_new_id: int) -> dict[str, Any]:
     """Return what the header of a rows file says about the base that it is made for, as `header["base"]`.
 
     Args:
         folder: The base.
         names: What its class says.
         model: How the user calls it.
-        num_used_ids: Ids that its tokenizer addresses (U).
+        first_new_id: Id of the first new token (U).
     """
-    return {"model": model, "num_used_ids": num_used_ids, "hidden_size": names.shapes[names.embedding][1],
+    return {"model": model, "num_used_ids": first_new_id, "hidden_size": names.shapes[names.embedding][1],
             "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}

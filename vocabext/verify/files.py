@@ -24,7 +24,7 @@ def recorded_base(pair: Pair, *, others_failed: bool) -> str:
         others_failed: Whether any other check failed.
     """
     record = pair.manifest.base
-    num_ids = pair.base_tokenizer.num_used_ids
+    num_ids = pair.base_tokenizer.first_new_id
     if num_ids != record.num_used_ids:
         raise FaultError(f"--against {pair.against} is another model: it has {num_ids:,} token ids, but this "
                          f"checkpoint was made from {record.model} with {record.num_used_ids:,}; pass that one")

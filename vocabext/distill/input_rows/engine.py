@@ -47,7 +47,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Fit:
+class GroupFit:
     """Rows of a group and how well they fit.
 
     Attributes:
@@ -137,7 +137,7 @@ def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
 def fit_rows(
     model: FrozenModel, train: Sequence[Examples | None], held_out: Examples | None, start_GD: torch.Tensor,
     objective: Objective, generators: Sequence[torch.Generator], other_start_GD: torch.Tensor | None = None,
-) -> Fit:
+) -> GroupFit:
     """Train the rows of a group.
 
     Args:
@@ -176,7 +176,7 @@ def fit_rows(
         error_G = held_out_errors(model, judged, clocks.rows_GD, objective, clocks.active_G)
         clocks.end_round(active, error_G[active])
     _undo_useless(model, taught, clocks, start_GD, objective)
-    return Fit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
+    return GroupFit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
 
 
 def _undo_useless(model: FrozenModel, taught: Taught, clocks: Clocks, start_GD: torch.Tensor, objective: Objective
