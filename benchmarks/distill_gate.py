@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = kept.records(lambda: prepare(arguments, base, arguments.tokens))
     heldout = heldout_documents(arguments)
     config = DistillConfig(dtype="float32", leave_out=0.0, rounds=arguments.rounds)
-    result = distill(records, model, config, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids)
+    result = distill(records, model, config, first_new_id=base.first_new_id, prefix_ids=base.prefix_ids)
     errors = [None if r.start_error is None or r.end_error is None else (r.start_error, r.end_error)
               for r in result.reports]
 

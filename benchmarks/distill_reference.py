@@ -301,12 +301,12 @@ def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
     """Guess from how long the defaults took how long a budget takes at most."""
     snippets, config = _budget(budget)
     share = min(1.0, (num_snippets if snippets is None else snippets) / num_snippets)
-    return defaults.seconds * share * config.epochs * (1 + config.second_pass) / DistillConfig().epochs
+    return defaults.seconds * share * config.epochs / DistillConfig().epochs
 
 
 def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
              progress: Progress = no_progress) -> DistillResult:
-    return distill(records, model, config, num_used_ids=task.expansion.first_new_id, prefix_ids=task.prefix_ids,
+    return distill(records, model, config, first_new_id=task.expansion.first_new_id, prefix_ids=task.prefix_ids,
                    progress=progress)
 
 
@@ -510,17 +510,17 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> FrozenM
     return FrozenModel(model, device, dtype)
 
 
-def random_records(num_tokens: int, num_snippets: int, num_base: int, window: int = 50) -> list[TokenSnippets]:
+def random_records(num_tokens: int, num_snippets: int, first_new_id: int, window: int = 50) -> list[TokenSnippets]:
     """Make tokens of two to four random pieces, and windows of random ids around them."""
     rng = np.random.default_rng(0)
     records = []
     for index in range(num_tokens):
-        run = tuple(rng.integers(3, num_base, int(rng.integers(2, 5))).tolist())
+        run = tuple(rng.integers(3, first_new_id, int(rng.integers(2, 5))).tolist())
         snippets, positions = [], []
         for _ in range(num_snippets):
-            text = rng.integers(3, num_base, window - len(run)).tolist()
+            text = rng.integers(3, first_new_id, window - len(run)).tolist()
             at = int(rng.integers(0, int(0.4 * window)))
-            snippets.append((*text[:at], num_base + index, *text[at:]))
+            snippets.append((*text[:at], first_new_id + index, *text[at:]))
             positions.append(at)
         token = NewToken(f"token {index}", f"token {index}", run)
         records.append(TokenSnippets(token, tuple(snippets), tuple(positions), num_snippets))
@@ -529,9 +529,9 @@ def random_records(num_tokens: int, num_snippets: int, num_base: int, window: in
 
 def compare_random(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Run both on random weights and text; print time, rates and memory."""
-    num_base = RANDOM_MODELS[arguments.random_model]["vocab_size"]
-    records = random_records(arguments.tokens, arguments.snippets, num_base)
-    expansion = Expansion([record.new_token for record in records], num_base)
+    first_new_id = RANDOM_MODELS[arguments.random_model]["vocab_size"]
+    records = random_records(arguments.tokens, arguments.snippets, first_new_id)
+    expansion = Expansion([record.new_token for record in records], first_new_id)
     task = Task(arguments.random_model, records, expansion, (1,), device)
     with note("the reference"):
         reference = reference_runs(task, _reference_config(arguments))[-1]

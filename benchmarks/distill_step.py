@@ -21,7 +21,7 @@ from machine import describe, matrix_peak
 from work import BodyShape
 
 from vocabext.distill.input_rows.contexts import teach
-from vocabext.distill.input_rows.engine import Objective, snippet_errors
+from vocabext.distill.input_rows.engine import snippet_errors
 from vocabext.distill.input_rows.examples import build_examples
 from vocabext.files.atomic import write_json
 from vocabext.model.frozen import load_model
@@ -46,19 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape, peak = BodyShape.of(model), matrix_peak(model.dtype, model.device)
     if arguments.compile:
         model.model.get_decoder().compile(dynamic=True)
-    num_base = shape.rows
+    first_new_id = shape.rows
     rows = []
     for positions in arguments.positions:
         tokens = max(1, positions // (REACH + 1))
-        records = random_records(tokens, 1, num_base)
-        expansion = Expansion([record.new_token for record in records], num_base)
+        records = random_records(tokens, 1, first_new_id)
+        expansion = Expansion([record.new_token for record in records], first_new_id)
         part = build_examples(records, expansion, range(tokens), prefix_ids=[1], reach=REACH).to(model.device)
-        objective = Objective(model.num_layers, num_base, ((1, 1),), 0.1)
         contexts = teach(model, part, model.num_layers, keep_past=True)
         row_GD = torch.randn(tokens, shape.hidden, device=model.device).requires_grad_()
 
-        def step(part: Any = part, contexts: Any = contexts, row_GD: Any = row_GD, objective: Any = objective) -> None:
-            torch.autograd.grad(snippet_errors(model, part, contexts, row_GD, objective)[0].sum(), row_GD)
+        def step(part: Any = part, contexts: Any = contexts, row_GD: Any = row_GD) -> None:
+            torch.autograd.grad(snippet_errors(model, part, contexts, row_GD, model.num_layers).sum(), row_GD)
 
         def read(part: Any = part) -> None:
             teach(model, part, model.num_layers, keep_past=True)

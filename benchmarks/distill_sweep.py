@@ -33,14 +33,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"epochs": 8},
     {"learning_rate": 0.1},
     {"learning_rate": 0.4},
-    {"batch_snippets": 2},
     {"reach": 4},
     {"reach": 16},
     {"reach": None},
     {"target_layer": "0.75"},
     {"target_layer": "0.5"},
-    {"next_token_weight": 0.02},
-    {"second_pass": True},
     {"silence": 0.0},
     {"dtype": "bfloat16"},
 ]
@@ -67,7 +64,7 @@ def main() -> None:
     for setting in SETTINGS:
         began = time.monotonic()
         config = DistillConfig(**setting)
-        result = distill(records, models[config.dtype], config, num_used_ids=base.num_used_ids,
+        result = distill(records, models[config.dtype], config, first_new_id=base.first_new_id,
                          prefix_ids=base.prefix_ids)
         seconds = time.monotonic() - began
         found: dict[str, Any] = evaluate(

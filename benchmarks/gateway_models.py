@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.errors import TokenizerError
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def make_pair(folder: Path, *, model: str = "stories260K-hd32", tokens: int = 40
     rows_ND = mean_rows(matrix_VD, chosen) * scale
     if shuffle:
         rows_ND = rows_ND[torch.roll(torch.arange(tokens), 7)]
-    used = load_tokenizer(base).num_used_ids
+    used = load_tokenizer(base).first_new_id
     header = {"base": {"model": str(base), "num_used_ids": used, "hidden_size": matrix_VD.shape[1],
                        "tokenizer_sha256": file_sha256(base / "tokenizer.json")}, "method": "mean", "options": {}}
     name = "shuffled" if shuffle else "expanded" if scale == 1.0 else f"scaled-{scale:g}"

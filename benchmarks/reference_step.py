@@ -115,14 +115,15 @@ class ReferenceTrainer:
             expansion: The new tokens.
             config: Options.
         """
-        self.frozen, self.config, self.num_base, self.num_new = model, config, expansion.first_new_id, expansion.num_new
+        self.frozen, self.config = model, config
+        self.first_new_id, self.num_new = expansion.first_new_id, expansion.num_new
         self.tied, hf = model.tied, model.model
         means = [mean_rows(matrix_VD, expansion.tokens) for matrix_VD in (model.embedding_VD, model.head_VD)]
         hf.resize_token_embeddings(max(len(model.embedding_VD), expansion.end_id), mean_resizing=False)
         self.matrices = [model.embedding_VD] if self.tied else [model.embedding_VD, model.head_VD]
         with torch.no_grad():
             for matrix_VD, mean_ND in zip(self.matrices, means, strict=False):
-                matrix_VD[self.num_base : expansion.end_id] = mean_ND.to(matrix_VD.device)
+                matrix_VD[self.first_new_id : expansion.end_id] = mean_ND.to(matrix_VD.device)
         for matrix_VD in self.matrices:
             matrix_VD.requires_grad_()
         self.optimizer = torch.optim.AdamW(self.matrices, lr=config.learning_rate)
@@ -149,13 +150,13 @@ class ReferenceTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         for matrix_VD in self.matrices:
             assert matrix_VD.grad is not None
-            matrix_VD.grad[: self.num_base] = 0
+            matrix_VD.grad[: self.first_new_id] = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of the new input and output rows."""
-        new = slice(self.num_base, self.num_base + self.num_new)
+        new = slice(self.first_new_id, self.first_new_id + self.num_new)
         input_ND, output_ND = (m[new].detach().clone().cpu() for m in (self.matrices[0], self.matrices[-1]))
         return input_ND, output_ND
 

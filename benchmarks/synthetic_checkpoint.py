@@ -117,6 +117,6 @@ def write_rows(path: Path, base: Path, num_new: int) -> tuple[NewToken, ...]:
     words = (" " + "".join(letters) for letters in itertools.product("qjxzkv", repeat=7))
     tokens = tuple(known.new_token(word) for word in itertools.islice(words, num_new))
     rows = torch.randn(num_new, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1)) * SCALE
-    made_from = base_record(base, checkpoint.names, model=str(base), num_used_ids=known.num_used_ids)
+    made_from = base_record(base, checkpoint.names, model=str(base), first_new_id=known.first_new_id)
     save_rows(path, tokens, Rows(rows), {"method": "random", "options": {}, "base": made_from})
     return tokens

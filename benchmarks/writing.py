@@ -32,7 +32,7 @@ from sections import put_section
 from vocabext.checkpoint.folder import Rows, load_rows
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.corpus import read_documents
-from vocabext.distill.output_rows.fit import DECAY, Fit, Task, longest_runs
+from vocabext.distill.output_rows.fit import DECAY, OutputFit, Targets, longest_runs
 from vocabext.distill.output_rows.stage import silent_row
 from vocabext.evaluate.held_out import HeldOut, measure_held_out
 from vocabext.files.atomic import write_json
@@ -76,11 +76,12 @@ class Bench:
                 "pieces": found.adopted_pieces / max(1, found.adoptable_pieces),
                 "adoption_at_1_percent": adoption_at(uses.ahead_P, uses.right_P, uses.deserved_P)}
 
-    def fit(self, kind: type[Fit] | None = None, places: Places | None = None, caution: float = 1.0) -> torch.Tensor:
+    def fit(self, kind: type[OutputFit] | None = None, places: Places | None = None, caution: float = 1.0
+            ) -> torch.Tensor:
         """Fit rows in some way."""
         places = self.train if places is None else places
-        task = Task(places, longest_runs(places, self.lengths_N), self.model.logit_map)
-        fit = (kind or Fit)(task, self.num_new, self.model.device)
+        targets = Targets(places, longest_runs(places, self.lengths_N), self.model.logit_map)
+        fit = (kind or OutputFit)(targets, self.num_new, self.model.device)
         fit.train(EPOCHS, caution)
         return fit.rows_ND.cpu()
 
@@ -124,13 +125,13 @@ def next_token_rows(bench: Bench, start_ND: torch.Tensor, epochs: float = 6.0, r
     return rows_ND.detach()
 
 
-class AnyRight(Fit):
+class AnyRight(OutputFit):
     """Labels: any token whose run base writes, not the longest."""
 
     def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
         right_IN = self.right_in(at, len(white_ND))
-        scores_IN = self.task.scores(self.unwhitened(white_ND), at)
-        base_I = self.task.places.top_P[at]
+        scores_IN = self.targets.scores(self.unwhitened(white_ND), at)
+        base_I = self.targets.places.top_P[at]
         every_I = torch.logaddexp(scores_IN.logsumexp(1), base_I)
         some_I = right_IN.any(1)
         good_I = scores_IN.masked_fill(~right_IN, -1e9).logsumexp(1)
@@ -138,48 +139,48 @@ class AnyRight(Fit):
 
     def right_in(self, at: torch.Tensor, num_new: int) -> torch.Tensor:
         """Tell which tokens base writes at some places, (I, N)."""
-        places = self.task.places
+        places = self.targets.places
         if not hasattr(self, "_right_PN"):
             self._right_PN = torch.zeros(len(places), num_new, dtype=torch.bool)
             self._right_PN[places.place_R[places.greedy_R], places.token_R[places.greedy_R]] = True
         return self._right_PN[at]
 
 
-class Soft(Fit):
+class Soft(OutputFit):
     """Labels: the probability that base gives to each run, next to all base tokens."""
 
     def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
-        places = self.task.places
+        places = self.targets.places
         if not hasattr(self, "_share_PN"):
             self._share_PN = torch.zeros(len(places), len(white_ND), dtype=torch.float16)
             self._share_PN[places.place_R, places.token_R] = places.log_p_R.exp().half()
         share_IN = self._share_PN[at].float()
         share_IN = share_IN / share_IN.sum(1, keepdim=True).clamp(min=1.0)  # runs inside each other add up to more
-        scores_IN = self.task.scores(self.unwhitened(white_ND), at)
+        scores_IN = self.targets.scores(self.unwhitened(white_ND), at)
         base_I = places.normaliser_P[at]
         every_I = torch.logaddexp(scores_IN.logsumexp(1), base_I)
         loss_I = every_I - (share_IN * scores_IN).sum(1) - (1 - share_IN.sum(1)) * base_I
         return loss_I.mean()
 
 
-def with_margin(margin: float) -> type[Fit]:
+def with_margin(margin: float) -> type[OutputFit]:
     """Labels as in ours, against a base logit that is higher by a margin."""
 
-    class Margin(Fit):
+    class Margin(OutputFit):
         def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
-            scores_IN = self.task.scores(self.unwhitened(white_ND), at)
-            every = torch.cat((scores_IN, self.task.places.top_P[at][:, None] + margin), 1)
-            label_I = self.task.label_P[at]
+            scores_IN = self.targets.scores(self.unwhitened(white_ND), at)
+            every = torch.cat((scores_IN, self.targets.places.top_P[at][:, None] + margin), 1)
+            label_I = self.targets.label_P[at]
             loss_I = torch.nn.functional.cross_entropy(every, label_I, reduction="none")
             return (loss_I * torch.where(label_I < len(white_ND), 1.0, caution)).mean()
 
     return Margin
 
 
-def with_decay(decay: float) -> type[Fit]:
+def with_decay(decay: float) -> type[OutputFit]:
     """Ours with another weight of the squared rows."""
 
-    class Decay(Fit):
+    class Decay(OutputFit):
         def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
             return super()._loss(white_ND, at, caution) + (decay - DECAY) * white_ND.square().sum()
 
@@ -278,12 +279,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     expanded = extend(base, tokens)
     say(f"{len(tokens)} tokens; reading places")
     all_records = list(by_run.values())
-    expansion = Expansion([record.new_token for record in all_records], base.num_used_ids)
+    expansion = Expansion([record.new_token for record in all_records], base.first_new_id)
     bench = _bench(records, arguments, base, model, expanded, expansion, base.prefix_ids)
     lengths_N, head_VD = bench.lengths_N, model.head_VD
     mean_ND = mean_rows(head_VD, tokens)
     texts = {piece: len(base.decode([piece]).strip()) or 1 for token in tokens for piece in token.run}
-    silent_D, leak, _ = silent_row(head_VD, [bench.train], base.num_used_ids, model.logit_map)
+    silent_D, leak, _ = silent_row(head_VD, [bench.train], base.first_new_id, model.logit_map)
     ways = {
         "ours (default)": given.output_ND,
         "zero": torch.zeros_like(mean_ND),
@@ -344,7 +345,7 @@ def _bench(
     order = np.random.default_rng(0).permutation(len(windows))
     windows, merged = [windows[i] for i in order], [merged[i] for i in order]
     first = max(0, len(prefix) - 1)
-    train = find_places(model, windows, tree, num_base=base.num_used_ids, likely=LIKELY, first=first)
+    train = find_places(model, windows, tree, first_new_id=base.first_new_id, likely=LIKELY, first=first)
     number = {record.new_token.run: i for i, record in enumerate(records)}
     next_P = _next_ids(train, merged, expansion, number)
     held_windows, size = list[Ids](), 0
@@ -353,7 +354,7 @@ def _bench(
         if len(ids) > 8 and size < arguments.heldout_places:
             held_windows.append(np.concatenate((prefix, ids)))
             size += len(ids)
-    held = find_places(model, held_windows, tree, num_base=base.num_used_ids, likely=LIKELY, first=first)
+    held = find_places(model, held_windows, tree, first_new_id=base.first_new_id, likely=LIKELY, first=first)
     return Bench(model, own, torch.tensor([len(t.run) for t in own.tokens]), train, next_P, held)
 
 

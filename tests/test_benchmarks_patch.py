@@ -29,7 +29,7 @@ def test_the_synthetic_base_has_its_size_and_a_full_matrix(tmp_path: Path) -> No
     checkpoint, tokenizer = open_checkpoint(base), load_tokenizer(base)
     assert 800_000 <= checkpoint.weight_bytes < 900_000
     assert len(checkpoint.shards) > 4
-    assert checkpoint.vocab_size == tokenizer.num_used_ids == 600
+    assert checkpoint.vocab_size == tokenizer.first_new_id == 600
     assert len(tokenizer.encode("aB")) == 1
     tokens = write_rows(tmp_path / "rows.safetensors", base, 20)
     assert len({token.token for token in tokens}) == 20

@@ -329,8 +329,8 @@ def test_budgets_are_read_as_options_of_their_kinds() -> None:
 
     assert _budget("") == (None, DistillConfig(silence=0.0))
     assert _budget("silence=0.02")[1].silence == 0.02
-    wanted = DistillConfig(target_layer="0.5", reach=None, second_pass=True, cache_gib=1.5, silence=0.0)
-    assert _budget("snippets=6,target_layer=0.5,reach=none,second_pass=true,cache_gib=1.5") == (6, wanted)
+    wanted = DistillConfig(target_layer="0.5", reach=None, cache_gib=1.5, silence=0.0)
+    assert _budget("snippets=6,target_layer=0.5,reach=none,cache_gib=1.5") == (6, wanted)
 
 
 def test_rows_left_out_are_no_comparison() -> None:

@@ -208,9 +208,9 @@ class Parrot:
         self.calls: list[tuple[int, int, int]] = []
 
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
-              num_used_ids: int) -> list[list[int]]:
+              first_new_id: int) -> list[list[int]]:
         assert len({len(prompt) for prompt in prompts}) == 1
-        assert num_used_ids == self.base.num_used_ids
+        assert first_new_id == self.base.first_new_id
         self.prompts += [list(prompt) for prompt in prompts]
         self.calls.append((len(prompts), num_tokens, seed))
         return [self.base.encode(f"{self.text}{i if self.vary else ''}")[:num_tokens] for i, _ in enumerate(prompts)]

@@ -2,11 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,26 +14,22 @@ from tiny_expanded import DOCUMENTS, new_tokens
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from vocabext.checkpoint.folder import load_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.collect import collect
 from vocabext.corpus import Document
 from vocabext.distill import distill, distill_file, stage
-from vocabext.distill.input_rows.contexts import Contexts, teach
+from vocabext.distill.input_rows.contexts import Contexts, student_states, teach
 from vocabext.distill.input_rows.engine import (
-    Objective,
-    Taught,
     _schedule,
-    held_out_errors,
-    next_token_nats,
     snippet_errors,
 )
 from vocabext.distill.input_rows.examples import build_examples
 from vocabext.distill.input_rows.silence import sample_background
 from vocabext.distill.overlap import text_numbers
-from vocabext.distill.stage import _rounds, _Work
+from vocabext.distill.stage import _Distillation, _rounds
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.jsonl import write_jsonl
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import FrozenModel, pick_device
 from vocabext.options import CollectConfig, DistillConfig
 from vocabext.progress import Task
@@ -68,8 +62,6 @@ def test_examples_begin_at_the_token_and_align_by_the_last_piece() -> None:
         [0, 7, 1, 2, 3, 4, 5, 8], [0, 1, 2, 9, 1, 2, 0, 0], [0, 6, 3, 4, 5, 1, 2, 0]]
     assert examples.aligned_ST[0].tolist() == [3, 4, 5, 6, 7]
     assert examples.aligned_ST[1, :3].tolist() == [2, 3, 5]
-    assert examples.next_ST.tolist() == [[3, 4, 5, 8, -1], [9, 1, -1, -1, -1], [1, 2, -1, -1, -1]]
-    assert examples.shared
 
 
 def test_the_teacher_reads_a_text_once_and_as_far_as_it_is_needed() -> None:
@@ -89,11 +81,11 @@ def test_the_teacher_reads_a_text_once_and_as_far_as_it_is_needed() -> None:
         assert keep_past == (whole.past is not None and len(whole.past[0][0]) == 3)
         rows_GD = model.embedding_VD[[1, 3, 2]]
         part = whole.take(torch.arange(4), examples)
-        errors_S = snippet_errors(model, examples, part, rows_GD, objective())[0]
+        errors_S = snippet_errors(model, examples, part, rows_GD, 2)
         for at in range(4):
             alone = examples.take(torch.tensor([at]))
             contexts = teach(model, alone, 2, keep_past=False)
-            assert float(snippet_errors(model, alone, contexts, rows_GD, objective())[0]) == pytest.approx(
+            assert float(snippet_errors(model, alone, contexts, rows_GD, 2)) == pytest.approx(
                 float(errors_S[at]), rel=1e-3)
 
 
@@ -101,17 +93,6 @@ def test_reach_cuts_both_sides_behind_the_token() -> None:
     examples = build_examples(records(), EXPANSION, [0, 1], reach=1)
     assert examples.ids_ST.tolist() == [[10, 3], [10, 9], [11, 1]]
     assert examples.teacher_WU.tolist() == [[7, 1, 2, 3, 0], [1, 2, 9, 0, 0], [6, 3, 4, 5, 1]]
-    assert examples.next_ST.tolist() == [[3, 4], [9, 1], [1, 2]]
-
-
-def test_all_tokens_are_merged_where_that_is_asked_for() -> None:
-    other = [TokenSnippets(EXPANSION.tokens[1], ((10, 11, 10, 8),), (1,))]
-    examples = build_examples(other, EXPANSION, [1], merge_all=True)
-    assert examples.before_SP.tolist() == [[10]]
-    assert examples.ids_ST.tolist() == [[11, 10, 8]]
-    assert examples.teacher_WU.tolist() == [[1, 2, 3, 4, 5, 1, 2, 8]]
-    assert examples.aligned_ST.tolist() == [[4, 6, 7]]
-    assert not examples.shared
 
 
 def test_teacher_states_are_those_of_the_base_text() -> None:
@@ -122,38 +103,27 @@ def test_teacher_states_are_those_of_the_base_text() -> None:
     assert torch.allclose(states_STD[2, :3], whole[[3, 4, 5]], atol=1e-5)
 
 
-def objective(layer: int = 2, **options: object) -> Objective:
-    return Objective(layer=layer, first_new_id=FIRST, rounds=((1, 1),), learning_rate=0.1, **options)  # type: ignore[arg-type]
-
-
 def test_a_student_that_reads_what_the_teacher_read_has_no_error() -> None:
     model = frozen()
     same = [TokenSnippets(NewToken("x", "x", (1,)), ((5, 10, 6, 7),), (1,))]
     examples = build_examples(same, Expansion([same[0].new_token], FIRST), [0])
     rows = model.embedding_VD[1:2].clone()
     contexts = teach(model, examples, 2, keep_past=True)
-    assert float(snippet_errors(model, examples, contexts, rows, objective())[0]) < 1e-9
-    assert float(snippet_errors(model, examples, contexts, rows * 2, objective())[0]) > 1e-4
+    assert float(snippet_errors(model, examples, contexts, rows, 2)) < 1e-9
+    assert float(snippet_errors(model, examples, contexts, rows * 2, 2)) > 1e-4
 
 
 def test_the_error_is_relative_and_ignores_padding() -> None:
     model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
     contexts = teach(model, examples, 2, keep_past=False)
-    errors_S, hidden_STD = snippet_errors(model, examples, contexts, torch.zeros(2, 64), objective())
+    errors_S = snippet_errors(model, examples, contexts, torch.zeros(2, 64), 2)
+    hidden_STD = student_states(model, examples, None, torch.zeros(3, 64), 2)
     target_TD = contexts.target_STD[1, :3]
     by_hand = (hidden_STD[1, :3] - target_TD).square().sum() / target_TD.square().sum()
     assert float(errors_S[1]) == pytest.approx(float(by_hand), rel=1e-5)
     doubled = Contexts(hidden_STD.detach() * 2, None, contexts.text_S)
-    errors_S = snippet_errors(model, examples, doubled, torch.zeros(2, 64), objective())[0]
+    errors_S = snippet_errors(model, examples, doubled, torch.zeros(2, 64), 2)
     assert errors_S.tolist() == pytest.approx([0.25] * 3)
-
-
-def test_next_token_nats_are_those_of_the_base_ids_that_follow() -> None:
-    model, examples = frozen(), build_examples(records(), EXPANSION, [0, 1])
-    hidden_STD = teach(model, examples, 2, keep_past=False).target_STD
-    logs = torch.log_softmax(model.model(torch.tensor([[6, 3, 4, 5, 1, 2]])).logits[0, :, :290], -1)
-    nats_S = next_token_nats(model, examples, hidden_STD, 290)
-    assert float(nats_S[2]) == pytest.approx(-float(logs[3, 1] + logs[4, 2]) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -176,15 +146,15 @@ def test_every_step_shows_each_token_at_work_equally_often() -> None:
                              for r, n in zip(records(), counts, strict=True)], EXPANSION, [0, 1])
              for counts in ((4, 2), (3, 1))]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    steps = _schedule(parts, torch.tensor([0, 1]), 7, 2, generators)
+    steps = _schedule(parts, torch.tensor([0, 1]), 14, generators)
     shown: list[list[int]] = [[], []]
     for step in steps:
         owners = torch.cat([part.token_S[at] for part, at in zip(parts, step, strict=True)])
-        assert owners.bincount().tolist() == [2, 2]
+        assert owners.bincount().tolist() == [1, 1]
         for number, at in enumerate(step):
             shown[number] += at.tolist()
     assert [set(at) for at in shown] == [set(range(6)), set(range(4))]
-    only = _schedule(parts, torch.tensor([1]), 3, 1, generators)
+    only = _schedule(parts, torch.tensor([1]), 3, generators)
     assert [len(at) for step in only for at in step].count(1) == 3
 
 
@@ -207,13 +177,13 @@ def test_distilled_rows_match_the_teacher_better_than_the_mean(tmp_path: Path) -
     folder, found = collected(tmp_path)
     model = frozen(layers=1)
     config = DistillConfig(epochs=10, learning_rate=0.3)
-    result = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, model, config, first_new_id=load_tokenizer(folder).first_new_id)
     assert {report.method for report in result.reports} <= {"distill", "piece"}
     assert "distill" in {report.method for report in result.reports}
     assert result.relative_error is not None
     assert result.relative_error < 0.7
     assert not model.embedding_VD.requires_grad
-    again = distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
+    again = distill(found, model, config, first_new_id=load_tokenizer(folder).first_new_id)
     assert torch.equal(result.input_ND, again.input_ND)
 
 
@@ -223,10 +193,10 @@ def test_a_row_that_training_makes_worse_stays_at_the_better_start(tmp_path: Pat
     base = load_tokenizer(folder)
     # A tied model that is kept silent begins at the mean only.
     config = DistillConfig(epochs=1, learning_rate=1e6)
-    silent = distill(found, model, config, num_used_ids=base.num_used_ids)
+    silent = distill(found, model, config, first_new_id=base.first_new_id)
     assert {report.method for report in silent.reports} == {"mean"}
     config = DistillConfig(epochs=1, learning_rate=1e6, silence=0.0)
-    result = distill(found, model, config, num_used_ids=base.num_used_ids)
+    result = distill(found, model, config, first_new_id=base.first_new_id)
     assert "piece" in {report.method for report in result.reports} <= {"mean", "piece"}
     means = mean_rows(model.embedding_VD, [r.new_token for r in found])
     for report, row, mean, record in zip(result.reports, result.input_ND, means, found, strict=True):
@@ -243,12 +213,12 @@ def test_a_token_without_snippets_is_kept_at_the_mean_and_said_to_be(tmp_path: P
     folder, found = collected(tmp_path)
     found[1] = replace(found[1], snippets=(), positions=())
     base = load_tokenizer(folder)
-    result = distill(found, frozen(1), DistillConfig(epochs=2), num_used_ids=base.num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=2), first_new_id=base.first_new_id)
     assert (result.reports[1].method, result.reports[1].start_error) == ("mean", None)
     assert result.reports[0].start_error is not None
 
 
-def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
+def sides(work: _Distillation) -> dict[int, tuple[set[bytes], set[bytes]]]:
     """For each token the base ids it trains on, and those that judge it."""
     def texts(record: TokenSnippets) -> set[bytes]:
         return {ids.tobytes() for ids in work.expansion.unmerge_batch(record.snippets)}
@@ -258,8 +228,8 @@ def sides(work: _Work) -> dict[int, tuple[set[bytes], set[bytes]]]:
             for at, token in enumerate(work.trainable)}
 
 
-def work_on(found: list[TokenSnippets], first: int) -> _Work:
-    return _Work(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
+def work_on(found: list[TokenSnippets], first: int) -> _Distillation:
+    return _Distillation(found, frozen(1), DistillConfig(epochs=1), first, (), None, 1.0)
 
 
 @pytest.mark.parametrize("length", [40, 70])
@@ -278,7 +248,7 @@ def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_pat
     found = collect([*documents, *documents], base, new_tokens(folder)[1:2],
                     CollectConfig(snippets=40, window=50, min_snippets=2))
     assert len(found[0].snippets) > 12
-    train, judges = sides(work_on(found, base.num_used_ids))[0]
+    train, judges = sides(work_on(found, base.first_new_id))[0]
     numbers = text_numbers([np.frombuffer(text, np.int64) for text in (*train, *judges)])
     assert train
     assert judges
@@ -287,11 +257,11 @@ def test_a_document_that_holds_a_token_twice_does_not_train_and_judge_it(tmp_pat
 
 def test_a_token_of_one_text_is_trained_and_judged_by_nothing(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    result = distill(found, frozen(1), DistillConfig(epochs=4), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=4), first_new_id=load_tokenizer(folder).first_new_id)
     assert [(r.token, r.start_error) for r in result.reports if r.start_error is None] == [(" are rated", None)]
     alone = result.reports[2]
     assert (alone.method, alone.end_error, alone.left_out, alone.shown) == ("distill", None, None, 21)
-    train, judges = sides(work_on(found, load_tokenizer(folder).num_used_ids))[2]
+    train, judges = sides(work_on(found, load_tokenizer(folder).first_new_id))[2]
     assert (len(train), judges) == (4, set())
 
 
@@ -299,7 +269,7 @@ def test_one_text_under_two_positions_is_too_little_to_train_on(tmp_path: Path) 
     folder, found = collected(tmp_path)
     twice = found[2].snippets[:1] * 2
     found[2] = replace(found[2], snippets=twice, positions=(found[2].positions[0], len(twice[0]) - 1))
-    result = distill(found, frozen(1), DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, frozen(1), DistillConfig(epochs=1), first_new_id=load_tokenizer(folder).first_new_id)
     assert (result.reports[2].method, result.reports[2].start_error, result.reports[2].shown) == ("mean", None, 0)
 
 
@@ -335,7 +305,7 @@ def test_a_file_of_snippets_becomes_a_file_of_rows(tmp_path: Path) -> None:
     assert [fact["token"] for fact in header["per_token"]] == [t.token for t in tokens]
     assert not list(tmp_path.glob(".*"))
     assert header["options"]["window"] == 24
-    assert header["base"] == {"model": str(folder), "num_used_ids": load_tokenizer(folder).num_used_ids,
+    assert header["base"] == {"model": str(folder), "num_used_ids": load_tokenizer(folder).first_new_id,
                               "hidden_size": 64, "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
 
 
@@ -388,7 +358,7 @@ def test_a_damaged_empty_or_foreign_file_is_refused(
     ("device", ("mps", "meta", "cuda:x", "gpu")), ("dtype", ("foo", "int8")),
     ("learning_rate", (0.0, math.inf, math.nan)),
     ("target_layer", ("", "0", "-1", "first", "1.5", "0.0", "1e3")), ("reach", (-1,)), ("rounds", (0,)),
-    ("leave_out", (-1.0, math.nan)), ("next_token_weight", (-0.1, math.inf)), ("cache_gib", (-1.0, math.inf)),
+    ("leave_out", (-1.0, math.nan)), ("cache_gib", (-1.0, math.inf)),
 ])
 def test_options_out_of_range_are_refused_before_anything_is_loaded(option: str, values: tuple[object, ...]) -> None:
     for value in values:
@@ -415,15 +385,15 @@ def test_what_a_row_takes_is_what_the_base_tokens_lose() -> None:
     background = sample_background(model, [group], 290, torch.Generator().manual_seed(0))
     assert len(background.hidden_PD) == 7 + 5 + 6  # every base id of the three snippets, no padding
     row = 30 * background.hidden_PD[0]
-    before = model.log_probabilities(background.hidden_PD, num_base=290)
-    after = model.log_probabilities(background.hidden_PD, num_base=290, new_rows_ND=row[None])[:, :290]
+    before = model.log_probabilities(background.hidden_PD, first_new_id=290)
+    after = model.log_probabilities(background.hidden_PD, first_new_id=290, new_rows_ND=row[None])[:, :290]
     assert float(background.taken(row[None])) == pytest.approx(float((before - after).mean()), rel=1e-4)
     assert float(background.taken(row[None])) > 0.1
 
 
 def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
+    first = load_tokenizer(folder).first_new_id
     whole = tiny_model()
     head = torch.nn.Linear(64, whole.config.vocab_size)
     head.weight, head.bias.data[:] = whole.get_input_embeddings().weight, 4.0
@@ -431,14 +401,14 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     model = FrozenModel(whole, torch.device("cpu"), torch.float32)
     background = sample_background(model, [build_examples(records(), EXPANSION, [0, 1])], 290, torch.Generator())
     row, bias = background.hidden_PD[0], torch.tensor([2.0])
-    before, after = (model.log_probabilities(background.hidden_PD, num_base=290, **new)[:, :290]
+    before, after = (model.log_probabilities(background.hidden_PD, first_new_id=290, **new)[:, :290]
                      for new in ({}, {"new_rows_ND": row[None], "new_bias_N": bias}))
     assert float(background.taken(row[None], bias)) == pytest.approx(float((before - after).mean()), rel=1e-4)
     seen: list[float] = []
     for loud in (4.0, -4.0):  # of the pieces: they are what new tokens get the mean of
         head.bias.data[:] = 0.0
         head.bias.data[[piece for r in found for piece in r.new_token.run]] = loud
-        result = distill(found, model, DistillConfig(epochs=1), num_used_ids=first)
+        result = distill(found, model, DistillConfig(epochs=1), first_new_id=first)
         assert result.taken_nats_start is not None
         seen.append(result.taken_nats_start)
     assert seen[0] > 10 * seen[1]
@@ -446,11 +416,11 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
 
 def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
+    first = load_tokenizer(folder).first_new_id
 
     def taken(silence: float) -> float:
         config = DistillConfig(epochs=10, learning_rate=0.3, silence=silence)
-        nats = distill(found, frozen(1), config, num_used_ids=first).taken_nats
+        nats = distill(found, frozen(1), config, first_new_id=first).taken_nats
         assert nats is not None
         return nats
 
@@ -460,19 +430,9 @@ def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
 def test_an_untied_model_needs_no_silence(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     model = FrozenModel(tiny_model(tied=False), torch.device("cpu"), torch.float32)
-    result = distill(found, model, DistillConfig(epochs=1), num_used_ids=load_tokenizer(folder).num_used_ids)
+    result = distill(found, model, DistillConfig(epochs=1), first_new_id=load_tokenizer(folder).first_new_id)
     assert not model.tied
     assert result.taken_nats is None
-
-
-def test_the_next_token_is_part_of_the_objective_if_asked_for(tmp_path: Path) -> None:
-    folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
-    rows = [distill(found, frozen(2), DistillConfig(epochs=1, next_token_weight=weight), num_used_ids=first).input_ND
-            for weight in (0.0, 0.5)]
-    assert not torch.allclose(rows[0], rows[1], atol=1e-3)
-    with pytest.raises(UsageError, match=r"--next-token-weight is 0\.5, but --target-layer is 1"):
-        distill(found, frozen(2), DistillConfig(target_layer="1", next_token_weight=0.5), num_used_ids=first)
 
 
 @pytest.mark.parametrize("target", ["1", "2", "last"])
@@ -485,73 +445,11 @@ def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, targ
                **{f"layer {i + 1}": layer for i, layer in enumerate(model.model.get_decoder().layers)}}
     for name, module in watched.items():
         module.register_forward_hook(lambda *_, name=name: ran.update([name]))
-    first = load_tokenizer(folder).num_used_ids
-    distill(found, model, DistillConfig(epochs=1, target_layer=target, output_rows="none"), num_used_ids=first)
+    first = load_tokenizer(folder).first_new_id
+    distill(found, model, DistillConfig(epochs=1, target_layer=target, output_rows="none"), first_new_id=first)
     needed = 3 if target == "last" else int(target)
     assert {*ran} == {f"layer {i + 1}" for i in range(needed)}
     assert min(ran.values()) > 2
-
-
-def test_the_head_runs_where_a_loss_needs_it(tmp_path: Path) -> None:
-    folder, found = collected(tmp_path)
-    model = FrozenModel(tiny_model(layers=2, tied=False), torch.device("cpu"), torch.float32)
-    seen: list[int] = []
-    model.log_probabilities = _noting(model.log_probabilities, seen)  # type: ignore[method-assign]
-    config = DistillConfig(epochs=1, next_token_weight=0.5, output_rows="none")
-    distill(found, model, config, num_used_ids=load_tokenizer(folder).num_used_ids)
-    assert seen
-
-
-def _noting(function: Callable[..., torch.Tensor], seen: list[int]) -> Callable[..., torch.Tensor]:
-    def call(*arguments: Any, **options: Any) -> torch.Tensor:
-        seen.append(1)
-        return function(*arguments, **options)
-
-    return call
-
-def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -> None:
-    folder, found = collected(tmp_path)
-    first = load_tokenizer(folder).num_used_ids
-    expansion = Expansion([r.new_token for r in found], first)
-    model = frozen(2)
-    examples = build_examples(found, expansion, range(len(found)), merge_all=True)
-    errors = []
-    for second in (False, True):
-        rows = distill(found, model, DistillConfig(epochs=2, second_pass=second), num_used_ids=first).input_ND
-        merged = Objective(2, first, ((1, 1),), 0.1, others_ND=rows)
-        contexts = teach(model, examples, 2, keep_past=False)
-        errors.append(float(snippet_errors(model, examples, contexts, rows, merged)[0].mean()))
-    assert errors[1] < errors[0]
-
-
-def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(tmp_path: Path) -> None:
-    folder, found = collected(tmp_path)
-    first, model = load_tokenizer(folder).num_used_ids, frozen(2)
-    work = work_on(found, first)
-    group = work.trainable
-    held_out = build_examples(work._parts(group)[0], work.expansion, group, reach=8)
-    once, result = (distill(found, model, DistillConfig(epochs=2, learning_rate=0.3, second_pass=second),
-                            num_used_ids=first) for second in (False, True))
-    changed = (once.input_ND != result.input_ND).any(1).tolist()
-    assert any(changed)
-    judged, alone = Taught(), Objective(2, first, ((1, 1),), 0.1)
-    judged.add(model, held_out, alone)
-    for made in (once, result):
-        errors = held_out_errors(model, judged, made.input_ND[group], alone)
-        assert [made.reports[i].end_error or math.inf for i in group] == pytest.approx(errors.tolist(), rel=1e-4)
-    assert [r.start_error for r in result.reports] == [r.start_error for r in once.reports]
-    assert [a.end_error != b.end_error for a, b in zip(once.reports, result.reports, strict=True)
-            if a.end_error is not None] == changed[:2]
-    assert all(report.method == "distill" for report, moved in zip(result.reports, changed, strict=True) if moved)
-
-
-def test_the_gate_judges_the_rows_of_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, found = collected(tmp_path)
-    monkeypatch.setattr(_Work, "errors", lambda work, *_: {i: 50.0 if i == 1 else 0.1 for i in work.trainable})
-    monkeypatch.setattr(_Work, "_texts", lambda _, record: list(range(len(record.snippets))))
-    config = DistillConfig(epochs=1, second_pass=True)
-    result = distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids)
-    assert [report.left_out is not None for report in result.reports] == [i == 1 for i in range(len(found))]
 
 
 def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path) -> None:
@@ -571,7 +469,7 @@ def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path)
         return nullcontext(Watched())
 
     config = DistillConfig(epochs=1, cache_gib=0.0)
-    distill(found, frozen(1), config, num_used_ids=load_tokenizer(folder).num_used_ids, progress=progress)
+    distill(found, frozen(1), config, first_new_id=load_tokenizer(folder).first_new_id, progress=progress)
     assert "of memory for 1 tokens at a time: model" in said[0]
     assert said[1] == "distilling"
     assert said[-1].endswith("% of the start")

@@ -86,14 +86,13 @@ def laid_out(**options: Any) -> Examples:
 @pytest.mark.parametrize("layer", [2, 3])
 def test_the_shared_past_gives_the_losses_and_gradients_of_the_plain_way(make: Any, layer: int) -> None:
     model, examples = frozen(make), laid_out(reach=4)
-    assert sharing_is_exact(model, examples, layer, FIRST)
+    assert sharing_is_exact(model, examples, layer)
     rows_GD = model.embedding_VD[[1, 3, 6]].clone().requires_grad_()
     found = []
     for keep_past in (True, False):
         contexts = teach(model, examples, layer, keep_past=keep_past)
         assert (contexts.past is not None) == keep_past
-        objective = Objective(layer, FIRST, ((1, 1),), 0.1)
-        errors_S, _ = snippet_errors(model, examples, contexts, rows_GD, objective)
+        errors_S = snippet_errors(model, examples, contexts, rows_GD, layer)
         found.append((errors_S, torch.autograd.grad(errors_S.sum(), rows_GD)[0]))
     assert float(found[0][1].abs().min(1).values.max()) > 0
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-9)
@@ -101,21 +100,13 @@ def test_the_shared_past_gives_the_losses_and_gradients_of_the_plain_way(make: A
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-@pytest.mark.parametrize("merge_all", [False, True])
-def test_the_shared_past_gives_the_rows_of_the_plain_way(
-    dtype: torch.dtype, tolerance: float, merge_all: bool
-) -> None:
+def test_the_shared_past_gives_the_rows_of_the_plain_way(dtype: torch.dtype, tolerance: float) -> None:
     model = frozen(llama, dtype)
-    records = snippets()
-    if merge_all:  # tokens next to each other and before each other
-        records = [TokenSnippets(r.new_token, tuple((90, 91, 92, *ids) for ids in r.snippets),
-                                 tuple(at + 3 for at in r.positions)) for r in records]
-    train = [build_examples(records, EXPANSION, [0, 1, 2], prefix_ids=[0], merge_all=merge_all)]
+    train = [laid_out()]
     start_GD = model.embedding_VD[[1, 3, 6]].to(torch.promote_types(dtype, torch.float32))
     fits = []
     for keep_past in (True, False):
-        objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=40, keep_past=keep_past,
-                              others_ND=start_GD.clone() if merge_all else None)
+        objective = Objective(3, ((5, 6),), 0.01, positions=40, keep_past=keep_past)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         fits.append(fit_rows(model, train, train[0], start_GD, objective, generators))
     assert torch.allclose(fits[0].rows_GD, fits[1].rows_GD, atol=tolerance)
@@ -128,10 +119,10 @@ def test_a_body_in_bfloat16_shares_and_trains_rows_in_float32() -> None:
     examples, fits = laid_out(), []
     for dtype in (torch.bfloat16, torch.float32):
         model = frozen(llama, dtype)
-        assert sharing_is_exact(model, examples, 3, FIRST)
+        assert sharing_is_exact(model, examples, 3)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         start_GD = model.embedding_VD[[1, 3, 6]].float()
-        fits.append(fit_rows(model, [examples], examples, start_GD, Objective(3, FIRST, ((5, 20),), 0.02), generators))
+        fits.append(fit_rows(model, [examples], examples, start_GD, Objective(3, ((5, 20),), 0.02), generators))
     half, full = fits
     assert half.rows_GD.dtype == torch.float32
     assert torch.allclose(half.end_error_G, full.end_error_G, atol=0.03)
@@ -145,15 +136,14 @@ def test_a_window_shares_whether_it_is_shorter_than_a_snippet_or_not(make: Any, 
     assert 4 < int((examples.before_S + examples.length_S).max()) < 64
     model = frozen(make, window=window)
     for layer in (1, 2, 3):
-        assert sharing_is_exact(model, examples, layer, FIRST)
+        assert sharing_is_exact(model, examples, layer)
 
 
 def test_a_model_that_goes_by_the_order_of_positions_takes_the_plain_way() -> None:
     model, examples = frozen(bloom), laid_out()
-    assert not sharing_is_exact(model, examples, 3, FIRST)
+    assert not sharing_is_exact(model, examples, 3)
     contexts = teach(model, examples, 3, keep_past=False)
-    errors_S, _ = snippet_errors(model, examples, contexts, model.embedding_VD[[1, 3, 6]],
-                                 Objective(3, FIRST, ((1, 1),), 0.1))
+    errors_S = snippet_errors(model, examples, contexts, model.embedding_VD[[1, 3, 6]], 3)
     assert bool(errors_S.isfinite().all())
 
 
@@ -166,7 +156,7 @@ def test_sharing_that_gives_other_states_is_not_exact(monkeypatch: pytest.Monkey
         return hidden, tuple((keys, values * 1.001) for keys, values in past)
 
     monkeypatch.setattr(model, "hidden_and_past", wrong)
-    assert not sharing_is_exact(model, examples, 3, FIRST)
+    assert not sharing_is_exact(model, examples, 3)
 
 
 def test_chunks_hold_every_snippet_once_and_are_bounded() -> None:
@@ -178,14 +168,12 @@ def test_chunks_hold_every_snippet_once_and_are_bounded() -> None:
     assert list(chunks(lengths, torch.tensor([], dtype=torch.long), 12)) == []
 
 
-@pytest.mark.parametrize("merge_all", [False, True])
 @pytest.mark.parametrize("keep_past", [False, True])
 def test_no_pass_of_the_student_is_longer_than_planned(
-    keep_past: bool, merge_all: bool, monkeypatch: pytest.MonkeyPatch
+    keep_past: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And shorter passes give the same rows; the teacher has a bound of its own."""
-    model, records = frozen(llama), snippets()
-    parts = [build_examples(records, EXPANSION, [0, 1, 2], prefix_ids=[0], reach=2, merge_all=merge_all)]
+    model, parts = frozen(llama), [laid_out(reach=2)]
     sizes, run = list[int](), FrozenModel._run
 
     def noted(self: FrozenModel, inputs_BTD: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
@@ -196,8 +184,7 @@ def test_no_pass_of_the_student_is_longer_than_planned(
     for positions in (30, 4_000):
         taught = Taught()
         start_GD = model.embedding_VD[[1, 3, 6]].clone()
-        objective = Objective(3, FIRST, ((5, 6),), 0.01, positions=positions, keep_past=keep_past,
-                              others_ND=start_GD.clone() if merge_all else None)
+        objective = Objective(3, ((5, 6),), 0.01, positions=positions, keep_past=keep_past)
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
         rows.append(fit_rows(model, parts, parts[0], start_GD, objective, generators).rows_GD)
         taught.add(model, parts[0], objective)

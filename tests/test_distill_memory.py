@@ -54,9 +54,9 @@ def test_memory_stays_flat_when_there_are_more_tokens(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
     found = collect(DOCUMENTS, load_tokenizer(folder), new_tokens(folder), CollectConfig(snippets=8, window=24,
                                                                                          min_snippets=2))
-    first = load_tokenizer(folder).num_used_ids
+    first = load_tokenizer(folder).first_new_id
     config = DistillConfig(epochs=1, cache_gib=0.0)
-    few = distill(found, frozen(), config, num_used_ids=first)
+    few = distill(found, frozen(), config, first_new_id=first)
     assert few.memory is not None
     assert few.memory.group == 1
 
@@ -72,7 +72,7 @@ def test_a_model_that_is_offloaded_gives_the_same_rows(tmp_path: Path) -> None:
     assert (here.offloaded, spread.offloaded) == (False, True)
     assert spread.tied
     config = DistillConfig(epochs=1)
-    rows = [distill(found, model, config, num_used_ids=base.num_used_ids) for model in (here, spread)]
+    rows = [distill(found, model, config, first_new_id=base.first_new_id) for model in (here, spread)]
     assert rows[0].memory is not None
     assert rows[1].memory is not None
     assert (rows[0].memory.keep_past, rows[1].memory.keep_past) == (True, False)

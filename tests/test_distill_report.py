@@ -63,7 +63,7 @@ def test_what_is_left_out_is_listed_and_patch_numbers_what_is_there(
     assert header["left_out"][0]["left_out"] == "too hard"
     assert len(result.reports) == len(tokens)
     done = patch(tmp_path / "rows.safetensors", str(folder), tmp_path / "new")
-    assert (done.num_new, done.first_new_id) == (len(tokens) - 1, base.num_used_ids)
+    assert (done.num_new, done.first_new_id) == (len(tokens) - 1, base.first_new_id)
     report = result.reports[1]
     assert len(report.nearest) == 3
     assert report.relative_norm is not None

@@ -19,14 +19,14 @@ import vocabext.distill.stage as stage
 from vocabext.checkpoint.folder import Rows, load_rows
 from vocabext.collect import collect
 from vocabext.distill import distill_file
-from vocabext.distill.input_rows.engine import Fit, fit_rows
+from vocabext.distill.input_rows.engine import GroupFit, fit_rows
 from vocabext.distill.input_rows.resume import FinishedGroups
 from vocabext.files.jsonl import write_jsonl
 from vocabext.model.frozen import FrozenModel
 from vocabext.options import CollectConfig, DistillConfig
 from vocabext.tokenizer import load_tokenizer
 
-CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+CONFIG = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, leave_out=0.0)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> 
     calls: list[int] = []
     train = fit_rows
 
-    def fit(*inputs: Any, **options: Any) -> Fit:
+    def fit(*inputs: Any, **options: Any) -> GroupFit:
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         calls.append(len(calls))
@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
         calls = count_calls(patched)
         _, whole, header = load_rows(run(source, "whole.safetensors"))
         total = len(calls)
-    assert total >= 4  # groups of one token, in two passes
+    assert total >= 3  # groups of one token
     for stop in (1, total - 1):
         name = f"killed-{stop}.safetensors"
         with monkeypatch.context() as patched:
@@ -139,7 +139,7 @@ def fit(*inputs, **options):
     return train(*inputs, **options)
 stage.fit_rows = fit
 folder = Path(sys.argv[1])
-config = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, second_pass=True, leave_out=0.0)
+config = DistillConfig(epochs=2, dtype="float32", device="cpu", cache_gib=0.0, leave_out=0.0)
 distill_file(folder / "snippets.jsonl", str(folder / "base"), folder / "rows.safetensors", config)
 """
 
@@ -186,7 +186,7 @@ def test_what_another_version_finished_is_not_used(source: Path, monkeypatch: py
 
 
 def test_a_damaged_group_is_made_again(tmp_path: Path) -> None:
-    fit = Fit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
+    fit = GroupFit(torch.ones(2, 3), torch.ones(2), torch.zeros(2), torch.tensor([4, 5]))
     groups = FinishedGroups(tmp_path / "groups", "digest")
     assert groups.load("a") is None
     groups.save("a", fit)

@@ -51,7 +51,7 @@ def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> Non
 
     def nats(context: list[int], target: int, output: torch.Tensor | None) -> float:
         inputs = model.embed(torch.tensor([context]), rows.input_ND, expanded.first_new_id)
-        logs = model.log_probabilities(model.hidden(inputs)[0, -1:], num_base=base.num_used_ids, new_rows_ND=output)
+        logs = model.log_probabilities(model.hidden(inputs)[0, -1:], first_new_id=base.first_new_id, new_rows_ND=output)
         return -float(logs[0, target])
 
     wanted_reading = wanted_writing = 0.0
@@ -163,12 +163,12 @@ def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> Non
     ids = torch.tensor([load_tokenizer(base).encode("the heart of the muscle")])
     states = model.hidden(model.embed(ids))[0]
     assert whole.head_bias_V is not None
-    wanted = whole.logits(whole.hidden(whole.embed(ids))[0], num_base=new.stop)
+    wanted = whole.logits(whole.hidden(whole.embed(ids))[0], first_new_id=new.stop)
     bias_N = whole.head_bias_V[new]
     assert bool((bias_N == -10_000).all())
-    logits = model.logits(states, num_base=290, new_rows_ND=whole.head_VD[new], new_bias_N=bias_N)
+    logits = model.logits(states, first_new_id=290, new_rows_ND=whole.head_VD[new], new_bias_N=bias_N)
     assert torch.allclose(logits, wanted, atol=1e-4)
-    places = find_places(model, [ids[0].numpy()], RunTree.of(tokens), num_base=290)
+    places = find_places(model, [ids[0].numpy()], RunTree.of(tokens), first_new_id=290)
     ahead_P = find_uses(places, whole.head_VD[new], whole.logit_map, bias_N).ahead_P
     assert torch.allclose(ahead_P, wanted[:, new].amax(1) - wanted[:, :290].amax(1), atol=2e-3)
 

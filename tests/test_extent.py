@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vocabext.errors import CheckpointError
+from vocabext.files import ranges
 from vocabext.files.ranges import Extent, first_difference, same_inode
 
 DATA = bytes(range(256)) * 5
@@ -13,7 +14,7 @@ DATA = bytes(range(256)) * 5
 
 @pytest.fixture(autouse=True, params=[1, 7, 100, 10**6])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Extent.chunks, "__defaults__", (request.param,))
+    monkeypatch.setattr(ranges, "READ_BYTES", request.param)
 
 
 def write(path: Path, data: bytes) -> Path:

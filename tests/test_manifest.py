@@ -16,7 +16,6 @@ from vocabext.checkpoint.manifest import (
     Originals,
     OverwrittenRows,
     TensorRecord,
-    file_sha256,
     has_manifest,
     library_versions,
     read_manifest,
@@ -24,6 +23,7 @@ from vocabext.checkpoint.manifest import (
     write_manifest,
 )
 from vocabext.errors import CheckpointError, UsageError
+from vocabext.files.ranges import file_sha256
 from vocabext.tokens import NewToken
 
 TOKENS = (NewToken(" heart", "Ġheart", (5, 6), 3, 3), NewToken(" é", "ĠÃ©", (5, 7, 8)))

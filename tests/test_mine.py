@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import FAMILIES, KINDS, TEXT, as_hf, llama3, tiny_base
 
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.cli import show
 from vocabext.cli.main import cli
 from vocabext.cli.mine import mine as command
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import write_jsonl
+from vocabext.files.ranges import file_sha256
 from vocabext.mine.stage import CurvePoint, MineResult, _knee, _rare, mine, read_candidates, write_candidates
 from vocabext.options import MineConfig
 from vocabext.tokenizer import BaseTokenizer, extend
@@ -294,7 +294,7 @@ def test_what_would_have_to_be_searched_for_behind_every_word_is_refused() -> No
 
 
 def test_a_corpus_whose_frequent_runs_can_be_no_token() -> None:
-    with pytest.raises(UsageError, match="none of the 1 frequent runs of this corpus can be a token that occurs 2"):
+    with pytest.raises(UsageError, match="none of the 1 frequent sequences of this corpus can be a token that"):
         mine(documents(["      "]), tiny_base("crossing"), MineConfig(budget=None, min_count=2))
 
 
@@ -366,7 +366,7 @@ def test_candidates_survive_the_file(tmp_path: Path, model: Path) -> None:
     header, tokens = read_candidates(path)
     assert tuple(tokens) == result.tokens
     assert {**written, "artifact": "candidates", "version": 1} == header
-    assert header["base"] == {"model": str(model), "num_used_ids": base.num_used_ids,
+    assert header["base"] == {"model": str(model), "num_used_ids": base.first_new_id,
                               "tokenizer_sha256": file_sha256(model / "tokenizer.json")}
     assert header["options"]["max_characters"] == 12
     assert header["rejected"]["count"] == len(result.rejected) == sum(header["rejected"]["by_reason"].values())

@@ -93,7 +93,7 @@ def test_a_new_token_never_gets_an_id_that_a_file_names(case: str, tmp_path: Pat
     name, entries, first = NAMED[case]
     base = load_tokenizer(folder_with(tmp_path, {name: entries}))
     assert base.num_own_ids == 290
-    assert base.num_used_ids == first
+    assert base.first_new_id == first
     tokens = new_tokens(tmp_path / "base")
     expanded = extend(base, tokens)
     assert expanded.first_new_id == first
@@ -102,7 +102,7 @@ def test_a_new_token_never_gets_an_id_that_a_file_names(case: str, tmp_path: Pat
 
 def test_ids_of_added_tokens_are_left_free(tmp_path: Path) -> None:
     base = folder_with(tmp_path, {"tokenizer_config.json": {"extra_image_token_id": 294}})
-    assert load_tokenizer(base).num_used_ids == 295
+    assert load_tokenizer(base).first_new_id == 295
     edit_json(base / "tokenizer_config.json", added_tokens_decoder={"297": {"content": "<s>"}})
     (base / "added_tokens.json").write_text('{"<|extra|>": 298}')
     assert named_ids(base).where[297] == "tokenizer_config.json: added_tokens_decoder"
@@ -137,7 +137,7 @@ def test_a_checkpoint_whose_config_names_ids_behind_the_tokenizer_passes_verify(
 def test_every_kind_of_tokenizer_leaves_named_ids_free(name: str) -> None:
     """The ids between are holes, for the expanded tokenizer as for the base."""
     own = family_base(name)
-    end = own.num_used_ids
+    end = own.first_new_id
     base = BaseTokenizer(FAMILIES[name].as_hf(FAMILIES[name].build()), NamedIds({end + 2: "config.json: eos_token_id"}))
     tokens = [own.new_token(text) for text in (" heartbeats", " rates of")]
     new = extend(base, tokens)
@@ -154,7 +154,7 @@ def test_every_kind_of_tokenizer_leaves_named_ids_free(name: str) -> None:
 def test_an_expanded_folder_of_unigram_tokens_with_named_ids_passes_verify(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", num_rows=600)
     family_base("t5").hf.save_pretrained(base)
-    end = family_base("t5").num_used_ids
+    end = family_base("t5").first_new_id
     edit_json(base / "config.json", eos_token_id=end + 1)
     folder = patched(base, tmp_path, [" heartbeats", " blood and"])
     assert read_manifest(folder).first_new_id == end + 2
@@ -192,7 +192,7 @@ def test_an_id_far_behind_all_rows_is_left_alone_until_the_new_tokens_would_reac
     assert any("far behind all rows" in line and "1000000000 (config.json: eos_token_id)" in line for line in said)
     tokens = new_tokens(base)
     near = BaseTokenizer(load_tokenizer(base).hf, NamedIds({290 + 257: "config.json: eos_token_id"}))
-    near.scheme.num_used_ids = 546
+    near.scheme.first_new_id = 546
     with pytest.raises(TokenizerError, match="eos_token_id names the id 547, and the new tokens would have the ids 546 "
                                              "to 548; correct that entry"):
         extend(near, tokens)

@@ -22,12 +22,13 @@ from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vocabext.checkpoint.folder import INDEX_NAME, Rows, load_rows, open_checkpoint, save_rows
-from vocabext.checkpoint.manifest import file_sha256, read_manifest
+from vocabext.checkpoint.manifest import read_manifest
 from vocabext.checkpoint.shards import read_shard
 from vocabext.cli.patch import patch as command
 from vocabext.errors import CheckpointError, OutputExistsError, TokenizerError, UsageError
 from vocabext.files import links
 from vocabext.files.links import Copier
+from vocabext.files.ranges import file_sha256
 from vocabext.patch import stage as module
 from vocabext.patch import weights as patch_weights
 from vocabext.patch.plan import grown_rows
@@ -59,7 +60,7 @@ def make_rows(folder: Path, path: Path, texts: tuple[str, ...] = TEXTS, *, outpu
     embed_VD = checkpoint.read(checkpoint.vocab_tensors[0]).float()
     input_ND = torch.stack([embed_VD[list(token.run)].mean(dim=0) for token in tokens])
     output_ND = torch.rand(len(tokens), checkpoint.hidden_size) if output else None
-    recorded = {"model": str(folder), "num_used_ids": tokenizer.num_used_ids, "hidden_size": checkpoint.hidden_size,
+    recorded = {"model": str(folder), "num_used_ids": tokenizer.first_new_id, "hidden_size": checkpoint.hidden_size,
                 "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
     save_rows(path, tokens, Rows(input_ND, output_ND),
               {"base": recorded, "method": "mean", "options": {"seed": 0}, **header})
@@ -346,7 +347,7 @@ def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
-@pytest.mark.parametrize("step", ["patch_weights.write_shard", "patch.write_manifest", "patch._write_json"])
+@pytest.mark.parametrize("step", ["patch.weights.write_shard", "patch.stage.write_manifest", "patch.stage._write_json"])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_interruption_leaves_nothing_or_the_old_folder(
@@ -477,6 +478,14 @@ def test_what_older_rows_files_say_about_the_class_is_ignored(case: Case, record
     assert contents(case.output) == expected
 
 
+def test_rows_that_were_made_with_options_of_older_versions_are_read(case: Case) -> None:
+    tokens, rows, header = load_rows(case.rows)
+    gone = {"second_pass": True, "batch_snippets": 2, "next_token_weight": 0.02}
+    save_rows(case.rows, tokens, rows, {**header, "options": {**header["options"], **gone}})
+    case.patch()
+    assert read_manifest(case.output).options.items() >= gone.items()
+
+
 def test_the_size_of_a_chunk_changes_no_byte(many_shards: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     many_shards.patch()
     large = contents(many_shards.output)
@@ -489,7 +498,7 @@ def test_the_size_of_a_chunk_changes_no_byte(many_shards: Case, monkeypatch: pyt
 def test_the_garbage_collector_of_the_caller_stays_as_it_is(
         case: Case, monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(module, "check_places", lambda *_: seen.append(gc.isenabled()))
+    monkeypatch.setattr(module, "check_paths", lambda *_: seen.append(gc.isenabled()))
     try:
         (gc.enable if enabled else gc.disable)()
         case.patch()

@@ -125,14 +125,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(config: RunConfig, monkeypa
 def test_a_run_that_died_before_it_wrote_down_that_it_had_patched_goes_on(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(work: pipeline._Work, stage: pipeline._Stage) -> None:
+    def die(work: pipeline._Pipeline, stage: pipeline._Stage) -> None:
         if stage.name == "patch":
             raise KeyboardInterrupt
         record(work, stage)
 
-    record = pipeline._Work.record
+    record = pipeline._Pipeline.record
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline._Work, "record", die)
+        patched.setattr(pipeline._Pipeline, "record", die)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert (config.output / "vocabext.json").exists()

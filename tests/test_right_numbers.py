@@ -75,13 +75,13 @@ def plain_logits(model: FrozenModel, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", RIGHT)
 def test_logits_are_those_of_the_class(name: str) -> None:
     model, ids = family(name), text(4 * WINDOW)
-    ours = model.logits(model.hidden(model.embed(torch.from_numpy(ids)[None]))[0], num_base=FIRST)
+    ours = model.logits(model.hidden(model.embed(torch.from_numpy(ids)[None]))[0], first_new_id=FIRST)
     assert torch.allclose(ours, plain_logits(model, ids.tolist()), atol=close(name), rtol=close(name))
     model.check_against_class()
     assert model.takes_branches == (name not in UNROLLED)
     new_ND = model.head_VD[[5, 9]].float()  # and so are those of new rows
-    both = model.logits(model.hidden(model.embed(torch.from_numpy(ids)[None]))[0], num_base=FIRST, new_rows_ND=new_ND,
-                        new_bias_N=None if model.head_bias_V is None else model.head_bias_V[[5, 9]])
+    both = model.logits(model.hidden(model.embed(torch.from_numpy(ids)[None]))[0], first_new_id=FIRST,
+                        new_rows_ND=new_ND, new_bias_N=None if model.head_bias_V is None else model.head_bias_V[[5, 9]])
     assert torch.allclose(both[:, FIRST:], ours[:, [5, 9]], atol=close(name), rtol=close(name))
 
 
@@ -102,7 +102,7 @@ def test_a_loaded_model_keeps_the_digits_of_its_positions(tmp_path: Path) -> Non
     folder, ids = tiny_family(tmp_path / "model", "llama"), torch.from_numpy(text(120))[None]
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(input_ids=ids).logits[0, :, :FIRST]
     model = load_model(folder, device="cpu", dtype="bfloat16")
-    assert torch.equal(model.logits(model.hidden(model.embed(ids))[0], num_base=FIRST), own.float())
+    assert torch.equal(model.logits(model.hidden(model.embed(ids))[0], first_new_id=FIRST), own.float())
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ class Spelled:
 
     def __init__(self, tokens: list[NewToken], merge: bool) -> None:
         self.expansion, self.merge = Expansion(tokens, FIRST), merge
-        self.first_new_id = self.num_used_ids = FIRST
+        self.first_new_id = self.first_new_id = FIRST
         self.prefix_ids = (0,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -180,7 +180,7 @@ def test_pieces_of_new_tokens_are_measured_as_in_texts_of_their_own(name: str) -
     for at in range(1, len(expanded)):
         run = Expansion(tokens, FIRST).unmerge([expanded[at]]).tolist()
         whole = model.embed(torch.tensor([[*expanded[:at], *run]]), rows_ND, FIRST)
-        logs = model.log_probabilities(model.hidden(whole)[0, at - 1 : -1], num_base=FIRST)
+        logs = model.log_probabilities(model.hidden(whole)[0, at - 1 : -1], first_new_id=FIRST)
         total -= float(logs.gather(1, torch.tensor(run)[:, None]).sum())
     assert len(expanded) < len(ids)
     assert found == pytest.approx(total / len(ids), rel=close(name))
@@ -208,7 +208,7 @@ def test_what_the_base_would_write_is_found_as_in_texts_of_their_own(name: str) 
     starts = range(0, len(window), 7)
     runs = {(int(piece), int(logits[(at + 9) % len(window)].argmax()), 7) for at in starts for piece in top[at]}
     tokens = [NewToken(str(run), str(run), run) for run in sorted({*runs, *(run[:2] for run in runs)})]
-    places = find_places(model, [window, window[:5]], RunTree.of(tokens), num_base=FIRST, likely=1e-5)
+    places = find_places(model, [window, window[:5]], RunTree.of(tokens), first_new_id=FIRST, likely=1e-5)
     found = {(int(places.window_P[p]), int(places.position_P[p]), t): (log_p, greedy) for p, t, log_p, greedy in zip(
         places.place_R.tolist(), places.token_R.tolist(), places.log_p_R.tolist(), places.greedy_R.tolist(),
         strict=True)}
@@ -235,7 +235,7 @@ def test_a_token_is_distilled(name: str) -> None:
     record = TokenSnippets(token, snippets, tuple(20 + at for at in range(9)))
     for layer in ("last", "1"):
         result = distill([record], model, DistillConfig(epochs=1, target_layer=layer, output_rows="none"),
-                         num_used_ids=FIRST, prefix_ids=(0,))
+                         first_new_id=FIRST, prefix_ids=(0,))
         (report,) = result.reports
         assert report.start_error is not None
         assert report.end_error is not None
@@ -247,8 +247,8 @@ def test_a_window_shorter_than_a_snippet_shares_the_text_before_the_token(name: 
     model, ids = family(name), text(3 * WINDOW)
     record = TokenSnippets(NewToken("x", "x", (7, 8)), ((*ids.tolist(), FIRST, *ids.tolist()),), (len(ids),))
     examples = build_examples([record], Expansion([record.new_token], FIRST), [0])
-    assert sharing_is_exact(model, examples, 1, FIRST)
-    assert sharing_is_exact(model, examples, 2, FIRST)
+    assert sharing_is_exact(model, examples, 1)
+    assert sharing_is_exact(model, examples, 2)
 
 
 # -- what cannot be right is refused ------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_snippets_longer_than_the_model_takes_are_refused() -> None:
     model = family("gpt2", torch.float32)
     record = TokenSnippets(NewToken("x", "x", (7, 8)), ((*text(130).tolist(), FIRST),) * 3, (130,) * 3)
     with pytest.raises(UsageError, match="longest snippet has 133 base ids, and the model takes 128"):
-        distill([record], model, DistillConfig(), num_used_ids=FIRST, prefix_ids=(0,))
+        distill([record], model, DistillConfig(), first_new_id=FIRST, prefix_ids=(0,))
 
 
 # -- windows of places --------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_snippets_longer_than_the_model_takes_are_refused() -> None:
 def test_windows_without_a_place_are_counted() -> None:
     model, tree = family("llama"), RunTree.of([NewToken("x", "x", (7, 8))])
     long, short = text(9), text(2)
-    parts = [find_places(model, windows, tree, num_base=FIRST, first=3) for windows in ([long, short], [long])]
+    parts = [find_places(model, windows, tree, first_new_id=FIRST, first=3) for windows in ([long, short], [long])]
     assert sorted(set(concatenate(parts).window_P.tolist())) == [0, 2]
-    none = find_places(model, [short], tree, num_base=FIRST, first=3)
+    none = find_places(model, [short], tree, first_new_id=FIRST, first=3)
     assert sorted(set(concatenate([none, *parts]).window_P.tolist())) == [1, 3]

@@ -103,7 +103,7 @@ def test_a_tokenizer_that_breaks_the_invariant_is_found(folders: tuple[Path, Pat
     tally = lengths.Tally(np.zeros(3, np.int64))
     batch = [Document("a", "the rest"), Document("b", "the heart")]
     for _, *rows in lengths.encode_ahead([batch], base, expanded):
-        lengths.count_batch(tally, batch, *rows, Expansion(wrong, tokenizer.num_used_ids))
+        lengths.count_batch(tally, batch, *rows, Expansion(wrong, tokenizer.first_new_id))
     assert (tally.num_differing, tally.first_differing) == (1, "b")
 
 

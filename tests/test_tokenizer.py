@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from vocabext import tokenizer as module
 from vocabext.errors import TokenizerError, UsageError
-from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
+from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, chunks, extend, load_tokenizer, save_expanded
 from vocabext.tokens import NewToken
 
 WANTED = [
@@ -145,7 +145,7 @@ def test_any_vocabulary_with_any_new_tokens(data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_ids_follow_the_last_and_special_tokens_keep_theirs(kind: str) -> None:
     base, new = tiny_base(kind), expanded(kind)
-    assert new.first_new_id == base.num_used_ids == 1 + max(base.backend.get_vocab().values())
+    assert new.first_new_id == base.first_new_id == 1 + max(base.backend.get_vocab().values())
     for offset, token in enumerate(new.tokens):
         assert new.backend.token_to_id(token.key) == new.first_new_id + offset
     for special in SPECIAL:
@@ -159,7 +159,7 @@ def test_without_care_special_tokens_are_renumbered() -> None:
     # The trap itself: if this fails one day, the care in `extend` is no longer needed.
     base = tiny_base("llama3")
     spec = json.loads(base.backend.to_str())
-    spec["model"]["vocab"]["Ġcardiac"] = base.num_used_ids
+    spec["model"]["vocab"]["Ġcardiac"] = base.first_new_id
     assert Tokenizer.from_str(json.dumps(spec)).token_to_id("<s>") != base.backend.token_to_id("<s>")
 
 
@@ -195,6 +195,17 @@ def test_an_entry_that_cannot_be_protected_is_refused() -> None:
     base = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
     with pytest.raises(TokenizerError, match="'theatrics' cannot be reached by merges"):
         extend(base, [base.new_token(" cardiac")])
+
+
+def test_an_entry_that_cannot_be_protected_is_refused_under_python_o() -> None:
+    spec = json.loads(gpt2().to_str())
+    spec["model"]["vocab"]["theatrics"] = 342
+    scheme = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec)))).scheme
+    without_asserts: dict[str, Any] = {"__name__": "without_asserts"}
+    source = Path(chunks.__file__).read_text(encoding="utf-8")
+    exec(compile(source, chunks.__file__, "exec", optimize=1), without_asserts)
+    with pytest.raises(TokenizerError, match="'theatrics' cannot be reached by merges"):
+        without_asserts["ChunkScheme"].extended(scheme, [scheme.new_token(" cardiac")])
 
 
 def test_an_added_token_that_wants_to_stand_alone_is_refused() -> None:
@@ -295,7 +306,7 @@ def test_behind_splitting_that_looks_back_or_is_unknown_only_words_are_taken(ste
     base = with_split(*steps)
     assert "phrases not" in base.describe()
     phrases = [" signs and symptoms", "cardiac rate", "ha ha ha"]
-    assert possible(base, phrases) == [t for t in possible(base, phrases) if len(base.scheme.pieces(t.token)) == 1]
+    assert possible(base, phrases) == [t for t in possible(base, phrases) if len(base.scheme.chunks(t.token)) == 1]
     new = extend(base, possible(base))
     for fragment in FRAGMENTS:
         check_invariant(base, new, f"a{fragment} cardiac {fragment}")
@@ -338,7 +349,7 @@ def test_phrases_behind_several_splitting_steps(name: str, data: st.DataObject) 
 @pytest.mark.parametrize("name", STEPS)
 def test_there_are_phrases_behind_several_splitting_steps(name: str) -> None:
     base, new = with_layout(name)
-    phrases = {t.token: i for i, t in enumerate(new.tokens) if len(base.scheme.pieces(t.token)) > 1}
+    phrases = {t.token: i for i, t in enumerate(new.tokens) if len(base.scheme.chunks(t.token)) > 1}
     assert len(phrases) >= 4
     for phrase, i in phrases.items():
         assert any(new.first_new_id + i in new.encode(before + phrase + after)
@@ -507,7 +518,7 @@ def test_files_that_would_bring_the_old_tokenizer_back_are_named(tmp_path: Path)
         (tmp_path / "base" / name).write_text("{}")
     base = tiny_base("gpt2")
     assert save_expanded(expanded("gpt2"), tmp_path / "base", tmp_path / "new") == ["merges.txt", "vocab.json"]
-    assert base.num_used_ids < AutoTokenizer.from_pretrained(tmp_path / "new").vocab_size
+    assert base.first_new_id < AutoTokenizer.from_pretrained(tmp_path / "new").vocab_size
 
 
 # ---- units ---------------------------------------------------------------------------------------

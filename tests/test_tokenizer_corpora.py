@@ -106,7 +106,7 @@ def test_a_broken_promise_is_found(load: Callable[[Path], BaseTokenizer]) -> Non
         texts = [" signs and symptoms of dermatomyositis", "nothing new here"]
         before, after = base.encode_batch(texts), new.encode_batch(texts)
         assert broken_promises(base, new, texts, before, after) == []
-        swapped = ExpandedTokenizer(new.backend, new.hf, Expansion(tokens[::-1], base.num_used_ids))
+        swapped = ExpandedTokenizer(new.backend, new.hf, Expansion(tokens[::-1], base.first_new_id))
         assert broken_promises(base, swapped, texts, before, after) == [f"other base ids: {texts[0]!r}"]
         assert broken_promises(base, new, texts, before, [after[0], [*before[1], *before[1]]]) == [
             f"{what}: {texts[1]!r}" for what in ("other base ids", "other decoded text", "longer")]

@@ -193,7 +193,7 @@ def test_what_cannot_be_searched_for_is_not_mined_and_not_counted_as_searched() 
     plain = trained(LLAMA_3_SPLIT, ignore_merges=True, seed=2)
     spec = json.loads(plain.backend.to_str())
     key = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str("不在史不在史")[0][0]
-    spec["model"]["vocab"][key] = plain.num_used_ids  # found by a lookup, never made by merges
+    spec["model"]["vocab"][key] = plain.first_new_id  # found by a lookup, never made by merges
     odd = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
     word = [plain.new_token("冠状动脉")]
     assert (len(plain.scheme.searched(word)), odd.scheme.searched(word)) == (1, [])
@@ -210,7 +210,7 @@ def test_where_a_lookup_could_find_more_than_merges_words_are_whole_chunks_only(
     plain = len(json.loads(extend(base, [base.new_token(word)]).backend.to_str())["pre_tokenizer"]["pretokenizers"])
     assert plain == 3
     key = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str("不在史不在史")[0][0]
-    spec["model"]["vocab"][key] = base.num_used_ids  # found by a lookup, never made by merges
+    spec["model"]["vocab"][key] = base.first_new_id  # found by a lookup, never made by merges
     odd = BaseTokenizer(as_hf(Tokenizer.from_str(json.dumps(spec))))
     new = extend(odd, [odd.new_token(word)])
     assert len(json.loads(new.backend.to_str())["pre_tokenizer"]["pretokenizers"]) == plain - 1

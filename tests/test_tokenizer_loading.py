@@ -395,7 +395,7 @@ def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Pa
     base = tiny_family(tmp_path / "base", model_type)
     tokens = new_tokens(base)
     tokenizer = load_tokenizer(base)
-    header = {"base": {"num_used_ids": tokenizer.num_used_ids}, "method": "mean"}
+    header = {"base": {"num_used_ids": tokenizer.first_new_id}, "method": "mean"}
     rows = mean_rows(load_model(base, device="cpu", dtype="float32").embedding_VD, tokens)
     save_rows(tmp_path / "rows.safetensors", tokens, Rows(rows), header)
     patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")

@@ -205,7 +205,7 @@ def test_a_text_that_comes_as_words(name: str) -> None:
 def test_no_reader_can_take_the_space_away(name: str) -> None:
     """transformers 4 rebuilds a lone ByteLevel step from `add_prefix_space` in tokenizer_config.json."""
     base = base_of(name)
-    words = [token for token in possible(base) if len(base.scheme.pieces(token.token)) == 1]
+    words = [token for token in possible(base) if len(base.scheme.chunks(token.token)) == 1]
     spec = json.loads(extend(base, words).backend.to_str())
     assert '"add_prefix_space": true' not in json.dumps(spec["pre_tokenizer"])
 

@@ -25,7 +25,7 @@ def again(name: str, once: ExpandedTokenizer) -> BaseTokenizer:
 
 def words(base: BaseTokenizer, wanted: list[str]) -> list[NewToken]:
     """Tokens that the splitting hands over as they are."""
-    alone = [token for token in possible(base, wanted) if len(base.scheme.pieces(token.token)) == 1]
+    alone = [token for token in possible(base, wanted) if len(base.scheme.chunks(token.token)) == 1]
     return [token for token in alone if " " not in token.token[1:]]
 
 
@@ -62,7 +62,7 @@ def test_a_second_extension_is_no_empty_one(name: str) -> None:
     contexts = [before + token.token + after for token in new.tokens for before in ("", "x", "\n", ". ")
                 for after in ("", " ", ".", " x")]
     assert len({i for ids in new.encode_batch(contexts) for i in ids if i >= new.first_new_id}) >= 10
-    assert any(i >= family_base(name).num_used_ids for ids in middle.encode_batch(contexts) for i in ids)
+    assert any(i >= family_base(name).first_new_id for ids in middle.encode_batch(contexts) for i in ids)
 
 
 @pytest.mark.parametrize("name", WITH_PHRASES)

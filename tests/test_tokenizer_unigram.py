@@ -58,7 +58,7 @@ class Pair:
         self.tokens = list(tokens.values())
         self.spec = self.scheme.extended(self.tokens)
         self.new = Tokenizer.from_str(json.dumps(self.spec))
-        self.expansion = Expansion(self.tokens, self.scheme.num_used_ids)
+        self.expansion = Expansion(self.tokens, self.scheme.first_new_id)
 
     def wrong(self, texts: Sequence[str]) -> list[str]:
         """The texts whose ids do not unmerge to those of the base."""
@@ -68,8 +68,8 @@ class Pair:
                 if len(new.ids) > len(old.ids) or self.expansion.unmerge(new.ids).tolist() != old.ids]
 
     def used(self, texts: Sequence[str]) -> set[str]:
-        found = {i for e in self.new.encode_batch_fast(texts) for i in e.ids if i >= self.scheme.num_used_ids}
-        return {self.tokens[i - self.scheme.num_used_ids].token for i in found}
+        found = {i for e in self.new.encode_batch_fast(texts) for i in e.ids if i >= self.scheme.first_new_id}
+        return {self.tokens[i - self.scheme.first_new_id].token for i in found}
 
 
 # ---- the rules of the library that the proof needs -----------------------------------------------
@@ -255,7 +255,7 @@ def test_added_tokens_keep_their_ids_and_stay_out_of_plain_text() -> None:
 
 def test_holes_in_the_ids_match_nothing() -> None:
     scheme = scheme_of(small([("<unk>", 0.0), ("a", -1.0), ("b", -1.5)]))
-    scheme.added, scheme.num_used_ids = {"<far>": 6}, 7
+    scheme.added, scheme.first_new_id = {"<far>": 6}, 7
     spec = scheme.extended([scheme.new_token("ab")])
     assert [entry for entry, _ in spec["model"]["vocab"]] == ["<unk>", "a", "b", "", "", "", "<far>", "ab"]
     new = Tokenizer.from_str(json.dumps(spec))
@@ -399,7 +399,7 @@ def test_a_phrase_keeps_its_spaces_when_it_comes_first() -> None:
     """The decoder of these models drops every mark of the first token, not only the one in front."""
     pair = pair_of("t5")
     ids = pair.new.encode("signs and symptoms of").ids
-    assert ids[0] >= pair.scheme.num_used_ids
+    assert ids[0] >= pair.scheme.first_new_id
     assert pair.new.decode(ids) == "signs and symptoms of"
     unchanged = Tokenizer.from_str(json.dumps({**pair.spec, "decoder": pair.scheme.spec["decoder"]}))
     assert unchanged.decode(ids) == "signsandsymptoms of"

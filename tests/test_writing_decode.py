@@ -31,7 +31,7 @@ def plainly(model: FrozenModel, prompt: list[int], expansion: Expansion, rows: R
     ids, written = list(prompt), list[int]()
     while len(expansion.unmerge(written)) < pieces:
         hidden = model.hidden(model.embed(torch.tensor([ids]), rows and rows.input_ND, expansion.first_new_id))[0, -1:]
-        logits = model.logits(hidden, num_base=NUM_BASE, new_rows_ND=rows.output_ND if rows else None)[0]
+        logits = model.logits(hidden, first_new_id=NUM_BASE, new_rows_ND=rows.output_ND if rows else None)[0]
         written.append(int(logits.argmax()))
         ids.append(written[-1])
         if written[-1] in model.stop_ids:
@@ -76,7 +76,7 @@ def test_samples_follow_the_distribution() -> None:
     counts = np.bincount([some.ids[0] for some in found], minlength=expansion.end_id) / len(found)
     with torch.no_grad():
         hidden = model.hidden(model.embed(torch.from_numpy(prompt)[None]))[0, -1:]
-        shares = torch.softmax(model.logits(hidden, num_base=NUM_BASE, new_rows_ND=rows.output_ND)[0], 0).numpy()
+        shares = torch.softmax(model.logits(hidden, first_new_id=NUM_BASE, new_rows_ND=rows.output_ND)[0], 0).numpy()
     assert np.abs(counts - shares).max() < 0.04
 
 
@@ -94,7 +94,7 @@ def spelled(model: FrozenModel, prompt: Any, text: tuple[int, ...], tokens: list
     total = 0.0
     ids = torch.tensor([[*prompt, *text]])
     hidden = model.hidden(model.embed(ids))[0][len(prompt) - 1 :]
-    shares = torch.softmax(model.logits(hidden, num_base=NUM_BASE, new_rows_ND=rows.output_ND), 1)
+    shares = torch.softmax(model.logits(hidden, first_new_id=NUM_BASE, new_rows_ND=rows.output_ND), 1)
     runs = [(run, NUM_BASE + i) for i, run in enumerate(token.run for token in tokens)]
 
     def walk(at: int, share: float) -> None:
@@ -118,24 +118,24 @@ def test_lost_nats_add_up_all_spellings() -> None:
     for text in ((4, 4, 7, 4), (7, 4, 4, 4, 7), (4, 7, 7), (9, 9, 7, 4), (4, 4)):
         ids = torch.tensor([[*prompt, *text]])
         with torch.no_grad():
-            logs = model.log_probabilities(model.hidden(model.embed(ids))[0][4:-1], num_base=NUM_BASE)
+            logs = model.log_probabilities(model.hidden(model.embed(ids))[0][4:-1], first_new_id=NUM_BASE)
         base = float(logs.gather(1, ids[0, 5:, None]).sum())
-        (lost,) = lost_nats(model, [ids[0].numpy()], [5], RunTree.of(tokens), rows.output_ND, num_base=NUM_BASE)  # type: ignore[arg-type]
+        (lost,) = lost_nats(model, [ids[0].numpy()], [5], RunTree.of(tokens), rows.output_ND, first_new_id=NUM_BASE)  # type: ignore[arg-type]
         assert base - lost == pytest.approx(math.log(spelled(model, prompt, text, tokens, rows)), abs=1e-5)
 
 
 def test_the_texts_of_the_expanded_model_add_up_to_one() -> None:
-    num_base = 4
-    model, prompt = sharp_model(num_base), [1, 2]
+    first_new_id = 4
+    model, prompt = sharp_model(first_new_id), [1, 2]
     tokens = [NewToken(str(run), str(run), run) for run in ((1, 1), (1, 2, 3), (3, 3, 3))]
     rows = random_rows(model, len(tokens))
-    texts = [np.asarray([*prompt, *text]) for text in itertools.product(range(num_base), repeat=3)]
-    lost = lost_nats(model, texts, [2] * len(texts), RunTree.of(tokens), rows.output_ND, num_base=num_base)  # type: ignore[arg-type]
+    texts = [np.asarray([*prompt, *text]) for text in itertools.product(range(first_new_id), repeat=3)]
+    lost = lost_nats(model, texts, [2] * len(texts), RunTree.of(tokens), rows.output_ND, first_new_id=first_new_id)  # type: ignore[arg-type]
     total = divergence = 0.0
     for text, nats in zip(texts, lost, strict=True):
         ids = torch.from_numpy(text)[None]
         with torch.no_grad():
-            logs = model.log_probabilities(model.hidden(model.embed(ids))[0][1:-1], num_base=num_base)
+            logs = model.log_probabilities(model.hidden(model.embed(ids))[0][1:-1], first_new_id=first_new_id)
         base = math.exp(float(logs.gather(1, ids[0, 2:, None]).sum()))
         total, divergence = total + base * math.exp(-nats), divergence + base * nats
     assert total == pytest.approx(1.0, abs=1e-5)
@@ -152,5 +152,5 @@ def test_silent_rows_lose_nothing() -> None:
     if bool((states @ quiet_ND[0] > -1e3).any()):
         quiet_ND = torch.linalg.lstsq(states, torch.full((len(states), 1), -1e4, dtype=states.dtype)).solution.T.expand(
             len(tokens), -1)
-    (lost,) = lost_nats(model, [text], [4], RunTree.of(tokens), quiet_ND, num_base=NUM_BASE)
+    (lost,) = lost_nats(model, [text], [4], RunTree.of(tokens), quiet_ND, first_new_id=NUM_BASE)
     assert lost == pytest.approx(0.0, abs=1e-9)

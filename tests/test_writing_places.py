@@ -17,7 +17,7 @@ from vocabext.tokens import NewToken
 @torch.no_grad()
 def run_at(model: FrozenModel, context: list[int], run: tuple[int, ...]) -> tuple[float, bool]:
     ids = torch.tensor([[*context, *run]])
-    logs = model.log_probabilities(model.hidden(model.embed(ids))[0], num_base=NUM_BASE)
+    logs = model.log_probabilities(model.hidden(model.embed(ids))[0], first_new_id=NUM_BASE)
     at = range(len(context) - 1, len(context) - 1 + len(run))
     total = sum(float(logs[i, piece]) for i, piece in zip(at, run, strict=True))
     return total, all(int(logs[i].argmax()) == piece for i, piece in zip(at, run, strict=True))
@@ -32,7 +32,7 @@ def test_runs_are_found_with_their_probability(small: bool, monkeypatch: pytest.
     model, rng = sharp_model(), np.random.default_rng(0)
     tokens = some_tokens(rng, 60)
     windows = [rng.integers(0, NUM_BASE, length) for length in (5, 9, 3, 14)]
-    found = find_places(model, windows, RunTree.of(tokens), num_base=NUM_BASE, likely=1e-3)
+    found = find_places(model, windows, RunTree.of(tokens), first_new_id=NUM_BASE, likely=1e-3)
     got = {(int(found.window_P[p]), int(found.position_P[p]), t): (log_p, greedy) for p, t, log_p, greedy in zip(
         found.place_R.tolist(), found.token_R.tolist(), found.log_p_R.tolist(), found.greedy_R.tolist(),
         strict=True)}
@@ -56,13 +56,13 @@ def test_runs_are_found_with_their_probability(small: bool, monkeypatch: pytest.
 def test_places_say_what_the_base_predicts_there() -> None:
     model, rng = sharp_model(), np.random.default_rng(1)
     windows = [rng.integers(0, NUM_BASE, length) for length in (6, 4)]
-    found = find_places(model, windows, RunTree.of(some_tokens(rng, 5)), num_base=NUM_BASE, first=2)
+    found = find_places(model, windows, RunTree.of(some_tokens(rng, 5)), first_new_id=NUM_BASE, first=2)
     assert sorted(zip(found.window_P.tolist(), found.position_P.tolist(), strict=True)) == [
         (0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3)]
     for place in range(len(found)):
         window, position = windows[int(found.window_P[place])], int(found.position_P[place])
         hidden_TD = model.hidden(model.embed(torch.from_numpy(window[: position + 1])[None]))[0]
-        logits_V = model.logits(hidden_TD[-1:], num_base=NUM_BASE)[0]
+        logits_V = model.logits(hidden_TD[-1:], first_new_id=NUM_BASE)[0]
         assert torch.allclose(found.hidden_PD[place], hidden_TD[-1])
         assert float(found.top_P[place]) == pytest.approx(float(logits_V.max()), abs=1e-5)
         assert int(found.top_id_P[place]) == int(logits_V.argmax())
@@ -75,8 +75,8 @@ def test_places_of_batches_are_numbered_on() -> None:
     model, rng = sharp_model(), np.random.default_rng(2)
     tree = RunTree.of(some_tokens(rng, 400))
     windows = [rng.integers(0, NUM_BASE, 12) for _ in range(4)]
-    whole = find_places(model, windows, tree, num_base=NUM_BASE)
-    parts: list[Places] = [find_places(model, windows[at : at + 2], tree, num_base=NUM_BASE) for at in (0, 2)]
+    whole = find_places(model, windows, tree, first_new_id=NUM_BASE)
+    parts: list[Places] = [find_places(model, windows[at : at + 2], tree, first_new_id=NUM_BASE) for at in (0, 2)]
     both = concatenate(parts)
     assert sorted(both.window_P.tolist()) == sorted(whole.window_P.tolist())
 

@@ -13,7 +13,7 @@ from tiny_writing import NUM_BASE, sharp_model, some_tokens
 from vocabext.checkpoint.rows import mean_rows, rows_in_use
 from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
 from vocabext.distill.output_rows import stage as module
-from vocabext.distill.output_rows.fit import Fit, Task, longest_runs
+from vocabext.distill.output_rows.fit import OutputFit, Targets, longest_runs
 from vocabext.distill.output_rows.stage import _reports, make_output_rows, silent_row
 from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
@@ -51,7 +51,7 @@ def planted(size: int, seed: int) -> tuple[Places, list[int]]:
 
 
 def fitted(places: Places, caution: float = 1.0, cap: float | None = None) -> torch.Tensor:
-    fit = Fit(Task(places, longest_runs(places, LENGTHS), LogitMap(cap=cap)), 2, torch.device("cpu"))
+    fit = OutputFit(Targets(places, longest_runs(places, LENGTHS), LogitMap(cap=cap)), 2, torch.device("cpu"))
     fit.train(60, caution)
     return fit.rows_ND
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.distill.output_rows.stage import silent_row
 from vocabext.errors import TokenizerError
 from vocabext.evaluate.decode import write_on
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import FrozenModel, load_model
 from vocabext.model.places import find_places
 from vocabext.model.run_tree import RunTree
@@ -39,7 +39,7 @@ pytestmark = [
 def planned(base: BaseTokenizer, model: FrozenModel) -> tuple[list[int], NewToken, int]:
     """Base's greedy text as ids, a new token that it ends with, and where that begins."""
     prompt = np.asarray([*base.prefix_ids, *base.encode(PROMPT)], np.int64)
-    (written,) = write_on(model, [prompt], Expansion([base.new_token(SILENT)], base.num_used_ids), None, num_pieces=40)
+    (written,) = write_on(model, [prompt], Expansion([base.new_token(SILENT)], base.first_new_id), None, num_pieces=40)
     for start in range(BEFORE, 36):
         for length in range(LONG + 2, LONG - 1, -1):
             text = base.decode(written.pieces[start : start + length])
@@ -60,7 +60,7 @@ def planted_row(model: FrozenModel, base: BaseTokenizer, pieces: list[int], star
     """A row that is on top where the run begins, and nowhere before."""
     prompt = [*base.prefix_ids, *base.encode(PROMPT)]
     states = model.hidden(model.embed(torch.tensor([[*prompt, *pieces]])))[0, len(prompt) - 1 : len(prompt) + start]
-    wanted = model.logits(states, num_base=base.num_used_ids).amax(1) - 10
+    wanted = model.logits(states, first_new_id=base.first_new_id).amax(1) - 10
     wanted[-1] += 15
     return torch.linalg.lstsq(states.double(), wanted.double()[:, None]).solution[:, 0].float()
 
@@ -72,10 +72,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
     pieces, token, start = planned(base, model)
     tokens = [token, base.new_token(SILENT)]
     prompt = np.asarray([*base.prefix_ids, *base.encode(PROMPT), *pieces], np.int64)
-    places = find_places(model, [prompt], RunTree.of(tokens), num_base=base.num_used_ids)
-    silent_D, _, _ = silent_row(model.head_VD, [places], base.num_used_ids, model.logit_map)
+    places = find_places(model, [prompt], RunTree.of(tokens), first_new_id=base.first_new_id)
+    silent_D, _, _ = silent_row(model.head_VD, [places], base.first_new_id, model.logit_map)
     rows = Rows(mean_rows(model.embedding_VD, tokens), torch.stack([planted_row(model, base, pieces, start), silent_D]))
-    header = {"base": {"model": str(MODEL), "num_used_ids": base.num_used_ids, "hidden_size": len(silent_D),
+    header = {"base": {"model": str(MODEL), "num_used_ids": base.first_new_id, "hidden_size": len(silent_D),
                        "tokenizer_sha256": file_sha256(MODEL / "tokenizer.json")}, "method": "distill", "options": {}}
     save_rows(folder / "rows.safetensors", tokens, rows, header)
     assert patch(folder / "rows.safetensors", str(MODEL), folder / "expanded").untied_bytes > 0
@@ -106,4 +106,4 @@ def test_a_silent_token_is_not_sampled(served: tuple[str, list[int], int, BaseTo
     answer = complete(url, max_tokens=8, temperature=1, n=32, seed=0, logprobs=5, return_token_ids=True)
     ids = [token_id for choice in answer["choices"] for token_id in choice["token_ids"]]
     assert len(ids) == 32 * 8
-    assert base.num_used_ids + 1 not in ids
+    assert base.first_new_id + 1 not in ids

@@ -50,7 +50,7 @@ class Writer(Protocol):
         """The longest text in ids."""
 
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
-              num_used_ids: int) -> list[list[int]]:
+              first_new_id: int) -> list[list[int]]:
         """Continue prompts of equal length; returns the new ids of each."""
 
 
@@ -185,7 +185,7 @@ def _write(
                 batch = group[at : at + PROMPTS_PER_BATCH]
                 seed = int(np.random.SeedSequence([config.seed, writing_round, length, at]).generate_state(1)[0])
                 written = model.write([prompt for _, prompt in batch], num_tokens, temperature=TEMPERATURE,
-                                      seed=seed, num_used_ids=base.num_used_ids)
+                                      seed=seed, first_new_id=base.first_new_id)
                 for (index, _), ids in zip(batch, written, strict=True):
                     texts[index].append(_written_text(index, ids, base, expanded))
                 task.advance(len(batch))

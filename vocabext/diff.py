@@ -162,9 +162,9 @@ def diff(base: str, expanded: Path, texts: Sequence[str] = (), *, trust_remote_c
     folder = resolve_model(base)
     old, new = (open_checkpoint(path, trust_remote_code=trust_remote_code) for path in (folder, expanded))
     before = load_base_of(folder, manifest.first_new_id, trust_remote_code=trust_remote_code)
-    if before.num_used_ids != manifest.first_new_id:
+    if before.first_new_id != manifest.first_new_id:
         raise CheckpointError(f"{expanded} was made from {manifest.base.model} with {manifest.first_new_id:,} token "
-                              f"ids, but {base} has {before.num_used_ids:,}; pass the base it was made from")
+                              f"ids, but {base} has {before.first_new_id:,}; pass the base it was made from")
     after = load_expanded(expanded, Expansion([t.new_token for t in manifest.tokens], manifest.first_new_id))
     return Difference(
         base=base, expanded=expanded, method=manifest.method, created=manifest.created, head_rows=manifest.head_rows,
@@ -231,14 +231,10 @@ def _tensors(old: Checkpoint, new: Checkpoint, manifest: Manifest, progress: Pro
             if before and after and (before.dtype, before.shape) == (after.dtype, after.shape):
                 if same_inode(old.folder / before.file, new.folder / after.file):
                     continue
-                if first_difference(_extent(old, before), _extent(new, after), task.advance) is None:
+                if first_difference(old.extent(name), new.extent(name), task.advance) is None:
                     continue
             yield TensorChange(name, one.dtype, _first_axis(before), _first_axis(after), one.shape[1:],
                                _note(name, old, new, manifest))
-
-
-def _extent(checkpoint: Checkpoint, info: TensorInfo) -> Extent:
-    return Extent(checkpoint.folder / info.file, checkpoint.shards[info.file].data_start + info.start, info.num_bytes)
 
 
 def _first_axis(info: TensorInfo | None) -> int | None:

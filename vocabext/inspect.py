@@ -127,14 +127,14 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     manifest = read_manifest(folder) if has_manifest(folder) else None
     # What an expansion has put into the tokenizer may be of no kind that can be extended again.
-    num_used, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
+    num_used_ids, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
     class_name = warning = no_tokenizer = None
     reserved: dict[int, str] = {}
     given: dict[int, str] = {}
     out_of_reach: dict[int, str] = {}
     try:
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-        num_used, kind, extension = tokenizer.num_used_ids, tokenizer.kind, tokenizer.describe()
+        num_used_ids, kind, extension = tokenizer.first_new_id, tokenizer.kind, tokenizer.describe()
         class_name, warning = type(tokenizer.hf).__name__, _tokenizer_warning(folder, tokenizer)
         reserved, out_of_reach = tokenizer.reserved, tokenizer.named.out_of_reach(tokenizer.num_own_ids)
         given = given_rows(tokenizer, checkpoint.vocab_size)
@@ -152,15 +152,15 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
         num_shards=len(checkpoint.shards), dtype=checkpoint.dtype, hidden_size=checkpoint.hidden_size,
         tied=checkpoint.tied, quantisation=_quantisation(checkpoint.config),
         vocab_tensors=tuple(row.name for row in rows), row_tensors=rows,
-        num_rows=checkpoint.vocab_size, num_used_ids=num_used,
-        num_free_rows=max(0, checkpoint.vocab_size - num_used) if num_used is not None else None,
+        num_rows=checkpoint.vocab_size, num_used_ids=num_used_ids,
+        num_free_rows=max(0, checkpoint.vocab_size - num_used_ids) if num_used_ids is not None else None,
         row_step=min(ROW_STEP, checkpoint.vocab_size & -checkpoint.vocab_size),
         first_reserved_id=checkpoint.names.first_reserved_id,
         bytes_per_new_row=sum(row.row_bytes for row in rows), tokenizer_kind=kind, tokenizer_class=class_name,
         tokenizer_warning=warning, extension=extension,
         num_new_tokens=len(manifest.tokens) if manifest is not None else 0,
         base=manifest.base.model if manifest is not None else None,
-        support=support(checkpoint, num_used, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer),
+        support=support(checkpoint, num_used_ids, trust_remote_code=trust_remote_code, no_tokenizer=no_tokenizer),
         reserved=reserved, given_rows=given, out_of_reach=out_of_reach)
 
 

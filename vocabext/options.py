@@ -94,14 +94,8 @@ class DistillConfig:
     rounds: int | None = None
     # Peak step size in units of the base embedding's root mean square.
     learning_rate: float = 0.2
-    # Snippets of each token per step. Many small steps beat few large ones at the same cost.
-    batch_snippets: int = 1
     # For tied models: weight of not being written where the base would write something else; 0 is off.
     silence: float = 0.02
-    # Weight of predicting the next base id, per nat, beside the states; 0 is off, and needs no logits.
-    next_token_weight: float = 0.0
-    # A second pass with all new tokens merged in the snippets, as text arrives in production.
-    second_pass: bool = False
     # Output rows: `fit` makes the model write the new tokens, `none` keeps them silent, `mean` and `zero` are
     # baselines, and `input` shares the input rows (tied models) or leaves the choice to `patch`. None is `fit` where
     # the model can have such rows, and says so where it cannot; what was asked for is refused there.
@@ -130,7 +124,7 @@ class DistillConfig:
         _require(0 < self.learning_rate < math.inf,
                  f"--learning-rate is {self.learning_rate}; it must be a number above 0")
         _require(self.reach is None or self.reach >= 0, f"--reach is {self.reach}; it must be 'all' or at least 0")
-        for name in ("silence", "next_token_weight", "leave_out"):
+        for name in ("silence", "leave_out"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be a number from 0 on")
         _require(self.cache_gib is None or 0 <= self.cache_gib < math.inf,
@@ -143,7 +137,6 @@ class DistillConfig:
                  "output rows; leave the option out, or pass --method distill")
         _require(self.writing_places >= 1, f"--writing-places is {self.writing_places}; it must be at least 1")
         _require(0 < self.false_use < 1, f"--false-use is {self.false_use}; it must lie between 0 and 1")
-        _require(self.batch_snippets >= 1, f"--batch-snippets is {self.batch_snippets}; it must be at least 1")
         _require(_is_layer(self.target_layer), f"--target-layer is {self.target_layer!r}; it must be 'last', a number "
                                                "from 1 on, or a fraction such as 0.5")
         _check_compute(self.device, self.dtype)

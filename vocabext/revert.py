@@ -4,7 +4,6 @@ What `patch` changed is kept in the expanded folder (`vocabext.checkpoint.manife
 whatever has a recorded digest must have it again, or nothing is written under the output's name.
 """
 
-import hashlib
 import json
 import shutil
 import struct
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.folder import CONFIG_NAME, _read_shards
+from vocabext.checkpoint.folder import CONFIG_NAME, read_shards
 from vocabext.checkpoint.manifest import (
     MANIFEST_NAME,
     ROWS_ORIGINAL,
@@ -31,7 +30,7 @@ from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path
 from vocabext.files.folders import new_folder
 from vocabext.files.links import AUTO, link_file
-from vocabext.files.ranges import Extent
+from vocabext.files.ranges import Extent, pass_on
 from vocabext.progress import Progress, no_progress
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -81,7 +80,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     began = time.perf_counter()
     manifest = read_manifest(folder)
     place = real_path(output)
-    _check_places(real_path(folder), place, force=force)
+    _check_paths(real_path(folder), place, force=force)
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
              for name, original in part.items()}
@@ -97,7 +96,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
 
 # -- before the first byte ----------------------------------------------------------------------------------------
 
-def _check_places(folder: Path, output: Path, *, force: bool) -> None:
+def _check_paths(folder: Path, output: Path, *, force: bool) -> None:
     if output == folder:
         raise UsageError(f"the output {output} is the expanded checkpoint itself; choose another output")
     if folder in output.parents or output in folder.parents:
@@ -167,39 +166,33 @@ class _Restoration:
             self._write(name, original, Extent.whole(self._folder / original.stored).chunks(), advance)
         if not self._originals.shards:
             return
-        shards = _read_shards(self._folder)
+        shards = read_shards(self._folder)
         for name, original in sorted(self._originals.shards.items()):
             self._write(name, original, self._shard(name, original, shards), advance)
 
     def _write(self, name: str, original: Original, chunks: Iterator[bytes], advance: Advance) -> None:
         """Write one file, or only read it where it is linked already; refuse it if it is not what the base had."""
         path, linked = self._target / name, name in self._linked
-        digest, count = hashlib.sha256(), 0
         with open(path, "rb" if linked else "xb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                count += len(chunk)
-                if not linked:
-                    file.write(chunk)
-                advance(len(chunk))
+            count, digest = pass_on(chunks, None if linked else file, advance)
         wanted = original.sha256 or self._verified.get(name)
         if count != original.num_bytes:
             raise CheckpointError(f"{original.stored} has changed since it was made: {name} of the base had "
                                   f"{original.num_bytes:,} bytes, restored it has {count:,}")
         if wanted is None:
             self.unproven.append(name)
-        elif digest.hexdigest() != wanted:
+        elif digest != wanted:
             source = original.stored if name in self._originals.carried_over or name in self._originals.files \
                 else "a tensor in the new shards"
             raise CheckpointError(f"{source} has changed since it was made: restored, {name} has the digest "
-                                  f"{digest.hexdigest()[:12]}, the base's was {wanted[:12]}")
+                                  f"{digest[:12]}, the base's was {wanted[:12]}")
 
     def _shard(self, name: str, original: Original, shards: Mapping[str, Shard]) -> Iterator[bytes]:
         """Yield the bytes of an old shard: its header as it was kept, and its tensors from the new shards."""
         extent = Extent.whole(self._folder / original.stored)
         if extent.count > 8 + MAX_HEADER_BYTES:
             raise CheckpointError(f"{original.stored} is no header of a shard: it has {extent.count:,} bytes")
-        raw = b"".join(extent.chunks())
+        raw = bytes(extent.read())
         yield raw
         found = {tensor: (shard, info) for shard in shards.values() for tensor, info in shard.tensors.items()}
         for tensor, num_bytes in _tensor_sizes(raw, original.stored):
@@ -220,9 +213,9 @@ class _Restoration:
         if end > num_bytes:
             raise CheckpointError(f"{MANIFEST_NAME} is damaged: the overwritten rows of {name} end at byte {end:,} of "
                                   f"{num_bytes:,}")
-        yield from Extent(whole.path, whole.start, first).chunks()
+        yield from whole.part(0, first).chunks()
         yield from self._overwritten(name, rows)
-        yield from Extent(whole.path, whole.start + end, num_bytes - end).chunks()
+        yield from whole.part(end, num_bytes - end).chunks()
 
     def _overwritten(self, name: str, rows: OverwrittenRows) -> Iterator[bytes]:
         extent = Extent(self._folder / ROWS_ORIGINAL, rows.offset, rows.num_bytes)

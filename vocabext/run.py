@@ -93,7 +93,7 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
         OutputExistsError: If the output folder exists and was not made by this very run.
         BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
     """
-    work = _Work(config, progress, say)
+    work = _Pipeline(config, progress, say)
     stages = work.stages()
     work.check_output(stages)
     if not all(work.is_done(stage) for stage in stages):
@@ -102,7 +102,7 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
         return list(_walk(work, stages, say))
 
 
-def _walk(work: "_Work", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:
+def _walk(work: "_Pipeline", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:
     for stage in stages:
         began = time.monotonic()
         if work.is_done(stage):
@@ -117,7 +117,7 @@ def _walk(work: "_Work", stages: list[_Stage], say: Callable[[str], None]) -> It
         yield outcome
 
 
-class _Work:
+class _Pipeline:
     """The working folder, and the stages with their keys."""
 
     def __init__(self, config: RunConfig, progress: Progress, say: Callable[[str], None]) -> None:
@@ -188,14 +188,14 @@ class _Work:
         from vocabext.distill.output_rows.stage import choose_output_rows
         from vocabext.model.frozen import layer_number, parse_max_memory, pick_device
         from vocabext.model.support import check_loads, check_patchable, check_runs
-        from vocabext.patch.stage import check_places
+        from vocabext.patch.stage import check_paths
         from vocabext.tokenizer import given_rows
 
         c = self.config
         refuse_expanded(self.base_folder)
-        check_places(self.output, self.base_folder, self.folder / ROWS_NAME)
+        check_paths(self.output, self.base_folder, self.folder / ROWS_NAME)
         tokenizer = self._tokenizer()
-        base = check_patchable(self.base_folder, tokenizer.num_used_ids, num_new=c.mine.budget or 1,
+        base = check_patchable(self.base_folder, tokenizer.first_new_id, num_new=c.mine.budget or 1,
                                trust_remote_code=c.trust_remote_code)
         given_rows(tokenizer, base.vocab_size)
         config = base.config

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.corpus import Document, left_out_of, read_documents
 from vocabext.errors import ServerError, UsageError, VocabextError
 from vocabext.files.atomic import write_json
+from vocabext.files.ranges import file_sha256
 from vocabext.progress import Progress, no_progress
 from vocabext.serve.bench.answers import AnswerPlan, plan_answers
 from vocabext.serve.bench.client import Job, Load, LoadClient, write_prompts

@@ -188,8 +188,8 @@ def load_front(config: GatewayConfig) -> BaseFront:
     tokens = [NewToken(token.token, token.key, token.run) for token in manifest.tokens]
     base = load_base_of(resolve_model(config.base), manifest.first_new_id,
                         trust_remote_code=config.trust_remote_code)
-    if base.num_used_ids != manifest.first_new_id:
-        raise UsageError(f"the tokenizer of {config.base} has {base.num_used_ids} ids, but the new tokens of {folder} "
+    if base.first_new_id != manifest.first_new_id:
+        raise UsageError(f"the tokenizer of {config.base} has {base.first_new_id} ids, but the new tokens of {folder} "
                          f"begin at {manifest.first_new_id}; this is not its base")
     excludes = any(flag.replace("_", "-") == EXCLUDES_TOOLS for flag in config.vllm_flags)
     return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)

@@ -63,7 +63,7 @@ def _base(folder: Path) -> None:
     base = tiny_folder(folder / "base", sharded=True, tied=False, num_rows=291)
     tokens, checkpoint = new_tokens(base), open_checkpoint(base)
     matrix = checkpoint.read("model.embed_tokens.weight")
-    made_from = base_record(base, checkpoint.names, model=str(base), num_used_ids=load_tokenizer(base).num_used_ids)
+    made_from = base_record(base, checkpoint.names, model=str(base), first_new_id=load_tokenizer(base).first_new_id)
     save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(matrix, tokens)),
               {"method": "mean", "base": made_from})
 

@@ -51,7 +51,7 @@ def run(config: PretrainedConfig, tokens: int, snippets: int, **options: object)
     model = FrozenModel(AutoModelForCausalLM.from_config(config), torch.device("cpu"), torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew: making a model has one of its own
     settings = DistillConfig(rounds=1, epochs=1, **options)  # type: ignore[arg-type]
-    result = distill(records(config.vocab_size, tokens, snippets), model, settings, num_used_ids=config.vocab_size)
+    result = distill(records(config.vocab_size, tokens, snippets), model, settings, first_new_id=config.vocab_size)
     assert result.memory is not None
     print(result.memory.describe(), file=sys.stderr)  # noqa: T201
     return result.memory.total_bytes

@@ -8,9 +8,9 @@ from tiny_checkpoints import tiny_folder
 from tiny_tokenizers import KINDS, as_hf, family_base
 
 from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.corpus import Document
+from vocabext.files.ranges import file_sha256
 from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def patched(base: Path, folder: Path, texts: Sequence[str] = TOKENS, **options: 
     """Expand a base folder by tokens with mean-of-pieces rows; returns the new folder."""
     tokens = new_tokens(base, texts)
     model = load_model(base, device="cpu", dtype="float32")
-    base_facts = {"model": str(base), "num_used_ids": load_tokenizer(base).num_used_ids,
+    base_facts = {"model": str(base), "num_used_ids": load_tokenizer(base).first_new_id,
                   "hidden_size": model.embedding_VD.shape[1], "tokenizer_sha256": file_sha256(base / "tokenizer.json")}
     header = {"base": base_facts, "method": "mean", "options": {}}
     save_rows(folder / "rows.safetensors", tokens, Rows(mean_rows(model.embedding_VD, tokens)), header)

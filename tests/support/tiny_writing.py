@@ -10,10 +10,10 @@ from vocabext.tokens import NewToken
 NUM_BASE = 30
 
 
-def sharp_model(num_base: int = NUM_BASE) -> FrozenModel:
+def sharp_model(first_new_id: int = NUM_BASE) -> FrozenModel:
     """A random model with a taste: some runs are likely, and some are what greedy decoding writes."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=num_base + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    config = LlamaConfig(vocab_size=first_new_id + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
                          eos_token_id=None)
     model = LlamaForCausalLM(config)
@@ -23,8 +23,8 @@ def sharp_model(num_base: int = NUM_BASE) -> FrozenModel:
     return FrozenModel(model, torch.device("cpu"), torch.float64)
 
 
-def some_tokens(rng: np.random.Generator, count: int, num_base: int = NUM_BASE) -> list[NewToken]:
+def some_tokens(rng: np.random.Generator, count: int, first_new_id: int = NUM_BASE) -> list[NewToken]:
     """Random runs of two to four ids; some are the beginnings of others."""
-    runs = {tuple(rng.integers(0, num_base, rng.integers(2, 5)).tolist()) for _ in range(count)}
+    runs = {tuple(rng.integers(0, first_new_id, rng.integers(2, 5)).tolist()) for _ in range(count)}
     runs |= {run[:2] for run in runs if len(run) > 3}
     return [NewToken(str(run), str(run), run) for run in sorted(runs)]

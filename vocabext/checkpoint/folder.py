@@ -6,7 +6,6 @@ Shapes: V rows of the vocabulary as stored, U rows the tokenizer addresses, N ne
 """
 
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vocabext.checkpoint.architecture import EmbeddingNames, embedding_names, find_misfit
 from vocabext.checkpoint.shards import DTYPE_BYTES as DTYPE_BYTES  # sizes are asked of this module
-from vocabext.checkpoint.shards import Shard, TensorInfo, byte_range, read_shard
+from vocabext.checkpoint.shards import Shard, TensorInfo, read_shard
 from vocabext.checkpoint.vocabulary import (
     EMBEDDING,
     FLOAT_DTYPES,
@@ -30,6 +29,7 @@ from vocabext.checkpoint.vocabulary import (
 from vocabext.errors import CheckpointError, UnsupportedError, UsageError, in_one_line
 from vocabext.files.atomic import atomic_file
 from vocabext.files.jsonl import FORMAT_VERSION
+from vocabext.files.ranges import Extent
 from vocabext.tokens import NewToken
 
 if TYPE_CHECKING:
@@ -176,12 +176,17 @@ class Checkpoint:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, as hexadecimal digits."""
+        return self.extent(name).sha256()
+
+    def extent(self, name: str) -> Extent:
+        """Return where a tensor's bytes lie."""
         info = self.tensors[name]
-        digest = hashlib.sha256()
-        with open(self.folder / info.file, "rb") as file:
-            for chunk in byte_range(file, self.shards[info.file].data_start + info.start, info.num_bytes):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return Extent(self.folder / info.file, self.shards[info.file].data_start + info.start, info.num_bytes)
+
+    def rows(self, name: str, first: int, end: int) -> Extent:
+        """Return where rows `[first, end)` of a tensor lie."""
+        size = self.tensors[name].row_bytes
+        return self.extent(name).part(first * size, (end - first) * size)
 
 
 # -- finding a model ----------------------------------------------------------------------------------------------
@@ -281,7 +286,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, complete: 
         UnsupportedError: If it is no causal language model, or its vocabulary tensors cannot be extended.
     """
     config = read_json(folder / CONFIG_NAME)
-    shards = _read_shards(folder)
+    shards = read_shards(folder)
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
     _check_layers(folder, config, len(tensors))
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
@@ -320,7 +325,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_shards(folder: Path) -> dict[str, Shard]:
+def read_shards(folder: Path) -> dict[str, Shard]:
+    """Read the headers of all shards of a model folder, by file name.
+
+    Raises:
+        CheckpointError: If files and index do not agree, or one is damaged.
+    """
     single, index = (folder / WEIGHTS_NAME).is_file(), (folder / INDEX_NAME).is_file()
     if single and index:
         raise CheckpointError(
@@ -399,15 +409,20 @@ def save_rows(path: Path, tokens: Sequence[NewToken], rows: Rows, header: Mappin
         tokens: One per row, in the order of the rows.
         rows: The rows.
         header: What they were made from and how; JSON-ready.
+
+    Raises:
+        CheckpointError: If there is not one row for each token, or a bias.
     """
     import torch
     from safetensors.torch import save
 
-    assert rows.bias_N is None, "a rows file holds no bias"
+    if rows.bias_N is not None:
+        raise CheckpointError("a rows file holds no bias; `patch` makes it")
     tensors = {"input": rows.input_ND} if rows.output_ND is None else {"input": rows.input_ND, "output": rows.output_ND}
     for name, tensor in tensors.items():
-        assert tensor.dim() == 2, f"{name}: {list(tensor.shape)}"
-        assert len(tensor) == len(tokens), f"{name}: {list(tensor.shape)}, {len(tokens)} tokens"
+        if tensor.dim() != 2 or len(tensor) != len(tokens):
+            raise CheckpointError(f"the {name} rows have the shape {list(tensor.shape)}, but there are {len(tokens)} "
+                                  "tokens; pass a matrix with one row for each")
     document = {"artifact": ROWS_ARTIFACT, "version": FORMAT_VERSION, **header}
     metadata = {"format": "pt", "header": json.dumps(document, ensure_ascii=False),
                 "tokens": json.dumps([token.to_json() for token in tokens], ensure_ascii=False)}

@@ -19,7 +19,6 @@ The suffix keeps any reader from taking an old file for a file of the model. A d
 original file; it is None only for a carried-over shard, which is linked or copied without being looked into.
 """
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from vocabext.checkpoint.architecture import EmbeddingNames
 from vocabext.checkpoint.folder import read_json
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import write_json
+from vocabext.files.ranges import file_sha256
 from vocabext.tokens import NewToken
 
 MANIFEST_NAME = "vocabext.json"
@@ -371,22 +371,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def base_record(folder: Path, names: EmbeddingNames, *, model: str, num_used_ids: int) -> dict[str, Any]:
+def base_record(folder: Path, names: EmbeddingNames, *, model: str, first_new_id: int) -> dict[str, Any]:
     """Return what the header of a rows file says about the base that it is made for, as `header["base"]`.
 
     Args:
         folder: The base.
         names: What its class says.
         model: How the user calls it.
-        num_used_ids: Ids that its tokenizer addresses (U).
+        first_new_id: Id of the first new token (U).
     """
-    return {"model": model, "num_used_ids": num_used_ids, "hidden_size": names.shapes[names.embedding][1],
+    return {"model": model, "num_used_ids": first_new_id, "hidden_size": names.shapes[names.embedding][1],
             "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
-
-
-def file_sha256(path: Path) -> str | None:
-    """Return the digest of a file as hexadecimal digits, None if there is no such file."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -123,19 +123,19 @@ class NamedIds:
     num_rows: int | None = None
     rules: Rules = field(default_factory=Rules)
 
-    def reserved(self, num_used: int) -> dict[int, str]:
+    def reserved(self, num_own_ids: int) -> dict[int, str]:
         """Return the ids behind those of the tokenizer that no new token may have, and that new ones go behind.
 
         Args:
-            num_used: Ids that the tokenizer addresses.
+            num_own_ids: Ids that the tokenizer addresses.
         """
-        end = max(num_used, self.num_rows or 0) + MAX_MISSING_ROWS
-        return {i: where for i, where in sorted(self.where.items()) if num_used <= i < end}
+        end = max(num_own_ids, self.num_rows or 0) + MAX_MISSING_ROWS
+        return {i: where for i, where in sorted(self.where.items()) if num_own_ids <= i < end}
 
-    def out_of_reach(self, num_used: int) -> dict[int, str]:
+    def out_of_reach(self, num_own_ids: int) -> dict[int, str]:
         """Return the ids so far behind all rows that no rows are given for them, nor up to them."""
-        reserved = self.reserved(num_used)
-        return {i: where for i, where in sorted(self.where.items()) if i >= num_used and i not in reserved}
+        reserved = self.reserved(num_own_ids)
+        return {i: where for i, where in sorted(self.where.items()) if i >= num_own_ids and i not in reserved}
 
 
 def named_ids(folder: Path) -> NamedIds:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from vocabext.checkpoint.folder import Checkpoint, RowsFile
-from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo, byte_range
+from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo
 from vocabext.errors import CheckpointError
+from vocabext.files.ranges import Extent
 from vocabext.tokens import NewToken
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,8 +49,8 @@ def row_norms(matrix_VD: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.float().norm(dim=1).cpu() for part in matrix_VD.split(ROWS_AT_ONCE)])
 
 
-def rows_in_use(matrix_VD: torch.Tensor, num_base: int, reserved: Collection[int] = ()) -> torch.Tensor:
-    """Tell which base rows stand for tokens that the model was trained on, (num_base,), on the host.
+def rows_in_use(matrix_VD: torch.Tensor, first_new_id: int, textless_ids: Collection[int] = ()) -> torch.Tensor:
+    """Tell which base rows stand for tokens that the model was trained on, (U,), on the host.
 
     Many checkpoints have rows that nobody trained: of reserved and special ids, of ids that the tokenizer lacks. They
     may be zero, next to nothing, or all the same, and say nothing about the others. Where too few rows would be left,
@@ -57,17 +58,17 @@ def rows_in_use(matrix_VD: torch.Tensor, num_base: int, reserved: Collection[int
 
     Args:
         matrix_VD: Embedding or head of the base model.
-        num_base: How many rows the tokenizer addresses.
-        reserved: Ids among these that no text has.
+        first_new_id: Id of the first new token (U).
+        textless_ids: Ids below it that no text has.
     """
-    num_base = min(num_base, len(matrix_VD))  # the last ids may have no row
-    norms_V = row_norms(matrix_VD[:num_base])
+    num_rows = min(first_new_id, len(matrix_VD))  # the last ids may have no row
+    norms_V = row_norms(matrix_VD[:num_rows])
     some_V = norms_V > 0
     if bool(some_V.any()):
         some_V &= norms_V >= NOTHING * norms_V[some_V].median()
     free_V = some_V.clone()
-    free_V[[i for i in reserved if i < num_base]] = False
-    checksums = np.fromiter(_checksums(matrix_VD[:num_base]), np.uint32, num_base)
+    free_V[[i for i in textless_ids if i < num_rows]] = False
+    checksums = np.fromiter(_checksums(matrix_VD[:num_rows]), np.uint32, num_rows)
     _, which, count = np.unique(checksums, return_inverse=True, return_counts=True)
     alone_V = free_V & torch.from_numpy(count[which] == 1)
     return next((found_V for found_V in (alone_V, free_V) if int(found_V.sum()) > 1), some_V)
@@ -88,9 +89,8 @@ def rows_from_file(file: RowsFile, name: str) -> RowSource:
     info = file.tensors[name]
 
     def read(first: int, last: int) -> torch.Tensor:
-        with open(file.path, "rb") as stream:
-            start = file.data_start + info.start + first * info.row_bytes
-            raw = bytearray(b"".join(byte_range(stream, start, (last - first) * info.row_bytes)))
+        start = file.data_start + info.start + first * info.row_bytes
+        raw = Extent(file.path, start, (last - first) * info.row_bytes).read()
         return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(last - first, *info.shape[1:]).float()
 
     return read

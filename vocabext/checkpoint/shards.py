@@ -6,25 +6,21 @@ pass over its bytes, chunk by chunk: nothing here holds more than a few chunks, 
 """
 
 import hashlib
-import itertools
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from vocabext.errors import CheckpointError
+from vocabext.files.ranges import READ_BYTES, Extent
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
-# By which files are read, compared, hashed and written: few enough to stay in the processor's cache between these.
-READ_BYTES = 1024 * 1024
-REWRITE_BYTES = 4 * 1024 * 1024  # by which a shard is rewritten, with two such buffers
+REWRITE_BYTES = 4 * 1024 * 1024  # by which a shard is rewritten: one chunk is read while the one before is hashed
 # Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
@@ -162,21 +158,6 @@ def _check_ranges(path: Path, ordered: Mapping[str, TensorInfo], data_bytes: int
         raise CheckpointError(f"{path} has {data_bytes} bytes of data, but its tensors end at byte {position}")
 
 
-def byte_range(file: BinaryIO | FileIO, start: int, count: int) -> Iterator[bytes]:
-    """Yield `count` bytes of a file from `start` on, in chunks.
-
-    Raises:
-        CheckpointError: If the file ends before.
-    """
-    file.seek(start)
-    while count:
-        chunk = file.read(min(READ_BYTES, count))
-        if not chunk:
-            raise CheckpointError(f"{file.name} became shorter while it was read")
-        count -= len(chunk)
-        yield chunk
-
-
 # -- rewriting a shard --------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -262,9 +243,9 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
         What restores the old shard.
     """
     raw = new_header(shard, growths, added)
-    with open(source_folder / shard.file, "rb", buffering=0) as source, \
-            open(target, "xb", buffering=READ_BYTES) as out, _Digests() as digests:
-        header = b"".join(byte_range(source, 0, shard.data_start))
+    source = Extent.whole(source_folder / shard.file)
+    with open(target, "xb", buffering=READ_BYTES) as out, _Digests() as digests:
+        header = bytes(source.part(0, shard.data_start).read())
         digests.file.update(header)
         out.write(raw)
         copy = _ShardCopy(source, shard, out, kept, digests, advance)
@@ -277,10 +258,10 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
                 done = info.end
         copy.plain(done, max((info.end for info in shard.tensors.values()), default=0))
         copied = {name: copy.duplicate(shard.tensors[tensor.source], tensor.growth) for name, tensor in added.items()}
-        size = os.fstat(source.fileno()).st_size
-    return Rewritten(header, size, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
-                     {name: found[1] for name, found in changed.items()},
-                     {**{name: found[2] for name, found in changed.items()}, **copied})
+    return Rewritten(
+        header, source.count, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
+        {name: found[1] for name, found in changed.items()},
+        {**{name: found[2] for name, found in changed.items()}, **copied})
 
 
 def new_header(shard: Shard, growths: Mapping[str, Growth], added: Mapping[str, Copied]) -> bytes:
@@ -313,12 +294,12 @@ class _Digests:
                  trace: TracebackType | None) -> None:
         self._pool.shutdown()
 
-    def update(self, chunk: bytes | memoryview, *more: Any) -> None:
+    def update(self, chunk: bytes, *more: Any) -> None:
         """Add a chunk to the digest of the file and to others; waits until the chunk before is done."""
         self.wait()
         self._pending = self._pool.submit(self._update, chunk, *more)
 
-    def _update(self, chunk: bytes | memoryview, *more: Any) -> None:
+    def _update(self, chunk: bytes, *more: Any) -> None:
         for digest in (self.file, *more):
             digest.update(chunk)
 
@@ -332,13 +313,10 @@ class _Digests:
 class _ShardCopy:
     """The pass over the bytes of one shard."""
 
-    def __init__(self, source: FileIO, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
+    def __init__(self, source: Extent, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
                  advance: Callable[[int], object]) -> None:
         self._source, self._shard, self._out, self._kept = source, shard, out, kept
         self._digests, self._advance = digests, advance
-        # While one is written and counted in digests, the other is filled.
-        size = min(REWRITE_BYTES, max((info.end for info in shard.tensors.values()), default=0))
-        self._buffers = itertools.cycle([memoryview(bytearray(size)) for _ in range(2)])
 
     def plain(self, first: int, last: int) -> None:
         """Copy bytes of the data as they are."""
@@ -382,19 +360,8 @@ class _ShardCopy:
             self._out.write(chunk)
             self._advance(0)  # the bytes are counted already, but the work may be stopped here
 
-    def _chunks(self, first: int, last: int) -> Iterator[memoryview]:
-        """Yield bytes of the data, in a buffer that is filled anew at the next chunk but one."""
-        self._source.seek(self._shard.data_start + first)
-        while first < last:
-            chunk = next(self._buffers)[: last - first]
-            filled = 0
-            while filled < len(chunk):
-                count = self._source.readinto(chunk[filled:])
-                if not count:
-                    raise CheckpointError(f"{self._source.name} became shorter while it was read")
-                filled += count
-            first += filled
-            yield chunk
+    def _chunks(self, first: int, last: int) -> Iterator[bytes]:
+        return self._source.part(self._shard.data_start + first, last - first).chunks(REWRITE_BYTES)
 
     def _write_gap(self, info: TensorInfo, growth: Growth) -> None:
         """Write rows for ids of the base that it has none for."""
@@ -407,7 +374,9 @@ class _ShardCopy:
         for first in range(0, growth.num_new, step):
             last = min(first + step, growth.num_new)
             rows = growth.rows(first, last)
-            assert len(rows) == (last - first) * info.row_bytes, f"{len(rows)} bytes for rows {first} to {last}"
+            if len(rows) != (last - first) * info.row_bytes:
+                raise CheckpointError(f"new rows {first} to {last} have {len(rows):,} bytes, but one row of the model "
+                                      f"has {info.row_bytes:,}; they were made for another model")
             digest.update(rows)
             self._out.write(rows)
         return digest.hexdigest()

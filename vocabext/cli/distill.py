@@ -21,8 +21,6 @@ def distill_options(command: Command) -> Command:
     for option in (
         click.option("--learning-rate", type=float, default=DEFAULTS.learning_rate, show_default=True,
                      help="Peak step size, in units of the root mean square of the base embedding."),
-        click.option("--batch-snippets", type=int, default=DEFAULTS.batch_snippets, show_default=True,
-                     help="Snippets of each token per step."),
         click.option("--silence", type=float, default=DEFAULTS.silence, show_default=True,
                      help="Tied models with --output-rows input: weight of not being written where the base would "
                           "write something else."),
@@ -36,10 +34,6 @@ def distill_options(command: Command) -> Command:
                      help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
                           "'zero' are baselines; 'input' takes the input rows (tied models).  [default: 'fit' where "
                           "the model can have such rows]"),
-        click.option("--next-token-weight", type=float, default=DEFAULTS.next_token_weight, show_default=True,
-                     help="Weight of predicting the next base token, per nat; costs the output head."),
-        click.option("--second-pass", is_flag=True, default=DEFAULTS.second_pass,
-                     help="Train once more with all new tokens merged in the snippets."),
         click.option("--leave-out", type=float, default=DEFAULTS.leave_out, show_default=True, metavar="FACTOR",
                      help="Leave out tokens whose held-out error is above FACTOR times the median's and was not "
                           "halved by training; 0 keeps all."),

@@ -74,7 +74,7 @@ def mine(
     folder = resolve_model(model)
     base = load_base(folder, trust_remote_code=trust_remote_code)
     if holds_weights(folder):  # else it is a tokenizer, of whatever model
-        check_patchable(folder, base.num_used_ids, num_new=config.budget or 1, trust_remote_code=trust_remote_code)
+        check_patchable(folder, base.first_new_id, num_new=config.budget or 1, trust_remote_code=trust_remote_code)
     result = run_mine(documents, base, config, show.progress)
     header = write_candidates(output, result, base, model=model, config=config, corpus=corpus,
                               left_out=left_out_of(documents))

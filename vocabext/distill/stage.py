@@ -14,7 +14,7 @@ from vocabext.checkpoint.manifest import base_record
 from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
 from vocabext.distill.heap import give_back_large_blocks
 from vocabext.distill.input_rows.contexts import sharing_is_exact
-from vocabext.distill.input_rows.engine import Fit, Objective, Taught, fit_rows, held_out_errors
+from vocabext.distill.input_rows.engine import GroupFit, Objective, fit_rows
 from vocabext.distill.input_rows.examples import Examples, build_examples
 from vocabext.distill.input_rows.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.input_rows.report import TokenReport, left_out_reasons, nearest_rows
@@ -161,13 +161,13 @@ def distill_file(
     folder = resolve_model(model)
     base = load_base(folder, trust_remote_code=trust_remote_code)
     # Before the work: what `patch` would refuse afterwards.
-    checkpoint = check_patchable(folder, base.num_used_ids, num_new=len(records), trust_remote_code=trust_remote_code)
+    checkpoint = check_patchable(folder, base.first_new_id, num_new=len(records), trust_remote_code=trust_remote_code)
     names = checkpoint.names
     if config.method != "mean":
         check_runs(folder, trust_remote_code=trust_remote_code)
     choice = choose_output_rows(config, architecture=names.architecture, tied=names.tied,
                                 biased=names.head_bias is not None)
-    made_from = base_record(folder, names, model=model, num_used_ids=base.num_used_ids)
+    made_from = base_record(folder, names, model=model, first_new_id=base.first_new_id)
     check_made_for(header, base, path)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
     if choice.why is not None:
@@ -175,7 +175,7 @@ def distill_file(
     beside = output.with_name(f".{output.name}.groups")
     if config.method == "mean":  # which takes no more of the model than its rows
         embedding_VD = checkpoint.read(checkpoint.vocab_tensors[0])
-        result = _mean(records, embedding_VD, config, num_used_ids=base.num_used_ids, reserved_ids=base.reserved_ids,
+        result = _mean(records, embedding_VD, config, first_new_id=base.first_new_id, textless_ids=base.textless_ids,
                        parts=base.scheme.parts([record.new_token for record in records]))
     else:
         frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
@@ -198,12 +198,12 @@ def _distill_both(
     own_head, tokens = choice.kind != "input", [record.new_token for record in records]
     # Input rows that are nothing else need not be kept silent.
     reading = replace(config, silence=0.0) if own_head else config
-    expansion = Expansion(tokens, base.num_used_ids)
+    expansion = Expansion(tokens, base.first_new_id)
     writing_bytes = work_bytes(choice.kind, len(records), frozen) + states_bytes(
         choice.kind, records, frozen, expansion, prefix_ids=base.prefix_ids, places_per_token=config.writing_places)
-    result = distill(records, frozen, reading, num_used_ids=base.num_used_ids, prefix_ids=base.prefix_ids,
+    result = distill(records, frozen, reading, first_new_id=base.first_new_id, prefix_ids=base.prefix_ids,
                      progress=progress, finished_folder=beside, writing_bytes=writing_bytes,
-                     reserved_ids=base.reserved_ids, parts=base.scheme.parts(tokens))
+                     textless_ids=base.textless_ids, parts=base.scheme.parts(tokens))
     if unjudged := sum(report.start_error is None for report in result.reports):
         say(f"tokens without two different texts (one snippet, or windows of one text): {unjudged:,}; nothing is left "
             "to judge their rows by, and their errors are not known; collect from more text, or pass "
@@ -213,7 +213,7 @@ def _distill_both(
     made = make_output_rows(
         choice.kind, [records[i] for i in result.kept], frozen, expansion, prefix_ids=base.prefix_ids,
         places_per_token=config.writing_places, false_use=config.false_use, seed=config.seed, progress=progress,
-        reserved_ids=base.reserved_ids)
+        textless_ids=base.textless_ids)
     if made.held_out is not None and not made.bound_met:
         say(f"new tokens are written wrongly at {made.held_out.false_use:.2%} of held-out places, above the "
             f"{config.false_use:.2%} of --false-use; collect more snippets, or pass --output-rows none")
@@ -221,20 +221,20 @@ def _distill_both(
 
 
 def _mean(
-    records: Sequence[TokenSnippets], embedding_VD: torch.Tensor, config: DistillConfig, *, num_used_ids: int,
-    reserved_ids: Collection[int], parts: Sequence[Sequence[int]],
+    records: Sequence[TokenSnippets], embedding_VD: torch.Tensor, config: DistillConfig, *, first_new_id: int,
+    textless_ids: Collection[int], parts: Sequence[Sequence[int]],
 ) -> DistillResult:
     """Make the input rows that are the mean of each token's run."""
     rows_ND = mean_rows(embedding_VD, [record.new_token for record in records]).cpu()
-    usable_V = rows_in_use(embedding_VD, num_used_ids, reserved_ids)
+    usable_V = rows_in_use(embedding_VD, first_new_id, textless_ids)
     reports = _reports(records, rows_ND, rows_ND, {}, {}, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, 0)
 
 
 def distill(
-    records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, num_used_ids: int,
+    records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, *, first_new_id: int,
     prefix_ids: Sequence[int] = (), progress: Progress = no_progress, finished_folder: Path | None = None,
-    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (), reserved_ids: Collection[int] = (),
+    writing_bytes: int = 0, parts: Sequence[Sequence[int]] = (), textless_ids: Collection[int] = (),
 ) -> DistillResult:
     """Make the input rows of all new tokens.
 
@@ -242,55 +242,45 @@ def distill(
         records: The tokens with their snippets, in token-id order.
         model: The frozen base model.
         config: Method and options.
-        num_used_ids: Id of the first new token.
+        first_new_id: Id of the first new token.
         prefix_ids: What the tokenizer puts in front of a prompt.
         progress: Where to report.
         finished_folder: Where finished groups are kept, to go on after an interruption; the caller removes it.
         writing_bytes: What the output rows need afterwards, to be stated with the rest.
         parts: For each token the indices of those that it is merged from; they stay as long as it does.
-        reserved_ids: Base ids that no text has; their rows are no measure for new ones.
+        textless_ids: Base ids that no text has; their rows are no measure for new ones.
     """
     if config.method == "mean":
-        return _mean(records, model.embedding_VD, config, num_used_ids=num_used_ids, reserved_ids=reserved_ids,
+        return _mean(records, model.embedding_VD, config, first_new_id=first_new_id, textless_ids=textless_ids,
                      parts=parts)
     give_back_large_blocks()
     embedding_VD = model.embedding_VD
     rows_ND = mean_rows(embedding_VD, [record.new_token for record in records]).cpu()
-    usable_V = rows_in_use(embedding_VD, num_used_ids, reserved_ids)
+    usable_V = rows_in_use(embedding_VD, first_new_id, textless_ids)
     start_ND = rows_ND.clone()
-    norms_V = row_norms(embedding_VD[:num_used_ids])[usable_V]
+    norms_V = row_norms(embedding_VD[:first_new_id])[usable_V]
     scale = float((norms_V.square().mean() / embedding_VD.shape[1]).sqrt())
-    work = _Work(records, model, config, num_used_ids, tuple(prefix_ids), finished_folder, scale)
+    work = _Distillation(records, model, config, first_new_id, tuple(prefix_ids), finished_folder, scale)
     taken_start = work.taken(rows_ND)
     memory = replace(work.memory, writing_bytes=writing_bytes)
     with progress(memory.describe()):
         pass  # stated before the work starts
-    errors, shown = work.run("distilling", rows_ND, progress, merge_all=False)
-    if config.second_pass:
-        # What counts is text with all new tokens merged; the rows of the others are those of the first pass.
-        _, more = work.run("distilling with all new tokens merged", rows_ND, progress, merge_all=True)
-        shown = {token: count + more.get(token, 0) for token, count in shown.items()}
-        # Errors of different texts do not compare: what is reported, and left out, goes by those of the first pass.
-        final = work.errors(rows_ND, progress)
-        errors = {token: (start, final[token]) for token, (start, _) in errors.items()}
+    errors, shown = work.run(rows_ND, progress)
     reports = _reports(records, rows_ND, start_ND, errors, shown, config, embedding_VD, usable_V, parts)
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
-class _Work:
+class _Distillation:
     """Everything that the groups of tokens share."""
 
     def __init__(
-        self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, num_used_ids: int,
+        self, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig, first_new_id: int,
         prefix_ids: Sequence[int], finished_folder: Path | None, scale: float,
     ) -> None:
         self.records, self.model, self.config, self.prefix_ids = records, model, config, prefix_ids
         check_runs_on_rows(model.model.config)
         self.layer = model.layer_number(config.target_layer)
-        if config.next_token_weight and self.layer != model.num_layers:
-            raise UsageError(f"--next-token-weight is {config.next_token_weight}, but --target-layer is "
-                             f"{config.target_layer}; the next token is predicted from the last layer")
-        self.expansion = Expansion([record.new_token for record in records], num_used_ids)
+        self.expansion = Expansion([record.new_token for record in records], first_new_id)
         if (longest := self._longest_text()) > model.max_positions:
             raise UsageError(f"the longest snippet has {longest} base ids, and the model takes {model.max_positions} "
                              "at most; collect again with a smaller --window")
@@ -310,7 +300,7 @@ class _Work:
             options = {name: value for name, value in asdict(config).items() if name not in AFTERWARDS}
             facts = {"version": WORK_VERSION, "options": options, "model": model_facts(model),
                      "group": self.memory.group, "keep_past": self.memory.keep_past,
-                     "prefix_ids": list(prefix_ids), "first": num_used_ids}
+                     "prefix_ids": list(prefix_ids), "first": first_new_id}
             self.finished = FinishedGroups(finished_folder, work_digest(records, facts))
 
     def taken(self, rows_ND: torch.Tensor) -> float | None:
@@ -320,7 +310,7 @@ class _Work:
         return float(self.background.taken(rows_ND.to(self.model.device), self.bias_N).sum())
 
     def run(
-        self, title: str, rows_ND: torch.Tensor, progress: Progress, *, merge_all: bool
+        self, rows_ND: torch.Tensor, progress: Progress
     ) -> tuple[dict[int, tuple[float, float]], dict[int, int]]:
         """Train all groups; `rows_ND` is changed in place.
 
@@ -330,11 +320,10 @@ class _Work:
         """
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
-        others_ND = rows_ND.clone().to(self.model.device) if merge_all else None
-        with progress(title, len(self.records), "tokens") as task:
+        with progress("distilling", len(self.records), "tokens") as task:
             task.advance(len(self.records) - len(self.trainable))
             for number, group in enumerate(self._groups(self.memory.group)):
-                fit = self._group(group, f"{'all' if merge_all else 'own'}-{number:08d}", rows_ND[group], others_ND)
+                fit = self._group(group, f"{number:08d}", rows_ND[group])
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
                 errors.update(compress(zip(group, pairs, strict=True), self._judged(group)))
@@ -344,51 +333,30 @@ class _Work:
                 task.note(f"error {end / start:.0%} of the start" if start else "nothing to judge by")
         return errors, shown
 
-    def errors(self, rows_ND: torch.Tensor, progress: Progress) -> dict[int, float]:
-        """Return the held-out error of each token that is judged, in texts where it alone is merged."""
-        found: dict[int, float] = {}
-        with progress("measuring the final rows", len(self.trainable), "tokens") as task:
-            for group in self._groups(self.memory.group):
-                objective, judged = self._objective((), None, group), Taught()
-                if (held_out := self._held_out(group)) is not None:
-                    judged.add(self.model, held_out, objective)
-                errors_G = held_out_errors(self.model, judged, rows_ND[group].to(self.model.device), objective)
-                found.update(compress(zip(group, errors_G.tolist(), strict=True), self._judged(group)))
-                task.advance(len(group))
-        return found
-
-    def _group(self, group: list[int], name: str, start_GD: torch.Tensor, others_ND: torch.Tensor | None) -> Fit:
+    def _group(self, group: list[int], name: str, start_GD: torch.Tensor) -> GroupFit:
         done = None if self.finished is None else self.finished.load(name)
         if done is not None:
             return done
-        merge_all = others_ND is not None
-        parts = self._parts(group)
-        train = [self._lay_out(part, group, merge_all=merge_all) if any(r.snippets for r in part) else None
-                 for part in parts[1:]]
-        held_out, rounds = self._held_out(group, merge_all=merge_all), self._rounds(group)
+        held_out, *train = (self._lay_out(part, group) if any(record.snippets for record in part) else None
+                            for part in self._parts(group))
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
         # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
         # matrices are tied it is also loud: an output row that is written wherever that piece is.
         loud = self.model.tied and self.config.silence > 0
-        last_GD = self.last_piece_ND[group] if others_ND is None and not loud else None
-        objective = self._objective(rounds, others_ND, group)
+        last_GD = None if loud else self.last_piece_ND[group]
+        objective = self._objective(group)
         fit = fit_rows(self.model, train, held_out, start_GD, objective, generators, last_GD)
         if self.finished is not None:
             self.finished.save(name, fit)
         return fit
 
-    def _objective(
-        self, rounds: Sequence[tuple[int, int]], others_ND: torch.Tensor | None, group: Sequence[int]
-    ) -> Objective:
+    def _objective(self, group: Sequence[int]) -> Objective:
         return Objective(
-            layer=self.layer, first_new_id=self.expansion.first_new_id, rounds=rounds,
-            learning_rate=self.rate if others_ND is None else self.rate / 2,
-            batch_snippets=self.config.batch_snippets, positions=POSITIONS_AT_ONCE[self.model.device.type],
-            keep_past=self.memory.keep_past,
-            next_token_weight=self.config.next_token_weight, num_base=self.expansion.first_new_id,
+            layer=self.layer, rounds=self._rounds(group), learning_rate=self.rate,
+            positions=POSITIONS_AT_ONCE[self.model.device.type], keep_past=self.memory.keep_past,
             background=self.background,
             # All tokens are in one softmax, so each answers for as much as all would take if they were like it.
-            silence=self.config.silence * len(self.records), others_ND=others_ND,
+            silence=self.config.silence * len(self.records),
             bias_G=None if self.bias_N is None else self.bias_N[group],
         )
 
@@ -398,11 +366,6 @@ class _Work:
     def _rounds(self, group: Sequence[int]) -> list[tuple[int, int]]:
         most = max(len(self.records[i].snippets) for i in group)
         return _rounds(most - -(-most // HELD_OUT_EVERY), self.config.epochs, self.config.rounds)
-
-    def _held_out(self, group: Sequence[int], *, merge_all: bool = False) -> Examples | None:
-        """Return the held-out snippets of a group; None where each of its tokens has one text only."""
-        part = self._parts(group)[0]
-        return self._lay_out(part, group, merge_all=merge_all) if any(record.snippets for record in part) else None
 
     def _judged(self, group: Sequence[int]) -> list[bool]:
         """Tell which tokens have held-out snippets."""
@@ -444,9 +407,8 @@ class _Work:
             self._divided[tuple(group)] = [[held_out for _, held_out in split], *added]
         return self._divided[tuple(group)]
 
-    def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int], *, merge_all: bool = False) -> Examples:
-        return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach,
-                              merge_all=merge_all)
+    def _lay_out(self, records: Sequence[TokenSnippets], tokens: Sequence[int]) -> Examples:
+        return build_examples(records, self.expansion, tokens, prefix_ids=self.prefix_ids, reach=self.config.reach)
 
     def _plan(self) -> MemoryPlan:
         """State the memory, and choose the size of groups, from the longest snippets there are."""
@@ -457,14 +419,14 @@ class _Work:
         exact = False
         if some:
             probe = self._lay_out([self.records[i] for i in some], some)
-            exact = sharing_is_exact(self.model, probe, self.layer, self.expansion.first_new_id)
+            exact = sharing_is_exact(self.model, probe, self.layer)
         width = longest if self.config.reach is None else min(longest, self.config.reach + 1)
-        wanted = POSITIONS_PER_STEP[self.model.device.type] // (width * self.config.batch_snippets)
+        wanted = POSITIONS_PER_STEP[self.model.device.type] // width
         budget = None if self.config.cache_gib is None else int(self.config.cache_gib * GIB)
         return plan_memory(self.model, tokens=len(self.records), snippets=max(snippets), before=before, width=width,
                            layer=self.layer, positions=POSITIONS_AT_ONCE[self.model.device.type],
                            wanted_group=max(TOKENS_PER_GROUP, wanted), budget_bytes=budget, exact=exact,
-                           batch_snippets=self.config.batch_snippets, kept_positions=self._kept_positions)
+                           kept_positions=self._kept_positions)
 
     def _longest_text(self) -> int:
         """Return how many base ids the longest snippet has, with what stands in front of it."""

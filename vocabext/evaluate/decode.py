@@ -72,7 +72,7 @@ def _write(
     count = [0] * len(prompts)
     done = [False] * len(prompts)
     while True:
-        logits_BV = model.logits(last_BD, num_base=first, new_rows_ND=output_ND, new_bias_N=bias_N)
+        logits_BV = model.logits(last_BD, first_new_id=first, new_rows_ND=output_ND, new_bias_N=bias_N)
         chosen_B = _choose(logits_BV, generator)
         for b, token_id in enumerate(chosen_B.tolist()):
             if not done[b]:

@@ -79,7 +79,7 @@ def measure_held_out(
         for name, rows in row_sets.items():
             assert rows.output_ND is not None
             lost = lost_nats(model, texts, [len(p) for p in base_prompts], tree, rows.output_ND,
-                             num_base=expansion.first_new_id, bias_N=rows.bias_N)
+                             first_new_id=expansion.first_new_id, bias_N=rows.bias_N)
             found.append({"name": name, **at_places[name], "greedy": greedy.compare(rows),
                           "sampling": {"texts": len(texts), "pieces": pieces, "kl_nats_per_piece": sum(lost) / pieces}})
             task.advance(len(held_out.prompts))
@@ -97,7 +97,7 @@ def _at_places(
     with progress("finding what the base writes", len(held_out.windows), "windows") as task:
         for at in range(0, len(held_out.windows), WINDOWS_AT_ONCE):
             merged = held_out.windows[at : at + WINDOWS_AT_ONCE]
-            places = find_places(model, expansion.unmerge_batch(merged), tree, num_base=expansion.first_new_id,
+            places = find_places(model, expansion.unmerge_batch(merged), tree, first_new_id=expansion.first_new_id,
                                  first=max(0, held_out.num_prefix - 1))
             for name, rows in row_sets.items():
                 parts[name][0].append(places)
@@ -137,7 +137,7 @@ def as_read(places: Places, model: FrozenModel, merged: Sequence[Ids], expansion
     wanted_P = places.window_P * longest + places.position_P
     kept = torch.isin(wanted_P, key_P).nonzero().flatten()
     hidden_PD = state_PD[torch.searchsorted(key_P, wanted_P[kept]).to(state_PD.device)]
-    logits = [model.logits(some_PD, num_base=expansion.first_new_id) for some_PD in hidden_PD.split(HEAD_PLACES)]
+    logits = [model.logits(some_PD, first_new_id=expansion.first_new_id) for some_PD in hidden_PD.split(HEAD_PLACES)]
     tops = [some_PV.max(1) for some_PV in logits]
     still_R = torch.isin(places.place_R, kept)
     return replace(
@@ -199,7 +199,7 @@ class _Greedy:
         for prompt, some in zip(self.base_prompts, written, strict=True):
             ids = torch.from_numpy(np.concatenate((prompt, some.pieces))).to(self.model.device)
             hidden_PD = self.model.hidden(self.model.embed(ids[None]))[0][len(prompt) - 1 : -1]
-            logs = self.model.log_probabilities(hidden_PD, num_base=self.expansion.first_new_id)
+            logs = self.model.log_probabilities(hidden_PD, first_new_id=self.expansion.first_new_id)
             found.append(-float(logs.gather(1, ids[len(prompt) :, None]).sum()))
         return found
 

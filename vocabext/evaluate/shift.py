@@ -21,7 +21,7 @@ from vocabext.tokens import Ids
 @torch.no_grad()
 def lost_nats(
     model: FrozenModel, texts: Sequence[Ids], starts: Sequence[int], tree: RunTree, output_ND: torch.Tensor, *,
-    num_base: int, bias_N: torch.Tensor | None = None,
+    first_new_id: int, bias_N: torch.Tensor | None = None,
 ) -> list[float]:
     """Return for each text how much less likely it is than with the base, in nats.
 
@@ -34,24 +34,25 @@ def lost_nats(
         starts: Where each prompt ends.
         tree: The runs.
         output_ND: Output rows of the new tokens.
-        num_base: How many base ids are in use.
+        first_new_id: Id of the first new token (U).
         bias_N: Entries of the head's bias for the new tokens; None for a head without one.
     """
-    return [_lost(model, text, start, tree, output_ND, num_base, bias_N)
+    return [_lost(model, text, start, tree, output_ND, first_new_id, bias_N)
             for text, start in zip(texts, starts, strict=True)]
 
 
 def _lost(
-    model: FrozenModel, text: Ids, start: int, tree: RunTree, output_ND: torch.Tensor, num_base: int,
+    model: FrozenModel, text: Ids, start: int, tree: RunTree, output_ND: torch.Tensor, first_new_id: int,
     bias_N: torch.Tensor | None,
 ) -> float:
     ids = torch.from_numpy(text.copy()).to(model.device)
     hidden_PD = model.hidden(model.embed(ids[None]))[0][start - 1 : -1]
-    logits = model.logits(hidden_PD, num_base=num_base, new_rows_ND=output_ND.to(model.device),
+    logits = model.logits(hidden_PD, first_new_id=first_new_id, new_rows_ND=output_ND.to(model.device),
                           new_bias_N=bias_N).double()
-    taken_P = torch.nn.functional.softplus(logits[:, num_base:].logsumexp(1) - logits[:, :num_base].logsumexp(1))
-    piece_P = torch.log_softmax(logits[:, :num_base], 1).gather(1, ids[start:, None]).flatten().tolist()
-    new_PN = torch.log_softmax(logits, 1)[:, num_base:].cpu()
+    base_PV, new_logits_PN = logits[:, :first_new_id], logits[:, first_new_id:]
+    taken_P = torch.nn.functional.softplus(new_logits_PN.logsumexp(1) - base_PV.logsumexp(1))
+    piece_P = torch.log_softmax(base_PV, 1).gather(1, ids[start:, None]).flatten().tolist()
+    new_PN = torch.log_softmax(logits, 1)[:, first_new_id:].cpu()
     pieces, taken = text[start:].tolist(), taken_P.tolist()
     # reached[t]: log probability that the spelling has an edge after t pieces, having written these.
     reached = [0.0, *(-math.inf for _ in pieces)]

@@ -166,9 +166,9 @@ def evaluate_folder(
     base_folder = resolve_model(against)
     check_runs(base_folder, trust_remote_code=trust_remote_code)
     base = load_base_of(base_folder, manifest.first_new_id, trust_remote_code=trust_remote_code)
-    if manifest.first_new_id != base.num_used_ids:
+    if manifest.first_new_id != base.first_new_id:
         raise UsageError(f"{folder} was made from {manifest.base.model} with {manifest.first_new_id} token ids, but "
-                         f"{against} has {base.num_used_ids}; pass the model it was made from as --against")
+                         f"{against} has {base.first_new_id}; pass the model it was made from as --against")
     expanded = load_expanded(folder, Expansion(tokens, manifest.first_new_id))
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
@@ -250,7 +250,7 @@ def _base_nats(model: FrozenModel, ids: Ids, num_prefix: int, base: BaseTokenize
     first = max(1, num_prefix)
     inputs = torch.from_numpy(ids).to(model.device)
     hidden_TD = model.hidden(model.embed(inputs[None]))[0]
-    logs = model.log_probabilities(hidden_TD[first - 1 : -1], num_base=base.num_used_ids)
+    logs = model.log_probabilities(hidden_TD[first - 1 : -1], first_new_id=base.first_new_id)
     return -float(logs.gather(1, inputs[first:, None]).sum())
 
 
@@ -264,11 +264,11 @@ def _expanded_nats(
                                for a in (layout.ids, layout.positions, layout.visible))
     inputs_BTD = model.embed(ids[None], rows.input_ND.to(model.device), expanded.first_new_id)
     hidden_TD = model.hidden(inputs_BTD, branches=Branches(positions[None], visible[None]))[0]
-    logs = model.log_probabilities(hidden_TD[layout.sources], num_base=base.num_used_ids)
+    logs = model.log_probabilities(hidden_TD[layout.sources], first_new_id=base.first_new_id)
     reading = -float(logs.gather(1, torch.from_numpy(layout.targets).to(model.device)[:, None]).sum())
     first = max(1, window.num_prefix)
     stem = len(window.expanded)
-    logs = model.log_probabilities(hidden_TD[first - 1 : stem - 1], num_base=base.num_used_ids,
+    logs = model.log_probabilities(hidden_TD[first - 1 : stem - 1], first_new_id=base.first_new_id,
                                    new_rows_ND=rows.output_ND.to(model.device), new_bias_N=rows.bias_N)
     # A new id's column: the base rows in the softmax are exactly the ids below the first new one.
     return reading, -float(logs.gather(1, ids[first:stem, None]).sum())

@@ -5,16 +5,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vocabext.checkpoint.shards import READ_BYTES
 from vocabext.errors import CheckpointError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+# By which files are read, compared, hashed and written: few enough to stay in the processor's cache between these.
+READ_BYTES = 1024 * 1024
 READ_THREADS = 4  # one stream alone keeps neither a fast disk busy nor a file system across a network
 
 Item = TypeVar("Item")
@@ -45,21 +46,29 @@ class Extent:
         """The whole of a file."""
         return cls(path, 0, path.stat().st_size)
 
-    def chunks(self) -> Iterator[bytes]:
-        """Read it, `READ_BYTES` at a time.
+    def part(self, start: int, count: int) -> "Extent":
+        """Return `count` of its bytes, from byte `start` of it on."""
+        return Extent(self.path, self.start + start, count)
+
+    def chunks(self, size: int | None = None) -> Iterator[bytes]:
+        """Read it, `size` bytes at a time (`READ_BYTES` if None).
 
         Raises:
             CheckpointError: If the file is shorter than it was.
         """
-        left = self.count
+        left, most = self.count, size or READ_BYTES
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
             while left:
-                chunk = _exactly(file.read, min(READ_BYTES, left))
+                chunk = _exactly(file.read, min(most, left))
                 if not chunk:
                     raise CheckpointError(f"{self.path} became shorter while it was read")
                 left -= len(chunk)
                 yield chunk
+
+    def read(self) -> bytearray:
+        """Return all its bytes."""
+        return bytearray().join(self.chunks())
 
     def sha256(self, advance: Advance = _ignore) -> str:
         """Return the digest of the bytes, as hexadecimal digits.
@@ -67,11 +76,30 @@ class Extent:
         Args:
             advance: Told how many bytes were read.
         """
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk)
-            advance(len(chunk))
-        return digest.hexdigest()
+        return pass_on(self.chunks(), None, advance)[1]
+
+
+def pass_on(chunks: Iterable[bytes], out: IO[bytes] | None, advance: Advance = _ignore) -> tuple[int, str]:
+    """Write chunks to a file, and return their size in bytes and their SHA-256 digest as hexadecimal digits.
+
+    Args:
+        chunks: What to write.
+        out: Where; None only counts.
+        advance: Told how many bytes were written.
+    """
+    digest, count = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        if out is not None:
+            out.write(chunk)
+        count += len(chunk)
+        advance(len(chunk))
+    return count, digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str | None:
+    """Return the digest of a file as hexadecimal digits, None if there is no such file."""
+    return Extent.whole(path).sha256() if path.is_file() else None
 
 
 def _exactly(read: Callable[[int], bytes | None], count: int) -> bytes:

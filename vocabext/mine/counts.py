@@ -1,4 +1,4 @@
-"""A corpus as the miner sees it: base ids, and the units (words, runs of punctuation) that they make."""
+"""A corpus as the miner sees it: base ids, and the units (words, strings of punctuation) that they make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def _sections(first_ids: Array) -> Array:
 
 def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
     """Tell for each unit whether it may be (part of) a token."""
-    broken = np.zeros(base.num_used_ids + 1, np.bool_)
+    broken = np.zeros(base.first_new_id + 1, np.bool_)
     broken[base.barrier_ids] = True
     broken[-1] = True  # index -1: the barrier between documents
     return ~np.logical_or.reduceat(broken[ids], starts)
@@ -108,7 +108,7 @@ def apart(at: Array, ends: Array) -> slice | npt.NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """What was chosen.
 
     Attributes:

@@ -7,7 +7,7 @@ tokens that were chosen before it, or from those of the base. Two things differ 
 - A pair counts only where it lies inside one unit (a word), or is made of whole units (a phrase). Half a word with
   half of the next, such as `ation of`, is rarely worth a row. In byte-level BPE a unit here is a character, and half
   of one is no text.
-- What a pair saves in the section that uses it most does not count, as in `runs.py`.
+- What a pair saves in the section that uses it most does not count, as in `sequences.py`.
 
 A pair that is chosen is merged wherever it stands, as the tokenizer will.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vocabext.errors import TokenizerError
-from vocabext.mine.counts import Array, Choice, Corpus, apart, as_token, outside_best, text_of
+from vocabext.mine.counts import Array, Chosen, Corpus, apart, as_token, outside_best, text_of
 from vocabext.options import MineConfig
 from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer, MergeChain
@@ -31,7 +31,7 @@ GONE = -2  # stands where a symbol has become part of the one before it
 
 def choose_merges(
     corpus: Corpus, base: BaseTokenizer, chain: MergeChain, config: MineConfig, wanted: int, progress: Progress
-) -> Choice:
+) -> Chosen:
     """Choose up to `wanted` tokens, in the order of their merges.
 
     Args:
@@ -64,7 +64,7 @@ def choose_merges(
             task.advance()
         if len(chosen) < wanted:
             task.note("no other pair saves anything")
-    return Choice(chosen, rejected, line.num_pairs)
+    return Chosen(chosen, rejected, line.num_pairs)
 
 
 def _add(token: NewToken, left: tuple[int, ...], base: BaseTokenizer, chain: MergeChain) -> None:
@@ -119,12 +119,12 @@ class _Line:
         begins[corpus.starts] = begins[-1] = True
         self.begins, self.unit = begins, np.cumsum(begins)
         self.section = np.append(np.repeat(corpus.sections, corpus.pieces), -1)
-        self.num_base, self.num_pairs = base.num_used_ids, 0
+        self.first_new_id, self.num_pairs = base.first_new_id, 0
         characters = self._spell(corpus, base)
-        self.num_symbols = self.num_base + len(characters)
+        self.num_symbols = self.first_new_id + len(characters)
         # Room for what will be merged; the last entry, index -1, is the barrier between documents.
         self.allowed = np.zeros(self.num_symbols + wanted + 1, np.bool_)
-        self.allowed[: self.num_base] = base.scheme.mergeable_ids
+        self.allowed[: self.first_new_id] = base.scheme.mergeable_ids
         self.only_whole = not base.scheme.only_merges
         self._pairs: dict[int, _Pair] = {}
         self._heap: list[tuple[int, int]] = []
@@ -143,7 +143,7 @@ class _Line:
         self.next[at] = self.end[at] = at + pieces
         self.previous[at + pieces] = at
         _, number = np.unique(corpus.codes[whole], return_inverse=True)
-        self.symbol[at] = self.num_base + number
+        self.symbol[at] = self.first_new_id + number
         return [(int(self.symbol[places[0]]), places) for places in _groups(at, number)]
 
     # -- the best pair --------------------------------------------------------------------------------------------

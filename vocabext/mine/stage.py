@@ -1,8 +1,8 @@
 """Mine a corpus for the words and phrases that save most tokens.
 
-The corpus is encoded by the base tokenizer and seen as a row of *units* (words, runs of punctuation). Tokens are
-chosen greedily, each by what it saves *given what is chosen already*: runs of units where the tokenizer looks whole
-strings up (`vocabext.mine.runs`), pairs of tokens where new tokens are merges (`vocabext.mine.merges`).
+The corpus is encoded by the base tokenizer and seen as a row of *units* (words, strings of punctuation). Tokens are
+chosen greedily, each by what it saves *given what is chosen already*: sequences of units where the tokenizer looks
+whole strings up (`vocabext.mine.sequences`), pairs of tokens where new tokens are merges (`vocabext.mine.merges`).
 
 What a candidate saves in the one *section* (a document, or a part of a long one) that uses it most does
 not count: a name that fills one document says little about the next. Held-out text gets shorter by it, though
@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vocabext.checkpoint.folder import resolve_model
-from vocabext.checkpoint.manifest import file_sha256
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import read_tokens, write_jsonl
-from vocabext.mine.counts import BATCH, Choice, Corpus, read_corpus, text_of
+from vocabext.files.ranges import file_sha256
+from vocabext.mine.counts import BATCH, Chosen, Corpus, read_corpus, text_of
 from vocabext.mine.merges import choose_merges
-from vocabext.mine.runs import choose_runs, frequent_runs
+from vocabext.mine.sequences import choose_sequences, frequent_sequences
 from vocabext.options import MineConfig
 from vocabext.progress import Progress, no_progress
 from vocabext.tokenizer import BaseTokenizer, extend
@@ -61,7 +61,7 @@ class MineResult:
         base_tokens: Length of the corpus in base tokens.
         expanded_tokens: The same under the expanded tokenizer, measured.
         documents: How many documents were read.
-        candidates: How many frequent runs, or pairs, there were to choose from.
+        candidates: How many frequent sequences, or pairs, there were to choose from.
         rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
         parts: How many tokens are too rare by themselves, and needed because longer ones are merged from them.
         searched: How many tokens no merge can make, so that text is searched for them.
@@ -124,7 +124,7 @@ def mine(
                          "give more text, or lower --min-count")
     tokens, expanded_tokens, rare = _settle(texts, base, kept, config, progress)
     if not tokens:
-        raise UsageError(f"none of the {candidates} frequent runs of this corpus can be a token that occurs "
+        raise UsageError(f"none of the {candidates} frequent sequences of this corpus can be a token that occurs "
                          f"{config.min_count} times; give more text, or lower --min-count")
     if config.budget is not None and len(tokens) < config.budget and not at_most:
         raise UsageError(f"--budget is {config.budget}, but only {len(tokens)} tokens that occur at least "
@@ -155,7 +155,7 @@ def write_candidates(
         The header.
     """
     header = {
-        "base": {"model": model, "num_used_ids": base.num_used_ids,
+        "base": {"model": model, "num_used_ids": base.first_new_id,
                  "tokenizer_sha256": file_sha256(resolve_model(model) / "tokenizer.json")},
         "options": asdict(config), "corpus": list(corpus),
         "left_out": dict(left_out or {}), "documents": result.documents,
@@ -209,27 +209,27 @@ def _choose_and_check(
         extra = 2 * extra + 2 * (budget - len(kept))
 
 
-def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress) -> Callable[[int], Choice]:
-    """Return what chooses a number of tokens: merges, runs that are looked up, or the best of both."""
-    candidates = None if base.scheme.only_merges else frequent_runs(corpus, config, _merged_units(corpus, base))
+def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress) -> Callable[[int], Chosen]:
+    """Return what chooses a number of tokens: merges, sequences that are looked up, or the best of both."""
+    candidates = None if base.scheme.only_merges else frequent_sequences(corpus, config, _merged_units(corpus, base))
     merges = base.scheme.only_merges or base.scheme.mergeable_ids[corpus.ids[corpus.ids >= 0]].any()
 
-    def choose(wanted: int) -> Choice:
+    def choose(wanted: int) -> Chosen:
         found, chain = [], base.scheme.chain()
         if candidates is not None:
-            found.append(choose_runs(corpus, candidates, base, config, wanted, progress))
+            found.append(choose_sequences(corpus, candidates, base, config, wanted, progress))
         if chain is not None and merges:
             found.append(choose_merges(corpus, base, chain, config, wanted, progress))
         # They hardly ever want the same text: merges are for letters without spaces, or for everything.
         tokens = heapq.merge(*(choice.tokens for choice in found), key=lambda chosen: -chosen[0])
-        return Choice(list(tokens)[:wanted], dict(ChainMap(*(choice.rejected for choice in found))),
+        return Chosen(list(tokens)[:wanted], dict(ChainMap(*(choice.rejected for choice in found))),
                       sum(choice.candidates for choice in found))
 
     return choose
 
 
 def _merged_units(corpus: Corpus, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
-    """Tell which units are letters without spaces between words: their runs are found as merges, shape (U,)."""
+    """Tell which units are letters without spaces between words: their sequences are found as merges, shape (U,)."""
     chain, mergeable = base.scheme.chain(), np.append(base.scheme.mergeable_ids, False)
     merged = np.logical_and.reduceat(mergeable[corpus.ids], corpus.starts)
     if chain is None or not merged.any():
@@ -287,7 +287,7 @@ def _measure(
             rows = expanded.encode_batch(texts[at : at + BATCH])
             ids = np.fromiter((i for row in rows for i in row), np.int64)
             total += len(ids)
-            counts += np.bincount(ids[expanded.expansion.is_new(ids)] - base.num_used_ids, minlength=len(tokens))
+            counts += np.bincount(ids[expanded.expansion.is_new(ids)] - base.first_new_id, minlength=len(tokens))
             task.advance(len(rows))
     return [replace(token, count=int(count)) for token, count in zip(tokens, counts, strict=True)], total
 

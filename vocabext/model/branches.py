@@ -84,11 +84,12 @@ class Branches:
         return masks
 
 
-def unrolled(run: Callable[[torch.Tensor], torch.Tensor], inputs_BKD: torch.Tensor, branches: Branches) -> torch.Tensor:
+def unrolled(forward: Callable[[torch.Tensor], torch.Tensor], inputs_BKD: torch.Tensor, branches: Branches
+             ) -> torch.Tensor:
     """Run every branch as a plain text of its own, from its beginning.
 
     Args:
-        run: From embeddings (L, U, D), padded on the right, to hidden states.
+        forward: From embeddings (L, U, D), padded on the right, to hidden states.
         inputs_BKD: Embeddings of all keys.
         branches: Where they are, and what they follow.
 
@@ -108,7 +109,7 @@ def unrolled(run: Callable[[torch.Tensor], torch.Tensor], inputs_BKD: torch.Tens
     states_BTD: torch.Tensor | None = None
     for at in order.split(max(1, UNROLLED_POSITIONS // int(length_L.max()))):
         key_LU = key_LK[at, : int(length_L[at].max())]
-        states_LUD = run(inputs_BKD[batch_L[at, None], key_LU])
+        states_LUD = forward(inputs_BKD[batch_L[at, None], key_LU])
         if states_BTD is None:
             states_BTD = states_LUD.new_zeros(num_batch, num_inputs, states_LUD.shape[-1])
         steps_U = torch.arange(key_LU.shape[1], device=key_LU.device)

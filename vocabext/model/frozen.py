@@ -527,38 +527,38 @@ class FrozenModel:
         return scale if abs(scale - 1) > rounding and relative_difference(scale * ours, own) < rounding else 1.0
 
     def log_probabilities(
-        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
+        self, hidden_PD: torch.Tensor, *, first_new_id: int, new_rows_ND: torch.Tensor | None = None,
         new_bias_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return next-token log probabilities over the ids in use.
 
         Args:
             hidden_PD: Final hidden states at P positions.
-            num_base: How many base ids are in use; rows beyond them are padding and left out.
+            first_new_id: Id of the first new token (U); base rows from there on are padding and left out.
             new_rows_ND: Output rows of the new tokens; None predicts base tokens only.
             new_bias_N: Their entries of the head's bias; None for a head without one.
 
         Returns:
-            Log probabilities (P, num_base + N), float32.
+            Log probabilities (P, first_new_id + N), float32.
         """
         return torch.log_softmax(
-            self.logits(hidden_PD, num_base=num_base, new_rows_ND=new_rows_ND, new_bias_N=new_bias_N), dim=-1)
+            self.logits(hidden_PD, first_new_id=first_new_id, new_rows_ND=new_rows_ND, new_bias_N=new_bias_N), dim=-1)
 
     def logits(
-        self, hidden_PD: torch.Tensor, *, num_base: int, new_rows_ND: torch.Tensor | None = None,
+        self, hidden_PD: torch.Tensor, *, first_new_id: int, new_rows_ND: torch.Tensor | None = None,
         new_bias_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what `log_probabilities` normalises, (P, num_base + N), float32."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :num_base].to(hidden_PD.device)
+        """Return what `log_probabilities` normalises, (P, first_new_id + N), float32."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :first_new_id].to(hidden_PD.device)
         num_rows = logits.shape[1]
         if new_rows_ND is not None:
             bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
             new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
             logits = torch.cat((logits, new_PN), dim=1)
         logits = self.logit_map(logits.float())
-        if num_rows == num_base:
+        if num_rows == first_new_id:
             return logits
-        never = logits.new_full((len(logits), num_base - num_rows), -torch.inf)  # the last ids have no row
+        never = logits.new_full((len(logits), first_new_id - num_rows), -torch.inf)  # the last ids have no row
         return torch.cat((logits[:, :num_rows], never, logits[:, num_rows:]), dim=1)
 
     @torch.no_grad()
@@ -579,7 +579,7 @@ class FrozenModel:
             rows_VD, first = self.embedding_VD, len(self.embedding_VD)
             as_new = self.embed(first + torch.arange(ids.shape[1], device=self.device)[None],
                                 rows_VD[ids[0].to(rows_VD.device)].to(self.device), first)
-            logits = self.logits(self.hidden(as_new)[0], num_base=own.shape[1]).to(own.device)
+            logits = self.logits(self.hidden(as_new)[0], first_new_id=own.shape[1]).to(own.device)
         except Exception as error:  # a model class raises what it likes
             reason = in_one_line(error, 200)
             raise UsageError(f"{name} cannot be run on embeddings ({reason}); {WITHOUT_RUNNING}") from error
@@ -592,11 +592,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], num_tokens: int, *, temperature: float, seed: int,
-              num_used_ids: int) -> list[list[int]]:
+              first_new_id: int) -> list[list[int]]:
         """Continue prompts of equal length by sampling; returns the new ids of each."""
         torch.manual_seed(seed)
         ids = torch.tensor([list(p) for p in prompts], dtype=torch.long, device=self.device)
-        unused = list(range(num_used_ids, self.head_VD.shape[0]))
+        unused = list(range(first_new_id, self.head_VD.shape[0]))
         out = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=True,
             temperature=temperature, top_k=0, top_p=0.95, suppress_tokens=unused or None,

@@ -79,7 +79,7 @@ def concatenate(parts: Sequence[Places]) -> Places:
 
 @torch.no_grad()
 def find_places(
-    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, *, num_base: int, likely: float = 1.0, first: int = 0
+    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, *, first_new_id: int, likely: float = 1.0, first: int = 0
 ) -> Places:
     """Read windows with the base, and follow the runs that it may write.
 
@@ -87,14 +87,14 @@ def find_places(
         model: The frozen base model.
         windows: Base ids, prefix included.
         tree: The runs.
-        num_base: How many base ids are in use.
+        first_new_id: Id of the first new token (U).
         likely: Probability from which a run is followed; 1 follows greedy decoding only.
         first: The first position of each window that is a place.
     """
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))
     parts: list[Places] = []
     for some in _batches(order, windows):
-        parts.append(_read(model, [windows[s] for s in some], tree, num_base, likely, first))
+        parts.append(_read(model, [windows[s] for s in some], tree, first_new_id, likely, first))
     found = concatenate(parts)
     numbers = torch.tensor([s for some in _batches(order, windows) for s in some])
     object.__setattr__(found, "window_P", numbers[found.window_P])
@@ -113,7 +113,7 @@ def _batches(order: Sequence[int], windows: Sequence[Ids]) -> Iterator[list[int]
 
 
 def _read(
-    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, num_base: int, likely: float, first: int
+    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, first_new_id: int, likely: float, first: int
 ) -> Places:
     lengths_S = torch.tensor([len(window) for window in windows])
     ids_ST = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(window.copy()) for window in windows], batch_first=True)
@@ -127,11 +127,11 @@ def _read(
     node_P = torch.full((len(window_P),), ROOT)
     start = _Frontier(torch.arange(len(window_P)), node_P, torch.zeros(len(window_P), dtype=torch.float32),
                       torch.ones(len(window_P), dtype=torch.bool))
-    reading = _follow(model, hidden_PD, start, tree, num_base, likely)
+    reading = _follow(model, hidden_PD, start, tree, first_new_id, likely)
     runs, frontier = [reading.ended], reading.going_on
     while len(frontier.place_F):
         branch_FD = _branch_states(model, past, frontier, tree, window_P, position_P, len(windows))
-        step = _follow(model, branch_FD, frontier, tree, num_base, likely)
+        step = _follow(model, branch_FD, frontier, tree, first_new_id, likely)
         runs.append(step.ended)
         frontier = step.going_on
     ended = [torch.cat(column) for column in zip(*((r.place_F, r.node_F, r.log_p_F, r.greedy_F) for r in runs),
@@ -165,12 +165,12 @@ class _Step:
 
 
 def _follow(
-    model: FrozenModel, hidden_FD: torch.Tensor, frontier: _Frontier, tree: RunTree, num_base: int, likely: float
+    model: FrozenModel, hidden_FD: torch.Tensor, frontier: _Frontier, tree: RunTree, first_new_id: int, likely: float
 ) -> _Step:
     """Predict from the end of each branch, and extend it by the pieces that are likely there."""
     tops, ids, normalisers, found = [], [], [], []
     for at in torch.arange(len(hidden_FD)).split(HEAD_PLACES):
-        logits_FV = model.logits(hidden_FD[at.to(hidden_FD.device)], num_base=num_base).cpu()
+        logits_FV = model.logits(hidden_FD[at.to(hidden_FD.device)], first_new_id=first_new_id).cpu()
         top_F, id_F = logits_FV.max(1)
         normaliser_F = top_F + (logits_FV - top_F[:, None]).exp_().sum(1).log_()
         parent_C, piece_C, node_C = tree.children(frontier.node_F[at])

@@ -39,12 +39,13 @@ class Support:
     run: str | None
 
 
-def check_patchable(folder: Path, num_used: int, *, num_new: int = 1, trust_remote_code: bool = False) -> Checkpoint:
+def check_patchable(folder: Path, first_new_id: int, *, num_new: int = 1, trust_remote_code: bool = False
+                    ) -> Checkpoint:
     """Open a model, and refuse one whose vocabulary cannot be extended.
 
     Args:
         folder: The model folder.
-        num_used: Ids that its tokenizer addresses (U).
+        first_new_id: Id of the first new token (U).
         num_new: New tokens (N).
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -52,31 +53,31 @@ def check_patchable(folder: Path, num_used: int, *, num_new: int = 1, trust_remo
         CheckpointError: If it cannot, or the folder is damaged.
     """
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    check_room(checkpoint, num_used, num_new)
+    check_room(checkpoint, first_new_id, num_new)
     return checkpoint
 
 
-def check_room(checkpoint: Checkpoint, num_used: int, num_new: int) -> None:
+def check_room(checkpoint: Checkpoint, first_new_id: int, num_new: int) -> None:
     """Refuse a model that has far fewer rows than its tokenizer has ids, or no ids free for new tokens.
 
     Args:
         checkpoint: The base.
-        num_used: Ids that its tokenizer addresses (U).
+        first_new_id: Id of the first new token (U).
         num_new: New tokens (N).
 
     Raises:
         CheckpointError: If so.
     """
-    if num_used > checkpoint.vocab_size + MAX_MISSING_ROWS:
+    if first_new_id > checkpoint.vocab_size + MAX_MISSING_ROWS:
         raise CheckpointError(
-            f"the tokenizer has {num_used} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
+            f"the tokenizer has {first_new_id} ids but the embedding matrix has only {checkpoint.vocab_size} rows; "
             "this tokenizer belongs to another checkpoint"
         )
-    reserved, last = checkpoint.names.first_reserved_id, num_used + num_new - 1
+    reserved, last = checkpoint.names.first_reserved_id, first_new_id + num_new - 1
     if reserved is not None and last >= reserved:
         raise CheckpointError(
             f"{checkpoint.names.architecture} takes ids from {reserved} on for images or sounds, and the new tokens "
-            f"would have the ids {num_used} to {last}; extend the text-only model of this family"
+            f"would have the ids {first_new_id} to {last}; extend the text-only model of this family"
         )
 
 
@@ -111,17 +112,17 @@ def check_runs(folder: Path, *, trust_remote_code: bool = False) -> None:
     check_folder_runs_on_rows(folder, trust_remote_code=trust_remote_code)
 
 
-def support(checkpoint: Checkpoint, num_used: int | None, *, trust_remote_code: bool = False,
+def support(checkpoint: Checkpoint, first_new_id: int | None, *, trust_remote_code: bool = False,
             no_tokenizer: str | None = None) -> Support:
     """Say what can be done with a model that could be opened.
 
     Args:
         checkpoint: The model.
-        num_used: Ids that its tokenizer addresses (U); None if it has none that can be extended.
+        first_new_id: Id of the first new token (U); None if it has none that can be extended.
         trust_remote_code: Whether code that comes with the model may run.
         no_tokenizer: Why its tokenizer cannot be extended, if so.
     """
-    patch = no_tokenizer or why_not(lambda: None if num_used is None else check_room(checkpoint, num_used, 1))
+    patch = no_tokenizer or why_not(lambda: None if first_new_id is None else check_room(checkpoint, first_new_id, 1))
     run = why_not(lambda: check_runs(checkpoint.folder, trust_remote_code=trust_remote_code))
     return Support(patch, patch or run)
 

@@ -83,13 +83,13 @@ class TensorPlan:
     untied_bytes: int
 
 
-def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie: bool = False) -> TensorPlan:
+def plan_tensors(checkpoint: Checkpoint, file: RowsFile, first_new_id: int, *, untie: bool = False) -> TensorPlan:
     """Decide where every new row goes and comes from, and check the rows.
 
     Args:
         checkpoint: The base.
         file: The rows of the new tokens.
-        num_used: Ids that the base's tokenizer addresses (U).
+        first_new_id: Id of the first new token (U).
         untie: Whether a tied model gets a head of its own in any case.
 
     Raises:
@@ -97,14 +97,14 @@ def plan_tensors(checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untie
     """
     from vocabext.checkpoint.rows import constant_rows, mean_of_pieces, rows_from_file
 
-    check_room(checkpoint, num_used, len(file.tokens))
+    check_room(checkpoint, first_new_id, len(file.tokens))
     given = {name: rows_from_file(file, name) for name in file.tensors if name in ("input", "output")}
     untied = checkpoint.tied and (untie or _outputs_differ(file, given))
     if untied:
         _refuse_untying(checkpoint, forced=untie)
     # Stored under one name only, a tied matrix gets a second one.
     first = checkpoint.vocab_tensors[0]
-    draft = _Draft(checkpoint, file, num_used, untied=untied)
+    draft = _Draft(checkpoint, file, first_new_id, untied=untied)
     head_rows = MEAN
     for name, tensor in checkpoint.row_tensors.items():
         is_head = tensor.role == HEAD and (untied or not checkpoint.tied)
@@ -143,10 +143,10 @@ def _new_name(checkpoint: Checkpoint, role: str) -> str:
 class _Draft:
     """The plan as it grows."""
 
-    def __init__(self, checkpoint: Checkpoint, file: RowsFile, num_used: int, *, untied: bool) -> None:
-        self.checkpoint, self.num_used, self.num_new = checkpoint, num_used, len(file.tokens)
-        self.silent_ids, self.untied = _silent_ids(file, num_used), untied
-        if num_used > checkpoint.vocab_size and not self.silent_ids:
+    def __init__(self, checkpoint: Checkpoint, file: RowsFile, first_new_id: int, *, untied: bool) -> None:
+        self.checkpoint, self.first_new_id, self.num_new = checkpoint, first_new_id, len(file.tokens)
+        self.silent_ids, self.untied = _silent_ids(file, first_new_id), untied
+        if first_new_id > checkpoint.vocab_size and not self.silent_ids:
             # Ids without a row get one. Between two base rows it is never on top; zeros may be.
             self.silent_ids = (checkpoint.vocab_size - 2, checkpoint.vocab_size - 1)
         self.growths: dict[str, Growth] = {}
@@ -176,11 +176,11 @@ class _Draft:
 
         info = self.checkpoint.tensors[name]
         check_rows(source, self.num_new, info)
-        rows = grown_rows(info.shape[0], self.num_used + self.num_new)
+        rows = grown_rows(info.shape[0], self.first_new_id + self.num_new)
         surplus = constant_row(info, SILENT_BIAS) if role == HEAD_BIAS else None
         if self.silent_ids and self._writes(role):
             surplus = mean_row(self.checkpoint, name, self.silent_ids)
-        return Growth(self.num_used, self.num_new, rows, as_bytes(source, info.dtype), surplus)
+        return Growth(self.first_new_id, self.num_new, rows, as_bytes(source, info.dtype), surplus)
 
 
     def _writes(self, role: str) -> bool:
@@ -192,14 +192,14 @@ class _Draft:
         return self.silent_ids if has_surplus and self._writes(role) else ()
 
 
-def _silent_ids(file: RowsFile, num_used: int) -> tuple[int, ...]:
+def _silent_ids(file: RowsFile, first_new_id: int) -> tuple[int, ...]:
     """Return the base ids between whose rows a row is hardly ever drawn and never on top; empty if nobody looked.
 
     Rows that belong to no id score 0 where they are zero, which a sample may draw.
     """
     writing = file.header.get("writing")
     ids = writing.get("silent_ids") if isinstance(writing, dict) else None
-    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < num_used for i in ids)
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < first_new_id for i in ids)
     return tuple(ids) if known and ids else ()
 
 

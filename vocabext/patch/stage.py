@@ -6,7 +6,6 @@ lies in `vocabext_base/` (see `vocabext.checkpoint.manifest`). The folder is bui
 last, so it is there whole or not at all.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -32,18 +31,17 @@ from vocabext.checkpoint.manifest import (
     Manifest,
     Original,
     Originals,
-    file_sha256,
     has_manifest,
     refuse_expanded,
     token_records,
     write_manifest,
 )
 from vocabext.checkpoint.named_ids import listed
-from vocabext.checkpoint.shards import READ_BYTES
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path
 from vocabext.files.folders import Syncer, new_folder
 from vocabext.files.links import AUTO, LINKS, Copier
+from vocabext.files.ranges import Extent, file_sha256, pass_on
 from vocabext.patch.plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
 from vocabext.patch.weights import Advance, WeightWriter
 from vocabext.progress import Progress, no_progress
@@ -132,14 +130,14 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         check_output(output, force=force, folder=True)
     file = open_rows(rows_path)
     base_folder = resolve_model(model)
-    check_places(output, base_folder, rows_path)
+    check_paths(output, base_folder, rows_path)
     refuse_expanded(base_folder)
     checkpoint = open_checkpoint(base_folder, trust_remote_code=trust_remote_code)
     base = load_base(base_folder, trust_remote_code=trust_remote_code)
     given = given_rows(base, checkpoint.vocab_size)  # refuses a tokenizer of another checkpoint
-    _check_rows(file, checkpoint, base.num_used_ids)
+    _check_rows(file, checkpoint, base.first_new_id)
     expanded = extend(base, file.tokens)
-    tensors = plan_tensors(checkpoint, file, base.num_used_ids, untie=untie)
+    tensors = plan_tensors(checkpoint, file, base.first_new_id, untie=untie)
     files = plan_files(checkpoint, tensors, _stale_files(checkpoint.folder))
     if tensors.untied:
         say(f"the head gets a matrix of its own, so that input and output rows can differ: "
@@ -159,7 +157,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         _say_ids(base, given, say)
         write_manifest(folder, Manifest(
             base=_base_record(model, checkpoint, base, weights.tensors_sha256),
-            tokens=token_records(file.tokens, base.num_used_ids, file.header.get("per_token") or ()),
+            tokens=token_records(file.tokens, base.first_new_id, file.header.get("per_token") or ()),
             method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
             head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=weights.records(),
             originals=weights.originals, reserved=_by_text(base.reserved), given_rows=_by_text(given),
@@ -170,7 +168,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     num_rows = tensors.records[checkpoint.vocab_tensors[0]].num_rows
     linked = sum(sizes[folder / name] for name in weights.linked)
     return PatchResult(
-        output_folder, len(file.tokens), len(base.scheme.searched(file.tokens)), base.num_used_ids,
+        output_folder, len(file.tokens), len(base.scheme.searched(file.tokens)), base.first_new_id,
         checkpoint.vocab_size, num_rows, tensors.head_rows, tensors.untied_bytes, record,
         len(weights.linked), next(iter(weights.linked.values()), None),
         sum(sizes.values()) - linked, sum(sizes.values()), time.perf_counter() - started, base.reserved, given,
@@ -179,7 +177,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
 
 # -- before the first byte ----------------------------------------------------------------------------------------
 
-def check_places(output: Path, base: Path, rows: Path) -> None:
+def check_paths(output: Path, base: Path, rows: Path) -> None:
     """Refuse an output that would destroy what it is made from, or something that is no model.
 
     Args:
@@ -207,13 +205,13 @@ def check_places(output: Path, base: Path, rows: Path) -> None:
         raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
 
 
-def _check_rows(file: RowsFile, checkpoint: Checkpoint, num_used: int) -> None:
+def _check_rows(file: RowsFile, checkpoint: Checkpoint, first_new_id: int) -> None:
     """Refuse rows whose header says that they were made for another model."""
     if not file.tokens:
         raise CheckpointError("the rows file holds no tokens; there is nothing to add")
     recorded = file.header.get("base")
     recorded = recorded if isinstance(recorded, dict) else {}
-    found = {"num_used_ids": num_used, "hidden_size": checkpoint.hidden_size,
+    found = {"num_used_ids": first_new_id, "hidden_size": checkpoint.hidden_size,
              "tokenizer_sha256": file_sha256(checkpoint.folder / "tokenizer.json")}
     for key, value in found.items():
         if recorded.get(key) is not None and value is not None and recorded[key] != value:
@@ -296,14 +294,8 @@ class _OtherFiles:
 def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lambda _: None) -> Original:
     """Copy a file and take its digest on the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with open(source, "rb") as old, open(target, "xb") as new:
-        while chunk := old.read(READ_BYTES):
-            digest.update(chunk)
-            new.write(chunk)
-            size += len(chunk)
-            advance(len(chunk))
-    return Original(size, digest.hexdigest(), stored)
+    with open(target, "xb") as new:
+        return Original(*pass_on(Extent.whole(source).chunks(), new, advance), stored)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -315,14 +307,14 @@ def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer",
     config_sha256 = file_sha256(checkpoint.folder / CONFIG_NAME)
     assert config_sha256 is not None  # open_checkpoint has read it
     return BaseRecord(
-        model=model, num_rows=checkpoint.vocab_size, num_used_ids=base.num_used_ids, config_sha256=config_sha256,
+        model=model, num_rows=checkpoint.vocab_size, num_used_ids=base.first_new_id, config_sha256=config_sha256,
         tokenizer_sha256=file_sha256(checkpoint.folder / "tokenizer.json"),
         tensors_sha256=dict(tensors_sha256))
 
 
 def _say_ids(base: "BaseTokenizer", given: Mapping[int, str], say: Callable[[str], None]) -> None:
     if base.reserved:
-        say(f"ids that files name are left free, the new tokens begin at {base.num_used_ids}: {listed(base.reserved)}")
+        say(f"ids that files name are left free, the new tokens begin at {base.first_new_id}: {listed(base.reserved)}")
     if given:
         say(f"ids that have no row in the base get one that is never written: {listed(given)}")
     if beyond := base.named.out_of_reach(base.num_own_ids):
@@ -344,4 +336,7 @@ def _check_new(folder: Path, checkpoint: Checkpoint, tensors: TensorPlan, *, tru
             f"{new.names.architecture} ties its head to the embedding whatever config.json says; distill again "
             "without output rows"
         )
-    assert new.row_tensors.keys() == tensors.records.keys(), f"{new.row_tensors} for {tensors.records}"
+    if new.row_tensors.keys() != tensors.records.keys():
+        found, written = (", ".join(sorted(names)) for names in (new.row_tensors, tensors.records))
+        raise CheckpointError(f"{new.names.architecture} finds the tensors {found} in the new folder, but {written} "
+                              "were written; please report this")

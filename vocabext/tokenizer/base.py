@@ -97,8 +97,8 @@ class BaseTokenizer(_Encoder):
         self.scheme = scheme_of(self.backend)
         self.backend = self.scheme.backend
         self.named = named or NamedIds()
-        self.num_own_ids = self.scheme.num_used_ids
-        self.scheme.num_used_ids = max(self.num_own_ids, 1 + max(self.reserved, default=-1))
+        self.num_own_ids = self.scheme.first_new_id
+        self.scheme.first_new_id = max(self.num_own_ids, 1 + max(self.reserved, default=-1))
         self._made: dict[str, NewToken] = {}
 
     @property
@@ -117,9 +117,9 @@ class BaseTokenizer(_Encoder):
         return self.scheme.added
 
     @property
-    def num_used_ids(self) -> int:
+    def first_new_id(self) -> int:
         """One more than the highest id in use, by the tokenizer or by a file that names it: the first new id."""
-        return self.scheme.num_used_ids
+        return self.scheme.first_new_id
 
     @property
     def reserved(self) -> dict[int, str]:
@@ -132,9 +132,9 @@ class BaseTokenizer(_Encoder):
         return self.scheme.barrier_ids
 
     @property
-    def reserved_ids(self) -> list[int]:
-        """Ids below `num_used_ids` that no plain text has: barriers, and holes among the ids."""
-        holes = set(range(self.num_used_ids)) - {*self.vocabulary.values(), *self.added.values()}
+    def textless_ids(self) -> list[int]:
+        """Ids below `first_new_id` that no plain text has: barriers, and holes among the ids."""
+        holes = set(range(self.first_new_id)) - {*self.vocabulary.values(), *self.added.values()}
         return sorted(holes | set(self.barrier_ids.tolist()))
 
     def describe(self) -> str:
@@ -205,7 +205,7 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
 
     Args:
         base: The tokenizer to extend; not modified.
-        tokens: The new tokens; `tokens[i]` gets the id `base.num_used_ids + i`.
+        tokens: The new tokens; `tokens[i]` gets the id `base.first_new_id + i`.
 
     Raises:
         TokenizerError: If a token repeats, belongs to another tokenizer, or cannot be added safely.
@@ -214,7 +214,7 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
     check_rules(base.named.rules, tokens)
     _check_ids(base, len(tokens))
     backend = Tokenizer.from_str(json.dumps(base.scheme.extended(tokens)))
-    return ExpandedTokenizer(backend, base.hf, Expansion(tokens, base.num_used_ids))
+    return ExpandedTokenizer(backend, base.hf, Expansion(tokens, base.first_new_id))
 
 
 def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
@@ -264,10 +264,10 @@ def given_rows(base: BaseTokenizer, num_rows: int) -> dict[int, str]:
 
 def _check_ids(base: BaseTokenizer, num_new: int) -> None:
     """Refuse so many tokens that one would get an id which a file names, far behind all others."""
-    last = base.num_used_ids + num_new - 1
+    last = base.first_new_id + num_new - 1
     for i, where in base.named.out_of_reach(base.num_own_ids).items():
         if i <= last:
-            raise TokenizerError(f"{where} names the id {i}, and the new tokens would have the ids {base.num_used_ids} "
+            raise TokenizerError(f"{where} names the id {i}, and the new tokens would have the ids {base.first_new_id} "
                                  f"to {last}; correct that entry, or take fewer tokens")
 
 

@@ -98,10 +98,10 @@ class ChunkScheme(BpeScheme):
         marked = any(step["type"] == "Metaspace" for step in self.steps)
         if not marked and self.splitting != OPAQUE:
             return text
-        chunks = self.pieces(text)  # a step that cannot be extended may drop spaces around a word
+        chunks = self.chunks(text)  # a step that cannot be extended may drop spaces around a word
         return "".join(map(self.key_text, chunks)) if marked or len(chunks) == 1 else text
 
-    def pieces(self, text: str) -> list[str]:
+    def chunks(self, text: str) -> list[str]:
         """Return the chunks of a text that begins where a chunk begins, in the alphabet of bytes."""
         return [chunk for chunk, _ in self._inside.pre_tokenize_str(text)]
 
@@ -154,9 +154,9 @@ class ChunkScheme(BpeScheme):
         """What may follow a phrase, by its ending."""
         return right_guards(self.split)
 
-    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+    def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
         """Search for neighbours that change how a phrase is cut. A single chunk has none: it is what it is."""
-        if len(pieces) > 1:
+        if len(chunks) > 1:
             self._phrase_guards(text)
 
     @cached_property
@@ -185,7 +185,7 @@ class ChunkScheme(BpeScheme):
                                  f"it does {self._listed_phrase!r}: one that begins inside {text!r} would be cut apart")
         if any(step["type"] == "Digits" for step in self.steps) and any(c.isnumeric() for c in text):
             raise TokenizerError(f"{text!r} is a phrase with digits, which this tokenizer always cuts apart")
-        if self.marks_chunks and not all(self.key_text(piece).startswith(" ") for piece in self.pieces(text)):
+        if self.marks_chunks and not all(self.key_text(chunk).startswith(" ") for chunk in self.chunks(text)):
             raise TokenizerError(f"{text!r} is a phrase with parts that get a space in front of them elsewhere")
         parts, end = self.split(text), ending(text)
         guard = self.guards[end]
@@ -220,8 +220,8 @@ class ChunkScheme(BpeScheme):
     def _phrase_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """The kind of ending of each id, shape (V,), and the followers that each kind accepts, shape (4, V + 1)."""
         kinds = list(self.guards)
-        ends = np.zeros(self.num_used_ids, np.int64)
-        accepted = np.zeros((len(kinds), self.num_used_ids + 1), np.bool_)
+        ends = np.zeros(self.first_new_id, np.int64)
+        accepted = np.zeros((len(kinds), self.first_new_id + 1), np.bool_)
         for token, i in self.vocabulary.items():
             text = self.key_text(token) or token
             ends[i] = kinds.index(ending(text))
@@ -230,7 +230,7 @@ class ChunkScheme(BpeScheme):
         accepted[:, -1] = [g is not None and g.accepts("") for g in self.guards.values()]
         # Inside a run of letters without spaces a word may end anywhere, as far as this table can tell.
         kinds.append("spaceless")
-        free = np.zeros(self.num_used_ids + 1, np.bool_)
+        free = np.zeros(self.first_new_id + 1, np.bool_)
         for token, i in self.vocabulary.items():
             free[i], tail = edges_of(token)
             ends[i] = kinds.index("spaceless") if tail else ends[i]
@@ -240,11 +240,13 @@ class ChunkScheme(BpeScheme):
 
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
-        assert not self.unreachable, "looking at it raises an error where there is one"
+        if self.unreachable:  # looking at it raises an error where an entry cannot be cut, and none is cut here
+            raise TokenizerError(f"the vocabulary entry {next(iter(self.unreachable))!r} cannot be reached by merges; "
+                                 "this tokenizer cannot be extended safely")
         spec = copy_of(self.spec)
-        with_new_entries(spec, self.added, tokens, self.num_used_ids)
+        with_new_entries(spec, self.added, tokens, self.first_new_id)
         spec["model"]["ignore_merges"] = True  # a whole chunk that is an entry is found before anything is merged
-        phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.pieces(t.token)) > 1}
+        phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.chunks(t.token)) > 1}
         steps = self.steps
         if phrases:
             steps = (_first_alternative if self.splitting == ONE_EXPRESSION else _step_in_front)(steps, phrases)
@@ -261,12 +263,12 @@ class ChunkScheme(BpeScheme):
     def chain(self) -> MergeChain:
         """Return an empty chain of merges, for words inside a run of letters without spaces."""
         return MergeChain(self.vocabulary, lambda ids: [self.backend.id_to_token(i) or "" for i in ids],
-                          lambda token: is_inner(token.token) and len(self.pieces(token.token)) == 1)
+                          lambda token: is_inner(token.token) and len(self.chunks(token.token)) == 1)
 
     @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
         """The ids of letters without spaces between words, and of parts of them."""
-        mergeable = np.zeros(self.num_used_ids, np.bool_)
+        mergeable = np.zeros(self.first_new_id, np.bool_)
         for token, i in self.vocabulary.items():
             mergeable[i] = any(edges_of(token))
         mergeable[self.barrier_ids] = False
@@ -288,14 +290,14 @@ class ChunkScheme(BpeScheme):
 
     def is_never_merged(self, character: str) -> bool:
         """A character of three pieces: two of them are no text that a token could stand for."""
-        return len(self.merge("".join(self.pieces(character)))) > 2
+        return len(self.merge("".join(self.chunks(character)))) > 2
 
     def _inner_step(self, words: Sequence[str], texts: Sequence[str]) -> dict[str, Any] | None:
         """Return a step that cuts out words, and longer tokens that hold one of them; other tokens stay whole."""
         if not self._can_search:
             return None
         table, wanted = MergeTable(merges_of(self.spec), self.vocabulary), set(words)
-        cut_out = [text for text in texts if is_inner(text) and len(self.pieces(text)) == 1 and any(
+        cut_out = [text for text in texts if is_inner(text) and len(self.chunks(text)) == 1 and any(
             text[start:end] in wanted for end in range(1, len(text) + 1) for start in range(end))]
         return inner_step(cut_out, set(texts) - set(cut_out), table)
 

@@ -104,7 +104,7 @@ def load_base_of(folder: Path, first_new_id: int, *, trust_remote_code: bool = F
         trust_remote_code: Whether code that comes with the base may run.
     """
     base = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    if base.num_own_ids == first_new_id != base.num_used_ids:
+    if base.num_own_ids == first_new_id != base.first_new_id:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code, heed_files=False)
     return base
 
@@ -148,9 +148,9 @@ def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", path: Path)
     made_for = header.get("base")
     made_for = made_for if isinstance(made_for, dict) else {}
     recorded = made_for.get("num_used_ids")
-    if recorded not in (None, base.num_used_ids):
+    if recorded not in (None, base.first_new_id):
         raise UsageError(f"{path} was made for {made_for.get('model')} with {recorded} token ids, but this model has "
-                         f"{base.num_used_ids}; use the model it was made for, or mine again")
+                         f"{base.first_new_id}; use the model it was made for, or mine again")
 
 
 def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:

@@ -115,9 +115,9 @@ def right_guards(split: Split) -> dict[str, Guard | None]:
 
 def bad_following(text: str, split: Split, guard: Guard) -> str | None:
     """Return a continuation that the guard lets pass and that changes how the text is cut, None for none."""
-    pieces = split(text)
+    chunks = split(text)
     return next((after for after in FOLLOWING
-                 if guard.accepts(after) and split(text + after)[: len(pieces)] != pieces), None)
+                 if guard.accepts(after) and split(text + after)[: len(chunks)] != chunks), None)
 
 
 def left_guard(text: str, split: Split, edge: int) -> Guard | None:
@@ -128,7 +128,7 @@ def left_guard(text: str, split: Split, edge: int) -> Guard | None:
         split: The splitting of the tokenizer.
         edge: How many of its first chunks to look at.
     """
-    pieces = split(text)[:edge]
+    chunks = split(text)[:edge]
     bad = [before for before in PRECEDING
-           if split(before + text)[: len(split(before)) + edge] != [*split(before), *pieces]]
+           if split(before + text)[: len(split(before)) + edge] != [*split(before), *chunks]]
     return next((guard for guard in LEFT if not any(guard.accepts(before) for before in bad)), None)

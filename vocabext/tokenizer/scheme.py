@@ -54,7 +54,7 @@ class Scheme(ABC):
         spec: Its specification, the content of tokenizer.json; never modified.
         vocabulary: Entries of the model to their ids.
         added: Contents of added tokens (special ones among them) to their ids.
-        num_used_ids: One more than the highest id in use, or reserved: the first new token has this id.
+        first_new_id: One more than the highest id in use, or reserved: the first new token has this id.
         extended_before: Whether an extension has changed its splitting.
     """
 
@@ -68,7 +68,7 @@ class Scheme(ABC):
         self.vocabulary = vocabulary_of(spec)
         self.added: dict[str, int] = {a["content"]: a["id"] for a in spec["added_tokens"]}
         self.extended_before = any(map(is_ours, steps_of(spec["pre_tokenizer"])))
-        self.num_used_ids = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
+        self.first_new_id = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
 
     def describe(self) -> str:
         """Say in one sentence what this is and what can be added."""
@@ -91,16 +91,16 @@ class Scheme(ABC):
         text, given = self.normalize(text), text
         if not text or self.normalize(text) != text:
             raise TokenizerError(f"this tokenizer turns {given!r} into {text!r}, and that into something else again")
-        pieces = self.pieces(text)
-        key = "".join(pieces)
+        chunks = self.chunks(text)
+        key = "".join(chunks)
         if key in self.vocabulary or key in self.added:
             raise TokenizerError(f"{text!r} is in the vocabulary already")
-        run = tuple(i for piece in pieces for i in self.merge(piece))
+        run = tuple(i for chunk in chunks for i in self.merge(chunk))
         if len(run) < 2:
             raise TokenizerError(f"{text!r} is one token already")
         if self.spelling(run) != key.encode():
             raise TokenizerError(f"{text!r} has characters that this tokenizer does not know")
-        self.check(text, pieces, run)
+        self.check(text, chunks, run)
         return NewToken(text, key, run)
 
     def normalize(self, text: str) -> str:
@@ -117,11 +117,11 @@ class Scheme(ABC):
         return str(self.backend.normalizer.normalize_str(text))
 
     @abstractmethod
-    def pieces(self, text: str) -> list[str]:
+    def chunks(self, text: str) -> list[str]:
         """Return the chunks, spelled as the model sees them, of a text that stands inside a longer one."""
 
     @abstractmethod
-    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+    def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
         """Search for contexts in which the text, though it is there, would not be cut into its run.
 
         Raises:
@@ -185,12 +185,12 @@ class Scheme(ABC):
     @property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
         """Tell for each id whether a token that is a merge may have it in its run, shape (V,)."""
-        return np.zeros(self.num_used_ids, np.bool_)
+        return np.zeros(self.first_new_id, np.bool_)
 
     @property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
         """Tell for each id whether characters that no merge of two makes are spelled with it, shape (V,)."""
-        return np.zeros(self.num_used_ids, np.bool_)
+        return np.zeros(self.first_new_id, np.bool_)
 
     def is_never_merged(self, character: str) -> bool:
         """Tell whether a new token with this character cannot be a merge."""
@@ -200,18 +200,18 @@ class Scheme(ABC):
         """Return for each new token the ids that it is merged from, base or new; none where it is not a merge.
 
         Args:
-            tokens: The new tokens; `tokens[i]` has the id `num_used_ids + i`.
+            tokens: The new tokens; `tokens[i]` has the id `first_new_id + i`.
         """
         chain = self.chain()
         if chain is None:
             return [()] * len(tokens)
         chain.add_all(tokens)
-        ids = self.vocabulary | {token.key: self.num_used_ids + i for i, token in enumerate(tokens)}
+        ids = self.vocabulary | {token.key: self.first_new_id + i for i, token in enumerate(tokens)}
         return [tuple(ids[part] for part in chain.pairs.get(token.key, ())) for token in tokens]
 
     def parts(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
         """Return for each new token the indices of the new tokens that it is merged from."""
-        return [tuple(i - self.num_used_ids for i in ids if i >= self.num_used_ids)
+        return [tuple(i - self.first_new_id for i in ids if i >= self.first_new_id)
                 for ids in self.merged_from(tokens)]
 
     def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
@@ -224,7 +224,7 @@ class Scheme(ABC):
         """Return the specification of the tokenizer with the new tokens.
 
         Args:
-            tokens: The new tokens; `tokens[i]` gets the id `num_used_ids + i`.
+            tokens: The new tokens; `tokens[i]` gets the id `first_new_id + i`.
 
         Raises:
             TokenizerError: If they cannot be added safely.

@@ -55,7 +55,7 @@ class WholeTextScheme(BpeScheme):
         normal = str(self.backend.normalizer.normalize_str(text))
         return normal[self.prepends :].replace(SPACE_MARK, " ")
 
-    def pieces(self, text: str) -> list[str]:
+    def chunks(self, text: str) -> list[str]:
         """Return the text with marks for spaces: one chunk."""
         return [text.replace(" ", SPACE_MARK)]
 
@@ -73,7 +73,7 @@ class WholeTextScheme(BpeScheme):
         """Return the text that an entry stands for."""
         return key.replace(SPACE_MARK, " ")
 
-    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+    def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
         """Accept what is left, since a merge, or assertions around a string, keep other text as it is.
 
         But no chunk holds a space where text is cut at spaces, and where only some bytes have an entry, the library
@@ -96,7 +96,7 @@ class WholeTextScheme(BpeScheme):
     @cached_property
     def _edges(self) -> npt.NDArray[np.bool_]:
         """For each id, (3, V): begins with a letter or number; ends with one; begins inside a character."""
-        edges = np.zeros((3, self.num_used_ids), np.bool_)
+        edges = np.zeros((3, self.first_new_id), np.bool_)
         for token, i in self.vocabulary.items():
             if self.byte_fallback and is_byte_token(token):
                 edges[2, i] = 0x80 <= int(token[3:5], 16) < 0xC0
@@ -137,7 +137,7 @@ class WholeTextScheme(BpeScheme):
     @cached_property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
         """The bytes of characters that take several."""
-        return np.asarray([(self._byte_of(i) or 0) >= 0x80 for i in range(self.num_used_ids)])
+        return np.asarray([(self._byte_of(i) or 0) >= 0x80 for i in range(self.first_new_id)])
 
     def is_never_merged(self, character: str) -> bool:
         """A character that is a byte, such as a line break: its entry is not its text, and merges join entries."""
@@ -158,7 +158,7 @@ class WholeTextScheme(BpeScheme):
         if not tokens:
             return spec
         self._check_added()
-        with_new_entries(spec, self.added, tokens, self.num_used_ids)
+        with_new_entries(spec, self.added, tokens, self.first_new_id)
         chain = self.chain()
         without_parts = chain.add_all(tokens)
         spec["model"]["merges"] = [*spec["model"]["merges"], *map(list, chain.pairs.values())]

@@ -3,8 +3,8 @@
 import fnmatch
 
 from vocabext.checkpoint.folder import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS
-from vocabext.checkpoint.manifest import MANIFEST_NAME, file_sha256
-from vocabext.files.ranges import Extent, first_difference, same_inode
+from vocabext.checkpoint.manifest import MANIFEST_NAME
+from vocabext.files.ranges import Extent, file_sha256, first_difference, same_inode
 from vocabext.tokenizer import is_stale
 from vocabext.verify.pair import FaultError, Pair
 
@@ -24,7 +24,7 @@ def recorded_base(pair: Pair, *, others_failed: bool) -> str:
         others_failed: Whether any other check failed.
     """
     record = pair.manifest.base
-    num_ids = pair.base_tokenizer.num_used_ids
+    num_ids = pair.base_tokenizer.first_new_id
     if num_ids != record.num_used_ids:
         raise FaultError(f"--against {pair.against} is another model: it has {num_ids:,} token ids, but this "
                          f"checkpoint was made from {record.model} with {record.num_used_ids:,}; pass that one")

@@ -1,10 +1,10 @@
 """What the two models compute for text without new tokens."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from vocabext.checkpoint.folder import Checkpoint
@@ -71,8 +71,7 @@ def _all_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> b
 def _check_memory(pair: Pair) -> None:
     """Refuse to begin what would be killed for its memory."""
     needed = int(MEMORY_FACTOR * _loaded_bytes(pair.new))
-    available = _available_bytes()
-    if available is not None and needed > available:
+    if needed > (available := _available_bytes()):
         raise NotCheckedError(f"a loaded model takes {needed:,} bytes of memory, and {available:,} are available")
 
 
@@ -85,17 +84,11 @@ def _loaded_bytes(checkpoint: Checkpoint) -> int:
                for info in checkpoint.tensors.values())
 
 
-def _available_bytes() -> int | None:
-    """Return how much memory a model may take: a GPU's if there is one, None where nobody says."""
+def _available_bytes() -> int:
+    """Return how much memory a model may take: a GPU's if there is one."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next((1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")), None)
-    except OSError:
-        names = os.sysconf_names
-        known = "SC_AVPHYS_PAGES" in names and "SC_PAGE_SIZE" in names
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    return int(psutil.virtual_memory().available)
 
 
 def _load(pair: Pair, *, new: bool) -> Any:

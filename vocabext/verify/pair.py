@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.folder import Checkpoint, _read_shards, open_checkpoint, resolve_model
+from vocabext.checkpoint.folder import Checkpoint, open_checkpoint, read_shards, resolve_model
 from vocabext.checkpoint.manifest import Manifest
 from vocabext.checkpoint.shards import Shard
 from vocabext.checkpoint.verdicts import verified_sha256
@@ -135,7 +135,7 @@ class Pair:
 
     @cached_property
     def _headers(self) -> dict[str, Shard]:
-        return _read_shards(self.folder)
+        return read_shards(self.folder)
 
     @cached_property
     def _opened(self) -> Checkpoint:

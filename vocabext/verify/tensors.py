@@ -46,7 +46,7 @@ def untouched_tensors(pair: Pair) -> str:
         a, b = pair.base.tensors[name], pair.new.tensors[name]
         if a.file == b.file and a.file in alike:
             continue
-        at = first_difference(_extent(pair.base, name), _extent(pair.new, name), pair.advance)
+        at = first_difference(pair.base.extent(name), pair.new.extent(name), pair.advance)
         if at is not None:
             raise FaultError(f"the bytes of {name} differ from the base, from byte {at:,} on")
     num_bytes = sum(pair.base.tensors[name].num_bytes for name in names)
@@ -122,8 +122,7 @@ def _source(pair: Pair, name: str) -> str:
 
 
 def _compare_rows(pair: Pair, source: str, name: str, start: int, stop: int) -> None:
-    extents = _extent(pair.base, source, start, stop), _extent(pair.new, name, start, stop)
-    at = first_difference(*extents, pair.advance)
+    at = first_difference(pair.base.rows(source, start, stop), pair.new.rows(name, start, stop), pair.advance)
     if at is not None:
         row = start + at // pair.new.tensors[name].row_bytes
         raise FaultError(f"row {row} of {name} differs from the base")
@@ -217,17 +216,7 @@ def _rows(checkpoint: Checkpoint, name: str, first: int, end: int, digest: "_Has
     step = max(1, CHUNK_BYTES // size)
     for start in range(first, min(end, info.shape[0]), step):
         stop = min(start + step, end, info.shape[0])
-        raw = bytearray().join(_extent(checkpoint, name, start, stop).chunks())
+        raw = checkpoint.rows(name, start, stop).read()
         if digest is not None:
             digest.update(raw)
         yield start, torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(stop - start, -1).float()
-
-
-def _extent(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> Extent:
-    """Return where a tensor lies, or some of its rows."""
-    info = checkpoint.tensors[name]
-    begin = checkpoint.shards[info.file].data_start + info.start
-    if stop is None:
-        return Extent(checkpoint.folder / info.file, begin, info.num_bytes)
-    size = info.row_bytes
-    return Extent(checkpoint.folder / info.file, begin + start * size, (stop - start) * size)

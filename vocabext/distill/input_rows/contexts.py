@@ -79,10 +79,7 @@ def chunks(length_S: torch.Tensor, at: torch.Tensor, positions: int) -> Iterator
 
 
 @torch.no_grad()
-def teach(
-    model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool,
-    others_ND: torch.Tensor | None = None, first_new_id: int = 0,
-) -> Contexts:
+def teach(model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool) -> Contexts:
     """Run the teacher over all snippets of a group.
 
     Args:
@@ -90,11 +87,7 @@ def teach(
         examples: The group's snippets.
         layer: How many layers to run.
         keep_past: Whether to keep keys and values; the caller knows that they fit and are exact.
-        others_ND: Rows of all new tokens, for snippets in which others are merged, too: then the student's
-            past is not the teacher's, and is computed apart.
-        first_new_id: The id of `others_ND[0]`.
     """
-    keeps_teachers = keep_past and examples.shared
     size, width, before_W = len(examples), examples.ids_ST.shape[1], examples.before_W
     target_STD: torch.Tensor | None = None
     kept = _Kept(len(before_W), int(before_W.max()))
@@ -102,7 +95,7 @@ def teach(
         part_S = torch.isin(examples.text_S, at).nonzero().flatten()
         part = examples.take(part_S).to(model.device)  # its texts are those of `at`, in rising order
         inputs_WUD = model.embed(part.teacher_WU)
-        if keeps_teachers:
+        if keep_past:
             hidden_WUD, found = model.hidden_and_past(inputs_WUD, layer=layer)
             kept.add(found, at.sort().values)
         else:
@@ -112,25 +105,7 @@ def teach(
         found_STD = hidden_WUD[part.text_S[:, None], part.aligned_ST]
         target_STD[part_S.to(target_STD.device), : part.ids_ST.shape[1]] = found_STD
     assert target_STD is not None  # a group holds at least one snippet
-    if not keep_past:
-        return Contexts(target_STD, None, examples.text_S)
-    if not keeps_teachers:
-        return Contexts(target_STD, _students_past(model, examples, layer, others_ND, first_new_id), torch.arange(size))
-    return Contexts(target_STD, tuple(kept.past), examples.text_S)
-
-
-def _students_past(
-    model: FrozenModel, examples: Examples, layer: int, others_ND: torch.Tensor | None, first_new_id: int
-) -> Past:
-    """Run the student over what it reads before the token, moved to the left."""
-    kept = _Kept(len(examples), examples.before_SP.shape[1])
-    for at in chunks(examples.before_S, torch.arange(len(examples)), FORWARD_POSITIONS[model.device.type]):
-        part = examples.take(at).to(model.device)
-        count = part.before_SP.shape[1]
-        place = torch.arange(max(count, 1), device=part.before_SP.device) + (count - part.before_S)[:, None]
-        ids = torch.nn.functional.pad(part.before_SP, (0, 1)).gather(1, place.clamp(max=count))
-        kept.add(model.hidden_and_past(model.embed(ids, others_ND, first_new_id), layer=layer)[1], at)
-    return tuple(kept.past)
+    return Contexts(target_STD, tuple(kept.past) if keep_past else None, examples.text_S)
 
 
 class _Kept:
@@ -156,8 +131,7 @@ class _Kept:
 
 
 def student_states(
-    model: FrozenModel, part: Examples, past: Past | None, row_SD: torch.Tensor, layer: int, first_new_id: int,
-    others_ND: torch.Tensor | None = None,
+    model: FrozenModel, part: Examples, past: Past | None, row_SD: torch.Tensor, layer: int
 ) -> torch.Tensor:
     """Return the student's states from the token on, (S, T, D); gradients flow into `row_SD`.
 
@@ -167,26 +141,20 @@ def student_states(
         past: For each snippet keys and values from the beginning of its text; None computes these positions, too.
         row_SD: For each snippet the row of its token, float32.
         layer: How many layers to run.
-        first_new_id: The id of the first new token.
-        others_ND: Rows of all new tokens, for snippets in which others are merged, too.
     """
     if past is not None:
-        inputs_STD = _embed(model, part.ids_ST, part.ids_ST[:, :1], row_SD, first_new_id, others_ND)
+        inputs_STD = _embed(model, part.ids_ST, part.ids_ST[:, :1], row_SD)
         count, width = part.before_SP.shape[1], part.ids_ST.shape[1]
         return model.hidden(inputs_STD, layer=layer, branches=_behind(part.before_S, count, width), past=past)
     ids, at = _joined(part)
-    inputs_STD = _embed(model, ids, part.ids_ST[:, :1], row_SD, first_new_id, others_ND)
+    inputs_STD = _embed(model, ids, part.ids_ST[:, :1], row_SD)
     hidden_STD = model.hidden(inputs_STD, layer=layer)
     return hidden_STD.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden_STD.shape[-1]))
 
 
-def _embed(
-    model: FrozenModel, ids: torch.Tensor, own_S1: torch.Tensor, row_SD: torch.Tensor, first_new_id: int,
-    others_ND: torch.Tensor | None,
-) -> torch.Tensor:
+def _embed(model: FrozenModel, ids: torch.Tensor, own_S1: torch.Tensor, row_SD: torch.Tensor) -> torch.Tensor:
     own = ids == own_S1
-    inputs = model.embed(ids.masked_fill(own, 0), others_ND, first_new_id)
-    return torch.where(own.unsqueeze(-1), model.scaled(row_SD).unsqueeze(1), inputs)
+    return torch.where(own.unsqueeze(-1), model.scaled(row_SD).unsqueeze(1), model.embed(ids.masked_fill(own, 0)))
 
 
 def _joined(part: Examples) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,16 +181,13 @@ def _behind(before_S: torch.Tensor, count: int, width: int) -> Branches:
 
 
 @torch.no_grad()
-def sharing_is_exact(
-    model: FrozenModel, examples: Examples, layer: int, first_new_id: int
-) -> bool:
+def sharing_is_exact(model: FrozenModel, examples: Examples, layer: int) -> bool:
     """Tell whether the kept past gives the states of the plain way, tried on the longest snippets.
 
     Args:
         model: The frozen model.
         examples: Some snippets.
         layer: How many layers to run.
-        first_new_id: The id of the first new token.
     """
     if model.offloaded or not model.takes_branches:
         return False
@@ -233,7 +198,7 @@ def sharing_is_exact(
     if contexts.past is None or len(contexts.past) != layer:
         return False
     own = contexts.take(torch.arange(len(some)), some)
-    shared, plain = (student_states(model, some, past, row_SD, layer, first_new_id).float()
+    shared, plain = (student_states(model, some, past, row_SD, layer).float()
                      for past in (own.past, None))
     width = some.ids_ST.shape[1]
     counted_ST = (torch.arange(width, device=model.device) < some.length_S[:, None])[..., None]

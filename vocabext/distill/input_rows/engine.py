@@ -2,9 +2,9 @@
 
 Shape suffixes: S snippets, T positions from the token on, D hidden size, G tokens of the group, A those still at work.
 
-Every step shows each token that is still at work the same number of its snippets, so that one pass of the
-model serves many optimizers (`clocks.py`). The teacher runs once per text (`contexts.py`), and only over
-those that a round needs: rounds begin with few snippets, and only a token that still gains gets to see more.
+Every step shows each token that is still at work one of its snippets, so that one pass of the model serves many
+optimizers (`clocks.py`). The teacher runs once per text (`contexts.py`), and only over those that a round needs:
+rounds begin with few snippets, and only a token that still gains gets to see more.
 """
 
 import math
@@ -27,37 +27,27 @@ class Objective:
 
     Attributes:
         layer: How many layers to run.
-        first_new_id: The id of the first new token.
         rounds: For each round how many training snippets of a token it uses, and how often it shows one.
         learning_rate: Peak step size, per element.
-        batch_snippets: Snippets of each token per step.
         positions: Positions of one forward pass at most, padding included; longer steps are cut in parts.
         keep_past: Whether the past of the tokens is kept (exact, and fits), or computed in every step.
-        next_token_weight: Weight of predicting the next base id, per nat.
-        num_base: How many base ids are in use.
         background: Places where the rows should not be written, for a model whose matrices are tied.
         silence: Weight of that, per nat that a row takes from the base tokens.
         bias_G: Entries of the head's bias that the tokens get; None for a head without one.
-        others_ND: Rows of all new tokens, for snippets in which others are merged, too.
     """
 
     layer: int
-    first_new_id: int
     rounds: Sequence[tuple[int, int]]
     learning_rate: float
-    batch_snippets: int = 1
     positions: int = 4_096
     keep_past: bool = True
-    next_token_weight: float = 0.0
-    num_base: int = 0
     background: Background | None = None
     silence: float = 0.0
     bias_G: torch.Tensor | None = None
-    others_ND: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Fit:
+class GroupFit:
     """Rows of a group and how well they fit.
 
     Attributes:
@@ -83,8 +73,7 @@ class Taught:
     def add(self, model: FrozenModel, examples: Examples, objective: Objective) -> None:
         """Run the teacher over more snippets."""
         self.examples.append(examples)
-        self.contexts.append(teach(model, examples, objective.layer, keep_past=objective.keep_past,
-                                   others_ND=objective.others_ND, first_new_id=objective.first_new_id))
+        self.contexts.append(teach(model, examples, objective.layer, keep_past=objective.keep_past))
 
     def batches(self, chosen: Sequence[torch.Tensor], positions: int, device: torch.device
                 ) -> Iterator[tuple[Examples, Contexts]]:
@@ -99,32 +88,21 @@ class Taught:
 
 
 def snippet_errors(
-    model: FrozenModel, part: Examples, contexts: Contexts, rows_GD: torch.Tensor, objective: Objective
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the relative squared error of each snippet, (S,), and the states that have it.
+    model: FrozenModel, part: Examples, contexts: Contexts, rows_GD: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """Return the relative squared error of each snippet, (S,).
 
     0 is perfect, 1 is as wrong as predicting zero. Dividing by the mean square of the target makes errors
     comparable across layers and models, and gives every snippet of a token the same say.
     """
-    hidden_STD = student_states(model, part, contexts.past, rows_GD[part.token_S], objective.layer,
-                                objective.first_new_id, objective.others_ND)
+    hidden_STD = student_states(model, part, contexts.past, rows_GD[part.token_S], layer)
     hidden_STD = hidden_STD[:, : part.ids_ST.shape[1]]
     exact = torch.promote_types(hidden_STD.dtype, torch.float32)
     target_STD = contexts.target_STD.to(hidden_STD.device, exact)
     counted_ST = torch.arange(part.ids_ST.shape[1], device=hidden_STD.device) < part.length_S[:, None]
     error_S = ((hidden_STD.to(exact) - target_STD).square().sum(-1) * counted_ST).sum(-1)
     scale_S = (target_STD.square().sum(-1) * counted_ST).sum(-1)
-    return error_S / scale_S.clamp(min=1e-12), hidden_STD
-
-
-def next_token_nats(model: FrozenModel, part: Examples, hidden_STD: torch.Tensor, num_base: int) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the following base ids of each snippet, (S,)."""
-    known_ST = part.next_ST >= 0
-    logs_PV = model.log_probabilities(hidden_STD[known_ST], num_base=num_base)
-    nats_P = -logs_PV.gather(1, part.next_ST[known_ST][:, None])[:, 0]
-    owner_P = known_ST.nonzero()[:, 0]
-    total_S = nats_P.new_zeros(len(part)).index_add(0, owner_P, nats_P)
-    return total_S / known_ST.sum(1).clamp(min=1)
+    return error_S / scale_S.clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -136,7 +114,7 @@ def held_out_errors(
     total_G, count_G = (rows_GD.new_zeros(len(rows_GD), dtype=torch.float32) for _ in range(2))
     wanted = [_of(examples, active_G) for examples in taught.examples]
     for part, contexts in taught.batches(wanted, objective.positions, model.device):
-        errors_S = snippet_errors(model, part, contexts, rows_GD, objective)[0].float()
+        errors_S = snippet_errors(model, part, contexts, rows_GD, objective.layer).float()
         total_G.index_add_(0, part.token_S, errors_S)
         count_G.index_add_(0, part.token_S, torch.ones_like(errors_S))
     total_G[_unjudged(taught, len(rows_GD)).to(total_G.device)] = math.inf
@@ -159,7 +137,7 @@ def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
 def fit_rows(
     model: FrozenModel, train: Sequence[Examples | None], held_out: Examples | None, start_GD: torch.Tensor,
     objective: Objective, generators: Sequence[torch.Generator], other_start_GD: torch.Tensor | None = None,
-) -> Fit:
+) -> GroupFit:
     """Train the rows of a group.
 
     Args:
@@ -198,7 +176,7 @@ def fit_rows(
         error_G = held_out_errors(model, judged, clocks.rows_GD, objective, clocks.active_G)
         clocks.end_round(active, error_G[active])
     _undo_useless(model, taught, clocks, start_GD, objective)
-    return Fit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
+    return GroupFit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
 
 
 def _undo_useless(model: FrozenModel, taught: Taught, clocks: Clocks, start_GD: torch.Tensor, objective: Objective
@@ -218,22 +196,16 @@ def _train_round(
     generators: Sequence[torch.Generator],
 ) -> None:
     active = clocks.active
-    steps = math.ceil(shows / objective.batch_snippets)
-    schedule = _schedule(taught.examples, active.cpu(), steps, objective.batch_snippets, generators)
-    for step, chosen in enumerate(schedule):
+    for step, chosen in enumerate(_schedule(taught.examples, active.cpu(), shows, generators)):
         rows_GD = clocks.rows_GD.detach().requires_grad_()
         gradient_GD = torch.zeros_like(rows_GD)
         for part, contexts in taught.batches(chosen, objective.positions, model.device):
-            errors_S, hidden_STD = snippet_errors(model, part, contexts, rows_GD, objective)
-            loss = errors_S.sum()
-            if objective.next_token_weight:
-                nats_S = next_token_nats(model, part, hidden_STD, objective.num_base)
-                loss = loss + objective.next_token_weight * nats_S.sum()
-            gradient_GD += torch.autograd.grad(loss / objective.batch_snippets, rows_GD)[0]
+            loss = snippet_errors(model, part, contexts, rows_GD, objective.layer).sum()
+            gradient_GD += torch.autograd.grad(loss, rows_GD)[0]
         gradient_AD = gradient_GD[active]
         if objective.background is not None and objective.silence:
             gradient_AD += _silence_gradient(objective, clocks.rows_GD[active], active, generators[int(active[0])])
-        clocks.step(active, gradient_AD, decayed(objective.learning_rate, step, steps))
+        clocks.step(active, gradient_AD, decayed(objective.learning_rate, step, shows))
 
 
 def _silence_gradient(
@@ -247,22 +219,19 @@ def _silence_gradient(
 
 
 def _schedule(
-    parts: Sequence[Examples], tokens: torch.Tensor, steps: int, batch_snippets: int,
-    generators: Sequence[torch.Generator],
+    parts: Sequence[Examples], tokens: torch.Tensor, steps: int, generators: Sequence[torch.Generator],
 ) -> list[list[torch.Tensor]]:
-    """Return for every step which snippets of each part are shown: the same number for each token.
+    """Return for every step which snippets of each part are shown: one of each token.
 
     A token with fewer snippets than the others goes round them more often.
     """
     owner = torch.cat([examples.token_S for examples in parts])
     bounds = torch.tensor([0, *(len(examples) for examples in parts)]).cumsum(0)
-    count = steps * batch_snippets
     columns = []
     for token in tokens.tolist():
         own = (owner == token).nonzero().flatten()
-        times = math.ceil(count / len(own))
+        times = math.ceil(steps / len(own))
         order = [own[torch.randperm(len(own), generator=generators[token])] for _ in range(times)]
-        columns.append(torch.cat(order)[:count].view(steps, batch_snippets))
-    every = torch.stack(columns, 1)  # steps, tokens, snippets
+        columns.append(torch.cat(order)[:steps])
     return [[step[(step >= low) & (step < high)] - low for low, high in pairwise(bounds)]
-            for step in every.flatten(1)]
+            for step in torch.stack(columns, 1)]

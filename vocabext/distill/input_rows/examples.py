@@ -8,7 +8,7 @@ up with the last base id of its run in the teacher's text. Only so many position
 laid out: the error lives near it (docs/decisions/distillation-rounds.md).
 
 The student reads its own token merged and every other new token taken apart, so that each row is an
-independent problem; or, in the second pass, all of them merged, as text arrives in production.
+independent problem.
 
 The same text may be a snippet of several tokens (`sharing.py`). The teacher reads it once.
 """
@@ -37,9 +37,7 @@ class Examples:
             on the right.
         text_S: Which of these texts each snippet is.
         aligned_ST: For each position from the token on, the teacher's position that it must match.
-        next_ST: The base id that comes after each of these positions; -1 where the snippet ends.
         token_S: Which token (index into the group) each snippet belongs to.
-        shared: Whether teacher and student read the same ids before the token.
     """
 
     before_SP: torch.Tensor
@@ -49,9 +47,7 @@ class Examples:
     teacher_WU: torch.Tensor
     text_S: torch.Tensor
     aligned_ST: torch.Tensor
-    next_ST: torch.Tensor
     token_S: torch.Tensor
-    shared: bool
 
     def __len__(self) -> int:
         """How many snippets there are."""
@@ -77,14 +73,12 @@ class Examples:
         texts, text_S = self.text_S[at].unique(return_inverse=True)
         return Examples(
             self.before_SP[at, before:], self.before_S[at], self.ids_ST[at, :width], self.length_S[at],
-            self.teacher_WU[texts, :depth], text_S, self.aligned_ST[at, :width], self.next_ST[at, :width],
-            self.token_S[at], self.shared,
+            self.teacher_WU[texts, :depth], text_S, self.aligned_ST[at, :width], self.token_S[at],
         )
 
     def to(self, device: torch.device) -> "Examples":
         """Move all arrays to a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return Examples(**moved, shared=self.shared)
+        return Examples(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,6 @@ class _Text:
     ids: Ids
     teacher: Ids
     aligned: Ids
-    following: Ids
 
     @property
     def read(self) -> int:
@@ -105,7 +98,7 @@ class _Text:
 
 def build_examples(
     records: Sequence[TokenSnippets], expansion: Expansion, tokens: Sequence[int], *,
-    prefix_ids: Sequence[int] = (), reach: int | None = None, merge_all: bool = False,
+    prefix_ids: Sequence[int] = (), reach: int | None = None,
 ) -> Examples:
     """Lay out the snippets of a group of tokens.
 
@@ -115,7 +108,6 @@ def build_examples(
         tokens: Index of each of the group's tokens in the expansion.
         prefix_ids: Ids to put in front of every snippet (such as BOS), as in real use.
         reach: How many positions behind the token are compared; None for all.
-        merge_all: Whether the student reads the other new tokens merged, too.
 
     Returns:
         Snippets in which the tokens have the ids that they have in the expansion.
@@ -125,8 +117,7 @@ def build_examples(
     prefix = np.asarray(prefix_ids, np.int64)
     for index, (record, token) in enumerate(zip(records, tokens, strict=True)):
         own = expansion.first_new_id + token
-        students = ([np.asarray(snippet, np.int64) for snippet in record.snippets] if merge_all
-                    else expansion.unmerge_batch(record.snippets, keep=[own]))
+        students = expansion.unmerge_batch(record.snippets, keep=[own])
         texts += [_lay_out(np.concatenate((prefix, student)), own, expansion, reach) for student in students]
         owners += [index] * len(students)
     counts = [[len(part) for part in column] for column in
@@ -135,7 +126,7 @@ def build_examples(
     return Examples(
         _pad([text.before[::-1] for text in texts]).flip(1), torch.tensor(counts[0]), _pad([t.ids for t in texts]),
         torch.tensor(counts[1]), _pad(teacher), torch.tensor(text_of), _pad([t.aligned for t in texts]),
-        _pad([t.following for t in texts], -1), torch.tensor(owners), shared=not merge_all,
+        torch.tensor(owners),
     )
 
 
@@ -159,10 +150,9 @@ def _lay_out(student: Ids, own: int, expansion: Expansion, reach: int | None) ->
     start = int(np.flatnonzero(student == own)[0])
     stop = len(student) if reach is None else min(len(student), start + 1 + reach)
     teacher, aligned = expansion.unmerge(student), expansion.last_positions(student)[start:stop]
-    following = np.append(teacher, -1)[aligned + 1]
-    return _Text(student[:start], student[start:stop], teacher, aligned, following)
+    return _Text(student[:start], student[start:stop], teacher, aligned)
 
 
-def _pad(rows: Sequence[Ids], value: int = PAD) -> torch.Tensor:
-    tensors = [torch.from_numpy(row.copy()) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+def _pad(rows: Sequence[Ids]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row.copy()) for row in rows], batch_first=True,
+                                           padding_value=PAD)

@@ -5,11 +5,11 @@ tokens. A budget bounds it, and with it the size of the groups. Everything else 
 their optimizer, and what one step computes; none of these grow with the number of snippets.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 
 from vocabext.distill.input_rows.contexts import FORWARD_POSITIONS, READ_AT_ONCE
@@ -71,12 +71,12 @@ def device_bytes(device: torch.device) -> int:
     """Return how much memory a device has, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def plan_memory(
     model: FrozenModel, *, tokens: int, snippets: int, before: int, width: int, layer: int, positions: int,
-    wanted_group: int, budget_bytes: int | None, exact: bool, batch_snippets: int = 1,
+    wanted_group: int, budget_bytes: int | None, exact: bool,
     kept_positions: Callable[[int], tuple[int, int]] | None = None,
 ) -> MemoryPlan:
     """Choose the size of the groups, and whether the past is kept.
@@ -92,7 +92,6 @@ def plan_memory(
         wanted_group: Tokens per group if memory were no matter.
         budget_bytes: Bound for what is kept of a group; None takes a share of the device's memory.
         exact: Whether keeping the past gives the same result (`contexts.sharing_is_exact`).
-        batch_snippets: Snippets of a token per step.
         kept_positions: For groups of a given size, of how many positions keys and values are kept, and of how many of
             one text at most; None takes every snippet for the longest text.
     """
@@ -113,7 +112,7 @@ def plan_memory(
     while group > 1 and (needed := kept(group, with_past=keep_past)) > budget:
         group = even(max(1, group // 2, group * budget // needed))
     computed, read = (width, counted(group)[1]) if keep_past else (before, 0)
-    at_once = min(max(1, positions // (computed + read // READ_AT_ONCE)), group * batch_snippets)
+    at_once = min(max(1, positions // (computed + read // READ_AT_ONCE)), group)
     step = at_once * model.step_bytes(layer, positions=computed, before=read)
     # The teacher reads more at once: it holds the keys and values of all layers, and one layer's inner states.
     teacher = min(FORWARD_POSITIONS[model.device.type], group * snippets * before) * (

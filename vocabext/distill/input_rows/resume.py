@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.distill.input_rows.engine import Fit
+from vocabext.distill.input_rows.engine import GroupFit
 from vocabext.files.atomic import atomic_file
 from vocabext.model.frozen import FrozenModel
 from vocabext.tokens import TokenSnippets
@@ -46,7 +46,7 @@ class FinishedGroups:
         """
         self._folder, self._digest = folder, digest
 
-    def load(self, name: str) -> Fit | None:
+    def load(self, name: str) -> GroupFit | None:
         """Return a finished group, or None if it is not there, or belongs to other work."""
         from safetensors import SafetensorError, safe_open
 
@@ -57,11 +57,11 @@ class FinishedGroups:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("digest") != self._digest:
                     return None
-                return Fit(*(file.get_tensor(key) for key in NAMES))
+                return GroupFit(*(file.get_tensor(key) for key in NAMES))
         except (SafetensorError, OSError):
             return None
 
-    def save(self, name: str, fit: Fit) -> None:
+    def save(self, name: str, fit: GroupFit) -> None:
         """Keep a finished group, whole or not at all."""
         from safetensors.torch import save
 

@@ -57,14 +57,14 @@ class Background:
 
 @torch.no_grad()
 def sample_background(
-    model: FrozenModel, groups: Sequence[Examples], num_base: int, generator: torch.Generator
+    model: FrozenModel, groups: Sequence[Examples], first_new_id: int, generator: torch.Generator
 ) -> Background:
     """Run the base over snippets and keep final hidden states of some places.
 
     Args:
         model: The frozen model.
         groups: Snippets, of which the teacher's side is read.
-        num_base: How many base ids are in use.
+        first_new_id: Id of the first new token (U).
         generator: Source of the choice.
     """
     hidden = []
@@ -76,6 +76,6 @@ def sample_background(
     every_PD = torch.cat(hidden)
     at = torch.randperm(len(every_PD), generator=generator)[:MAX_PLACES].to(every_PD.device)
     kept_PD = every_PD[at]
-    normalisers = (torch.logsumexp(model.logits(part_PD, num_base=num_base), -1)
-                   for part_PD in kept_PD.split(max(1, NORMALISER_NUMBERS // num_base)))
+    normalisers = (torch.logsumexp(model.logits(part_PD, first_new_id=first_new_id), -1)
+                   for part_PD in kept_PD.split(max(1, NORMALISER_NUMBERS // first_new_id)))
     return Background(kept_PD, torch.cat(list(normalisers)), model.logit_map)

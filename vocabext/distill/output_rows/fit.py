@@ -27,7 +27,7 @@ DECAY = 1e-6
 
 
 @dataclass(frozen=True)
-class Task:
+class Targets:
     """What rows are fitted to.
 
     Attributes:
@@ -56,27 +56,27 @@ def longest_runs(places: Places, lengths_N: torch.Tensor) -> torch.Tensor:
     return label_P
 
 
-class Fit:
+class OutputFit:
     """Rows under way: they can be trained on with other weights from where they are."""
 
-    def __init__(self, task: Task, num_tokens: int, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, targets: Targets, num_tokens: int, device: torch.device, seed: int = 0) -> None:
         """Whiten the states; rows begin at zero, where they are never on top.
 
         Args:
-            task: What to fit to.
+            targets: What to fit to.
             num_tokens: How many rows (N).
             device: Where to compute.
             seed: Of the order of places.
         """
-        self.task, self.device = task, device
+        self.targets, self.device = targets, device
         self.generator = torch.Generator().manual_seed(seed)
-        some = torch.randperm(len(task.places), generator=self.generator)[:SAMPLE]
-        width = task.places.hidden_PD.shape[1]
+        some = torch.randperm(len(targets.places), generator=self.generator)[:SAMPLE]
+        width = targets.places.hidden_PD.shape[1]
         second_DD = torch.zeros(width, width, dtype=torch.float32)
         for at in some.split(BATCH):  # all of them in float32 would be more than the states
-            part_ID = task.places.hidden_PD[at].float()
+            part_ID = targets.places.hidden_PD[at].float()
             second_DD += part_ID.T @ part_ID / len(some)
-        second_DD *= task.logit_map.scale**2  # so that a step moves logits by as much in a class that scales them
+        second_DD *= targets.logit_map.scale**2  # so that a step moves logits by as much in a class that scales them
         second_DD += RIDGE * second_DD.diagonal().mean() * torch.eye(width, dtype=torch.float32)
         self.factor_DD = torch.linalg.cholesky(second_DD).to(device)
         self.white_ND = torch.zeros(num_tokens, width, dtype=torch.float32, device=device)
@@ -112,22 +112,22 @@ class Fit:
 
     def steps(self, epochs: float) -> int:
         """Return how many steps `train` makes."""
-        return max(1, round(epochs * len(self.task.places) / self._batch))
+        return max(1, round(epochs * len(self.targets.places) / self._batch))
 
     @property
     def _batch(self) -> int:
-        return min(BATCH, max(LEAST_BATCH, len(self.task.places) // LEAST_STEPS))
+        return min(BATCH, max(LEAST_BATCH, len(self.targets.places) // LEAST_STEPS))
 
     def _batches(self, epochs: float) -> "list[tuple[float, torch.Tensor]]":
-        size, steps, batch = len(self.task.places), self.steps(epochs), self._batch
+        size, steps, batch = len(self.targets.places), self.steps(epochs), self._batch
         order = torch.cat([torch.randperm(size, generator=self.generator)
                            for _ in range(-(-steps * batch // size))])
         return [(step / steps, order[step * batch : (step + 1) * batch]) for step in range(steps)]
 
     def _loss(self, white_ND: torch.Tensor, at: torch.Tensor, caution: float) -> torch.Tensor:
-        scores_IN = self.task.scores(self.unwhitened(white_ND), at)
-        base_I = self.task.places.top_P[at].to(scores_IN.device)
-        label_I = self.task.label_P[at].to(scores_IN.device)
+        scores_IN = self.targets.scores(self.unwhitened(white_ND), at)
+        base_I = self.targets.places.top_P[at].to(scores_IN.device)
+        label_I = self.targets.label_P[at].to(scores_IN.device)
         every = torch.cat((scores_IN, base_I[:, None]), 1)
         loss_I = torch.nn.functional.cross_entropy(every, label_I, reduction="none")
         return (loss_I * torch.where(label_I < len(white_ND), 1.0, caution)).mean()

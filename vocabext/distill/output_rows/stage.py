@@ -14,7 +14,7 @@ import torch
 
 from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
 from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO, TIED_IN_VLLM
-from vocabext.distill.output_rows.fit import BATCH, Fit, Task, longest_runs
+from vocabext.distill.output_rows.fit import BATCH, OutputFit, Targets, longest_runs
 from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
 from vocabext.model.frozen import PROBE_POSITIONS, FrozenModel
@@ -23,8 +23,7 @@ from vocabext.model.places import HEAD_PLACES, WINDOW_POSITIONS, Places, concate
 from vocabext.model.run_tree import RunTree
 from vocabext.model.writing import Uses, Writing, find_uses, measure_writing, per_token
 from vocabext.options import DistillConfig
-from vocabext.progress import Progress, no_progress
-from vocabext.progress import Task as ProgressTask
+from vocabext.progress import Progress, Task, no_progress
 from vocabext.tokens import Expansion, Ids, TokenSnippets
 
 # One window in this many judges rows that the others made.
@@ -166,7 +165,7 @@ def choose_output_rows(config: DistillConfig, *, architecture: str, tied: bool, 
 def make_output_rows(
     kind: str, records: Sequence[TokenSnippets], model: FrozenModel, expansion: Expansion, *,
     prefix_ids: Sequence[int] = (), places_per_token: int = 200, false_use: float = 0.01, seed: int = 0,
-    progress: Progress = no_progress, reserved_ids: Collection[int] = (),
+    progress: Progress = no_progress, textless_ids: Collection[int] = (),
 ) -> OutputRows:
     """Make the output rows of all new tokens.
 
@@ -182,7 +181,7 @@ def make_output_rows(
         false_use: Share of held-out places at which a new token may be on top where base writes something else.
         seed: Of every choice.
         progress: Where to report.
-        reserved_ids: Base ids that no text has: their rows are no examples of what is never written.
+        textless_ids: Base ids that no text has: their rows are no examples of what is never written.
     """
     tokens = [record.new_token for record in records]
     mean_ND = mean_rows(model.head_VD, tokens).cpu()
@@ -198,7 +197,7 @@ def make_output_rows(
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     head_VD, lengths_N = model.head_VD, torch.tensor([len(token.run) for token in tokens])
-    usable_V = rows_in_use(head_VD, expansion.first_new_id, reserved_ids)
+    usable_V = rows_in_use(head_VD, expansion.first_new_id, textless_ids)
     silent_D, leak, silent_ids = silent_row(head_VD, parts, expansion.first_new_id, model.logit_map, usable_V)
     size = sum(map(len, parts))
     if kind == "none" or not held_out:
@@ -208,7 +207,7 @@ def make_output_rows(
     places, judged = parts
     longest = LONGEST * float(row_norms(head_VD[:expansion.first_new_id])[usable_V].max())
     judge = _Judge(records, judged, lengths_N, silent_D, longest, model.logit_map)
-    fit = Fit(Task(places, longest_runs(places, lengths_N), model.logit_map), len(tokens), model.device, seed)
+    fit = OutputFit(Targets(places, longest_runs(places, lengths_N), model.logit_map), len(tokens), model.device, seed)
     best = _fit(fit, judge, false_use, progress)
     return OutputRows(best.rows_ND, kind, best.writing, best.tokens, best.caution, size,
                       leak if any(t.silent for t in best.tokens) else None, silent_ids, read_seconds,
@@ -287,7 +286,7 @@ def _judging_texts(owned: Sequence[range], texts: Sequence[int]) -> set[int]:
 
 
 def _read(
-    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, num_base: int, first: int, progress: Progress
+    model: FrozenModel, windows: Sequence[Ids], tree: RunTree, first_new_id: int, first: int, progress: Progress
 ) -> Places:
     order = sorted(range(len(windows)), key=lambda s: len(windows[s]))  # of one length as far as possible: no padding
     skipped = max(0, first - 1)
@@ -296,7 +295,7 @@ def _read(
     with progress("reading what the base writes", len(windows), "snippets") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
             some = [windows[s] for s in order[at : at + WINDOWS_AT_ONCE]]
-            part = find_places(model, some, tree, num_base=num_base, first=skipped)
+            part = find_places(model, some, tree, first_new_id=first_new_id, first=skipped)
             # States are nearly all there is: they go to their place at once, so that they are never there twice.
             if not parts:
                 size = sum(len(window) - skipped for window in windows)
@@ -345,7 +344,7 @@ class _Judge:
         return _Try(shipped_ND.cpu(), tokens, measure_writing(self.places, uses, self.lengths_N), caution)
 
 
-def _fit(fit: Fit, judge: _Judge, false_use: float, progress: Progress) -> _Try:
+def _fit(fit: OutputFit, judge: _Judge, false_use: float, progress: Progress) -> _Try:
     """Fit rows, and return those with the best adoption among the ones that are wrong at no more places than allowed.
 
     Every training is measured. If none of the planned ones keeps the bound, caution grows until one does, or
@@ -370,7 +369,7 @@ def _fit(fit: Fit, judge: _Judge, false_use: float, progress: Progress) -> _Try:
     return best
 
 
-def _train_on(fit: Fit, judge: _Judge, caution: float, bar: ProgressTask) -> _Try:
+def _train_on(fit: OutputFit, judge: _Judge, caution: float, bar: Task) -> _Try:
     """Train rows on from where they are, and judge them."""
     fit.train(TRY_EPOCHS, caution, bar.advance)
     return judge(fit.rows_ND, caution)
@@ -398,7 +397,7 @@ def _why_silent(deserved: int, right: int, wrong: int) -> str | None:
 
 
 def silent_row(
-    head_VD: torch.Tensor, parts: Sequence[Places], num_base: int, logit_map: LogitMap,
+    head_VD: torch.Tensor, parts: Sequence[Places], first_new_id: int, logit_map: LogitMap,
     usable_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float, tuple[int, ...]]:
     """Return a row that is never on top: the mean of the two base rows that are least likely at their likeliest place.
@@ -410,7 +409,7 @@ def silent_row(
     Args:
         head_VD: The base's output rows.
         parts: Places at which to look, some in each part.
-        num_base: How many of the rows the tokenizer addresses.
+        first_new_id: Id of the first new token (U).
         logit_map: From products to logits, as the model class does it.
         usable_V: Which of these may be chosen; None finds those in use (`rows_in_use`).
 
@@ -420,19 +419,19 @@ def silent_row(
     Raises:
         UsageError: If there is no row to choose.
     """
-    num_base = min(num_base, len(head_VD))  # the last ids may have no row
-    usable_V = rows_in_use(head_VD, num_base) if usable_V is None else usable_V
+    num_rows = min(first_new_id, len(head_VD))  # the last ids may have no row
+    usable_V = rows_in_use(head_VD, num_rows) if usable_V is None else usable_V
     if not bool(usable_V.any()):
-        raise UsageError(f"all {num_base:,} output rows of the model are zero, so that none can keep a token from "
+        raise UsageError(f"all {num_rows:,} output rows of the model are zero, so that none can keep a token from "
                          "being written; the weights are damaged, or were never trained")
     size, begin = sum(map(len, parts)), 0
     at = torch.linspace(0, size - 1, min(size, SILENCE_PLACES), dtype=torch.float64).long()
-    worst_V = torch.full((num_base,), -math.inf, dtype=torch.float32)
+    worst_V = torch.full((num_rows,), -math.inf, dtype=torch.float32)
     for part in parts:
         own = at[(at >= begin) & (at < begin + len(part))] - begin
         begin += len(part)
         for some in own.split(ROWS_AT_ONCE) if len(own) else ():
-            logits_CV = part.hidden_PD[some].to(head_VD) @ head_VD[:num_base].T  # the head in its own dtype: no copy
+            logits_CV = part.hidden_PD[some].to(head_VD) @ head_VD[:num_rows].T  # the head in its own dtype: no copy
             share_CV = logit_map(logits_CV.float()).cpu() - part.normaliser_P[some, None]
             worst_V = torch.maximum(worst_V, share_CV.amax(0))
     worst_V[~usable_V] = math.inf

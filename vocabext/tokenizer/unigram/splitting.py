@@ -87,7 +87,7 @@ class UnigramScheme(Scheme):
         normal = super()._normal(text)
         return normal.replace(SPACE_MARK, " ") if self.marks else normal
 
-    def pieces(self, text: str) -> list[str]:
+    def chunks(self, text: str) -> list[str]:
         """Return the chunks of a text that stands inside a longer one."""
         if self.splitting == WHOLE:
             return [text.replace(" ", SPACE_MARK) if self.marks else text]
@@ -132,26 +132,26 @@ class UnigramScheme(Scheme):
         unknown = self.spec["model"].get("unk_id")
         return [] if unknown is None else [unknown]
 
-    def check(self, text: str, pieces: list[str], run: tuple[int, ...]) -> None:
+    def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
         """Refuse strings that are cut differently in some context, and phrases that cannot stay together."""
         if set(run) & set(self.added.values()):
             raise TokenizerError(f"{text!r} contains an added token once it is normalized")
-        key = "".join(pieces)
+        key = "".join(chunks)
         if self.key_text(key) != text:
             raise TokenizerError(f"{text!r} becomes {self.key_text(key)!r} when it is split; add that form instead")
-        if len(pieces) > 1 or SPACE_MARK in key[1:]:
-            self._check_phrase(text, pieces)
+        if len(chunks) > 1 or SPACE_MARK in key[1:]:
+            self._check_phrase(text, chunks)
         if self.splitting in (AT_MARKS, AT_SPACES) and key[0] == SPACE_MARK:
             return  # a chunk begins here: nothing crosses the left edge
         if crossing := self._lattice.left_tie(key, self._cuts(run)):
             raise TokenizerError(f"{text!r} is cut differently after some texts: {crossing!r} can reach into it")
 
-    def _check_phrase(self, text: str, pieces: list[str]) -> None:
+    def _check_phrase(self, text: str, chunks: list[str]) -> None:
         if self.extended_before:
             raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
         if self.splitting == OTHERWISE:
             raise TokenizerError(f"{text!r} is a phrase, and the splitting of this tokenizer cannot take phrases")
-        if self.splitting != WHOLE and not all(piece[0] == SPACE_MARK for piece in pieces):
+        if self.splitting != WHOLE and not all(chunk[0] == SPACE_MARK for chunk in chunks):
             raise TokenizerError(f"{text!r} is a phrase that does not begin with a space")
         shown = self.splitting == WHOLE and not _has_metaspace(self.spec["decoder"])
         if not shown and (crossing := self._over_marks):
@@ -193,8 +193,8 @@ class UnigramScheme(Scheme):
     @cached_property
     def _edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """For each id: the sort of its first and of its last character, and whether it is nothing but a mark."""
-        first, last = np.full(self.num_used_ids, NO_SPACES), np.full(self.num_used_ids, NO_SPACES)
-        only_mark = np.zeros(self.num_used_ids, np.bool_)
+        first, last = np.full(self.first_new_id, NO_SPACES), np.full(self.first_new_id, NO_SPACES)
+        only_mark = np.zeros(self.first_new_id, np.bool_)
         barrier = set(self.barrier_ids.tolist())
         for token, i in self.vocabulary.items():
             if token and i not in barrier:
@@ -225,7 +225,7 @@ class UnigramScheme(Scheme):
         Added tokens keep their ids that way. The empty string, in the holes, matches nothing.
         """
         names = {i: content for content, i in self.added.items()}
-        fillers = [names.get(i, "") for i in range(len(self.spec["model"]["vocab"]), self.num_used_ids)]
+        fillers = [names.get(i, "") for i in range(len(self.spec["model"]["vocab"]), self.first_new_id)]
         if short := next((name for name in fillers if len(name) == 1), None):
             raise TokenizerError(f"the added token {short!r} stands outside of the vocabulary and is one character; "
                                  "inside of it, it would be found in plain text")

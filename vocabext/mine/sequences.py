@@ -1,6 +1,6 @@
-"""Choose whole runs of units, for tokenizers that look a chunk up as it is.
+"""Choose whole sequences of units, for tokenizers that look a chunk up as it is.
 
-A new token may begin and end only where a unit does. Candidates are all runs of up to `max_units` units that are
+A new token may begin and end only where a unit does. Candidates are all sequences of up to `max_units` units that are
 frequent. They are chosen greedily by what they save *given what is chosen already*: once `" signs and symptoms"`
 is a token, `" symptoms"` saves only where it stands alone. Since choices only ever lower what others save, a stale
 value is an upper bound and most of them need never be computed again (lazy greedy, Minoux 1978).
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vocabext.errors import TokenizerError
-from vocabext.mine.counts import Array, Choice, Corpus, apart, as_token, outside_best, text_of
+from vocabext.mine.counts import Array, Chosen, Corpus, apart, as_token, outside_best, text_of
 from vocabext.options import MineConfig
 from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer
@@ -22,9 +22,9 @@ from vocabext.tokens import NewToken
 
 @dataclass
 class Candidates:
-    """The frequent runs of units and where they occur; arrays of shape (C,) unless noted."""
+    """The frequent sequences of units and where they occur; arrays of shape (C,) unless noted."""
 
-    units: Array  # units per run
+    units: Array  # units per sequence
     worth: Array  # the tokens it would save if nothing else were chosen, overlaps not yet taken out
     positions: Array  # all places, candidate by candidate (P,)
     edges: Array  # where each candidate's places begin in `positions` (C + 1,)
@@ -37,13 +37,13 @@ class Candidates:
         return self.positions[self.edges[index] : self.edges[index + 1]]
 
 
-def frequent_runs(corpus: Corpus, config: MineConfig, merged: npt.NDArray[np.bool_]) -> Candidates:
-    """Find all runs of units that are frequent enough and at least two tokens long.
+def frequent_sequences(corpus: Corpus, config: MineConfig, merged: npt.NDArray[np.bool_]) -> Candidates:
+    """Find all sequences of units that are frequent enough and at least two tokens long.
 
     Args:
         corpus: The corpus.
         config: The thresholds.
-        merged: Units of which no run is wanted that holds nothing else, shape (U,).
+        merged: Units of which no sequence is wanted that holds nothing else, shape (U,).
     """
     merged_before: Array = np.append(0, np.cumsum(merged, dtype=np.int64))
     none = np.empty(0, np.int64)
@@ -59,7 +59,7 @@ def frequent_runs(corpus: Corpus, config: MineConfig, merged: npt.NDArray[np.boo
             break
         _, group, counts = np.unique(codes[at], return_inverse=True, return_counts=True)
         frequent = counts[group] >= config.min_count
-        alive[at[~frequent]] = False  # a longer run cannot be more frequent than its beginning
+        alive[at[~frequent]] = False  # a longer sequence cannot be more frequent than its beginning
         at, group = at[frequent], group[frequent]
         usable = (pieces[at] > 1) & (corpus.closable[at + units - 1] | (units == 1))
         usable &= merged_before[at + units] - merged_before[at] < units
@@ -70,7 +70,7 @@ def frequent_runs(corpus: Corpus, config: MineConfig, merged: npt.NDArray[np.boo
 
 def _grouped(at: Array, group: Array, pieces: Array, units: int,
              min_count: int) -> tuple[Array, Array, Array, Array]:
-    """Sort places by the run that stands there; returns units, worth, all places, and how many for each run."""
+    """Sort places by the sequence that stands there; returns units, worth, all places, and how many each has."""
     counts = np.bincount(group)
     enough = counts[group] >= min_count
     at, group = at[enough], group[enough]
@@ -82,7 +82,7 @@ def _grouped(at: Array, group: Array, pieces: Array, units: int,
 
 def _longer(corpus: Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.uint64], pieces: Array,
             units: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64], Array]:
-    """Extend every run that is still alive by the unit that follows it."""
+    """Extend every sequence that is still alive by the unit that follows it."""
     wider = np.zeros_like(alive)
     follows = slice(units - 1, None)
     width = len(alive) - units + 1
@@ -94,15 +94,15 @@ def _longer(corpus: Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.
     return wider, longer, total
 
 
-def choose_runs(
+def choose_sequences(
     corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
     progress: Progress,
-) -> Choice:
+) -> Chosen:
     """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed.
 
     Args:
         corpus: The corpus.
-        candidates: Its frequent runs.
+        candidates: Its frequent sequences.
         base: The tokenizer to extend.
         config: The thresholds.
         wanted: How many tokens to choose.
@@ -136,7 +136,7 @@ def choose_runs(
             task.advance()
         if len(chosen) < wanted:
             task.note("no other candidate saves anything")
-    return Choice(chosen, rejected, len(candidates))
+    return Chosen(chosen, rejected, len(candidates))
 
 
 class _Cover:
