@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from patch_case import make_rows
 from planted import failed, skipped
 from safetensors.torch import load_file, save_file
-from test_patch import make_rows
 from tiny_checkpoints import edit_json, tiny_folder, tiny_tokenizer
 from tiny_families import FAMILIES, NUM_ROWS, SHAPE, tiny_family
 
