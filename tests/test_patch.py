@@ -301,11 +301,12 @@ def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
-@pytest.mark.parametrize("step", ["patch_weights.write_shard", "patch.write_manifest", "patch._write_json"])
+@pytest.mark.parametrize("step", [(patch_weights, "write_shard"), (module, "write_manifest"), (module, "_write_json")])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_interruption_leaves_nothing_or_the_old_folder(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, stop: type[BaseException], there: bool) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str], stop: type[BaseException],
+        there: bool) -> None:
     case = make_case(tmp_path, num_rows=290)
     if there:
         case.patch()
@@ -314,7 +315,7 @@ def test_an_interruption_leaves_nothing_or_the_old_folder(
     def interrupt(*_: Any, **__: Any) -> None:
         raise stop("stop")
 
-    monkeypatch.setattr(f"vocabext.{step}", interrupt)
+    monkeypatch.setattr(*step, interrupt)
     with pytest.raises(stop):
         case.patch(force=True)
     assert digests(tmp_path) == before

@@ -323,11 +323,9 @@ def test_whole_folders_are_not_refused(tmp_path: Path, name: str) -> None:
     load_model(folder, device="cpu", dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("gemma3n", "hidden_size_per_layer_input"), ("llava", "Unrecognized configuration class .*Llava")])
-def test_what_cannot_be_run_is_refused_before_any_weight_is_read(tmp_path: Path, name: str, said: str) -> None:
-    folder = tiny_family(tmp_path / "model", name)
-    with pytest.raises(VocabextError, match=said):
+def test_what_cannot_be_run_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "model", "gemma3n")
+    with pytest.raises(VocabextError, match="hidden_size_per_layer_input"):
         check_folder_runs_on_rows(folder)
 
 

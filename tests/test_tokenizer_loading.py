@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 from base_folders import CASES, Case, Files, as_json, base_folder, named, tekken, with_files
 from hard_texts import FRAGMENTS, possible
-from tiny_checkpoints import edit_json, tiny_folder
-from tiny_expanded import new_tokens
+from patch_case import make_rows
+from tiny_expanded import TOKENS, new_tokens
+from tiny_families import tiny_family
 from tiny_tokenizers import FAMILIES
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vocabext.checkpoint.folder import Rows, save_rows
-from vocabext.checkpoint.rows import mean_rows
-from vocabext.model.frozen import load_model
 from vocabext.patch.stage import patch
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend, load_tokenizer, save_expanded
 
@@ -224,13 +222,9 @@ def test_a_mistral_folder_with_both_of_its_tokenizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", [
     "llama", "qwen2", "qwen3", "mistral"])
 def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base")
-    edit_json(base / "config.json", model_type=model_type)
-    tokens = new_tokens(base)
-    tokenizer = load_tokenizer(base)
-    header = {"base": {"num_used_ids": tokenizer.num_used_ids}, "method": "mean"}
-    rows = mean_rows(load_model(base, device="cpu", dtype="float32").embedding_VD, tokens)
-    save_rows(tmp_path / "rows.safetensors", tokens, Rows(rows), header)
+    base = tiny_family(tmp_path / "base", model_type)
+    tokens, tokenizer = new_tokens(base), load_tokenizer(base)
+    make_rows(base, tmp_path / "rows.safetensors", tuple(TOKENS))
     patch(tmp_path / "rows.safetensors", str(base), tmp_path / "new")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "new")
     expected = extend(tokenizer, tokens)

@@ -89,6 +89,7 @@ def test_without_that_refusal_the_second_phrase_would_cut_the_first(monkeypatch:
     base = family_base("gpt2")
     middle = again("gpt2", extend(base, [base.new_token(" of the")]))
     monkeypatch.setattr(middle.scheme, "extended_before", False)
+    monkeypatch.setattr(middle.scheme, "_listed_phrase", None)
     new = extend(middle, [middle.new_token(" rate of")])
     with pytest.raises(AssertionError):
         check_ids(middle, new, "x rate of the heart")
