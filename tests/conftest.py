@@ -1,14 +1,21 @@
-"""What all tests share: no network, and the way to the real models and corpora."""
+"""What all tests share: no network, one thread, how many examples, and the way to the real models and corpora."""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from real_assets import ASSETS
 
 # Before anything imports huggingface_hub, which reads it once: tests must not depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything loads torch: there is one worker for each core, and models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).parent.parent.parent / "shared" / "assets"))
+# `examples(60)` draws 60 examples under "fuzz", and this percentage of them under the other profiles.
+for name, percent in (("few", 20), ("fuzz", 100)):
+    settings.register_profile(name, max_examples=percent, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@ import re
 from typing import Any
 
 import pytest
+from fuzz import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers
@@ -44,7 +45,7 @@ def cut_changes(bpe: Bpe, left: str, text: str, right: str) -> bool:
     return bpe(left + text + right) != bpe(left) + bpe(text) + bpe(right)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(bpe=MODELS, text=st.text("abc", min_size=1, max_size=6), contexts=st.lists(st.tuples(TEXTS, TEXTS), max_size=20))
 def test_outside_its_hazards_a_string_can_be_cut_out(bpe: Bpe, text: str, contexts: list[tuple[str, str]]) -> None:
     hazards = bpe.table.hazards(text)
@@ -72,7 +73,7 @@ def test_a_merge_that_comes_too_late_is_no_hazard() -> None:
     assert cut_changes(late, "", "ab", "c")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(bpe=MODELS)
 def test_hazards_are_not_just_everything(bpe: Bpe) -> None:
     hazards = bpe.table.hazards("a")
@@ -89,7 +90,7 @@ def matches(expression: str, text: str) -> list[str]:
     return [chunk for chunk, _ in split.pre_tokenize_str(text)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(text=st.text(min_size=1, max_size=5))
 @example(text="-]^[\\")
 @example(text="\x00\n")
@@ -100,7 +101,7 @@ def test_an_escaped_literal_matches_itself_only(text: str) -> None:
     assert character_class("") == ""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(words=st.sets(st.text("abc.", min_size=1, max_size=5), min_size=1, max_size=12),
        text=st.text("abc. ", max_size=30))
 def test_the_tree_finds_the_longest_string(words: set[str], text: str) -> None:
@@ -148,7 +149,7 @@ def guarded(bpe: Bpe, keys: list[str], **options: bool) -> str:
     return whole_text_expression(keys, bpe.table, **options)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(bpe=st.builds(Bpe, st.just("ab.,"), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=14)),
        keys=st.sets(st.text("ab.,", min_size=1, max_size=5), min_size=1, max_size=5),
        texts=st.lists(st.text("ab.,", max_size=20), min_size=1, max_size=20))

@@ -322,7 +322,13 @@ def test_every_verb_has_help(name: str) -> None:
     assert outcome.stdout.startswith(f"Usage: vocabext {name} ")
 
 
-def test_the_command_reference_is_current() -> None:
+@pytest.mark.parametrize("called_alone_before", [False, True])
+def test_the_command_reference_is_current(called_alone_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb in VERBS if called_alone_before else ():
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        monkeypatch.setattr(command, "_help_option", None)  # as it is before its first call
+        assert "-h," not in CliRunner().invoke(command, ["--help"]).output
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert written == docs.render(), "docs/cli.md is out of date; run: make docs"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
@@ -48,7 +49,7 @@ def run(base: BaseTokenizer, texts: Sequence[str], tokens: Sequence[NewToken], *
 # ---- which places --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(texts=st.lists(st.lists(st.sampled_from(WORDS), max_size=60).map("".join), max_size=6),
        window=st.integers(8, 40), seed=st.integers(0, 99), kind=st.sampled_from(["gpt2", "llama3", "metaspace"]))
 def test_every_snippet_is_a_window_with_its_token(texts: list[str], window: int, seed: int, kind: str) -> None:

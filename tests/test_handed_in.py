@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_pipeline import config as config  # a fixture
 from tiny_checkpoints import edit_header, edit_json, tiny_folder
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens
+from tiny_run import tiny_run
 from tiny_tokenizers import tiny_base
 
 from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, resolve_model
@@ -129,6 +129,11 @@ def test_look_alikes_in_a_corpus_are_counted_under_one_reason() -> None:
 
 
 # ---- links to nowhere ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return tiny_run(tmp_path)
 
 
 def mean_only(config: RunConfig) -> RunConfig:

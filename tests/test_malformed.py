@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_patch import EMBEDDING, Case, make_case
+from patch_case import EMBEDDING, Case, make_case
 from tiny_checkpoints import edit_header, edit_json, tiny_folder
 
 from vocabext.checkpoint.folder import INDEX_NAME, WEIGHTS_NAME, open_checkpoint, open_rows
@@ -103,7 +104,7 @@ HEADERS = st.dictionaries(st.one_of(st.sampled_from([EMBEDDING, "__metadata__", 
                           max_size=4)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=examples(400))
 @given(HEADERS, st.binary(max_size=40), st.integers(-3, 3))
 def test_any_header_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes, wrong: int

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fuzz import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
@@ -207,7 +208,7 @@ def test_the_same_corpus_gives_the_same_tokens() -> None:
     assert run(base, corpus()) == run(base, corpus())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(texts=st.lists(st.lists(st.sampled_from([*WORDS, "<s>", "\n", "🙂", "", "1", "'s"]), max_size=20).map(" ".join),
                       min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))
 @example(texts=["1 the 1 the  signs  cardiac signs   cardiac"], kind="crossing")  # fewer tokens, fewer of ` signs `

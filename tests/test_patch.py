@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from base_logits import same_over_base_rows
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from patch_case import EMBEDDING, HEAD, Case, make_case, make_rows, rewrite, stored
 from tiny_checkpoints import asset_model, default_dtype, edit_json, tiny_folder
 from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,44 +33,9 @@ from vocabext.patch import stage as module
 from vocabext.patch import weights as patch_weights
 from vocabext.patch.plan import grown_rows
 from vocabext.patch.stage import patch
-from vocabext.tokenizer import load_tokenizer
 from vocabext.tokens import NewToken
 
-EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 DEADLINE_SECONDS = 20.0
-TEXTS = (" cardiac", " myocardium", " heart rate")
-
-
-class Case(NamedTuple):
-    """A base, a rows file made for it, and where the result goes."""
-
-    base: Path
-    rows: Path
-    output: Path
-
-    def patch(self, **options: Any) -> module.PatchResult:
-        return patch(self.rows, str(self.base), self.output, **options)
-
-
-def make_rows(folder: Path, path: Path, texts: tuple[str, ...] = TEXTS, *, output: bool = False,
-              **header: Any) -> tuple[NewToken, ...]:
-    """Write mean-of-pieces rows for a base model."""
-    tokenizer, checkpoint = load_tokenizer(str(folder)), open_checkpoint(folder)
-    tokens = tuple(tokenizer.new_token(text) for text in texts)
-    embed_VD = checkpoint.read(checkpoint.vocab_tensors[0]).float()
-    input_ND = torch.stack([embed_VD[list(token.run)].mean(dim=0) for token in tokens])
-    output_ND = torch.rand(len(tokens), checkpoint.hidden_size) if output else None
-    recorded = {"model": str(folder), "num_used_ids": tokenizer.first_new_id, "hidden_size": checkpoint.hidden_size,
-                "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}
-    save_rows(path, tokens, Rows(input_ND, output_ND),
-              {"base": recorded, "method": "mean", "options": {"seed": 0}, **header})
-    return tokens
-
-
-def make_case(tmp_path: Path, **options: Any) -> Case:
-    case = Case(tiny_folder(tmp_path / "base", **options), tmp_path / "rows.safetensors", tmp_path / "new")
-    make_rows(case.base, case.rows)
-    return case
 
 
 @pytest.fixture
@@ -83,10 +48,6 @@ def many_shards(tmp_path: Path) -> Case:
     return make_case(tmp_path, tied=False, sharded=True, num_rows=291)
 
 
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in folder.rglob("*") if path.is_file()}
@@ -97,12 +58,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     found["vocabext.json"] = json.dumps({**json.loads(found["vocabext.json"]), "created": ""}).encode()
     return found
-
-
-def rewrite(folder: Path, change: Any) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -347,11 +302,12 @@ def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
-@pytest.mark.parametrize("step", ["patch.weights.write_shard", "patch.stage.write_manifest", "patch.stage._write_json"])
+@pytest.mark.parametrize("step", [(patch_weights, "write_shard"), (module, "write_manifest"), (module, "_write_json")])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_interruption_leaves_nothing_or_the_old_folder(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, stop: type[BaseException], there: bool) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str], stop: type[BaseException],
+        there: bool) -> None:
     case = make_case(tmp_path, num_rows=290)
     if there:
         case.patch()
@@ -360,7 +316,7 @@ def test_an_interruption_leaves_nothing_or_the_old_folder(
     def interrupt(*_: Any, **__: Any) -> None:
         raise stop("stop")
 
-    monkeypatch.setattr(f"vocabext.{step}", interrupt)
+    monkeypatch.setattr(*step, interrupt)
     with pytest.raises(stop):
         case.patch(force=True)
     assert digests(tmp_path) == before

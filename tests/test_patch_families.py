@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from base_logits import logits, same_over_base_rows
+from patch_case import make_rows
 from safetensors.torch import load_file
-from test_patch import make_rows
 from tiny_checkpoints import default_dtype
 from tiny_families import FAMILIES, tiny_family
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from base_logits import same_over_base_rows
+from patch_case import EMBEDDING, HEAD, WEIGHTS, Case, make_case, make_rows, rewrite, stored
 from planted import detail, draw_fewer_texts, edit_tensor, failed, set_row
 from safetensors.torch import load_file, save_file
-from test_patch import EMBEDDING, HEAD, WEIGHTS, Case, make_case, make_rows, rewrite, stored
 from tiny_checkpoints import edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

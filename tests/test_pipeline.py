@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tiny_checkpoints import default_dtype, tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS
 from tiny_families import tiny_family
+from tiny_run import tiny_run, write_corpus
 
 from vocabext import run as pipeline
 from vocabext.checkpoint.folder import load_rows
@@ -36,24 +37,9 @@ def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 300)
 
 
-def write_corpus(path: Path, documents: list[Document]) -> Path:
-    path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    return path
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    base = tiny_folder(tmp_path / "base")
-    return RunConfig(
-        model=str(base),
-        corpus=(str(write_corpus(tmp_path / "corpus.jsonl", DOCUMENTS[:2])),),
-        heldout=(str(write_corpus(tmp_path / "heldout.jsonl", DOCUMENTS[2:])),),
-        output=tmp_path / "new",
-        mine=MineConfig(budget=5, min_count=4),
-        collect=CollectConfig(snippets=6, window=24, min_snippets=2),
-        distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
-        evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu"),
-    )
+    return tiny_run(tmp_path)
 
 
 def states(outcomes: list[StageOutcome]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, find_browser
-from test_serve_report import bench_result, everything
+from report_results import bench_result, everything
 
 from vocabext.serve.report.page import render_report
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_tokenizer_loading import CASES, base_folder, tekken
+from base_folders import CASES, base_folder, tekken
 from tiny_checkpoints import TEXT, tiny_folder
 
 from vocabext.checkpoint.folder import Rows, save_rows

@@ -12,34 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live_bench import FAKE, run_comparison
 
 from vocabext.errors import ServerError
 from vocabext.serve.bench import pool
 from vocabext.serve.bench import stage as bench
 from vocabext.serve.bench.client import LoadClient
-from vocabext.serve.bench.journal import Journal
 from vocabext.serve.bench.pool import BASE, EXPANDED
-from vocabext.serve.bench.scenarios import DECODE, PREFILL
-from vocabext.serve.bench.stage import BenchConfig, Setting, compare_servers
-from vocabext.serve.engine import Server, free_port, group_members, running_children
-
-FAKE = Path(__file__).parent / "support" / "fake_server.py"
-PROMPTS = {PREFILL: tuple(f"a long prompt, number {i}" for i in range(4)),
-           DECODE: tuple(f"short {i}" for i in range(4))}
+from vocabext.serve.bench.scenarios import DECODE
+from vocabext.serve.engine import group_members, running_children
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-
-
-class Characters:
-    """A tokenizer with one token per character, as the planted servers have."""
-
-    num_ids = 256
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) for c in text]
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +41,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Measure = Callable[..., dict[str, Any]]
-
-
-def run_comparison(
-    client: LoadClient, folder: Path, *, pairs: int = 5, config: dict[str, Any] | None = None, base: str = "",
-    expanded: str = "",
-) -> dict[str, Any]:
-    """Compare two planted servers, described as fake_server.py takes it."""
-    options = BenchConfig(pairs=pairs, texts=4, output_characters=8,
-                          **{"scenario": (PREFILL,), **(config or {})})  # type: ignore[arg-type]
-    setting = Setting(options, {}, {BASE: Characters(), EXPANDED: Characters()},  # type: ignore[dict-item]
-                      {name: PROMPTS[name] for name in options.scenario}, None, "cpu", most_answer_tokens=4)
-    planted = {BASE: base.split(), EXPANDED: expanded.split()}
-
-    def make(role: str, *, alone: bool) -> Server:
-        port = free_port()
-        return Server([sys.executable, str(FAKE), str(port), "healthy", "0", *planted[role]],
-                      f"http://127.0.0.1:{port}", folder / f"{role}.log", name=f"the {role} server")
-
-    journal = Journal.open(folder / "bench.json", {"options": {"pairs": pairs}})
-    return compare_servers(setting, make, client, journal, {"base": "b", "expanded": "e"}, log_folder=folder)
 
 
 @pytest.fixture
@@ -176,13 +142,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_serve_live as live
+import live_bench
 from vocabext.serve.bench.client import LoadClient
 folder = Path({folder!r})
 print("started", flush=True)
 with LoadClient(folder / "client.log") as client:
     client.wait_until_ready()
-    live.run_comparison(client, folder, pairs=50, base="prefill=0.05", expanded="prefill=0.05")
+    live_bench.run_comparison(client, folder, pairs=50, base="prefill=0.05", expanded="prefill=0.05")
 """
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from patch_case import make_rows
 from planted import failed, skipped
 from safetensors.torch import load_file, save_file
-from test_patch import make_rows
 from tiny_checkpoints import edit_json, tiny_folder, tiny_tokenizer
 from tiny_families import FAMILIES, NUM_ROWS, OTHER_KINDS, add_adapter, of_kind, tiny_family
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
@@ -67,7 +68,7 @@ def check_all(base: BaseTokenizer, new: ExpandedTokenizer, texts: list[str]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(text=TEXTS)
 @example(text="<0x0A>")
 @example(text="</s><0x0A><s> cardiac<s>cardiac</s>")
@@ -100,7 +101,7 @@ def test_a_wrong_extension_is_noticed(kind: str) -> None:
         check_all(base, bad, [f"The {fragment}ally the{fragment}" for fragment in FRAGMENTS])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(texts=st.lists(TEXTS, min_size=2, max_size=30))
 def test_batches_are_encoded_like_single_texts(texts: list[str]) -> None:
     new = expanded("llama3")
@@ -110,7 +111,7 @@ def test_batches_are_encoded_like_single_texts(texts: list[str]) -> None:
 ALPHABET = "abc "
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_any_vocabulary_with_any_new_tokens(data: st.DataObject) -> None:
     """Few characters, many merges: almost every edge is one that some merge crosses."""
@@ -338,7 +339,7 @@ def with_layout(name: str) -> tuple[BaseTokenizer, ExpandedTokenizer]:
 
 
 @pytest.mark.parametrize("name", STEPS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(data=st.data())
 def test_phrases_behind_several_splitting_steps(name: str, data: st.DataObject) -> None:
     base, new = with_layout(name)

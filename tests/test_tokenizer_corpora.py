@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import ASSETS
+from real_assets import ASSETS
 
 from vocabext.corpus import Document, read_documents
 from vocabext.errors import TokenizerError

@@ -13,10 +13,19 @@ LONGER = "; supported are …"
 
 def messages() -> Iterator[str]:
     """Yield the messages of all TokenizerErrors, with `…` for what differs."""
-    for path in sorted((ROOT / "vocabext" / "tokenizer").glob("*.py")):
+    for path in sorted((ROOT / "vocabext" / "tokenizer").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "TokenizerError":
-                yield shown(node.args[0]).removesuffix(LONGER)
+                message = shown(node.args[0]).removesuffix(LONGER)
+                yield from (f"… {rule}" for rule in broken_rules()) if message == "… …" else [message]
+
+
+def broken_rules() -> Iterator[str]:
+    """Yield what a token is said to do that hides a stop or a ban."""
+    tree = ast.parse((ROOT / "vocabext" / "checkpoint" / "named_ids.py").read_text(encoding="utf-8"))
+    (function,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "broken_by")
+    yield from (shown(node.value) for node in ast.walk(function)
+                if isinstance(node, ast.Return) and isinstance(node.value, ast.JoinedStr))
 
 
 def shown(node: ast.expr) -> str:

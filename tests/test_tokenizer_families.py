@@ -1,17 +1,17 @@
 """What holds for the tokenizers of every family, whatever the text and whatever the new tokens."""
 
-import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
+from fuzz import examples
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, MORE_TEXT, cut_at_spaces, family_base, metaspace
+from tokenizer_checks import MERGING, chained, check_ids, check_offsets, check_prompts, check_streaming, expanded, texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,88 +37,15 @@ UNIGRAM = {"t5", "flan-t5", "xlm-r", "albert"}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@cache
-def expanded(name: str) -> ExpandedTokenizer:
-    base = family_base(name)
-    return extend(base, possible(base))
-
-
 # ---- the checks ----------------------------------------------------------------------------------
-
-
-def check_ids(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
-    """The same base ids, never more of them, and the same text back."""
-    found, wanted = new.encode(text), base.encode(text)
-    assert new.expansion.unmerge(found).tolist() == wanted
-    assert len(found) <= len(wanted)
-    assert new.decode(found) == base.decode(wanted)
-    assert new.backend.decode(found) == base.backend.decode(wanted), "without special tokens"
-
-
-def check_offsets(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
-    """A new token spans exactly what its pieces span, before spaces are trimmed off."""
-    found, wanted = (t.untrimmed.encode(text, add_special_tokens=False) for t in (new, base))
-    if getattr(base.scheme, "drops_unknown", False) and set(text) - {base.key_text(key) for key in base.vocabulary}:
-        # The library counts tokens, not text: the base's own offsets are wrong behind a character that vanished.
-        assert found.offsets == sorted(found.offsets)
-        return
-    ends = np.cumsum(new.expansion.run_lengths(found.ids))
-    spans = [wanted.offsets[start:end] for start, end in itertools.pairwise([0, *ends.tolist()])]
-    whole = [(min(s for s, _ in span), max(e for _, e in span)) for span in spans]
-    assert found.offsets == whole
-
-
-def streamed(backend: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text that a server sends, token by token."""
-    stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
-    return "".join(stream.step(backend, i) or "" for i in ids)
-
-
-def check_streaming(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
-    for skip in (False, True):
-        found = streamed(new.backend, new.encode(text), skip_special_tokens=skip)
-        assert found == streamed(base.backend, base.encode(text), skip_special_tokens=skip)
-        whole = new.backend.decode(new.encode(text), skip_special_tokens=skip)
-        if not whole.endswith("\ufffd"):  # a stream waits for the rest of a broken character
-            assert found == whole
-
-
-def check_prompts(base: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, tokens: ExpandedTokenizer,
-                  text: str) -> None:
-    """Frames and chat templates; both tokenizers as transformers wraps them."""
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} "}]
-    for generation in (False, True):
-        found, wanted = (hf.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False)
-                         for hf in (new, base))
-        assert tokens.expansion.unmerge(found).tolist() == wanted
-    assert tokens.expansion.unmerge(new(text)["input_ids"]).tolist() == base(text)["input_ids"]
-    assert tokens.expansion.unmerge(new(text, text)["input_ids"]).tolist() == base(text, text)["input_ids"]
-    for skip in (False, True):
-        assert (new.decode(new.encode(text), skip_special_tokens=skip)
-                == base.decode(base.encode(text), skip_special_tokens=skip))
 
 
 # ---- the texts -----------------------------------------------------------------------------------
 
-PLANES = st.characters(exclude_categories=["Cs"])
-CONTROLS = st.characters(categories=["Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"])
-LONG = st.builds(lambda text, times: text * times, st.sampled_from([*FRAGMENTS, "a", "Ж", "语", "aé"]),
-                 st.integers(2, 60))
-PARTS = st.one_of(st.sampled_from(FRAGMENTS), st.sampled_from(ALL_WANTED), st.text(PLANES, max_size=5),
-                  st.text(CONTROLS, max_size=4), LONG)
 
-
-@cache
-def texts(name: str) -> st.SearchStrategy[str]:
-    """Texts that hurt, with the special tokens of a family in them."""
-    special = sorted(family_base(name).added)
-    parts = st.one_of(PARTS, st.sampled_from([*special, *(s[:-1] for s in special), *(f" {s} " for s in special)]))
-    return st.lists(parts, max_size=10).map("".join)
-
-
-def on_any_text(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def on_any_text(most: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test of a family's name and the data of hypothesis."""
-    several = settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    several = settings(max_examples=examples(most))
     return lambda test: every_family(several(given(data=st.data())(test)))
 
 
@@ -207,22 +134,7 @@ def test_very_long_words(name: str) -> None:
 
 # ---- new tokens that are merges ------------------------------------------------------------------
 
-MERGING = [name for name in FAMILIES if family_base(name).scheme.only_merges]
 every_merging_family = pytest.mark.parametrize("name", MERGING)
-
-
-@cache
-def chained(name: str) -> ExpandedTokenizer:
-    """All that people want, with the parts that it is merged from: all beginnings of its runs."""
-    base = family_base(name)
-    chain, tokens = base.scheme.chain(), {}
-    for token in possible(base):
-        spellings = [base.scheme.spelling(token.run[:end]) for end in range(2, len(token.run) + 1)]
-        texts = [base.key_text(spelling.decode(errors="replace")) for spelling in spellings]
-        for part in possible(base, [*token.token, *texts]):
-            if part.run not in tokens and chain.add(part):
-                tokens[part.run] = part
-    return extend(base, list(tokens.values()))
 
 
 @every_merging_family
@@ -239,7 +151,7 @@ def test_tokens_with_all_their_parts_are_merges_and_nothing_is_searched(name: st
 
 
 @every_merging_family
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_merges_keep_ids_offsets_and_streams(name: str, data: st.DataObject) -> None:
     base, new, text = family_base(name), chained(name), data.draw(texts(name))
@@ -477,7 +389,7 @@ def test_a_base_that_looks_up_whole_texts_is_refused() -> None:
         BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_text_that_is_cut_at_spaces_with_unknown_characters(data: st.DataObject) -> None:
     """The class SentencePieceBPETokenizer makes such a tokenizer."""
@@ -525,7 +437,7 @@ def varied(variant: str, prefixed: bool) -> tuple[BaseTokenizer, ExpandedTokeniz
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["plain", "space in front"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(15))
 @given(data=st.data())
 def test_bytes_behind_any_normalizer_and_any_first_step(variant: str, prefixed: bool, data: st.DataObject) -> None:
     base, new = varied(variant, prefixed)

@@ -5,6 +5,7 @@ import random
 from functools import cache
 
 import pytest
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import LLAMA_3_SPLIT, as_hf
@@ -54,7 +55,7 @@ def pair(split: str | None, seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer
 
 
 @pytest.mark.parametrize("split", [None, LLAMA_3_SPLIT], ids=["gpt2", "llama3"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(parts=st.lists(st.sampled_from([*WORDS, *CHARACTERS, *ODD]) | st.text(max_size=2), max_size=12),
        seed=st.integers(0, 3))
 def test_cuts_inside_a_run_of_letters_are_exact(split: str | None, parts: list[str], seed: int) -> None:
@@ -140,7 +141,7 @@ def test_a_word_whose_parts_are_tokens_is_a_merge_and_nothing_is_searched() -> N
     assert some.first_new_id in some.encode("史有在不")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(text=st.lists(st.sampled_from([*CHARACTERS, *ODD, "有在的"]), max_size=20).map("".join), seed=st.integers(0, 3))
 def test_merges_inside_a_run_of_letters_are_exact(text: str, seed: int) -> None:
     base, new = merged(seed)

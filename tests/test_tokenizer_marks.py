@@ -6,13 +6,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fuzz import examples
 from hard_texts import ALL_WANTED, FRAGMENTS, possible
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import failed
-from test_tokenizer_families import check_ids, check_offsets, check_prompts, check_streaming
 from tiny_families import tiny_family
 from tiny_tokenizers import FAMILIES, PREFIXED
+from tokenizer_checks import check_ids, check_offsets, check_prompts, check_streaming
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -55,7 +56,7 @@ SECTIONS = st.builds("{}{}{}".format, st.sampled_from(LEADS), st.sampled_from([*
 
 
 @every_kind
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_unmerging_gives_the_base_ids_in_every_section(name: str, data: st.DataObject) -> None:
     special = st.sampled_from(sorted(base_of(name).added))
@@ -63,7 +64,7 @@ def test_unmerging_gives_the_base_ids_in_every_section(name: str, data: st.DataO
 
 
 @every_kind
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(10))
 @given(text=SECTIONS)
 def test_frames_and_chat_templates_are_the_same(name: str, text: str) -> None:
     new = KINDS[name].as_hf(expanded(name).backend)

@@ -3,11 +3,12 @@
 from functools import cache
 
 import pytest
+from fuzz import examples
 from hard_texts import ALL_WANTED, FRAGMENTS, possible
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer_families import MERGING, chained, check_ids, check_offsets, expanded, texts
 from tiny_tokenizers import FAMILIES, family_base
+from tokenizer_checks import MERGING, chained, check_ids, check_offsets, expanded, texts
 
 from vocabext.errors import TokenizerError
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
@@ -46,7 +47,7 @@ def phrases_first(name: str) -> tuple[BaseTokenizer, ExpandedTokenizer]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_a_second_extension_keeps_the_ids_of_the_first(name: str, data: st.DataObject) -> None:
     middle, new = twice(name)
@@ -66,7 +67,7 @@ def test_a_second_extension_is_no_empty_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_PHRASES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(15))
 @given(data=st.data())
 def test_words_can_be_added_to_a_base_with_phrases_of_ours(name: str, data: st.DataObject) -> None:
     middle, new = phrases_first(name)
@@ -88,6 +89,7 @@ def test_without_that_refusal_the_second_phrase_would_cut_the_first(monkeypatch:
     base = family_base("gpt2")
     middle = again("gpt2", extend(base, [base.new_token(" of the")]))
     monkeypatch.setattr(middle.scheme, "extended_before", False)
+    monkeypatch.setattr(middle.scheme, "_listed_phrase", None)
     new = extend(middle, [middle.new_token(" rate of")])
     with pytest.raises(AssertionError):
         check_ids(middle, new, "x rate of the heart")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -113,7 +114,7 @@ def vocabularies(draw: st.DrawFn, alphabet: str = "ab") -> Vocabulary:
     return [("<unk>", 0.0), *((word, draw(score)) for word in sorted(words))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(vocabularies(), st.lists(st.text("abc", max_size=12), min_size=1, max_size=20))
 def test_the_library_follows_the_rules(vocabulary: Vocabulary, texts: list[str]) -> None:
     model = models.Unigram(vocabulary, 0)
@@ -136,7 +137,7 @@ def small(vocabulary: Vocabulary, *, bytes_too: bool = False, added: Sequence[st
     return backend
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(vocabularies(), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
 def test_no_text_of_a_small_model_is_cut_differently(
     vocabulary: Vocabulary, bytes_too: bool, added: bool, rng: random.Random
@@ -161,7 +162,7 @@ def test_without_the_look_at_the_left_edge_texts_are_cut_differently(monkeypatch
     assert "abaa" in Pair(backend, ["baa", "bb", "bba"]).wrong(all_texts("abc", 6))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(vocabularies(), st.text("ab", min_size=1, max_size=4))
 def test_what_a_text_adds_lies_between_floor_and_ceiling(vocabulary: Vocabulary, text: str) -> None:
     entries = {entry: round(score * 2**20) for entry, score in vocabulary}
@@ -363,7 +364,7 @@ hurting = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=4)), m
 
 
 @every_style
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(text=hurting)
 def test_every_style_on_texts_that_hurt(name: str, text: str) -> None:
     pair = pair_of(name)
@@ -466,7 +467,7 @@ def test_spaces_are_the_same_to_the_expression_and_to_the_library() -> None:
         assert words.pre_tokenize_str(text) == pre_tokenizers.WhitespaceSplit().pre_tokenize_str(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(text=st.text("bc \n\u3000▁.", max_size=20))
 @pytest.mark.parametrize("name", ["t5", "marks always", "marks first", "marks never"])
 def test_a_text_without_phrases_is_split_as_before(name: str, text: str) -> None:

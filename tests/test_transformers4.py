@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from base_folders import CASES, Case, base_folder
 from hard_texts import FRAGMENTS, possible
-from test_tokenizer_loading import CASES, Case, base_folder
-from tiny_checkpoints import ASSETS
+from real_assets import ASSETS
 from transformers import AutoTokenizer
 
 from vocabext.tokenizer import extend, load_tokenizer, save_expanded

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from patch_case import make_rows
 from planted import HEAD, detail, edit_tensor, failed, set_row, skipped
-from test_patch import make_rows
 from tiny_families import FAMILIES, GAP_IN_TABLE, tiny_family
 
 from vocabext.checkpoint.folder import Rows, load_rows, save_rows

@@ -1,7 +1,6 @@
 """Tiny random models and a tiny tokenizer, built in code, for tests of model folders."""
 
 import json
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from real_assets import ASSETS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ASSETS = Path(os.environ.get("VOCABEXT_ASSETS") or Path(__file__).resolve().parents[2] / ".." / "shared" / "assets")
 TEXT = ["the heart muscle and the heart rate", "a muscle of the heart", "rates of the muscles are rated", "so the rest"]
 NUM_ROWS = 300
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from test_patch import make_rows
+from patch_case import make_rows
 from tiny_families import FAMILIES, tiny_family
 
 from vocabext.patch.stage import patch

@@ -1,5 +1,6 @@
 """Write the reference of all verbs from their `--help`: `python -m vocabext.cli.docs docs/cli.md`."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,22 @@ def render() -> str:
 def _walk(command: click.Command, path: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
     context = click.Context(command, info_name=path.rpartition(" ")[2], parent=parent, **command.context_settings)
     context.terminal_width = context.max_content_width = _WIDTH
-    yield path, command.get_help(context).rstrip()
+    yield path, _with_help_option(command, context).get_help(context).rstrip()
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             child = _load(command, context, name)
             if child is not None and not child.hidden:
                 yield from _walk(child, f"{path} {name}", context)
+
+
+def _with_help_option(command: click.Command, context: click.Context) -> click.Command:
+    """Copy a command, with the names that its help option has under this context.
+
+    A command keeps the help option of its first call. Called without `vocabext` in front, it knows `--help` only.
+    """
+    shown = copy.copy(command)
+    shown.params, shown.add_help_option = list(command.params), False
+    return click.help_option(*command.get_help_option_names(context))(shown)
 
 
 def _load(group: click.Group, context: click.Context, name: str) -> click.Command | None:

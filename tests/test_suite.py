@@ -1,0 +1,33 @@
+"""The tests themselves: what they share lies in tests/support."""
+
+import ast
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+SOURCES = sorted(TESTS.rglob("*.py"))
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Return the first parts of the names of all modules that a file imports, in scripts within strings as well."""
+    texts = [path.read_text(encoding="utf-8")]
+    for node in ast.walk(ast.parse(texts[0])):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "import " in node.value:
+            texts += [line.strip() for line in node.value.splitlines() if line.strip().startswith(("import ", "from "))]
+    found = set()
+    for text in texts:
+        try:
+            nodes = list(ast.walk(ast.parse(text)))
+        except SyntaxError:
+            continue  # prose
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_no_test_module_is_imported() -> None:
+    modules = {path.stem for path in TESTS.glob("test_*.py")} | {"conftest", "tests"}
+    assert len(modules) > 50
+    assert not {(path.name, name) for path in SOURCES for name in modules_imported(path) & modules}
