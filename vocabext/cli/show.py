@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from vocabext.api.voice import Voice
 from vocabext.progress import Task
 from vocabext.tables import format_table as format_table  # part of what the verbs show
 
@@ -78,6 +79,11 @@ def progress(description: str, /, total: int | None = None, unit: str = "") -> I
     """
     with (_bar if sys.stderr.isatty() else _lines)(description, total, unit) as task:
         yield task
+
+
+def voice() -> Voice:
+    """Return what calls of the API report to from here: bars or lines on stderr, and options as they are typed."""
+    return Voice(progress, note, str)
 
 
 class PlainTask:
