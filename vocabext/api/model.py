@@ -220,7 +220,7 @@ class Model:
             header, records = read_records(Path(snippets), config)
             source: object = snippets
         else:
-            header, records, source = snippets.header, _records(snippets, config), "the table"
+            records, header, source = _records(snippets, config), snippets.header, "the table"
         result, new_header = make_rows(
             header, records, self.name, config, output=target, source=source,
             trust_remote_code=self.trust_remote_code, progress=self.voice.progress, say=self.voice.say)

@@ -308,7 +308,8 @@ class Evaluation(Shown):
 
     def _table(self) -> Table:
         gap = "" if self.gap_recovered is None else f"; {self.gap_recovered:.1%} of the gap recovered"
-        title = (f"{self.document['documents']:,} documents, {self.document['bytes']:,} bytes: "
+        number = self.document["documents"]
+        title = (f"{number:,} document{'' if number == 1 else 's'}, {self.document['bytes']:,} bytes: "
                  f"{self.shorter_share:.1%} shorter{gap}")
         return Table(title, ("rows", "nats per piece", "bits per byte, reading", "bits per byte, writing"), [
             (row["name"], row["target_nll_nats"], row["bits_per_byte"], row["bits_per_byte_writing"])
