@@ -177,12 +177,12 @@ class Family:
     def expanded(self) -> ExpandedTokenizer:
         """The tokenizer of the expanded folder."""
         tokens, _, _ = load_rows(self.rows_path)
-        return load_expanded(self.new, Expansion(tokens, self.tokenizer.num_used_ids))
+        return load_expanded(self.new, Expansion(tokens, self.tokenizer.first_new_id))
 
     @cached_property
     def stored(self) -> Rows:
         """The rows of the new tokens, as a class that loads the folder has them."""
-        first = self.tokenizer.num_used_ids
+        first = self.tokenizer.first_new_id
         new = slice(first, first + len(self.expanded.expansion.tokens))
         theirs = own_class(self.new)
         head = theirs.get_output_embeddings()
@@ -213,7 +213,7 @@ class Family:
     @torch.no_grad()
     def logits(self) -> str:
         """Compare our logits with the class's."""
-        first = self.tokenizer.num_used_ids
+        first = self.tokenizer.first_new_id
         plain, merged = (torch.from_numpy(self.ids(TEXT_IDS, expanded=kind))[None] for kind in (False, True))
         assert bool((merged >= first).any())
         found = []
@@ -230,7 +230,7 @@ class Family:
         """Compare our greedy text with the class's."""
         from vocabext.evaluate.decode import write_on
 
-        first, same, of = self.tokenizer.num_used_ids, 0, 0
+        first, same, of = self.tokenizer.first_new_id, 0, 0
         for folder, rows in ((self.base, None), (self.new, self.stored)):
             theirs = own_class(folder)
             last = first + (0 if rows is None else len(rows.input_ND))
@@ -257,7 +257,7 @@ class Family:
         ids = torch.tensor([[*self.tokenizer.prefix_ids, *self.tokenizer.encode(document.text)]])
         skipped = max(1, len(self.tokenizer.prefix_ids))
         logits = own_class(self.base)(input_ids=ids, use_cache=False).logits[0, skipped - 1 : -1]
-        logits = logits[:, : self.tokenizer.num_used_ids]
+        logits = logits[:, : self.tokenizer.first_new_id]
         loss = float(torch.nn.functional.cross_entropy(logits.double(), ids[0, skipped:]))
         wrong = abs(rows["base"]["target_nll_nats"] - loss) > ROUNDING * loss
         bad = [name for name, row in rows.items() if not math.isfinite(row["bits_per_byte"])]

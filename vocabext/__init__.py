@@ -1,5 +1,41 @@
-"""Give a language model names for the words of your domain, without retraining it."""
+"""Give a language model names for the words of your domain, without retraining it.
 
-from typing import Final
+Names are imported when they are first used, so `import vocabext` is quick and loads neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from vocabext.api.model import Expanded, Model, expand, load
+    from vocabext.api.results import Evaluation, NewRows, Snippets, TokenTable
+    from vocabext.checkpoint.verdicts import Verification
+    from vocabext.corpus import Document
+    from vocabext.errors import VocabextError
+    from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 __version__: Final = "0.3.0"
+
+__all__ = ["Document", "Evaluation", "Expanded", "Expansion", "Model", "NewRows", "NewToken", "Snippets",
+           "TokenSnippets", "TokenTable", "Verification", "VocabextError", "expand", "load"]
+
+_HOMES = {
+    "vocabext.api.model": ("Expanded", "Model", "expand", "load"),
+    "vocabext.api.results": ("Evaluation", "NewRows", "Snippets", "TokenTable"),
+    "vocabext.checkpoint.verdicts": ("Verification",),
+    "vocabext.corpus": ("Document",),
+    "vocabext.errors": ("VocabextError",),
+    "vocabext.tokens": ("Expansion", "NewToken", "TokenSnippets"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            found = globals()[name] = getattr(importlib.import_module(module), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

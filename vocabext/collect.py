@@ -204,6 +204,29 @@ def _written_text(index: int, continuation: Sequence[int], base: BaseTokenizer, 
     return next((text for text in texts if token_id in expanded.encode(text)), texts[0])
 
 
+def snippets_header(
+    records: Sequence[TokenSnippets], header: Mapping[str, Any], *, config: CollectConfig, corpus: Sequence[str],
+    left_out: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the header of the artifact: what was collected from what, and which tokens are short of text.
+
+    Args:
+        records: The tokens with their snippets.
+        header: The header of the candidates that they come from.
+        config: The options of `collect`.
+        corpus: The sources of the corpus, as they were given.
+        left_out: What of them was not read.
+    """
+    return {
+        "base": header["base"], "options": {**header["options"], **asdict(config)}, "corpus": list(corpus),
+        "left_out": dict(left_out or {}),
+        "snippets": sum(len(record.snippets) for record in records),
+        "generated": sum(record.num_generated for record in records),
+        "inside": sum(record.num_inside for record in records),
+        "short": [records[i].new_token.token for i in short_of_snippets(records, config)],
+    }
+
+
 def write_snippets(
     path: Path, records: Sequence[TokenSnippets], header: Mapping[str, Any], *, config: CollectConfig,
     corpus: Sequence[str], left_out: Mapping[str, Any] | None = None,
@@ -212,25 +235,23 @@ def write_snippets(
 
     Args:
         path: The file; replaced if it is there.
-        records: The tokens with their snippets.
-        header: The header of the candidates that they come from.
-        config: The options of `collect`.
-        corpus: The sources of the corpus, as they were given.
-        left_out: What of them was not read.
+        records: What `collect` returned.
+        header: As for `snippets_header`.
+        config: As for `snippets_header`.
+        corpus: As for `snippets_header`.
+        left_out: As for `snippets_header`.
 
     Returns:
         The header.
     """
-    new_header = {
-        "base": header["base"], "options": {**header["options"], **asdict(config)}, "corpus": list(corpus),
-        "left_out": dict(left_out or {}),
-        "snippets": sum(len(record.snippets) for record in records),
-        "generated": sum(record.num_generated for record in records),
-        "inside": sum(record.num_inside for record in records),
-        "short": [records[i].new_token.token for i in short_of_snippets(records, config)],
-    }
-    write_jsonl(path, "snippets", new_header, (record.to_json() for record in records))
+    new_header = snippets_header(records, header, config=config, corpus=corpus, left_out=left_out)
+    save_snippets(path, records, new_header)
     return new_header
+
+
+def save_snippets(path: Path, records: Iterable[TokenSnippets], header: dict[str, Any]) -> None:
+    """Write tokens with their snippets and their header, atomically."""
+    write_jsonl(path, "snippets", header, (record.to_json() for record in records))
 
 
 def read_snippets(path: Path) -> tuple[dict[str, Any], list[TokenSnippets]]:

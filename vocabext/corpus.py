@@ -24,7 +24,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,14 @@ from vocabext.errors import CorpusError, UsageError
 from vocabext.files.atomic import real_path
 
 CHUNK_BYTES = 1 << 20
+MAX_NAME_BYTES = 255  # of a file, on any common file system
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _EXPECTED = ".txt, .jsonl, .parquet, .csv or .tsv, plain, .gz, .bz2, .xz or .zst"
 _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 _EMPTY, _NO_RECORD = "empty record", "no record in the file"
+# What artifacts name as the source of texts that were in memory.
+IN_MEMORY = "(in memory)"
 _MOST_NAMES = 1000  # of what was left out, in an artifact
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<split>[\w.-]+))?")
 
@@ -156,6 +159,34 @@ def read_documents(
     return Documents(_pass_over_empty(streams, sources, left_out, say), left_out)
 
 
+def documents_in_memory(
+    records: Iterable[object], *, text_field: str = "text", say: Callable[[str], None] = lambda _: None
+) -> Documents:
+    """Hand out what a program has in memory as the documents of a corpus.
+
+    Args:
+        records: Texts, `Document`s, or records with a text each, such as the rows of a dataset. Those that are empty
+            or only whitespace are passed over.
+        text_field: Name of the field with the text of a record.
+        say: Told what was passed over, when the last record has been read.
+
+    Returns:
+        The documents. Reading them raises `CorpusError` at what is no text, and at the end if there was no document.
+    """
+    left_out = LeftOut()
+    return Documents(_pass_over_empty([_in_memory(records, text_field)], [IN_MEMORY], left_out, say), left_out)
+
+
+def _in_memory(records: Iterable[object], text_field: str) -> Iterator[Document]:
+    for number, record in enumerate(records, start=1):
+        name = record.name if isinstance(record, Document) else f"{IN_MEMORY}:{number}"
+        if isinstance(record, Mapping):
+            yield Document(name, _text_of(record, text_field, name))
+        else:
+            text = record.text if isinstance(record, Document) else record
+            yield Document(name, _text_of({"text": text}, "text", name))
+
+
 def left_out_of(documents: Iterable[Document]) -> dict[str, Any]:
     """Return what was left out of documents that come from a corpus, as JSON-ready values."""
     return documents.left_out.to_json() if isinstance(documents, Documents) else {}
@@ -204,6 +235,8 @@ def _find_all(sources: Sequence[str], left_out: LeftOut) -> list[_File | _HubDat
 
 def _find(source: str, left_out: LeftOut) -> Sequence[_File | _HubDataset]:
     path = Path(source).expanduser()
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise UsageError(f"{source!r:.100} does not exist (a hub dataset is written OWNER/NAME or OWNER/NAME:SPLIT)")
     if path.is_dir():
         return _search_folder(path, left_out)
     if path.exists():
@@ -398,7 +431,7 @@ def _read_json_lines(file: _File, text_field: str) -> Iterator[Document]:
         yield Document(name, _text_of(record, text_field, name))
 
 
-def _text_of(record: dict[str, Any], text_field: str, name: str) -> str:
+def _text_of(record: Mapping[str, Any], text_field: str, name: str) -> str:
     if text_field not in record:
         raise CorpusError(f"{name} has no field {text_field!r}, only {_list(record)}; choose one with --text-field")
     text = record[text_field]

@@ -1,7 +1,7 @@
 """Every error a user can cause or meet.
 
     VocabextError                exit 1   the work could not be done
-    ├── UsageError               exit 2   the command line is wrong: a missing path, a bad value
+    ├── UsageError               exit 2   the call or command line is wrong: a missing path, a bad value
     │   └── OutputExistsError    exit 2   the output is there already, and --force was not given
     ├── CorpusError              exit 1   the text cannot be read, or there is none
     ├── TokenizerError           exit 1   the tokenizer cannot be loaded or extended
@@ -12,7 +12,8 @@
     └── BadCheckpointError       exit 3   `verify` ran and found a fault
 
 A message says what is wrong, with the values that disagree, and what to do: one line, no trailing
-full stop. Anything else that escapes (`AssertionError`, `KeyError`, ...) is a bug of ours.
+full stop. It writes options as a shell does (`--min-count`); `vocabext.api` gives Python callers the
+name of the parameter. Anything else that escapes (`AssertionError`, `KeyError`, ...) is a bug of ours.
 """
 
 import errno
@@ -31,7 +32,7 @@ class VocabextError(Exception):
 
 
 class UsageError(VocabextError):
-    """The command line is wrong: a path that is not there, an option out of its range."""
+    """The call or command line is wrong: a path that is not there, an option out of its range."""
 
     exit_code = 2
 

@@ -6,7 +6,9 @@ behind the defaults stand in docs/decisions/.
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from vocabext.errors import UsageError
 
@@ -165,3 +167,41 @@ class EvalConfig:
         _require(self.context >= 16, f"--context is {self.context}; it must be at least 16")
         _require(self.prompts >= 0, f"--prompts is {self.prompts}; it must not be negative")
         _check_compute(self.device, self.dtype)
+
+
+# ---- keywords ------------------------------------------------------------------------------------
+
+STAGES: tuple[type, ...] = (MineConfig, CollectConfig, DistillConfig, EvalConfig)
+# Words that the command line and messages have for the value None.
+WORDS = {"budget": "auto", "reach": "all"}
+Options = TypeVar("Options")
+
+
+def fields_of(*stages: type) -> "dict[str, Field[Any]]":
+    """Return the fields of the options of some stages by name; what several have is there once."""
+    return {field.name: field for stage in stages for field in fields(stage)}
+
+
+def pick(stage: type[Options], options: Mapping[str, Any]) -> Options:
+    """Make the options of a stage from those of the keywords that are its own.
+
+    Raises:
+        TypeError: If a value is of another type than its option.
+        UsageError: If a value is out of its range.
+    """
+    types = get_type_hints(stage)
+    chosen = {name: options[name] for name in fields_of(stage) if name in options}
+    for name, value in chosen.items():
+        if WORDS.get(name) == value:
+            chosen[name] = None
+        else:
+            _check_type(name, value, types[name])
+    return stage(**chosen)
+
+
+def _check_type(name: str, value: object, expected: Any) -> None:
+    kinds = get_args(expected) or (expected,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; it must be {wanted}")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +25,7 @@ from vocabext.corpus import Document, Documents, corpus_signature, left_out_of, 
 from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
 from vocabext.files.atomic import read_object, remove_unfinished, write_json
 from vocabext.mine.stage import mine, read_candidates, write_candidates
-from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
+from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
 from vocabext.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -58,6 +58,17 @@ class RunConfig:
     force: bool = False
     trust_remote_code: bool = False
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], **rest: Any) -> "RunConfig":
+        """Make it from the options of all stages; one that several stages have goes to all of them.
+
+        Args:
+            options: Fields of `MineConfig`, `CollectConfig`, `DistillConfig` and `EvalConfig`.
+            **rest: Its own fields.
+        """
+        return cls(mine=pick(MineConfig, options), collect=pick(CollectConfig, options),
+                   distill=pick(DistillConfig, options), evaluate=pick(EvalConfig, options), **rest)
+
 
 @dataclass(frozen=True)
 class StageOutcome:
@@ -77,14 +88,15 @@ class _Stage:
     make: Callable[[], str | None]  # returns why it could not be made, if so
 
 
-def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None
-        ) -> list[StageOutcome]:
+def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
+        tell: Callable[[str], None] | None = None) -> list[StageOutcome]:
     """Walk from a corpus to a verified and measured checkpoint.
 
     Args:
         config: What to do.
         progress: Where stages report.
-        say: Told one line per stage.
+        say: Told what a user should know, a line at a time.
+        tell: Told one line per stage; None is `say`.
 
     Returns:
         One outcome per stage, in order.
@@ -99,7 +111,7 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
     if not all(work.is_done(stage) for stage in stages):
         work.check_inputs()
     with work.made_folder():
-        return list(_walk(work, stages, say))
+        return list(_walk(work, stages, tell or say))
 
 
 def _walk(work: "_Pipeline", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:

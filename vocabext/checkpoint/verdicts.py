@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vocabext.files.atomic import read_object
+from vocabext.tables import Shown, Table
 
 VERIFY_NAME = "verify.json"
 PASS, FAIL, SKIPPED = "pass", "fail", "not checked"
@@ -25,8 +26,8 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """All verdicts on one checkpoint.
 
     Attributes:
@@ -53,6 +54,11 @@ class Verification:
         return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
                 "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks],
                 "carried_sha256": self.carried_sha256}
+
+    def _table(self) -> Table:
+        failed = sum(check.verdict == FAIL for check in self.checks)
+        title = f"{self.model} passed" if self.passed else f"{self.model} failed {failed} of {len(self.checks)} checks"
+        return Table(title, ("", "check", "found"), [(c.verdict, c.name, c.detail) for c in self.checks])
 
 
 def verified_sha256(folder: Path) -> dict[str, str]:

@@ -49,36 +49,20 @@ def collect(
     One pass keeps a uniform sample per token of the places where the expanded tokenizer really produces
     it. A token that is mostly part of longer ones also gets places inside those.
     """
-    from vocabext.checkpoint.folder import resolve_model
-    from vocabext.collect import collect as run_collect
-    from vocabext.collect import generate_missing, short_of_snippets, write_snippets
-    from vocabext.corpus import left_out_of, read_documents
+    from vocabext.api.model import Model
+    from vocabext.api.results import TokenTable
     from vocabext.errors import UsageError
     from vocabext.files.atomic import check_output
-    from vocabext.mine.stage import read_candidates
-    from vocabext.model.support import check_loads
-    from vocabext.tokenizer import check_made_for, load_base
 
-    config = CollectConfig(**settings)
     check_output(output, force=force)
-    header, tokens = read_candidates(candidates)
-    model = model or header["base"].get("model")
+    tokens = TokenTable.load(candidates)
+    model = model or tokens.header["base"].get("model")
     if not isinstance(model, str):
         raise UsageError(f"{candidates} does not say which model it was made for; pass --model")
-    documents = read_documents(corpus, text_field=text_field, say=show.note)
-    folder = resolve_model(model)
-    if config.generate_missing:
-        check_loads(folder, trust_remote_code=trust_remote_code)
-    base = load_base(folder, trust_remote_code=trust_remote_code)
-    check_made_for(header, base, candidates)
-    records = run_collect(documents, base, tokens, config, show.progress)
-    if config.generate_missing and short_of_snippets(records, config):
-        from vocabext.model.frozen import load_model
-
-        frozen = load_model(folder, trust_remote_code=trust_remote_code, runs=False)
-        records = generate_missing(records, frozen, base, config, show.progress)
-    written = write_snippets(output, records, header, config=config, corpus=corpus,
-                             left_out=left_out_of(documents))
+    records = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).collect(
+        tokens, corpus, text_field=text_field, **settings)
+    records.save(output, force=True)  # what may be replaced was checked before the work
+    written, config = records.header, CollectConfig(**settings)
     _name_short_ones(written["short"], config)
     summary = {"output": output, "tokens": len(records), **written}
 

@@ -109,19 +109,18 @@ def _show_writing(output: "OutputRows") -> None:
 @options.trust_remote_code_option
 @options.json_option
 def distill(
-    snippets: Path, model: str, output: Path, seed: int, force: bool, trust_remote_code: bool, as_json: bool,
-    **settings: object,
+    snippets: Path, model: str, output: Path, force: bool, trust_remote_code: bool, as_json: bool, **settings: object,
 ) -> None:
     """Make one embedding row for each token of SNIPPETS (from `vocabext collect`).
 
     Only new rows are trained; the model stays as it is. With --method mean, SNIPPETS may also be the
     candidates of `vocabext mine`.
     """
-    from vocabext.distill import distill_file
+    from vocabext.api.model import Model
 
-    config = DistillConfig(seed=seed, **settings)  # type: ignore[arg-type]
-    result = distill_file(snippets, model, output, config, force=force, trust_remote_code=trust_remote_code,
-                          progress=show.progress, say=show.note)
+    result = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).distill(
+        snippets, output=output, force=force, **settings).result
+    assert result is not None  # it was made just now
 
     def render() -> None:
         worst = sorted((r for r in result.reports if r.start_error), key=lambda r: -r.ratio)[:10]

@@ -30,21 +30,18 @@ def evaluate_options(command: Command) -> Command:
 @options.trust_remote_code_option
 @options.json_option
 def evaluate(
-    folder: Path, against: str, corpus: tuple[str, ...], text_field: str, max_bytes: int, prompts: int, device: str,
-    dtype: str, max_memory: str | None, trust_remote_code: bool, as_json: bool,
+    folder: Path, against: str, corpus: tuple[str, ...], text_field: str, trust_remote_code: bool, as_json: bool,
+    **settings: Any,
 ) -> None:
     """Measure how well NEWDIR reads and writes held-out text, and write NEWDIR/eval.json.
 
     Three rows: the base model, new tokens as the mean of their pieces, and new tokens as NEWDIR has them.
     The corpus must be held out: nothing that was mined or distilled from.
     """
-    from vocabext.corpus import read_documents
-    from vocabext.evaluate.stage import evaluate_folder
+    from vocabext.api.model import Expanded, Model
 
-    documents = read_documents(corpus, text_field=text_field, say=show.note)
-    config = EvalConfig(max_bytes=max_bytes, prompts=prompts, device=device, dtype=dtype, max_memory=max_memory)
-    result = evaluate_folder(folder, against, documents, config, trust_remote_code=trust_remote_code,
-                             progress=show.progress)
+    expanded = Expanded(folder, Model(against, trust_remote_code=trust_remote_code, voice=show.voice()))
+    result = expanded.evaluate(corpus, text_field=text_field, **settings).to_json()
     show.emit(result, as_json, lambda: render_evaluation(result))
 
 

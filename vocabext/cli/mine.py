@@ -60,36 +60,27 @@ def mine(
     CORPUS is a file, folder, glob or hub dataset. Tokens are chosen by what they still save once those
     before them are chosen; the curve shows how much shorter the corpus gets for which budget.
     """
-    from vocabext.checkpoint.folder import resolve_model
-    from vocabext.corpus import left_out_of, read_documents
+    from vocabext.api.model import Model
     from vocabext.files.atomic import check_output
-    from vocabext.mine.stage import mine as run_mine
-    from vocabext.mine.stage import write_candidates
-    from vocabext.model.support import check_patchable, holds_weights
-    from vocabext.tokenizer import load_base
 
-    config = MineConfig(**settings)
     check_output(output, force=force)
-    documents = read_documents(corpus, text_field=text_field, say=show.note)
-    folder = resolve_model(model)
-    base = load_base(folder, trust_remote_code=trust_remote_code)
-    if holds_weights(folder):  # else it is a tokenizer, of whatever model
-        check_patchable(folder, base.first_new_id, num_new=config.budget or 1, trust_remote_code=trust_remote_code)
-    result = run_mine(documents, base, config, show.progress)
-    header = write_candidates(output, result, base, model=model, config=config, corpus=corpus,
-                              left_out=left_out_of(documents))
+    tokens = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).mine(
+        corpus, text_field=text_field, **settings)
+    tokens.save(output, force=True)  # what may be replaced was checked before the work
+    result = tokens.result
+    assert result is not None  # it was mined just now
     if result.rejected:
         reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
         show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "
                   f"the header of {output} has examples")
     if result.parts:
-        show.note(f"{result.parts:,} of {len(result.tokens):,} tokens occur fewer than {config.min_count} times by "
-                  "themselves; they are there because longer tokens are merged from them")
+        show.note(f"{result.parts:,} of {len(result.tokens):,} tokens occur fewer than {settings['min_count']} times "
+                  "by themselves; they are there because longer tokens are merged from them")
     if result.searched:
         show.note(f"{result.searched:,} tokens cannot be merges (they hold a line break that is a byte, or the like); "
                   "the tokenizer will search for them")
     best = [token.to_json() for token in result.tokens[:NUM_BEST]]
-    document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **header,
+    document = {"output": output, "tokens": len(result.tokens), "shorter_share": result.shorter_share, **tokens.header,
                 "best": best}
     show.emit(document, as_json, lambda: _render(result, output))
 

@@ -30,10 +30,11 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
     free rows first, and every other file is carried over. vocabext.json says what was made from what, and with
     vocabext_base/ `vocabext revert` gets MODEL back. Weights are never loaded; the folder appears when it is whole.
     """
-    from vocabext.patch.stage import patch as run_patch
+    from vocabext.api.model import Model
 
-    result = run_patch(rows, model, output, force=force, link=link, untie=untie, trust_remote_code=trust_remote_code,
-                       progress=show.progress, say=show.note)
+    result = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).patch(
+        rows, output, force=force, link=link, untie=untie).patched
+    assert result is not None  # it was made just now
 
     def render() -> None:
         linked = f", {result.num_linked} of them as {result.links}s" if result.num_linked else ""

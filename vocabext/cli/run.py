@@ -30,32 +30,22 @@ from vocabext.cli.mine import mine_options
 @options.json_option
 def run(
     corpus: tuple[str, ...], model: str, output: Path, heldout: tuple[str, ...], work: Path | None, text_field: str,
-    seed: int, force: bool, trust_remote_code: bool, as_json: bool, device: str, dtype: str, **settings: object,
+    force: bool, trust_remote_code: bool, as_json: bool, **settings: object,
 ) -> None:
     """Walk from CORPUS to a verified and measured model folder: mine, collect, distill, patch, verify, eval.
 
     Stages whose inputs have not changed are skipped, so an interrupted run goes on where it stopped. With
     --method mean nothing is trained, and a valid folder is there within a minute.
     """
-    from dataclasses import fields
-
     from vocabext.evaluate.stage import EVAL_NAME
     from vocabext.files.atomic import read_object
-    from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
     from vocabext.run import RunConfig
     from vocabext.run import run as run_stages
 
-    everything = {**settings, "seed": seed, "device": device, "dtype": dtype}
-
-    def pick(config: type) -> dict[str, object]:
-        return {f.name: everything[f.name] for f in fields(config) if f.name in everything}
-
-    outcomes = run_stages(RunConfig(
-        model=model, corpus=corpus, output=output, heldout=heldout, text_field=text_field, work=work,
-        mine=MineConfig(**pick(MineConfig)), collect=CollectConfig(**pick(CollectConfig)),  # type: ignore[arg-type]
-        distill=DistillConfig(**pick(DistillConfig)), evaluate=EvalConfig(**pick(EvalConfig)),  # type: ignore[arg-type]
-        force=force, trust_remote_code=trust_remote_code,
-    ), show.progress, show.note)
+    config = RunConfig.from_options(
+        settings, model=model, corpus=corpus, output=output, heldout=heldout, text_field=text_field, work=work,
+        force=force, trust_remote_code=trust_remote_code)
+    outcomes = run_stages(config, show.progress, show.note)
     evaluation = read_object(output / EVAL_NAME)
 
     def render() -> None:

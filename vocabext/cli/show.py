@@ -12,7 +12,9 @@ from typing import Any
 
 import click
 
+from vocabext.api.voice import Voice
 from vocabext.progress import Task
+from vocabext.tables import format_table as format_table  # part of what the verbs show
 
 PLAIN_INTERVAL_SECONDS = 5.0
 """Where there is no terminal: the time between two lines of progress."""
@@ -60,56 +62,6 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
     click.echo(format_table(rows, headers))
 
 
-def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Lay out a table with aligned columns, numbers to the right.
-
-    Nothing is cut or wrapped, so that the text can be searched and pasted.
-
-    Args:
-        rows: One sequence per line. Integers get thousands separators, floats four digits, None
-            an empty cell; format anything else yourself.
-        headers: One name per column.
-
-    Returns:
-        The lines, joined by newlines, without a trailing one.
-    """
-    from rich.cells import cell_len
-
-    cells = [[str(header) for header in headers], *([_format_cell(cell) for cell in row] for row in rows)]
-    widths = [max(cell_len(line[column]) for line in cells) for column in range(len(headers))]
-    is_number = [
-        any(row[column] is not None for row in rows) and all(_is_number(row[column]) for row in rows)
-        for column in range(len(headers))
-    ]
-
-    def lay_out(line: list[str]) -> str:
-        padded = []
-        for cell, width, to_the_right in zip(line, widths, is_number, strict=True):
-            space = " " * (width - cell_len(cell))
-            padded.append(space + cell if to_the_right else cell + space)
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lay_out(cells[0]), rule, *(lay_out(line) for line in cells[1:])])
-
-
-def _is_number(cell: object) -> bool:
-    """Say whether a cell is to the right: a number, a missing one, or text that begins like one."""
-    if cell is None or isinstance(cell, int | float):
-        return True
-    return isinstance(cell, str) and cell.strip().lstrip("+-").strip()[:1].isdigit()
-
-
-def _format_cell(cell: object) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, float):
-        return f"{cell:,.4g}" if abs(cell) < 1000 else f"{cell:,.0f}"
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return f"{cell:,}"
-    return str(cell)
-
-
 @contextmanager
 def progress(description: str, /, total: int | None = None, unit: str = "") -> Iterator[Task]:
     """Show how far a piece of long work is, on stderr: the `Progress` of every stage.
@@ -127,6 +79,11 @@ def progress(description: str, /, total: int | None = None, unit: str = "") -> I
     """
     with (_bar if sys.stderr.isatty() else _lines)(description, total, unit) as task:
         yield task
+
+
+def voice() -> Voice:
+    """Return what calls of the API report to from here: bars or lines on stderr, and options as they are typed."""
+    return Voice(progress, note, str)
 
 
 class PlainTask:

@@ -26,16 +26,12 @@ def verify(
     Text without new tokens must keep its ids, rows and logits; text with them must turn back into the base's ids.
     Exit code 3 if anything is wrong.
     """
-    from vocabext.checkpoint.verdicts import FAIL, VERIFY_NAME
-    from vocabext.corpus import read_documents
+    from vocabext.api.model import Expanded, Model
+    from vocabext.checkpoint.verdicts import FAIL
     from vocabext.errors import BadCheckpointError
-    from vocabext.files.atomic import write_json
-    from vocabext.verify.stage import verify as run_verify
 
-    documents = read_documents(corpus, text_field=text_field, say=show.note) if corpus else None
-    result = run_verify(folder, against, documents, trust_remote_code=trust_remote_code, seed=seed,
-                        load_weights=not skip_weights, use_vllm=use_vllm, progress=show.progress)
-    write_json(folder / VERIFY_NAME, result.to_json())
+    expanded = Expanded(folder, Model(against, trust_remote_code=trust_remote_code, voice=show.voice()))
+    result = expanded.verify(corpus or None, text_field=text_field, skip_weights=skip_weights, vllm=use_vllm, seed=seed)
 
     def render() -> None:
         show.table([(c.verdict, c.name, c.detail) for c in result.checks], ("", "check", "found"))

@@ -15,6 +15,6 @@ match those it had with the original pieces. Only new rows are trained.
 """
 
 from vocabext.distill.input_rows.report import TokenReport
-from vocabext.distill.stage import DistillResult, distill, distill_file
+from vocabext.distill.stage import DistillResult, distill, distill_file, make_rows
 
-__all__ = ["DistillResult", "TokenReport", "distill", "distill_file"]
+__all__ = ["DistillResult", "TokenReport", "distill", "distill_file", "make_rows"]

@@ -1,10 +1,13 @@
 """The stage: mean-of-pieces rows, training in groups, and the quality gate."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import compress, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,26 +141,60 @@ def distill_file(
 ) -> DistillResult:
     """Read snippets, make the rows of their tokens, and write them to `output`.
 
-    Finished groups of tokens are kept in a folder beside `output` until it is written: the same call goes on
-    after them if it was interrupted, with the same result.
-
     Args:
         path: The artifact of `collect`; with `--method mean` that of `mine` will do.
-        model: The base model: folder or hub id.
+        model: As for `make_rows`.
         output: The rows file to write.
-        config: Method and options.
+        config: As for `make_rows`.
         force: Replace `output`.
+        trust_remote_code: As for `make_rows`.
+        progress: As for `make_rows`.
+        say: As for `make_rows`.
+
+    Raises:
+        UsageError: If the file is damaged or empty; and what `make_rows` raises.
+    """
+    check_output(output, force=force)
+    header, records = read_records(path, config)
+    result, _ = make_rows(header, records, model, config, output=output, source=path,
+                          trust_remote_code=trust_remote_code, progress=progress, say=say)
+    return result
+
+
+def read_records(path: Path, config: DistillConfig) -> tuple[dict[str, Any], list[TokenSnippets]]:
+    """Read what rows are made from: header and records of snippets, or of candidates where no text is needed."""
+    accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
+    return read_tokens(path, accepted, TokenSnippets.from_json)
+
+
+def make_rows(
+    header: Mapping[str, Any], records: Sequence[TokenSnippets], model: str, config: DistillConfig, *,
+    output: Path | None = None, source: object = "the tokens", trust_remote_code: bool = False,
+    progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
+) -> tuple[DistillResult, dict[str, Any]]:
+    """Make the input rows of new tokens, and the output rows where the model has some of their own.
+
+    With an output, finished groups of tokens are kept in a folder beside it until it is written: the same call goes
+    on after them if it was interrupted, with the same result.
+
+    Args:
+        header: The header of the snippets (or candidates).
+        records: The tokens with their snippets, in token-id order.
+        model: The base model: folder or hub id.
+        config: Method and options.
+        output: The rows file to write, replaced if it is there; None writes none.
+        source: What messages call the records.
         trust_remote_code: Run code that comes with the model.
         progress: Where to report.
         say: Told what a user should know, a line at a time.
 
+    Returns:
+        The rows with their reports, and the header of a rows file.
+
     Raises:
-        UsageError: If the file is damaged or empty, or was made for a model with other token ids; or if the model
-            cannot be run on rows, or cannot have the output rows that were asked for.
+        UsageError: If the records were made for a model with other token ids; or if the model cannot be run on rows,
+            or cannot have the output rows that were asked for.
     """
-    check_output(output, force=force)
-    accepted = ("snippets", "candidates") if config.method == "mean" else ("snippets",)
-    header, records = read_tokens(path, accepted, TokenSnippets.from_json)
     folder = resolve_model(model)
     base = load_base(folder, trust_remote_code=trust_remote_code)
     # Before the work: what `patch` would refuse afterwards.
@@ -168,26 +205,40 @@ def distill_file(
     choice = choose_output_rows(config, architecture=names.architecture, tied=names.tied,
                                 biased=names.head_bias is not None)
     made_from = base_record(folder, names, model=model, first_new_id=base.first_new_id)
-    check_made_for(header, base, path)
+    check_made_for(header, base, source)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
     if choice.why is not None:
         say(choice.why)
+    with _groups_folder(output) as beside:
+        if config.method == "mean":  # which takes no more of the model than its rows
+            embedding_VD = checkpoint.read(checkpoint.vocab_tensors[0])
+            result = _mean(records, embedding_VD, config, first_new_id=base.first_new_id,
+                           textless_ids=base.textless_ids,
+                           parts=base.scheme.parts([record.new_token for record in records]))
+        else:
+            frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
+                                max_memory=config.max_memory, offload_folder=beside / "offloaded")
+            result = _distill_both(records, frozen, config, choice, base, beside=beside, progress=progress, say=say)
+        result = replace(result, choice=choice)
+        rows_header = {
+            "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
+            **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
+        }
+        if output is not None:
+            save_rows(output, [records[i].new_token for i in result.kept], result.rows, rows_header)
+    return result, rows_header
+
+
+@contextmanager
+def _groups_folder(output: Path | None) -> Iterator[Path]:
+    """Name the folder of finished groups; it stays for the next call if one with an output is interrupted."""
+    if output is None:
+        with TemporaryDirectory(prefix="vocabext-") as scratch:
+            yield Path(scratch) / "groups"
+        return
     beside = output.with_name(f".{output.name}.groups")
-    if config.method == "mean":  # which takes no more of the model than its rows
-        embedding_VD = checkpoint.read(checkpoint.vocab_tensors[0])
-        result = _mean(records, embedding_VD, config, first_new_id=base.first_new_id, textless_ids=base.textless_ids,
-                       parts=base.scheme.parts([record.new_token for record in records]))
-    else:
-        frozen = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
-                            max_memory=config.max_memory, offload_folder=beside / "offloaded")
-        result = _distill_both(records, frozen, config, choice, base, beside=beside, progress=progress, say=say)
-    result = replace(result, choice=choice)
-    save_rows(output, [records[i].new_token for i in result.kept], result.rows, {
-        "base": made_from, "method": config.method, "options": {**header["options"], **asdict(config)},
-        **{key: value for key, value in result.summary().items() if key not in ("tokens", "trained")},
-    })
+    yield beside
     FinishedGroups(beside, "").remove()
-    return result
 
 
 def _distill_both(

@@ -136,25 +136,21 @@ def mine(
                       searched=len(base.scheme.searched(tokens)))
 
 
-def write_candidates(
-    path: Path, result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str],
+def candidates_header(
+    result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str],
     left_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write what was mined: a header, then one line per token in token-id order.
+    """Return the header of the artifact: what was mined from what, and what it saves.
 
     Args:
-        path: The file; replaced if it is there.
         result: What `mine` returned.
         base: The tokenizer that it was mined with.
         model: Its folder or hub id, as it was given.
         config: The options of `mine`.
         corpus: The sources of the corpus, as they were given.
         left_out: What of them was not read.
-
-    Returns:
-        The header.
     """
-    header = {
+    return {
         "base": {"model": model, "num_used_ids": base.first_new_id,
                  "tokenizer_sha256": file_sha256(resolve_model(model) / "tokenizer.json")},
         "options": asdict(config), "corpus": list(corpus),
@@ -166,8 +162,34 @@ def write_candidates(
                      "examples": result.rejected_examples()},
         "curve": [asdict(point) for point in result.curve],
     }
-    write_jsonl(path, "candidates", header, (token.to_json() for token in result.tokens))
+
+
+def write_candidates(
+    path: Path, result: MineResult, base: BaseTokenizer, *, model: str, config: MineConfig, corpus: Sequence[str],
+    left_out: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write what was mined: a header, then one line per token in token-id order.
+
+    Args:
+        path: The file; replaced if it is there.
+        result: What `mine` returned.
+        base: As for `candidates_header`.
+        model: As for `candidates_header`.
+        config: As for `candidates_header`.
+        corpus: As for `candidates_header`.
+        left_out: As for `candidates_header`.
+
+    Returns:
+        The header.
+    """
+    header = candidates_header(result, base, model=model, config=config, corpus=corpus, left_out=left_out)
+    save_candidates(path, result.tokens, header)
     return header
+
+
+def save_candidates(path: Path, tokens: Iterable[NewToken], header: dict[str, Any]) -> None:
+    """Write tokens and their header, atomically."""
+    write_jsonl(path, "candidates", header, (token.to_json() for token in tokens))
 
 
 def read_candidates(path: Path) -> tuple[dict[str, Any], list[NewToken]]:

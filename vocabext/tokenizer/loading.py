@@ -134,13 +134,13 @@ def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> 
     return hf
 
 
-def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", path: Path) -> None:
+def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", source: object) -> None:
     """Refuse an artifact whose new ids are numbered from another place.
 
     Args:
         header: The header of the artifact.
         base: The tokenizer that it is to be used with.
-        path: The artifact, for the message.
+        source: The artifact, for the message.
 
     Raises:
         UsageError: If the header names another number of base ids.
@@ -149,7 +149,7 @@ def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", path: Path)
     made_for = made_for if isinstance(made_for, dict) else {}
     recorded = made_for.get("num_used_ids")
     if recorded not in (None, base.first_new_id):
-        raise UsageError(f"{path} was made for {made_for.get('model')} with {recorded} token ids, but this model has "
+        raise UsageError(f"{source} was made for {made_for.get('model')} with {recorded} token ids, but this model has "
                          f"{base.first_new_id}; use the model it was made for, or mine again")
 
 

@@ -1,0 +1,155 @@
+"""How a call reports to whoever made it: progress, remarks, and what messages call an option.
+
+Stages write options as a shell does (`--min-count`), and the command line shows that. A Python caller reads the name of
+the parameter (`min_count`), gets remarks from the logger `vocabext`, and bars in a notebook.
+"""
+
+import difflib
+import functools
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from vocabext.errors import ServerError, VocabextError
+from vocabext.options import STAGES, fields_of
+from vocabext.progress import Progress, Task, no_progress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOGGER = logging.getLogger("vocabext")
+# Parameters that are True or False, all others, and one that the command line calls otherwise.
+SWITCHES = {"force", "trust_remote_code", "untie", "vllm", "skip_weights",
+            *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
+PARAMETERS = {"base", "corpus", "heldout", "link", "model", "output", "text_field", "work", *fields_of(*STAGES)}
+RENAMED = {"against": "base"}
+# What is said of a path that is not there, and what a Python caller should know besides.
+NO_PATH, NO_TEXT = "or OWNER/NAME:SPLIT)", "or OWNER/NAME:SPLIT, a text in memory vocabext.Document(NAME, TEXT))"
+OPTION = re.compile(r"--([a-z][a-z-]*[a-z])(?: (distill|mean|fit|zero|none|input|cpu|auto|hard|copy)\b)?")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Where a call reports.
+
+    Attributes:
+        progress: Shows how far long work is.
+        say: Told what a user should know, a line at a time.
+        spell: Turns the options in a line into what the caller knows them by.
+    """
+
+    progress: Progress
+    say: Callable[[str], None]
+    spell: Callable[[str], str]
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Let errors name options as the caller knows them."""
+        try:
+            yield
+        except ServerError:
+            raise  # the end of another program's log
+        except VocabextError as error:
+            error.args = tuple(self.spell(part) if isinstance(part, str) else part for part in error.args)
+            raise
+
+
+def python_names(line: str) -> str:
+    """Write options as the parameters that they are in Python: `--min-count` becomes `min_count`."""
+
+    def name(found: re.Match[str]) -> str:
+        option, value = found[1].replace("-", "_"), found[2]
+        option = RENAMED.get(option, option)
+        if option in SWITCHES:
+            return f"{option}=True"
+        if option not in PARAMETERS:
+            return found[0]
+        return f"{option}={value!r}" if value else option
+
+    return OPTION.sub(name, line).replace(NO_PATH, NO_TEXT)
+
+
+def python_voice(verbose: bool | None = None) -> Voice:
+    """Return the voice for a Python caller.
+
+    Args:
+        verbose: Show progress bars; None shows them in notebooks only.
+    """
+    shown = _in_notebook() if verbose is None else verbose
+    return Voice(_bar if shown else no_progress, lambda line: LOGGER.warning(python_names(line)), python_names)
+
+
+def spelled(method: Callable[P, R]) -> Callable[P, R]:
+    """Let the errors of a method name options as its caller knows them; what has no voice speaks Python."""
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        voice = getattr(args[0], "voice", None) if args else None
+        with (voice if isinstance(voice, Voice) else python_voice(verbose=False)).errors():
+            return method(*args, **kwargs)
+
+    return call
+
+
+# -- options ------------------------------------------------------------------------------------------------------
+
+def takes(*stages: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Show the options of stages in the signature of a function that takes them as `**options`."""
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        known = {p.name for p in own}
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+                for name, field in fields_of(*stages).items() if name not in known]
+        signature = inspect.signature(function)
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def check_names(options: Mapping[str, object], *stages: type) -> None:
+    """Refuse a keyword that is no option of any of the stages.
+
+    Raises:
+        TypeError: If there is one; says which one was probably meant.
+    """
+    known = fields_of(*stages)
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+            raise TypeError(f"there is no option {name!r}; {hint}")
+
+
+# -- progress -----------------------------------------------------------------------------------------------------
+
+def _in_notebook() -> bool:
+    """Tell whether this is a kernel of Jupyter: in its notebooks, bars are for whoever looks at them."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return "IPKernelApp" in getattr(shell, "config", {})
+
+
+class _BarTask:
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def advance(self, amount: int = 1, /) -> None:
+        self._bar.update(amount)
+
+    def note(self, text: str, /) -> None:
+        self._bar.set_postfix_str(text)
+
+
+@contextmanager
+def _bar(description: str, /, total: int | None = None, unit: str = "") -> Iterator[Task]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for ipywidgets, and shows a bar of text without
+        from tqdm.auto import tqdm
+    with tqdm(desc=description, total=total, unit=f" {unit}" if unit else "it") as bar:
+        yield _BarTask(bar)
