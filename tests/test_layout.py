@@ -143,13 +143,15 @@ def test_no_private_attribute_of_another_module_is_used() -> None:
 
 def narrows(test: ast.expr) -> bool:
     """Whether a condition only tells the type checker what a value is."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return narrows(test.operand)
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot):
         return not any(isinstance(node, ast.Call) for node in ast.walk(test))
     return isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance"
 
 
 def test_no_check_vanishes_under_python_o() -> None:
-    checks = [f"{module}:{node.lineno}: {ast.unparse(node)}" for module in MODULES if module.startswith("vocabext")
+    checks = [f"{module}:{node.lineno}: {ast.unparse(node)}" for module in MODULES if not module.startswith(SERVE_NAME)
               for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert) and not narrows(node.test)]
     assert checks == []
 
