@@ -330,7 +330,7 @@ def _passages(
         passages.append({
             "document": name.rpartition("/")[2], "saved_share": share,
             "percentile": round(100 * place / max(1, len(ranked) - 1)),
-            "base_pieces": _pieces(base, text, first_new_id), "expanded_pieces": _pieces(expanded, text, first_new_id),
+            "base_pieces": _cut(base, text, first_new_id), "expanded_pieces": _cut(expanded, text, first_new_id),
         })
     return passages
 
@@ -344,6 +344,6 @@ def _passage(text: str) -> str:
     return text[: space if space > 0 else PASSAGE_CHARACTERS]
 
 
-def _pieces(encoder: Encoder, text: str, first_new_id: int) -> list[tuple[str, bool]]:
+def _cut(encoder: Encoder, text: str, first_new_id: int) -> list[tuple[str, bool]]:
     """Cut a text where its tokens end: (text of the token, whether it is new)."""
-    return [(piece, token_id >= first_new_id) for piece, token_id in encoder.pieces(text)]
+    return [(part, token_id >= first_new_id) for part, token_id in encoder.cut(text)]

@@ -43,7 +43,7 @@ class Encoder:
         """Return the token ids of many texts, encoded on all cores."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def pieces(self, text: str) -> list[tuple[str, int]]:
+    def cut(self, text: str) -> list[tuple[str, int]]:
         """Cut a text where its tokens end.
 
         Returns:
@@ -51,15 +51,15 @@ class Encoder:
             character's bytes joins the token that completes the character.
         """
         encoding = self.backend.encode(text, add_special_tokens=False)
-        pieces: list[tuple[str, int]] = []
+        parts: list[tuple[str, int]] = []
         position = 0
         for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if end > position:
-                pieces.append((text[position:end], int(token_id)))
+                parts.append((text[position:end], int(token_id)))
                 position = end
         if position < len(text):  # a normalizer dropped the end
-            pieces.append((text[position:], -1))
-        return pieces
+            parts.append((text[position:], -1))
+        return parts
 
 
 def load_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:

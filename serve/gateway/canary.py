@@ -23,7 +23,7 @@ from typing import Any
 from vocabext.errors import UsageError
 from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED
 from vocabext.serve.gateway.observe import Observation
-from vocabext.serve.gateway.sequential import BoundedMean, Mean, Sequence
+from vocabext.serve.gateway.sequential import BoundedMean, ConfidenceSequence, Mean
 
 FAILURES, PACE, FIRST, LENGTH, AGREEMENT, READING = (
     "failures", "seconds per character", "seconds to the first character", "characters per answer", "agreement",
@@ -129,14 +129,14 @@ class Canary:
         # Two sequences for each measure share its part of alpha; agreement and reading have one each, and leave room
         # for the one of broken answers.
         self._alpha = self.bounds.alpha / len(MEASURES) / 2
-        self._failures: dict[str, Sequence] = {arm: BoundedMean(self._alpha) for arm in ARMS}
+        self._failures: dict[str, ConfidenceSequence] = {arm: BoundedMean(self._alpha) for arm in ARMS}
         self._broken = BoundedMean(self._alpha)  # of the expanded arm
-        self._logs: dict[str, dict[str, Sequence]] = {
+        self._logs: dict[str, dict[str, ConfidenceSequence]] = {
             measure: {arm: Mean() for arm in ARMS} for measure in (PACE, FIRST, LENGTH)}
         self._all = {measure: {arm: Mean() for arm in ARMS} for measure in (PACE, FIRST)}  # under whatever load
         self._seconds = {arm: Mean() for arm in ARMS}
         self._agreement = BoundedMean(self._alpha)
-        self._reading: Sequence = Mean()
+        self._reading: ConfidenceSequence = Mean()
 
     def add(self, seen: Observation) -> None:
         """Take one answer into account, if it says something about its arm."""

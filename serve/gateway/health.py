@@ -88,12 +88,12 @@ async def ban_fault(upstream: Upstream, front: BaseFront, url: str, headers: Map
         Refusal: If the engine cannot be asked.
         ServerError: If it lists no model.
     """
-    card = await card_of(upstream, url, BASE, headers)
+    card = await served_model(upstream, url, BASE, headers)
     front.context = int(card.get("max_model_len") or 0)
     return await check_ban(upstream, front, url, card["id"], headers)
 
 
-async def card_of(upstream: Upstream, url: str, arm: str, headers: Mapping[str, str]) -> dict[str, Any]:
+async def served_model(upstream: Upstream, url: str, arm: str, headers: Mapping[str, str]) -> dict[str, Any]:
     """Return what a server says of the model that it serves.
 
     Raises:

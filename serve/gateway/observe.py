@@ -96,7 +96,7 @@ def _from_events(arm: str, parts: Sequence[tuple[float, bytes]], seconds: float)
                     reason = choice.get("finish_reason") or reason
         except (ValueError, TypeError, AttributeError):
             failed = True
-    whole = {index: "".join(pieces) for index, pieces in texts.items()}
+    whole = {index: "".join(written) for index, written in texts.items()}
     if failed or not done:
         return Observation(arm, True, seconds)
     return Observation(arm, False, seconds, first, sum(map(len, whole.values())), whole.get(0, ""), reason, True)

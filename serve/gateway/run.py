@@ -23,7 +23,7 @@ from vocabext.serve.gateway.canary import Bounds, Canary
 from vocabext.serve.gateway.engines import Engines
 from vocabext.serve.gateway.front import BaseFront
 from vocabext.serve.gateway.guard import Limits
-from vocabext.serve.gateway.health import Health, ban_fault, card_of
+from vocabext.serve.gateway.health import Health, ban_fault, served_model
 from vocabext.serve.gateway.load import Loads
 from vocabext.serve.gateway.metrics import Metrics
 from vocabext.serve.gateway.policy import Policy
@@ -280,12 +280,12 @@ class Service:
         try:
             if self._front is not None:
                 url = self._url(EXPANDED)
-                model = (await card_of(upstream, url, EXPANDED, headers))["id"]
+                model = (await served_model(upstream, url, EXPANDED, headers))["id"]
                 if fault := await ban_fault(upstream, self._front, url, headers):
                     raise ServerError(fault)
                 return {name: Arm(name, url, model) for name in ARMS}
-            return {name: Arm(name, self._url(name), (await card_of(upstream, self._url(name), name, headers))["id"])
-                    for name in ARMS}
+            cards = {name: await served_model(upstream, self._url(name), name, headers) for name in ARMS}
+            return {name: Arm(name, self._url(name), card["id"]) for name, card in cards.items()}
         except Refusal as refusal:
             raise ServerError(f"{refusal.message}; start it first") from None
 

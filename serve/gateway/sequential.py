@@ -22,7 +22,7 @@ TIGHTEST_AT = 250  # number of values at which the asymptotic sequence is made t
 _MAX_BET = 0.5
 
 
-class Sequence(Protocol):
+class ConfidenceSequence(Protocol):
     """A running mean with limits."""
 
     count: int

@@ -1,9 +1,9 @@
-"""`vocabext serve` and the list of its verbs. The package `serve` is imported when a verb runs."""
+"""`vocabext serve` and the list of its verbs. `vocabext.serve` is imported when a verb runs."""
 
 import click
 
-from vocabext.cli.gateway import gateway, swap, swap_test
 from vocabext.cli.serve_bench import bench
+from vocabext.cli.serve_gateway import gateway, swap, swap_test
 from vocabext.cli.serve_lengths import lengths
 from vocabext.cli.serve_predict import predict
 from vocabext.cli.serve_report import report

@@ -1,9 +1,11 @@
 """`vocabext serve gateway`, `swap` and `swap-test`: an expanded model under live traffic, and back in one step."""
 
+import importlib.util
 import os
 import signal
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,19 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
                              show_default=True, metavar="PATH", help="The gateway's state, which survives a restart.")
 
 
+def _require_extra() -> None:
+    """Check that what `serve` brings is installed, before anything imports it.
+
+    Raises:
+        MissingExtraError: If a part is missing.
+    """
+    from vocabext.errors import MissingExtraError
+
+    for name in ("aiohttp", "httptools", "prometheus_client", "starlette", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, "serve")
+
+
 @click.command(short_help="Serve base and expanded behind one endpoint, and switch between them.")
 @click.argument("base", metavar="BASE")
 @click.argument("expanded", metavar="EXPANDED")
@@ -30,35 +45,36 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=0,
               help="Port of the admin endpoint, on loopback only. [default: a free one]")
-@click.option("--model-name", default="", help="What clients call the model. [default: the base arm's name]")
+@click.option("--model-name", "model", default="", help="What clients call the model. [default: the base arm's name]")
 @click.option("--canary/--no-canary", default=True, show_default=True, help="Roll back if the expanded arm is worse.")
-@click.option("--max-failures", type=click.FloatRange(0, 1), default=0.02, show_default=True,
+@click.option("--max-failures", "failure_share", type=click.FloatRange(0, 1), default=0.02, show_default=True,
               help="Canary: share of failed answers above the base arm's.")
-@click.option("--max-pace", type=click.FloatRange(min=1), default=1.25, show_default=True,
+@click.option("--max-pace", "pace_ratio", type=click.FloatRange(min=1), default=1.25, show_default=True,
               help="Canary: seconds per character, times the base arm's.")
-@click.option("--max-first", type=click.FloatRange(min=1), default=1.5, show_default=True,
+@click.option("--max-first", "first_ratio", type=click.FloatRange(min=1), default=1.5, show_default=True,
               help="Canary: seconds to the first character, times the base arm's.")
-@click.option("--max-length", type=click.FloatRange(min=1), default=2.0, show_default=True,
+@click.option("--max-length", "length_ratio", type=click.FloatRange(min=1), default=2.0, show_default=True,
               help="Canary: how many times as long, or as short, answers may be.")
 @click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.1, show_default=True,
               help="Canary: share of a mirrored greedy answer that is the base's, from its beginning.")
-@click.option("--max-reading-loss", type=click.FloatRange(min=0), default=0.03, show_default=True, metavar="NATS",
-              help="Canary: how much less likely, per character, mirrored base answers may be behind prompts as the "
-                   "expanded arm reads them.")
+@click.option("--max-reading-loss", "reading_nats", type=click.FloatRange(min=0), default=0.03, show_default=True,
+              metavar="NATS", help="Canary: how much less likely, per character, mirrored base answers may be behind "
+                                   "prompts as the expanded arm reads them.")
 @click.option("--alpha", type=click.FloatRange(1e-9, 0.5), default=0.01, show_default=True,
               help="Canary: probability of rolling back without reason, however long it runs.")
-@click.option("--pin/--no-pin", default=True, show_default=True, help="Let the header x-vocabext-arm choose the arm.")
-@click.option("--max-body-bytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
+@click.option("--pin/--no-pin", "allow_pin", default=True, show_default=True,
+              help="Let the header x-vocabext-arm choose the arm.")
+@click.option("--max-body-bytes", "body_bytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
               help="Longest request body.")
-@click.option("--max-header-bytes", type=click.IntRange(min=256), default=32 * 2**10, show_default=True,
+@click.option("--max-header-bytes", "header_bytes", type=click.IntRange(min=256), default=32 * 2**10, show_default=True,
               help="Longest request line and headers together.")
-@click.option("--max-in-flight", type=click.IntRange(min=1), default=256, show_default=True,
+@click.option("--max-in-flight", "in_flight", type=click.IntRange(min=1), default=256, show_default=True,
               help="Requests that one arm may have at once; more get status 503.")
 @click.option("--idle-seconds", type=click.FloatRange(min=0.1), default=600.0, show_default=True,
               help="An engine that sends nothing for so long counts as hanging: status 504.")
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True,
               help="How long requests in flight may take once the gateway is told to stop.")
-@click.option("--record", type=click.Path(path_type=Path), metavar="PATH",
+@click.option("--record", "record_path", type=click.Path(path_type=Path), metavar="PATH",
               help="Write requests there, with their text, for swap-test. [default: nothing is written down]")
 @click.option("--record-limit", type=click.IntRange(min=1), default=1000, show_default=True,
               help="Write down so many requests at most.")
@@ -70,12 +86,8 @@ _state_option = click.option("--state", "state_path", type=click.Path(path_type=
 @options.trust_remote_code_option
 @options.json_option
 def gateway(
-    base: str, expanded: str, vllm_flags: tuple[str, ...], one_engine: bool, state_path: Path, percent: float,
-    host: str, port: int, admin_port: int, model_name: str, canary: bool, max_failures: float, max_pace: float,
-    max_first: float, max_length: float, min_agreement: float, max_reading_loss: float, alpha: float, pin: bool,
-    max_body_bytes: int, max_header_bytes: int, max_in_flight: int, idle_seconds: float, drain_seconds: float,
-    record: Path | None, record_limit: int, logs: Path | None, start_timeout_seconds: float, unverified: bool,
-    trust_remote_code: bool, as_json: bool,
+    base: str, expanded: str, one_engine: bool, state_path: Path, percent: float, canary: bool, logs: Path | None,
+    as_json: bool, **settings: Any,
 ) -> None:
     """Serve BASE and EXPANDED behind one OpenAI-compatible endpoint, until Ctrl-C.
 
@@ -87,25 +99,22 @@ def gateway(
     variable VOCABEXT_API_KEY is asked of clients and passed on to the engines. Flags of vLLM's server go after
     --, for the engines that are started.
     """
-    from vocabext.errors import MissingExtraError
+    _require_extra()
     from vocabext.serve.gateway.canary import Bounds
     from vocabext.serve.gateway.guard import Limits
     from vocabext.serve.gateway.policy import Policy
     from vocabext.serve.gateway.run import GatewayConfig, run_gateway
 
-    try:
-        import aiohttp  # noqa: F401  (one of what `serve` brings stands for all)
-    except ImportError:
-        raise MissingExtraError("aiohttp", "serve") from None
     folder = logs or Path(tempfile.mkdtemp(prefix="vocabext-gateway-"))
     folder.mkdir(parents=True, exist_ok=True)
-    bounds = Bounds(max_failures, max_pace, max_first, max_length, min_agreement, max_reading_loss,
-                    alpha) if canary else None
-    config = GatewayConfig(
-        base, expanded, one_engine, state_path, Policy(percent), host, port, admin_port, model_name,
-        Limits(max_body_bytes, max_header_bytes, max_in_flight, idle_seconds), bounds, os.environ.get(_KEY) or None,
-        pin, record, record_limit, drain_seconds, start_timeout_seconds, folder, vllm_flags, trust_remote_code,
-        unverified)
+
+    def taken(kind: Any) -> dict[str, Any]:
+        return {field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings}
+
+    bounds, limits = Bounds(**taken(Bounds)), Limits(**taken(Limits))
+    config = GatewayConfig(base, expanded, one_engine, state_path, Policy(percent), limits=limits,
+                           bounds=bounds if canary else None, api_key=os.environ.get(_KEY) or None, log_folder=folder,
+                           **settings)
 
     def ready(document: dict[str, Any]) -> None:
         show.emit(document, as_json, lambda: show.table(
@@ -136,6 +145,7 @@ def swap(
     that cannot be written is in force all the same, and this says so.
     """
     from vocabext.errors import UsageError
+    _require_extra()
     from vocabext.serve.gateway.admin import send_order
     from vocabext.serve.gateway.state import read_state
 
