@@ -40,9 +40,8 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 every_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
 
-# Names that pages use and that are still being written. Both must become empty; a name that exists must go from here.
+# Names that pages use and that are still being written. It must become empty; a name that exists must go from here.
 PLANNED_API = {"vocabext.load", "vocabext.expand"}
-PLANNED_TARGETS = {"quick", "fuzz"}
 # Paths that stand for others, and one that is planned as well.
 NO_FILES = {"benchmarks/NAME.py", "benchmarks/NAME.json"}
 
@@ -268,7 +267,7 @@ def test_every_make_target_exists(page: Path) -> None:
     shell = "\n".join(block.text for block in split(page)[1] if block.language == "bash")
     named = {*re.findall(r"^make ([a-z]+)", shell, re.MULTILINE), *(
         span.split()[1] for span in spans(page) if re.match(r"make [a-z]+", span))}
-    assert named <= make_targets() | PLANNED_TARGETS
+    assert named <= make_targets()
 
 
 # ---- Python --------------------------------------------------------------------------------------
@@ -318,7 +317,6 @@ def test_every_documented_object_exists(page: Path) -> None:
 
 def test_what_is_planned_does_not_exist_yet() -> None:
     assert not [name for name in PLANNED_API if exists(name)], "these names exist: take them out of PLANNED_API"
-    assert not PLANNED_TARGETS & make_targets(), "these targets exist: take them out of PLANNED_TARGETS"
 
 
 def test_the_script_for_a_word_list_makes_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
