@@ -8,11 +8,13 @@ SHELL := bash
 VLLM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
 BIN := .venv/bin/python
+# One worker for each core; a worker that has nothing left takes tests from another.
+PYTEST := $(BIN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The path is part of the stamp's name: a folder that was moved or copied is set up again, because
 # the editable install names the old path.
 STAMP := .venv/setup-$(VLLM)-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: help setup test demo check docs lock clean
+.PHONY: help setup quick test fuzz demo check docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 9
@@ -23,16 +25,22 @@ $(STAMP): pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
 	@scripts/setup.sh $(VLLM)
 	@touch $@
 
-test: setup ## Run all tests, the one with a live vLLM server included (ARGS=... for pytest)
-	$(BIN) -m pytest $(ARGS)
+quick: setup ## Run the tests of every behaviour that needs no server, in 90 seconds (ARGS=... for pytest)
+	$(PYTEST) -m "not slow and not vllm and not fuzz" $(ARGS)
+
+test: setup ## Run all tests but the long ones, a live vLLM server included, in 8 minutes (ARGS=... for pytest)
+	$(PYTEST) $(ARGS)
+
+fuzz: setup ## Run the long tests: every family, five times the examples, kills, soaks, vLLM (ARGS=... for pytest)
+	$(PYTEST) -m "fuzz or hypothesis" --hypothesis-profile fuzz $(ARGS)
 
 demo: setup ## Expand the embedded example, verify, serve and measure it: report.html and the table (no GPU needed)
 	$(BIN) examples/demo.py $(ARGS)
 
-check: setup ## What continuous integration runs: ruff, mypy, all tests
+check: setup ## What is checked before a change is merged: ruff, mypy, and the tests of `make test`
 	$(BIN) -m ruff check .
 	$(BIN) -m mypy
-	$(BIN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 docs: setup ## Write docs/cli.md from the --help of all verbs, and build the site in site/
 	$(BIN) -m vocabext.cli.docs docs/cli.md

@@ -9,7 +9,7 @@ import pytest
 from peak_memory import SHAPES
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_memory_that_is_stated_is_what_is_used(shape: str) -> None:

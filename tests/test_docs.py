@@ -40,10 +40,7 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 every_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
 
-# Names that pages use and that are still being written. Both must become empty; a name that exists must go from here.
-PLANNED_API: set[str] = set()
-PLANNED_TARGETS = {"quick", "fuzz"}
-# Paths that stand for others, and one that is planned as well.
+# Paths that stand for others.
 NO_FILES = {"benchmarks/NAME.py", "benchmarks/NAME.json"}
 
 # Options that pages name and that are not ours: vLLM's, pip's, and those of scripts.
@@ -268,7 +265,7 @@ def test_every_make_target_exists(page: Path) -> None:
     shell = "\n".join(block.text for block in split(page)[1] if block.language == "bash")
     named = {*re.findall(r"^make ([a-z]+)", shell, re.MULTILINE), *(
         span.split()[1] for span in spans(page) if re.match(r"make [a-z]+", span))}
-    assert named <= make_targets() | PLANNED_TARGETS
+    assert named <= make_targets()
 
 
 # ---- Python --------------------------------------------------------------------------------------
@@ -308,17 +305,12 @@ def test_every_python_block_compiles_and_uses_names_that_exist(page: Path) -> No
             tree = ast.parse(block.text)
             compile(tree, str(page), "exec")
             used = {name for name in names_used(tree) if name.split(".")[0] in ("vocabext", "serve")}
-            assert not [name for name in used if name not in PLANNED_API and not exists(name)]
+            assert not [name for name in used if not exists(name)]
 
 
 @every_page
 def test_every_documented_object_exists(page: Path) -> None:
     assert not [name for name in re.findall(r"^::: (\S+)$", split(page)[0], re.MULTILINE) if not exists(name)]
-
-
-def test_what_is_planned_does_not_exist_yet() -> None:
-    assert not [name for name in PLANNED_API if exists(name)], "these names exist: take them out of PLANNED_API"
-    assert not PLANNED_TARGETS & make_targets(), "these targets exist: take them out of PLANNED_TARGETS"
 
 
 def test_the_script_for_a_word_list_makes_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

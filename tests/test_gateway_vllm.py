@@ -19,7 +19,7 @@ from vocabext.serve.engine import group_members
 from vocabext.tokenizer import load_tokenizer
 
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.vllm, pytest.mark.fuzz,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 TEXT = "so the heart of the muscles, and a muscle of the heart are rated"

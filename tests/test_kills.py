@@ -1,6 +1,6 @@
 """Processes that are killed leave nothing that looks finished, and running them again succeeds: see `kills.py`.
 
-A few kills here; `python tests/support/kills.py --kills 50` makes fifty of each.
+One kill in `make test`, a few in `make fuzz`; `python tests/support/kills.py --kills 50` makes fifty of each.
 """
 
 import json
@@ -17,7 +17,9 @@ KILLS = Path(__file__).parent / "support" / "kills.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("works", "kills"), [(["patch", "patch --force", "revert"], 6), (["run"], 2)])
+@pytest.mark.parametrize(("works", "kills"), [
+    (["patch"], 1), pytest.param(["patch", "patch --force", "revert"], 6, marks=pytest.mark.fuzz),
+    pytest.param(["run"], 2, marks=pytest.mark.fuzz)])
 def test_a_killed_process_leaves_nothing_unfinished_and_can_be_repeated(works: list[str], kills: int) -> None:
     done = subprocess.run([sys.executable, str(KILLS), *works, "--kills", str(kills)], capture_output=True, text=True,
                           check=False)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from base_logits import logits, same_over_base_rows
+from fuzz import every
 from patch_case import make_rows
 from safetensors.torch import load_file
 from tiny_checkpoints import default_dtype
-from tiny_families import FAMILIES, tiny_family
+from tiny_families import FAMILIES, FEW, every_family, tiny_family
 
 from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import Rows, load_rows, open_checkpoint, save_rows
@@ -38,7 +39,7 @@ def expand(tmp_path: Path, family: str, **options: Any) -> tuple[Path, Path]:
     return base, tmp_path / "new"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_family_is_extended_and_reads_base_text_as_before(tmp_path: Path, family: str) -> None:
     base, new = expand(tmp_path, family)
     old, now, manifest = stored(base), stored(new), read_manifest(new)
@@ -112,7 +113,10 @@ def test_a_silent_head_bias_does_not_depend_on_the_default_dtype(tmp_path: Path)
     assert bool((stored(tmp_path / "new")["lm_head.bias"][290:] == -10_000).all())
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTIED_ONLY))
+UNTIED = sorted(set(FAMILIES) - UNTIED_ONLY)
+
+
+@every("family", UNTIED, few=[name for name in FEW if name in UNTIED])
 def test_a_tied_family_is_untied(tmp_path: Path, family: str) -> None:
     base, new = expand(tmp_path, family, untie=True)
     checkpoint = open_checkpoint(new)

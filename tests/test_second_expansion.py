@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hard_texts import ALL_WANTED, FRAGMENTS, possible
 from tiny_checkpoints import tiny_folder
 from tiny_expanded import DOCUMENTS, new_tokens, patched
-from tiny_tokenizers import FAMILIES, family_base
+from tiny_tokenizers import FAMILIES, every_family, every_family_of_chunks, every_merging_family, family_base
 
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.cli.inspect import inspect
@@ -112,7 +112,7 @@ def texts(seed: int, count: int = 400) -> list[str]:
 
 
 @pytest.mark.parametrize("phrases", [True, False], ids=["words and phrases before", "words before"])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_the_invariant_holds_on_a_base_that_has_new_tokens_of_ours(name: str, phrases: bool) -> None:
     base = extended_base(name, phrases=phrases)
     tokens = possible(base, SECOND)
@@ -125,7 +125,7 @@ def test_the_invariant_holds_on_a_base_that_has_new_tokens_of_ours(name: str, ph
         assert new.decode(ids) == base.decode(base_ids), text
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if family_base(name).scheme.name == "chunks"])
+@every_family_of_chunks
 def test_a_phrase_that_would_cut_an_earlier_phrase_is_refused(name: str) -> None:
     """` door of` in front of ` the` would be taken out of ` door of the`, where the base has ` of the`."""
     base = extended_base(name)
@@ -155,7 +155,7 @@ def test_a_single_earlier_phrase_of_any_sort_is_seen(phrase: str) -> None:
         base.new_token(" door of")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if family_base(name).scheme.only_merges])
+@every_merging_family
 def test_a_base_that_searches_for_earlier_tokens_is_refused(name: str) -> None:
     base = family_base(name)
     wanted = possible(base, ["\n\n\n\n\n", " heart\nand", "a\n", "e\n"])

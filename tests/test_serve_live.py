@@ -23,7 +23,7 @@ from vocabext.serve.bench.scenarios import DECODE
 from vocabext.serve.engine import group_members, running_children
 
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.vllm, pytest.mark.fuzz,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 

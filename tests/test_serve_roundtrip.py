@@ -26,7 +26,7 @@ WANTED = [" cardiac", "cardiac", " ureter", " heart rate", " signs and symptoms"
           " of a heart"]
 
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.vllm, pytest.mark.fuzz,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 

@@ -23,7 +23,7 @@ from vocabext.serve.model import load_encoder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.vllm, pytest.mark.fuzz,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import examples
+from fuzz import every, examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import tiny_folder
@@ -542,7 +542,7 @@ def test_units_are_chunks_or_words() -> None:
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b", "llama-2", "qwen-tiktoken"])
+@every("name", ["gpt2", "gpt-neox-20b", "llama-2", "qwen-tiktoken"], few=["gpt2", "llama-2"])
 def test_real_tokenizers(name: str, assets: Path, tmp_path: Path) -> None:
     archive = assets / "tokenizers" / f"{name}.tar.gz"
     if not archive.is_file():

@@ -70,7 +70,7 @@ def broken_promises(base: BaseTokenizer, new: ExpandedTokenizer, texts: Sequence
 
 
 @pytest.mark.assets
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("path", TOKENIZERS, ids=lambda path: path.name.split(".")[0])
 def test_mined_tokens_change_nothing_else(path: Path, corpora: dict[str, list[Document]],
                                           load: Callable[[Path], BaseTokenizer]) -> None:

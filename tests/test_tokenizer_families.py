@@ -10,8 +10,19 @@ from fuzz import examples
 from hard_texts import ALL_WANTED, FRAGMENTS, WANTED, possible
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, MORE_TEXT, cut_at_spaces, family_base, metaspace
-from tokenizer_checks import MERGING, chained, check_ids, check_offsets, check_prompts, check_streaming, expanded, texts
+from tiny_tokenizers import (
+    CHUNKS,
+    FAMILIES,
+    MERGING,
+    MORE_TEXT,
+    UNIGRAM,
+    cut_at_spaces,
+    every_family,
+    every_merging_family,
+    family_base,
+    metaspace,
+)
+from tokenizer_checks import chained, check_ids, check_offsets, check_prompts, check_streaming, expanded, texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,8 +44,6 @@ REFUSED = {
     "bloom": {"self.assertEqual(", " self.assertEqual(", "        self.", "):\n", "---\n", "e.g.", " (e.g."},
 }
 
-UNIGRAM = {"t5", "flan-t5", "xlm-r", "albert"}
-every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 # ---- the checks ----------------------------------------------------------------------------------
@@ -134,7 +143,6 @@ def test_very_long_words(name: str) -> None:
 
 # ---- new tokens that are merges ------------------------------------------------------------------
 
-every_merging_family = pytest.mark.parametrize("name", MERGING)
 
 
 @every_merging_family
@@ -208,6 +216,13 @@ def test_a_new_merge_ahead_of_those_of_the_base_would_be_noticed(name: str) -> N
     wrong = ExpandedTokenizer(Tokenizer.from_str(json.dumps(spec)), new.hf, new.expansion)
     with pytest.raises(AssertionError):
         check_ids(base, wrong, "".join(f"x{token.token}s {token.token}" for token in new.tokens))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_what_its_list_says(name: str) -> None:
+    scheme = family_base(name).scheme
+    assert (scheme.only_merges, scheme.name == "unigram", scheme.name == "chunks") == (
+        name in MERGING, name in UNIGRAM, name in CHUNKS)
 
 
 # ---- not vacuous ---------------------------------------------------------------------------------

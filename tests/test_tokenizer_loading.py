@@ -246,7 +246,7 @@ def test_a_patched_checkpoint_keeps_the_new_tokens(model_type: str, tmp_path: Pa
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("name", ["gpt2 files", "gpt2 files, space in front", "llama3 json", "qwen3 json",
                                   "tekken file", "tekken json",

@@ -3,12 +3,12 @@
 from functools import cache
 
 import pytest
-from fuzz import examples
+from fuzz import every, examples
 from hard_texts import ALL_WANTED, FRAGMENTS, possible
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, family_base
-from tokenizer_checks import MERGING, chained, check_ids, check_offsets, expanded, texts
+from tiny_tokenizers import FAMILIES, FEW, MERGING, every_family, every_merging_family, family_base
+from tokenizer_checks import chained, check_ids, check_offsets, expanded, texts
 
 from vocabext.errors import TokenizerError
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, extend
@@ -46,7 +46,7 @@ def phrases_first(name: str) -> tuple[BaseTokenizer, ExpandedTokenizer]:
     return middle, extend(middle, words(middle, ALL_WANTED))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 @settings(max_examples=examples(30))
 @given(data=st.data())
 def test_a_second_extension_keeps_the_ids_of_the_first(name: str, data: st.DataObject) -> None:
@@ -56,7 +56,7 @@ def test_a_second_extension_keeps_the_ids_of_the_first(name: str, data: st.DataO
     check_offsets(middle, new, text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_a_second_extension_is_no_empty_one(name: str) -> None:
     middle, new = twice(name)
     assert len(new.tokens) >= 20
@@ -66,7 +66,7 @@ def test_a_second_extension_is_no_empty_one(name: str) -> None:
     assert any(i >= family_base(name).first_new_id for ids in middle.encode_batch(contexts) for i in ids)
 
 
-@pytest.mark.parametrize("name", WITH_PHRASES)
+@every("name", WITH_PHRASES, few=[name for name in FEW if name in WITH_PHRASES])
 @settings(max_examples=examples(15))
 @given(data=st.data())
 def test_words_can_be_added_to_a_base_with_phrases_of_ours(name: str, data: st.DataObject) -> None:
@@ -76,7 +76,7 @@ def test_words_can_be_added_to_a_base_with_phrases_of_ours(name: str, data: st.D
     check_ids(middle, new, data.draw(parts))
 
 
-@pytest.mark.parametrize("name", WITH_PHRASES)
+@every("name", WITH_PHRASES, few=[name for name in FEW if name in WITH_PHRASES])
 def test_phrases_on_a_base_that_has_phrases_of_ours_are_refused(name: str) -> None:
     base, (middle, _) = family_base(name), phrases_first(name)
     assert "phrases not" in middle.describe()
@@ -95,7 +95,7 @@ def test_without_that_refusal_the_second_phrase_would_cut_the_first(monkeypatch:
         check_ids(middle, new, "x rate of the heart")
 
 
-@pytest.mark.parametrize("name", MERGING)
+@every_merging_family
 def test_a_base_that_is_searched_for_tokens_of_ours_is_refused(name: str) -> None:
     with pytest.raises(TokenizerError, match=f"^{ALREADY}$"):
         again(name, expanded(name))

@@ -557,7 +557,8 @@ def documents(folder: Path, size: int) -> Iterator[tuple[str, list[str]]]:
             yield path.name, [json.loads(line)["text"][:5000] for line in itertools.islice(file, size)]
 
 
-@pytest.mark.parametrize("words", [True, False], ids=["at spaces", "whole text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [True, pytest.param(False, marks=pytest.mark.fuzz)], ids=["at spaces", "whole text"])
 def test_real_text(assets: Path, words: bool) -> None:
     corpora = dict(documents(assets / "corpora", 80))
     backend = Tokenizer(models.Unigram())

@@ -7,7 +7,7 @@ import torch
 import transformers
 from patch_case import make_rows
 from planted import HEAD, detail, edit_tensor, failed, set_row, skipped
-from tiny_families import FAMILIES, GAP_IN_TABLE, tiny_family
+from tiny_families import FAMILIES, GAP_IN_TABLE, every_family, tiny_family
 
 from vocabext.checkpoint.folder import Rows, load_rows, save_rows
 from vocabext.checkpoint.manifest import read_manifest
@@ -46,7 +46,7 @@ def expanded(tmp_path: Path, family: str, texts: tuple[str, ...] = TEXTS) -> tup
     return base, tmp_path / "new"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_family_goes_there_and_back(tmp_path: Path, family: str) -> None:
     base, folder = expanded(tmp_path, family)
     result = verify(folder, str(base))

@@ -91,7 +91,7 @@ def test_an_engine_that_does_not_answer_in_time_is_no_verdict(
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_separated_head_writes_the_same_in_vllm_and_another_embedding_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ NOT_SERVED = {"gemma3-wrapped", "gemma4-wrapped", "llava"}  # by a vLLM without 
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_families_write_the_same_in_vllm(tmp_path: Path) -> None:
     families = tuple(FAMILIES) if os.environ.get(ALL) else FEW

@@ -31,7 +31,7 @@ SILENT = " the function returns"
 BEFORE, LONG = 8, 4
 
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.vllm, pytest.mark.fuzz,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 

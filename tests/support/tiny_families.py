@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from fuzz import every
 from safetensors.torch import save_file
 from tiny_checkpoints import tiny_tokenizer
 from transformers import PreTrainedModel
@@ -92,6 +93,9 @@ FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     "mistral3": _wrapped("Mistral3", {"model_type": "mistral", "sliding_window": 64},
                          vision_config={**VISION, "model_type": "pixtral", "head_dim": 16}),
 }
+# One for each way of naming, tying, scaling and extending tensors; `make fuzz` takes all of them.
+FEW = ["llama", "llama-tied", "qwen2-moe", "gemma3n-shorter-table", "gemma4-wrapped", "gpt2", "phi", "falcon"]
+every_family = every("family", FAMILIES, few=FEW)
 
 
 def _plain(name: str, head: str = "ForCausalLM", **config: Any) -> Callable[[int], PreTrainedModel]:

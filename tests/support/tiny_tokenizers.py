@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from fuzz import every
 from tokenizers import (
     AddedToken,
     Regex,
@@ -480,6 +481,18 @@ FAMILIES: dict[str, Family] = {
     "albert": Family(_albert, {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]",
                                "sep_token": "[SEP]", "mask_token": "[MASK]"}),
 }
+
+# What these are once they are built; named here so that no test builds all of them to know its own name.
+MERGING = ["llama2", "llama2-legacy", "llama2-no-prefix", "sentencepiece-bpe", "mistral-v1", "tinyllama", "phi3",
+           "mistral-v3", "gemma", "crossing"]
+UNIGRAM = ["t5", "flan-t5", "xlm-r", "albert"]
+CHUNKS = [name for name in FAMILIES if name not in (*MERGING, *UNIGRAM)]
+# One for each way of splitting, merging, marking spaces and handling bytes; `make fuzz` takes all of them.
+FEW = ["gpt2", "gpt2-prefix", "gpt-neox", "deepseek-v3", "starcoder", "bloom", "llama2", "llama2-no-prefix",
+       "sentencepiece-bpe", "gemma", "crossing", "t5", "xlm-r"]
+every_family = every("name", FAMILIES, few=FEW)
+every_merging_family = every("name", MERGING, few=[name for name in FEW if name in MERGING])
+every_family_of_chunks = every("name", CHUNKS, few=[name for name in FEW if name in CHUNKS])
 
 # Other ways in which byte-level BPE gets its space in front of a text.
 PREFIXED: dict[str, Family] = {

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from hard_texts import ALL_WANTED, FRAGMENTS, possible
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, family_base
+from tiny_tokenizers import family_base
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +88,6 @@ def texts(name: str) -> st.SearchStrategy[str]:
     return st.lists(parts, max_size=10).map("".join)
 
 
-MERGING = [name for name in FAMILIES if family_base(name).scheme.only_merges]
 
 
 @cache
