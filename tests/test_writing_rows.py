@@ -354,7 +354,8 @@ def test_a_default_dtype_that_somebody_changed_changes_nothing() -> None:
         torch.set_default_dtype(dtype)
         try:
             found.append((silent_row(head_VD, [places], 39, LogitMap())[0], fitted(places), rows_in_use(head_VD, 39),
-                          find_uses(places, head_VD[:2]).lost_P, mean_rows(head_VD, [NewToken("a", "a", (1, 2))])))
+                          find_uses(places, head_VD[:2], LogitMap()).lost_P,
+                          mean_rows(head_VD, [NewToken("a", "a", (1, 2))])))
         finally:
             torch.set_default_dtype(torch.float32)
     for one, other in zip(*found, strict=True):

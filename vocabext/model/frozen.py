@@ -500,13 +500,13 @@ class FrozenModel:
 
         def stop(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any = None) -> None:
             found = (inputs[0] if inputs else named["hidden_states"]) if reads else output
-            raise _Stopped(found[0] if isinstance(found, tuple) else found)
+            raise _LayerReached(found[0] if isinstance(found, tuple) else found)
 
         register = layer.register_forward_pre_hook if reads else layer.register_forward_hook
         hook = register(stop, with_kwargs=True)
         try:
             self._body(**options)
-        except _Stopped as stopped:
+        except _LayerReached as stopped:
             return stopped.states
         finally:
             hook.remove()
@@ -605,7 +605,7 @@ class FrozenModel:
         return [row[len(prompts[0]) :].tolist() for row in out]
 
 
-class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+class _LayerReached(Exception):  # noqa: N818 - nothing went wrong
     """The layer that was asked for has run."""
 
     def __init__(self, states: torch.Tensor) -> None:
