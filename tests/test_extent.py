@@ -7,7 +7,7 @@ import pytest
 
 from vocabext.errors import CheckpointError
 from vocabext.files import ranges
-from vocabext.files.ranges import Extent, first_difference, same_inode
+from vocabext.files.ranges import Extent, first_difference, read_scattered, same_inode
 
 DATA = bytes(range(256)) * 5
 
@@ -55,3 +55,10 @@ def test_hard_links_are_one_file(tmp_path: Path) -> None:
     (tmp_path / "b").hardlink_to(path)
     assert same_inode(path, tmp_path / "b")
     assert not same_inode(path, write(tmp_path / "c", DATA))
+
+
+def test_scattered_places_are_read_and_a_file_that_ends_before_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", DATA)
+    assert read_scattered(path, [7, 3, 1270], 10) == DATA[7:17] + DATA[3:13] + DATA[1270:1280]
+    with pytest.raises(CheckpointError, match="became shorter"):
+        read_scattered(path, [1271], 10)

@@ -297,12 +297,12 @@ def test_a_full_disk_is_found_before_the_first_byte(case: Case, monkeypatch: pyt
 def test_the_space_that_is_asked_for_is_enough_and_not_wasteful(
         many_shards: Case, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(module, "_check_space", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(module, "check_space", lambda _, needed, __: asked.append(needed))
     written = many_shards.patch(link=link).bytes_written
     assert written <= asked[0] <= written + 2 * module.MARGIN_BYTES
 
 
-@pytest.mark.parametrize("step", [(patch_weights, "write_shard"), (module, "write_manifest"), (module, "_write_json")])
+@pytest.mark.parametrize("step", [(patch_weights, "write_shard"), (module, "write_manifest"), (module, "write_json")])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_interruption_leaves_nothing_or_the_old_folder(
@@ -475,7 +475,7 @@ def test_a_shard_that_is_cut_off_meanwhile_is_noticed(many_shards: Case, monkeyp
     def cut(*_: object) -> None:
         shard.write_bytes(shard.read_bytes()[:-5])
 
-    monkeypatch.setattr(module, "_check_space", cut)
+    monkeypatch.setattr(module, "check_space", cut)
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         many_shards.patch(link="copy")
     assert names_left(many_shards) == ["base", "rows.safetensors"]

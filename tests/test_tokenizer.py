@@ -253,7 +253,7 @@ def test_a_token_names_its_run_and_its_text() -> None:
     for kind in KINDS:
         base, new = tiny_base(kind), expanded(kind)
         for offset, token in enumerate(new.tokens):
-            assert base.key_text(token.key) == token.token
+            assert base.scheme.key_text(token.key) == token.token
             # The decoder of a space-mark tokenizer strips the space at the start of a text.
             assert new.decode([new.first_new_id + offset]) in (token.token, token.token.removeprefix(" "))
             assert token.run == tuple(new.expansion.unmerge([new.first_new_id + offset]))
@@ -531,10 +531,11 @@ def test_units_are_chunks_or_words() -> None:
                 "metaspace": " |The| heartless| theatre|,| self|.|a"}
     for kind, units in expected.items():
         base = tiny_base(kind)
-        (found,) = base.encode_units([text])
+        (found,) = base.scheme.encode_units([text])
         assert found.ids.tolist() == base.encode(text)
         keys = [base.backend.id_to_token(i) or "" for i in found.ids.tolist()]
-        marked = [("|" if start else "") + base.key_text(key) for start, key in zip(found.starts, keys, strict=True)]
+        marked = [("|" if start else "") + base.scheme.key_text(key)
+                  for start, key in zip(found.starts, keys, strict=True)]
         assert "".join(marked)[1:] == units, kind
 
 

@@ -465,7 +465,7 @@ def test_words_are_found_behind_any_normalizer_and_any_first_step(variant: str, 
     base, new = varied(variant, prefixed)
     assert len(new.tokens) > 8
     for token in new.tokens:
-        assert base.key_text(token.key) == token.token
+        assert base.scheme.key_text(token.key) == token.token
         check_ids(base, new, f"x{token.token} {token.token}")
     text = "x cardiac ureteral cardiac, cardiac"
     assert len(new.encode(text)) <= len(base.encode(text)) - (0 if variant == "lengths" else 4)

@@ -86,7 +86,7 @@ def test_the_first_word_of_a_text_is_the_token_that_it_is_after_a_space(name: st
     for text in ("cardiac", "cardiac x", "x cardiac"):
         assert cardiac in new.encode(text), text
     assert name == "by the normalizer" or base.encode("cardiac") == base.encode(" cardiac")
-    assert base.key_text(new.tokens[cardiac - new.first_new_id].key) == " cardiac"
+    assert base.scheme.key_text(new.tokens[cardiac - new.first_new_id].key) == " cardiac"
 
 
 @with_phrases
@@ -139,7 +139,7 @@ def test_decoding_strips_no_more_than_the_base_does(name: str) -> None:
 
 def test_the_first_word_of_a_document_is_mined_and_collected() -> None:
     base = base_of("roberta")
-    units = base.encode_units(["cardiac heart", "x cardiac heart"])
+    units = base.scheme.encode_units(["cardiac heart", "x cardiac heart"])
     assert units[0].ids.tolist() == units[1].ids.tolist()[-len(units[0].ids) :]
     token = base.new_token(" cardiac")
     documents = [Document("a", "cardiac heart and the heart"), Document("b", "<sep>cardiac heart of the blood")]

@@ -5,7 +5,6 @@ whatever has a recorded digest must have it again, or nothing is written under t
 """
 
 import json
-import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.folder import CONFIG_NAME, read_shards
+from vocabext.checkpoint.folder import read_shards
 from vocabext.checkpoint.manifest import (
     MANIFEST_NAME,
     ROWS_ORIGINAL,
@@ -21,14 +20,14 @@ from vocabext.checkpoint.manifest import (
     Original,
     Originals,
     OverwrittenRows,
-    has_manifest,
+    check_replaceable,
     read_manifest,
 )
 from vocabext.checkpoint.shards import MAX_HEADER_BYTES, Shard, TensorInfo
 from vocabext.checkpoint.verdicts import verified_sha256
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path
-from vocabext.files.folders import new_folder
+from vocabext.files.folders import check_space, new_folder
 from vocabext.files.links import AUTO, link_file
 from vocabext.files.ranges import Extent, pass_on
 from vocabext.progress import Progress, no_progress
@@ -87,7 +86,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     with new_folder(place, force=force) as target:
         restoration = _Restoration(folder, target, originals)
         restoration.link_weights(link)
-        _check_space(place.parent, sum(sizes.values()) - restoration.linked_bytes + MARGIN_BYTES)
+        check_space(place.parent, sum(sizes.values()) - restoration.linked_bytes + MARGIN_BYTES, "the restored base")
         with progress("restoring", sum(sizes.values()), "bytes") as task:
             restoration.run(task.advance)
     return RevertResult(output, manifest.base.model, len(sizes), sum(sizes.values()), dict(originals.lost),
@@ -103,10 +102,7 @@ def _check_paths(folder: Path, output: Path, *, force: bool) -> None:
         raise UsageError(f"the output {output} and the expanded checkpoint {folder} lie inside each other; "
                          "choose another output")
     check_output(output, force=force, folder=True)
-    if output.is_file():
-        raise UsageError(f"the output {output} is a file; choose another output")
-    if output.exists() and any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
-        raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
+    check_replaceable(output)
 
 
 def _originals(manifest: Manifest, folder: Path) -> Originals:
@@ -124,13 +120,6 @@ def _originals(manifest: Manifest, folder: Path) -> Originals:
         raise CheckpointError(f"{folder} lacks {ROWS_ORIGINAL}, the rows that new ones have overwritten; "
                               f"the base is {manifest.base.model}")
     return originals
-
-
-def _check_space(parent: Path, needed: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(f"the restored base needs {needed:,} bytes, but {parent} has {free:,} bytes free; "
-                              "free some, or choose an output elsewhere")
 
 
 # -- restoring ----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def check_ids(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
 def check_offsets(base: BaseTokenizer, new: ExpandedTokenizer, text: str) -> None:
     """A new token spans exactly what its pieces span, before spaces are trimmed off."""
     found, wanted = (t.untrimmed.encode(text, add_special_tokens=False) for t in (new, base))
-    if getattr(base.scheme, "drops_unknown", False) and set(text) - {base.key_text(key) for key in base.vocabulary}:
+    if getattr(base.scheme, "drops_unknown", False) and set(text) - {base.scheme.key_text(key) for key in base.vocabulary}:
         # The library counts tokens, not text: the base's own offsets are wrong behind a character that vanished.
         assert found.offsets == sorted(found.offsets)
         return
@@ -97,7 +97,7 @@ def chained(name: str) -> ExpandedTokenizer:
     chain, tokens = base.scheme.chain(), {}
     for token in possible(base):
         spellings = [base.scheme.spelling(token.run[:end]) for end in range(2, len(token.run) + 1)]
-        texts = [base.key_text(spelling.decode(errors="replace")) for spelling in spellings]
+        texts = [base.scheme.key_text(spelling.decode(errors="replace")) for spelling in spellings]
         for part in possible(base, [*token.token, *texts]):
             if part.run not in tokens and chain.add(part):
                 tokens[part.run] = part

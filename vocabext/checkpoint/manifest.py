@@ -29,7 +29,7 @@ from typing import Any
 
 from vocabext import __version__
 from vocabext.checkpoint.architecture import EmbeddingNames
-from vocabext.checkpoint.folder import read_json
+from vocabext.checkpoint.folder import CONFIG_NAME, read_json
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import write_json
 from vocabext.files.ranges import file_sha256
@@ -255,6 +255,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def has_manifest(folder: Path) -> bool:
     """Tell whether a model folder says of itself that it is an expanded checkpoint."""
     return (folder / MANIFEST_NAME).is_file()
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output that is there and is no model folder: `--force` replaces nothing else.
+
+    Raises:
+        UsageError: If it is a file, or a folder that holds something else.
+    """
+    if output.is_file():
+        raise UsageError(f"the output {output} is a file; choose another output")
+    if output.exists() and any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
+        raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
 
 
 def expanded_from(folder: Path) -> str | None:

@@ -3,7 +3,6 @@
 Shapes: N new rows, n of them at a time, V rows as stored, D width (a bias has none).
 """
 
-import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -13,7 +12,7 @@ import torch
 from vocabext.checkpoint.folder import Checkpoint, RowsFile
 from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo
 from vocabext.errors import CheckpointError
-from vocabext.files.ranges import Extent
+from vocabext.files.ranges import Extent, read_scattered
 from vocabext.tokens import NewToken
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,24 +104,20 @@ def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]
         tokens: The new tokens.
     """
     info = checkpoint.tensors[name]
-    start = checkpoint.shards[info.file].data_start + info.start
+    start = checkpoint.extent(name).start
 
     def read(first: int, last: int) -> torch.Tensor:
         some = tokens[first:last]
         pieces = sorted({piece for token in some for piece in token.run})
-        with open(checkpoint.folder / info.file, "rb") as file:
-            raw = bytearray(b"".join(_row(file.fileno(), info, start, piece) for piece in pieces))
+        if (odd := next((piece for piece in pieces if piece >= info.shape[0]), None)) is not None:
+            raise CheckpointError(f"a new token has the piece {odd}, but {info.file} has {info.shape[0]} rows for it")
+        raw = read_scattered(checkpoint.folder / info.file, (start + piece * info.row_bytes for piece in pieces),
+                             info.row_bytes)
         rows = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(len(pieces), *info.shape[1:])
         at = {piece: i for i, piece in enumerate(pieces)}
         return _means(rows, [[at[piece] for piece in token.run] for token in some])
 
     return read
-
-
-def _row(descriptor: int, info: TensorInfo, start: int, row: int) -> bytes:
-    if row >= info.shape[0]:
-        raise CheckpointError(f"a new token has the piece {row}, but {info.file} has {info.shape[0]} rows for it")
-    return os.pread(descriptor, info.row_bytes, start + row * info.row_bytes)
 
 
 def as_bytes(source: RowSource, dtype: str) -> Callable[[int, int], bytes]:

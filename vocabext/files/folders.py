@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from vocabext.errors import OutputExistsError, UsageError
+from vocabext.errors import CheckpointError, OutputExistsError, UsageError
 from vocabext.files.atomic import naming
 
 # What only a write can meet: no space, no quota, a file that is too large, nothing may be written at all.
@@ -49,6 +49,23 @@ def new_folder(output: Path, *, force: bool) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_space(parent: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        parent: The folder that gets it.
+        needed: How many bytes.
+        what: What it is, in words.
+
+    Raises:
+        CheckpointError: If there is less room.
+    """
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(f"{what} needs {needed:,} bytes, but {parent} has {free:,} bytes free; free some, or "
+                              "choose an output elsewhere")
 
 
 def clean_up(output: Path) -> None:

@@ -62,7 +62,7 @@ class Extent:
             while left:
                 chunk = _exactly(file.read, min(most, left))
                 if not chunk:
-                    raise CheckpointError(f"{self.path} became shorter while it was read")
+                    raise _shorter(self.path)
                 left -= len(chunk)
                 yield chunk
 
@@ -77,6 +77,27 @@ class Extent:
             advance: Told how many bytes were read.
         """
         return pass_on(self.chunks(), None, advance)[1]
+
+
+def read_scattered(path: Path, starts: Iterable[int], count: int) -> bytearray:
+    """Return `count` bytes from each of some places of a file, one after the other.
+
+    Raises:
+        CheckpointError: If the file ends before.
+    """
+    found = bytearray()
+    with open(path, "rb", buffering=0) as file:
+        for start in starts:
+            file.seek(start)
+            part = _exactly(file.read, count)
+            if len(part) < count:
+                raise _shorter(path)
+            found += part
+    return found
+
+
+def _shorter(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} became shorter while it was read")
 
 
 def pass_on(chunks: Iterable[bytes], out: IO[bytes] | None, advance: Advance = _ignore) -> tuple[int, str]:

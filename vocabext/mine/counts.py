@@ -48,7 +48,7 @@ def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -
     barrier, edge = np.full(1, -1, np.int64), np.ones(1, np.bool_)
     with progress("reading the corpus", len(texts), "documents") as task:
         for at in range(0, len(texts), BATCH):
-            for units in base.encode_units(texts[at : at + BATCH]):
+            for units in base.scheme.encode_units(texts[at : at + BATCH]):
                 ids += [units.ids, barrier]
                 starts += [units.starts, edge]
                 task.advance()
@@ -56,7 +56,7 @@ def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -
     pieces = np.diff(np.append(first, len(flat)))
     inside = _allowed(flat, first, base)
     following = np.append(flat[first[1:]], -1)
-    closable = base.phrase_may_end(flat[first + pieces - 1], following)
+    closable = base.scheme.phrase_may_end(flat[first + pieces - 1], following)
     return Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable, _sections(flat[first]))
 
 
@@ -70,7 +70,7 @@ def _sections(first_ids: Array) -> Array:
 def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
     """Tell for each unit whether it may be (part of) a token."""
     broken = np.zeros(base.first_new_id + 1, np.bool_)
-    broken[base.barrier_ids] = True
+    broken[base.scheme.barrier_ids] = True
     broken[-1] = True  # index -1: the barrier between documents
     return ~np.logical_or.reduceat(broken[ids], starts)
 
@@ -124,7 +124,7 @@ class Chosen:
 
 def text_of(run: Sequence[int], base: BaseTokenizer) -> str:
     """Return the text that base ids stand for."""
-    return base.key_text(base.scheme.spelling(run).decode(errors="replace"))
+    return base.scheme.key_text(base.scheme.spelling(run).decode(errors="replace"))
 
 
 def as_token(run: tuple[int, ...], base: BaseTokenizer, config: MineConfig) -> NewToken:

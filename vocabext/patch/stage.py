@@ -6,8 +6,6 @@ lies in `vocabext_base/` (see `vocabext.checkpoint.manifest`). The folder is bui
 last, so it is there whole or not at all.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,15 +29,15 @@ from vocabext.checkpoint.manifest import (
     Manifest,
     Original,
     Originals,
-    has_manifest,
+    check_replaceable,
     refuse_expanded,
     token_records,
     write_manifest,
 )
 from vocabext.checkpoint.named_ids import listed
 from vocabext.errors import CheckpointError, UsageError
-from vocabext.files.atomic import check_output, real_path
-from vocabext.files.folders import Syncer, new_folder
+from vocabext.files.atomic import check_output, real_path, write_json
+from vocabext.files.folders import Syncer, check_space, new_folder
 from vocabext.files.links import AUTO, LINKS, Copier
 from vocabext.files.ranges import Extent, file_sha256, pass_on
 from vocabext.patch.plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
@@ -147,7 +145,8 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         weights.link_weights()
         others = _OtherFiles(checkpoint, files, folder, weights.originals)
         tokenizer_bytes = len(expanded.backend.to_str().encode())
-        _check_space(output.parent, weights.num_bytes() + others.num_bytes() + tokenizer_bytes + MARGIN_BYTES)
+        check_space(output.parent, weights.num_bytes() + others.num_bytes() + tokenizer_bytes + MARGIN_BYTES,
+                    "the new checkpoint")
         with progress("writing the checkpoint", weights.read_bytes() + others.read_bytes(), "bytes") as task, \
                 Syncer() as syncer, Copier(task.advance) as copier:
             weights.write(copier, syncer)
@@ -197,12 +196,7 @@ def check_paths(output: Path, base: Path, rows: Path) -> None:
         raise UsageError(f"the base model {base} lies inside the output {output}; choose another output")
     if output in rows.parents:
         raise UsageError(f"the rows {rows} lie inside the output {output}; choose another output")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UsageError(f"the output {output} is a file; choose another output")
-    if any(output.iterdir()) and not (output / CONFIG_NAME).is_file() and not has_manifest(output):
-        raise UsageError(f"the output {output} is no model folder, and --force replaces model folders only")
+    check_replaceable(output)
 
 
 def _check_rows(file: RowsFile, checkpoint: Checkpoint, first_new_id: int) -> None:
@@ -226,15 +220,6 @@ def _stale_files(folder: Path) -> dict[str, str]:
 
     return {path.name: "would rebuild the tokenizer without the new tokens"
             for path in folder.iterdir() if is_stale(path.name)}
-
-
-def _check_space(parent: Path, needed: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"the new checkpoint needs {needed:,} bytes, but {parent} has {free:,} bytes free; "
-            "free some, or choose an output elsewhere"
-        )
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -276,12 +261,12 @@ class _OtherFiles:
         """Write the index of the shards, if it changes."""
         index = new_index(self._checkpoint, tensors) if self._checkpoint.sharded else None
         if index is not None:
-            _write_json(self._folder / INDEX_NAME, index)
+            write_json(self._folder / INDEX_NAME, index)
 
     def write_config(self, tensors: TensorPlan) -> None:
         """Write config.json, without which the folder is no model: last of all."""
         if CONFIG_NAME in self._files.kept:
-            _write_json(self._folder / CONFIG_NAME, new_config(self._checkpoint, tensors))
+            write_json(self._folder / CONFIG_NAME, new_config(self._checkpoint, tensors))
 
     def record(self) -> FileRecord:
         """Return what became of the base's files."""
@@ -296,10 +281,6 @@ def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lamb
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "xb") as new:
         return Original(*pass_on(Extent.whole(source).chunks(), new, advance), stored)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer",

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from vocabext.checkpoint.named_ids import MAX_MISSING_ROWS, NamedIds, Rules
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.tokenizer.chunks import ChunkScheme
-from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, Units, is_ours, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, is_ours, steps_of
 from vocabext.tokenizer.unigram.splitting import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 from vocabext.tokens import Expansion, NewToken
@@ -127,15 +125,10 @@ class BaseTokenizer(_Encoder):
         return self.named.reserved(self.num_own_ids)
 
     @property
-    def barrier_ids(self) -> npt.NDArray[np.int64]:
-        """Ids that no new token may contain."""
-        return self.scheme.barrier_ids
-
-    @property
     def textless_ids(self) -> list[int]:
         """Ids below `first_new_id` that no plain text has: barriers, and holes among the ids."""
         holes = set(range(self.first_new_id)) - {*self.vocabulary.values(), *self.added.values()}
-        return sorted(holes | set(self.barrier_ids.tolist()))
+        return sorted(holes | set(self.scheme.barrier_ids.tolist()))
 
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""
@@ -156,25 +149,6 @@ class BaseTokenizer(_Encoder):
         if text not in self._made:
             self._made[text] = self.scheme.new_token(text)
         return self._made[text]
-
-    def key_text(self, key: str) -> str:
-        """Return the text that a vocabulary entry stands for."""
-        return self.scheme.key_text(key)
-
-    def encode_units(self, texts: Sequence[str]) -> list[Units]:
-        """Encode many texts and mark where a token or phrase may begin and end."""
-        return self.scheme.encode_units(texts)
-
-    def phrase_may_end(
-        self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.bool_]:
-        """Tell for pairs of ids whether a phrase that ends with the first is used before the second.
-
-        Args:
-            last_ids: Ids at the end of phrases, shape (P,).
-            next_ids: The ids that follow; -1 for the end of a text.
-        """
-        return self.scheme.phrase_may_end(last_ids, next_ids)
 
 
 class ExpandedTokenizer(_Encoder):

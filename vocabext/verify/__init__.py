@@ -11,7 +11,7 @@ stage believed.
     logits.py       what both compute for plain text, in transformers
     engine.py       what both write, in vLLM; greedy.py is the process that asks it
     plain.py        the plain text
-    pipeline.py     the tokenizer, part by part, against the extension made anew from the base
+    extension.py    the tokenizer, part by part, against the extension made anew from the base
     behaviour.py    what the tokenizer does to text
     adversarial.py  the text that hurts most
 """

@@ -47,7 +47,7 @@ class Adversary:
         """
         self.tokens = [token.token for token in expansion.tokens]
         self.added = list(base.added) or ["<s>"]
-        texts = (base.key_text(key) for key in base.vocabulary)
+        texts = (base.scheme.key_text(key) for key in base.vocabulary)
         self.entries = [text for text in texts if text and "\ufffd" not in text]
 
     def texts(self, count: int, seed: int) -> Iterator[str]:

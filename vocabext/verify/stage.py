@@ -16,8 +16,7 @@ from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
 from vocabext.corpus import Document
 from vocabext.errors import CheckpointError, TokenizerError, VocabextError, in_one_line, lacks_memory
 from vocabext.progress import Progress, Task, no_progress
-from vocabext.verify import behaviour, config, engine, files, logits, tensors
-from vocabext.verify import extension as pipeline
+from vocabext.verify import behaviour, config, engine, extension, files, logits, tensors
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 
 NUM_ADVERSARIAL = 20_000
@@ -58,7 +57,7 @@ def verify(
         ("new rows plausible", lambda: tensors.new_rows(pair, MAX_NORM_RATIO)),
         ("files carried over", lambda: files.carried_over(pair)),
         ("no stale tokenizer files", lambda: files.no_stale_tokenizer(pair)),
-        ("tokenizer is the base's, extended", lambda: pipeline.same_as_extension(pair)),
+        ("tokenizer is the base's, extended", lambda: extension.same_as_extension(pair)),
         ("old token ids kept", lambda: behaviour.old_ids(pair)),
         ("prompts and chats as in the base", lambda: behaviour.prompts_as_in_base(pair)),
         ("invariant on the corpus", lambda: behaviour.invariant_on_corpus(pair, documents)),
