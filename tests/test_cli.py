@@ -285,7 +285,7 @@ from vocabext.cli.main import main
 try:
     main()
 finally:
-    heavy = {"torch", "transformers", "tokenizers", "vllm", "numpy", "datasets", "rich", "serve"}
+    heavy = {"torch", "transformers", "tokenizers", "vllm", "numpy", "datasets", "rich", "vocabext.serve"}
     print("imported:", sorted(heavy & set(sys.modules)))
 """
     done = run_process("--help", code=code)

@@ -130,7 +130,7 @@ def test_a_folder_with_both_of_mistrals_tokenizers_is_counted_as_it_is_mined(tmp
 
 
 def test_one_place_loads_the_tokenizers_of_all_packages() -> None:
-    root = Path(lengths.__file__).parents[1]
+    root = Path(lengths.__file__).resolve().parents[1]
     loaders = ("AutoTokenizer.from_pretrained", "Tokenizer.from_pretrained", "Tokenizer.from_file", "get_tokenizer(")
     found = {str(path.relative_to(root)) for package in ("vocabext", "serve") for path in (root / package).rglob("*.py")
              if any(loader in line.partition("#")[0] and "`" not in line
@@ -138,12 +138,12 @@ def test_one_place_loads_the_tokenizers_of_all_packages() -> None:
     assert found == {"vocabext/tokenizer/loading.py"}
 
 
-def test_pieces_never_cut_a_character(folders: tuple[Path, Path]) -> None:
+def test_a_shown_token_never_cuts_a_character(folders: tuple[Path, Path]) -> None:
     encoder = load_encoder(folders[0])
     text = "größe \U0001f600 heart"
-    pieces = encoder.pieces(text)
-    assert "".join(piece for piece, _ in pieces) == text
-    assert "\U0001f600" in [piece.strip() for piece, _ in pieces]  # four bytes, four tokens, one piece
+    parts = encoder.cut(text)
+    assert "".join(part for part, _ in parts) == text
+    assert "\U0001f600" in [part.strip() for part, _ in parts]  # four bytes, four tokens, one part
 
 
 @pytest.mark.parametrize(("config", "expected"), [

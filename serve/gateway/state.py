@@ -5,8 +5,6 @@ endpoint's token). A gateway that is killed at any moment finds the last policy 
 rollback that could not be written: going back must not wait for a disk.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -16,6 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vocabext.errors import ServerError, UsageError
 from vocabext.files.atomic import atomic_file
@@ -152,13 +152,12 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ServerError: If another gateway holds it.
     """
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServerError(f"another gateway uses {path}; stop it, or name another --state") from None
+        lock.acquire()
+    except Timeout:
+        raise ServerError(f"another gateway uses {path}; stop it, or name another --state") from None
+    try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+        lock.release()

@@ -71,18 +71,8 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, marker: float, m
     """
     height, left, right, top, bottom = 250, 46, 14, 34, 44
     low, high, tallest = edges[0], edges[-1], max(*counts, 1)
-
-    def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (WIDTH - left - right)
-
-    def y(count: float) -> float:
-        return height - bottom - count / tallest * (height - top - bottom)
-
-    parts = []
-    for count in ticks(0, tallest, 4):
-        if count == int(count):
-            parts.append(_line(left, y(count), WIDTH - right, y(count), "grid"))
-            parts.append(_text(left - 8, y(count) + 4, f"{int(count):,}", anchor="end"))
+    x, y = _scale(low, high, left, WIDTH - right), _scale(0, tallest, height - bottom, top)
+    parts = _grid([count for count in ticks(0, tallest, 4) if count == int(count)], y, left, right, "{:,.0f}")
     for start, end, count in zip(edges, edges[1:], counts, strict=False):
         if count:
             parts.append(Markup('<rect class="expanded" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>')
@@ -111,11 +101,11 @@ def intervals(estimates: Sequence[Estimate], *, label: str, low_text: str, high_
     ends = [v for e in estimates for v in (*e.interval, e.noise_floor, 1 / e.noise_floor, e.expected or 1.0)]
     low, high = max(0.25, min(*ends, 0.9)), min(4.0, max(*ends, 1.1))  # one wild interval must not hide the others
     low, high = low - (high - low) * 0.05, high + (high - low) * 0.05
+    scale, bottom = _scale(low, high, left, WIDTH - right), top + row * len(estimates)
 
     def x(value: float) -> float:
-        return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - right)
+        return scale(min(max(value, low), high))
 
-    bottom = top + row * len(estimates)
     parts = []
     for tick in ticks(low, high, 7):
         parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
@@ -138,15 +128,8 @@ def rounds(values: Sequence[tuple[float, float, float]], *, unit: str, label: st
     """
     height, left, right, top, bottom = 200, 64, 14, 26, 34
     high = max(max(v) for v in values) * 1.08
-
-    def y(value: float) -> float:
-        return height - bottom - value / high * (height - top - bottom)
-
-    step = (WIDTH - left - right) / len(values)
-    parts = [_text(left, 14, unit)]
-    for tick in ticks(0, high, 4):
-        parts.append(_line(left, y(tick), WIDTH - right, y(tick), "grid"))
-        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    y, step = _scale(0, high, height - bottom, top), (WIDTH - left - right) / len(values)
+    parts = [_text(left, 14, unit), *_grid(ticks(0, high, 4), y, left, right)]
     for number, (first, expanded, again) in enumerate(values):
         middle = left + step * (number + 0.5)
         gap = min(26.0, step / 4)
@@ -172,18 +155,9 @@ def distributions(
     """
     height, left, right, top, bottom = 230, 46, 14, 14, 44
     low, high, tallest = edges[0], edges[-1], max(1, *chain.from_iterable(counts.values()))
-
-    def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (WIDTH - left - right)
-
-    def y(count: float) -> float:
-        return height - bottom - count / tallest * (height - top - bottom)
-
-    parts = [_line(left, y(0), WIDTH - right, y(0), "axis")]
-    for count in ticks(0, tallest, 4):
-        if count == int(count):
-            parts.append(_line(left, y(count), WIDTH - right, y(count), "grid"))
-            parts.append(_text(left - 8, y(count) + 4, f"{int(count):,}", anchor="end"))
+    x, y = _scale(low, high, left, WIDTH - right), _scale(0, tallest, height - bottom, top)
+    whole = [count for count in ticks(0, tallest, 4) if count == int(count)]
+    parts = [_line(left, y(0), WIDTH - right, y(0), "axis"), *_grid(whole, y, left, right, "{:,.0f}")]
     for kind, heights in counts.items():
         steps = "".join(f"V{_n(y(count))}H{_n(x(end))}" for count, end in zip(heights, edges[1:], strict=True))
         parts.append(Markup('<path class="{} area" d="M{} {}{}V{}Z"><title>{}</title></path>').format(
@@ -210,13 +184,8 @@ def curves(lines: Sequence[Curve], *, x_text: str, unit: str, label: str) -> Mar
     def x(load: float) -> float:  # doubling the load is one step, wherever it starts
         return left + 24 + math.log(load / loads[0]) / widest * (WIDTH - left - right - 48)
 
-    def y(value: float) -> float:
-        return height - bottom - value / high * (height - top - bottom)
-
-    parts = [_text(left, 16, unit)]
-    for tick in ticks(0, high, 5):
-        parts.append(_line(left, y(tick), WIDTH - right, y(tick), "grid"))
-        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    y = _scale(0, high, height - bottom, top)
+    parts = [_text(left, 16, unit), *_grid(ticks(0, high, 5), y, left, right)]
     parts += [_text(x(load), height - bottom + 18, f"{load:g}", anchor="middle") for load in loads]
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
     for number, line in enumerate(lines):
@@ -275,6 +244,20 @@ def _estimate_row(estimate: Estimate, y: float, x: Callable[[float], float], lef
         parts.append(Markup('<path class="expected" d="M{} {}l-5 9h10z"><title>{}</title></path>').format(
             _n(at), _n(y + 10), f"what the lengths alone predict: {estimate.expected:.3f}"))
     return parts
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Return what puts `low` at `start`, `high` at `end`, and other values in proportion."""
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _grid(
+    values: Sequence[float], y: Callable[[float], float], left: float, right: float, form: str = "{:g}"
+) -> list[Markup]:
+    """Draw a line across at each value, with the value at its left."""
+    return [mark for value in values for mark in (
+        _line(left, y(value), WIDTH - right, y(value), "grid"),
+        _text(left - 8, y(value) + 4, form.format(value), anchor="end"))]
 
 
 def _svg(height: float, label: str, parts: Sequence[Markup]) -> Markup:
