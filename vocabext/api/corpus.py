@@ -1,6 +1,6 @@
 """What a caller may give as a corpus: paths, or texts that are in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,16 @@ def sources_of(corpus: Corpus) -> list[str] | None:
     """Return a corpus as paths, folders, globs or hub datasets; None if it holds texts."""
     if isinstance(corpus, str | Path):
         return [str(corpus)]
-    if isinstance(corpus, Mapping | bytes) or not isinstance(corpus, Iterable):
+    if isinstance(corpus, Mapping | Set | bytes) or not isinstance(corpus, Iterable):
         raise TypeError(f"the corpus is of type {type(corpus).__name__}; it must be a path, a list of paths, or an "
-                        "iterable of texts")
-    if isinstance(corpus, list | tuple) and all(isinstance(source, str | Path) for source in corpus):
-        return [str(source) for source in corpus]
-    return None
+                        "iterable of texts, in order")
+    if not isinstance(corpus, list | tuple):
+        return None
+    sources = [str(source) for source in corpus if isinstance(source, str | Path)]
+    if 0 < len(sources) < len(corpus):
+        raise TypeError(f"the corpus is a list with {len(sources):,} paths and {len(corpus) - len(sources):,} texts or "
+                        "records; pass one kind, and a text as vocabext.Document(NAME, TEXT)")
+    return sources if len(sources) == len(corpus) else None
 
 
 def paths_of(corpus: Corpus) -> tuple[str, ...]:

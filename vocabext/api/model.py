@@ -305,6 +305,9 @@ class Expanded:
             named = Model(named, trust_remote_code=trust_remote_code, voice=python_voice(verbose))
         found = cls(folder, named)
         _ = found._manifest
+        if base is None and Path(named.name).is_absolute() and not Path(named.name).is_dir():
+            found.voice.say(f"{folder} was made from {named.name}, which is not there; to verify or evaluate it, pass "
+                            "the base")
         return found
 
     @cached_property
