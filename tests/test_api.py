@@ -256,8 +256,11 @@ def test_what_is_passed_over_of_a_corpus_in_memory_is_counted_and_said(
     ([], UsageError, "no corpus was given"),
     ({"train": ["a"]}, TypeError, "the corpus is of type dict; it must be a path, a list of paths, or an iterable"),
     (7, TypeError, "the corpus is of type int"),
+    ({"a", "b"}, TypeError, "the corpus is of type set; it must be .* in order"),
+    (["a.jsonl", DOCUMENTS[0]], TypeError, "a list with 1 paths and 1 texts or records; pass one kind"),
+    (iter([Path("a.jsonl")]), CorpusError, r"\(in memory\):1 is the path a\.jsonl, but a text is needed; pass paths"),
     (iter([7]), CorpusError, r"\(in memory\):1: the field 'text' is of type int, but text is needed"),
-], ids=["texts", "long", "empty", "none", "dict", "int", "numbers"])
+], ids=["texts", "long", "empty", "none", "dict", "int", "set", "mixed", "paths", "numbers"])
 def test_a_corpus_that_is_none_is_refused_in_one_line(
     made: Folders, corpus: Any, error: type[Exception], message: str
 ) -> None:
@@ -545,6 +548,19 @@ def test_a_folder_that_was_made_earlier_is_opened(made: Folders, tmp_path: Path)
         vocabext.Expanded.load(made.model)
     with pytest.raises(UsageError, match=r"a model cannot be expanded twice yet"):
         _ = vocabext.load(made.new.folder).tokenizer
+
+
+def test_a_base_that_is_gone_is_named(made: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = vocabext.load(tiny_folder(tmp_path / "base"))
+    new = base.patch(base.distill(made.tokens, method="mean"), tmp_path / "new")
+    base.folder.rename(tmp_path / "moved")
+    caplog.clear()
+    assert vocabext.Expanded.load(new.folder).tokens == new.tokens
+    assert caplog.messages == [f"{new.folder} was made from {base.name}, which is not there; to verify or evaluate it, "
+                               "pass the base"]
+    caplog.clear()
+    assert vocabext.Expanded.load(new.folder, tmp_path / "moved").verify(skip_weights=True).passed
+    assert not caplog.messages
 
 
 def test_diff_inspect_and_revert(made: Folders, tmp_path: Path) -> None:

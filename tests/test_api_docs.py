@@ -98,8 +98,8 @@ for number, cell in enumerate(CELLS):
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     for path in (ROOT / "examples").iterdir():
         (tmp_path / path.name).symlink_to(path)
-    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]
-             if cell["cell_type"] == "code"]
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     done = subprocess.run([sys.executable, "-c", f"CELLS = {cells!r}\n{CELLS}"], cwd=tmp_path, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from vocabext.api.model import Expanded, Model, expand, load
+    from vocabext.api.expand import expand
+    from vocabext.api.model import Expanded, Model, load
     from vocabext.api.results import Evaluation, NewRows, Snippets, TokenTable
     from vocabext.checkpoint.verdicts import Verification
     from vocabext.corpus import Document
@@ -20,7 +21,8 @@ __all__ = ["Document", "Evaluation", "Expanded", "Expansion", "Model", "NewRows"
            "TokenSnippets", "TokenTable", "Verification", "VocabextError", "expand", "load"]
 
 _HOMES = {
-    "vocabext.api.model": ("Expanded", "Model", "expand", "load"),
+    "vocabext.api.expand": ("expand",),
+    "vocabext.api.model": ("Expanded", "Model", "load"),
     "vocabext.api.results": ("Evaluation", "NewRows", "Snippets", "TokenTable"),
     "vocabext.checkpoint.verdicts": ("Verification",),
     "vocabext.corpus": ("Document",),

@@ -180,6 +180,8 @@ def documents_in_memory(
 def _in_memory(records: Iterable[object], text_field: str) -> Iterator[Document]:
     for number, record in enumerate(records, start=1):
         name = record.name if isinstance(record, Document) else f"{IN_MEMORY}:{number}"
+        if isinstance(record, Path):
+            raise CorpusError(f"{name} is the path {record}, but a text is needed; pass paths as a list")
         if isinstance(record, Mapping):
             yield Document(name, _text_of(record, text_field, name))
         else:

@@ -1,6 +1,8 @@
 """The Python API, which the command line calls as well.
 
-model.py    a base model, with a method for each stage; an expanded one; all stages in one call
+expand.py   all stages in one call
+model.py    a base model, with a method for each stage, and an expanded one
+corpus.py   what may be given as a corpus
 results.py  what the stages hand on and find: tables that can be saved, loaded and shown
 voice.py    how a call reports: progress, remarks, and what messages call an option
 

@@ -1,13 +1,14 @@
-"""A base model with a method for each stage, an expanded model, and all stages in one call."""
+"""A base model with a method for each stage, and an expanded model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from vocabext.api.corpus import Corpus, open_corpus
 from vocabext.api.results import Evaluation, NewRows, Snippets, TokenTable
-from vocabext.api.voice import LOGGER, Voice, check_names, python_names, python_voice, spelled, takes
+from vocabext.api.voice import Voice, check_names, python_voice, spelled, takes
 from vocabext.errors import UsageError
 from vocabext.files.links import AUTO
 from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
@@ -16,15 +17,11 @@ from vocabext.tokens import Expansion, NewToken, TokenSnippets
 if TYPE_CHECKING:
     from vocabext.checkpoint.manifest import Manifest
     from vocabext.checkpoint.verdicts import Verification
-    from vocabext.corpus import Documents
     from vocabext.diff import Difference
     from vocabext.inspect import Inspection
     from vocabext.patch.stage import PatchResult
     from vocabext.revert import RevertResult
     from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer
-
-# Paths, folders, globs or hub datasets; or texts, documents or records that are in memory.
-Corpus = str | Path | Iterable[Any]
 
 
 @spelled
@@ -133,7 +130,7 @@ class Model:
 
         check_names(options, MineConfig)
         config = pick(MineConfig, options)
-        documents, sources = self._documents(corpus, text_field)
+        documents, sources = open_corpus(corpus, text_field, self.voice)
         base = self._tokenizer
         if holds_weights(self.folder):  # else it is a tokenizer, of whatever model
             check_patchable(self.folder, base.first_new_id, num_new=config.budget or 1,
@@ -170,7 +167,7 @@ class Model:
         check_names(options, CollectConfig)
         config = pick(CollectConfig, options)
         table = tokens if isinstance(tokens, TokenTable) else TokenTable.load(tokens)
-        documents, sources = self._documents(corpus, text_field)
+        documents, sources = open_corpus(corpus, text_field, self.voice)
         if config.generate_missing:
             check_loads(self.folder, trust_remote_code=self.trust_remote_code)
         base = self._tokenizer
@@ -259,16 +256,6 @@ class Model:
             made = patch(Path(rows), self.name, Path(output), **options)
         return Expanded(output, self, patched=made)
 
-    def _documents(self, corpus: Corpus, text_field: str) -> tuple["Documents", list[str]]:
-        """Open a corpus; returns its documents, and the sources to be named in artifacts."""
-        from vocabext.corpus import IN_MEMORY, documents_in_memory, read_documents
-
-        sources = _sources(corpus)
-        if sources is None:
-            assert not isinstance(corpus, str | Path)
-            return documents_in_memory(corpus, text_field=text_field, say=self.voice.say), [IN_MEMORY]
-        return read_documents(sources, text_field=text_field, say=self.voice.say), sources
-
 
 class Expanded:
     """A model with new tokens, in a folder: what `Model.patch` and `vocabext.expand` return.
@@ -318,6 +305,9 @@ class Expanded:
             named = Model(named, trust_remote_code=trust_remote_code, voice=python_voice(verbose))
         found = cls(folder, named)
         _ = found._manifest
+        if base is None and Path(named.name).is_absolute() and not Path(named.name).is_dir():
+            found.voice.say(f"{folder} was made from {named.name}, which is not there; to verify or evaluate it, pass "
+                            "the base")
         return found
 
     @cached_property
@@ -370,7 +360,7 @@ class Expanded:
         from vocabext.files.atomic import write_json
         from vocabext.verify.stage import verify
 
-        documents = None if corpus is None else self.base._documents(corpus, text_field)[0]
+        documents = None if corpus is None else open_corpus(corpus, text_field, self.voice)[0]
         found = verify(self.folder, self.base.name, documents, trust_remote_code=self.base.trust_remote_code,
                        seed=seed, load_weights=not skip_weights, use_vllm=vllm, progress=self.voice.progress)
         write_json(self.folder / VERIFY_NAME, found.to_json())
@@ -398,7 +388,7 @@ class Expanded:
 
         check_names(options, EvalConfig)
         config = pick(EvalConfig, options)
-        documents, _ = self.base._documents(corpus, text_field)
+        documents, _ = open_corpus(corpus, text_field, self.voice)
         return Evaluation(evaluate_folder(
             self.folder, self.base.name, documents, config, trust_remote_code=self.base.trust_remote_code,
             progress=self.voice.progress))
@@ -431,76 +421,6 @@ class Expanded:
         from vocabext.revert import revert
 
         return revert(self.folder, Path(output), link=link, force=force, progress=self.voice.progress)
-
-
-@takes(MineConfig, CollectConfig, DistillConfig, EvalConfig)
-@spelled
-def expand(
-    model: str | Path, corpus: Corpus, *, output: str | Path, heldout: Corpus = (), work: str | Path | None = None,
-    text_field: str = "text", force: bool = False, trust_remote_code: bool = False, verbose: bool | None = None,
-    **options: Any,
-) -> Expanded:
-    """Walk from a corpus to a verified and measured model: mine, collect, distill, patch, verify, evaluate.
-
-    Stages whose inputs have not changed are skipped, so that an interrupted call goes on where it stopped.
-
-    Args:
-        model: The base model: a folder or hub id.
-        corpus: A file, folder, glob or hub dataset, or a list of these. It is read several times, so texts in memory
-            must be written to a file.
-        output: The folder to make.
-        heldout: Text to measure on; empty keeps one document in 20 of the corpus from mining.
-        work: Where the stages keep their files; None is the name of the output with `-work` behind it.
-        text_field: The field that holds the text of a record.
-        force: Replace a model folder that is there.
-        trust_remote_code: As for `load`.
-        verbose: As for `load`.
-        **options: The fields of `MineConfig`, `CollectConfig`, `DistillConfig` and `EvalConfig`. An option that
-            several stages have, such as `seed` or `device`, goes to all of them.
-
-    Returns:
-        The expanded model; its folder holds verify.json and eval.json.
-
-    Raises:
-        OutputExistsError: If the output is there and was not made by this very call.
-        BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
-        UsageError: If a path or an option is wrong.
-
-    Example:
-        ```python
-        vocabext.expand("examples/model", "notes/*.jsonl", budget=100, output="expanded", method="mean")
-        ```
-    """
-    from vocabext.run import RunConfig, run
-
-    check_names(options, MineConfig, CollectConfig, DistillConfig, EvalConfig)
-    voice = python_voice(verbose)
-    config = RunConfig.from_options(
-        options, model=str(model), corpus=_paths(corpus), output=Path(output), heldout=_paths(heldout),
-        work=None if work is None else Path(work), text_field=text_field, force=force,
-        trust_remote_code=trust_remote_code)
-    run(config, voice.progress, voice.say, lambda line: LOGGER.info(python_names(line)))
-    return Expanded(output, Model(model, trust_remote_code=trust_remote_code, voice=voice))
-
-
-def _sources(corpus: Corpus) -> list[str] | None:
-    """Return a corpus as paths, folders, globs or hub datasets; None if it holds texts."""
-    if isinstance(corpus, str | Path):
-        return [str(corpus)]
-    if isinstance(corpus, Mapping | bytes) or not isinstance(corpus, Iterable):
-        raise TypeError(f"the corpus is of type {type(corpus).__name__}; it must be a path, a list of paths, or an "
-                        "iterable of texts")
-    if isinstance(corpus, list | tuple) and all(isinstance(source, str | Path) for source in corpus):
-        return [str(source) for source in corpus]
-    return None
-
-
-def _paths(corpus: Corpus) -> tuple[str, ...]:
-    sources = _sources(corpus)
-    if sources is None:
-        raise UsageError("expand reads a corpus several times, and this one is in memory; write it to a .jsonl file, "
-                         "or call the stages one by one")
-    return tuple(sources)
 
 
 def _records(snippets: Snippets | TokenTable, config: DistillConfig) -> list[TokenSnippets]:
