@@ -444,6 +444,7 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     assert seen[0] > 10 * seen[1]
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     first = load_tokenizer(folder).num_used_ids
@@ -524,6 +525,7 @@ def test_a_second_pass_lowers_the_error_with_all_tokens_merged(tmp_path: Path) -
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_after_a_second_pass_the_errors_are_those_of_the_rows_that_are_shipped(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     first, model = load_tokenizer(folder).num_used_ids, frozen(2)

@@ -319,6 +319,7 @@ def test_what_is_planned_does_not_exist_yet() -> None:
     assert not [name for name in PLANNED_API if exists(name)], "these names exist: take them out of PLANNED_API"
 
 
+@pytest.mark.slow
 def test_the_script_for_a_word_list_makes_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
