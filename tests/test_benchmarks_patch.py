@@ -22,6 +22,7 @@ def benchmarks_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_the_synthetic_base_has_its_size_and_a_full_matrix(tmp_path: Path) -> None:
     from synthetic_checkpoint import write_checkpoint, write_rows
 

@@ -202,6 +202,7 @@ def test_the_gap_begins_at_the_first_rows_and_ends_at_the_base(tmp_path: Path) -
     assert found["base"].hidden_error == 0 < found["right"].hidden_error < found["wrong"].hidden_error
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_block_is_its_own() -> None:
     from machine import MIB, PeakMemory
 
@@ -231,6 +232,7 @@ def test_a_stopped_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the whole script -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_compares_both_and_prints_its_tables(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

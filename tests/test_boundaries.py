@@ -90,6 +90,7 @@ def matches(expression: str, text: str) -> list[str]:
     return [chunk for chunk, _ in split.pre_tokenize_str(text)]
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(150))
 @given(text=st.text(min_size=1, max_size=5))
 @example(text="-]^[\\")

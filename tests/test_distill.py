@@ -414,6 +414,7 @@ def test_what_a_row_takes_counts_the_bias_of_its_token(tmp_path: Path) -> None:
     assert seen[0] > 10 * seen[1]
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_tied_model_are_kept_silent(tmp_path: Path) -> None:
     folder, found = collected(tmp_path)
     first = load_tokenizer(folder).first_new_id

@@ -43,6 +43,7 @@ def made(folder: Path, said: list[str], **options: Any) -> tuple[Rows, dict[str,
     return rows, header
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_one_matrix_gets_no_output_rows_and_says_so(tmp_path: Path) -> None:
     folder = tiny_family(tmp_path / "base", "gemma2")
     for kind in ("fit", "none"):
@@ -124,6 +125,7 @@ def test_a_bound_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest
     assert (header["writing"]["bound"], header["writing"]["bound_met"]) == (0.01, False)
 
 
+@pytest.mark.slow
 def test_options_of_output_rows_keep_the_finished_input_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, calls = tiny_folder(tmp_path / "base"), list[int]()
 

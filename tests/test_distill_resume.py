@@ -71,6 +71,7 @@ def timeless(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "writing": writing}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         calls = count_calls(patched)
@@ -94,6 +95,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
         assert not (source / f".{name}.groups").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_stops_in_the_middle_of_a_group_goes_on_with_the_same_result(
     source: Path, monkeypatch: pytest.MonkeyPatch, seed: int
@@ -144,6 +146,7 @@ distill_file(folder / "snippets.jsonl", str(folder / "base"), folder / "rows.saf
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_the_system_kills_goes_on_with_the_same_result(source: Path) -> None:
     _, whole, header = load_rows(run(source, "whole.safetensors"))
     with subprocess.Popen([sys.executable, "-c", KILLED, str(source)], stdout=subprocess.PIPE, text=True,
@@ -161,6 +164,7 @@ def test_a_process_that_the_system_kills_goes_on_with_the_same_result(source: Pa
     assert timeless(again) == timeless(header)
 
 
+@pytest.mark.slow
 def test_what_other_options_finished_is_not_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         count_calls(patched, stop_at=2)
@@ -172,6 +176,7 @@ def test_what_other_options_finished_is_not_used(source: Path, monkeypatch: pyte
     assert torch.equal(rows.input_ND, fresh.input_ND)
 
 
+@pytest.mark.slow
 def test_what_another_version_finished_is_not_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(stage, "WORK_VERSION", stage.WORK_VERSION - 1)

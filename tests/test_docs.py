@@ -313,6 +313,7 @@ def test_every_documented_object_exists(page: Path) -> None:
     assert not [name for name in re.findall(r"^::: (\S+)$", split(page)[0], re.MULTILINE) if not exists(name)]
 
 
+@pytest.mark.slow
 def test_the_script_for_a_word_list_makes_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)

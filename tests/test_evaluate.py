@@ -140,6 +140,7 @@ def test_another_model_than_the_base_is_refused(tmp_path: Path) -> None:
     assert not (folder / "eval.json").exists()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> None:
     """Rows that are not written on a head with a bias: their logits are what the patched folder computes."""
@@ -173,6 +174,7 @@ def test_new_entries_of_a_bias_count_as_in_the_real_model(tmp_path: Path) -> Non
     assert torch.allclose(ahead_P, wanted[:, new].amax(1) - wanted[:, :290].amax(1), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_offloaded_is_measured_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_folder(tmp_path / "base")
     tiny_model(layers=3).save_pretrained(base)
@@ -195,6 +197,7 @@ def test_a_model_that_is_offloaded_is_measured_alike(tmp_path: Path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expanded", "rows.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_a_model_that_looks_up_token_ids_in_its_layers_is_refused(tmp_path: Path, family: str) -> None:
     base = tiny_family(tmp_path / "base", family)

@@ -71,11 +71,13 @@ class TestCorpus:
             sides.append(topics | {python_docs.group_of_module(module) for module in modules})
         assert sides[0].isdisjoint(sides[1])
 
+    @pytest.mark.slow
     def test_is_deterministic(self, corpus: Path, tmp_path: Path) -> None:
         assert run_script("-o", tmp_path).returncode == 0
         for name in ("mining.jsonl", "heldout.jsonl"):
             assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes()
 
+    @pytest.mark.slow
     def test_refuses_to_overwrite_without_force(self, tmp_path: Path) -> None:
         (tmp_path / "mining.jsonl").write_text("mine\n")
         refused = run_script("-o", tmp_path)
@@ -174,6 +176,7 @@ class TestModel:
             model = rates.pop("model")
             assert model < rates["5-gram, text the model saw"] < rates["uniform"]
 
+    @pytest.mark.slow
     def test_predicts_held_out_documents_as_well_as_its_card_says(self, record: dict[str, Any], corpus: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

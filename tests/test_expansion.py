@@ -64,6 +64,7 @@ def test_new_ids_that_are_kept_stay_and_all_others_go(case: tuple[Runs, list[lis
     assert expansion.unmerge(found).tolist() == slow_unmerge(runs, ids)
 
 
+@pytest.mark.slow
 @given(runs_and_ids(rows=4))
 def test_a_batch_is_unmerged_as_its_sequences_are(case: tuple[Runs, list[list[int]], set[int]]) -> None:
     runs, rows, keep = case

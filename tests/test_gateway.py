@@ -79,6 +79,7 @@ def test_headers_are_passed_on_but_for_ours(client: httpx.Client, engines: dict[
     assert not [name for name in seen if name.startswith("x-vocabext")]
 
 
+@pytest.mark.slow
 def test_a_swap_moves_all_requests_and_a_rollback_moves_them_back(running: Running, client: httpx.Client) -> None:
     status = running.swap("--to", "expanded")
     assert status["expanded_percent"] == 100
@@ -87,6 +88,7 @@ def test_a_swap_moves_all_requests_and_a_rollback_moves_them_back(running: Runni
     assert ask(client).headers["x-vocabext-arm"] == "base"
 
 
+@pytest.mark.slow
 def test_a_share_is_kept_and_users_stay_where_they_are(running: Running, client: httpx.Client) -> None:
     running.order(to="expanded", percent=30)
     arms = Counter(ask(client, max_tokens=1).headers["x-vocabext-arm"] for _ in range(120))
@@ -186,6 +188,7 @@ def test_the_admin_endpoint_wants_its_token(running: Running) -> None:
     assert httpx.get(f"{running.url}/swap", trust_env=False).status_code == 404
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--percent", "10"], "--percent needs --to"),
     (["--rollback", "--to", "base"], "--rollback goes without"),
@@ -197,12 +200,14 @@ def test_orders_that_make_no_sense_are_refused(running: Running, arguments: list
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_swap_without_a_gateway_says_so(tmp_path: Path) -> None:
     missing = cli("serve", "swap", "--rollback", "--state", str(tmp_path / "none.json"))
     assert missing.returncode == 2
     assert "start `vocabext serve gateway` first" in missing.stderr
 
 
+@pytest.mark.slow
 def test_two_gateways_do_not_share_a_state(running: Running, engines: dict[str, Server]) -> None:
     done = cli("serve", "gateway", engines["base"].url, engines["expanded"].url, "--port", "0", "--state",
                str(running.state))
@@ -210,6 +215,7 @@ def test_two_gateways_do_not_share_a_state(running: Running, engines: dict[str, 
     assert "another gateway uses" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_official_client_works(running: Running, client: httpx.Client) -> None:
     api = openai.OpenAI(base_url=running.document["url"], api_key="any", http_client=httpx.Client(trust_env=False))
     with api:
@@ -231,6 +237,7 @@ def test_the_official_client_works(running: Running, client: httpx.Client) -> No
             list(api.completions.create(model="m", prompt="fault:cut", stream=True))
 
 
+@pytest.mark.slow
 def test_the_key_is_checked_and_passed_on(engines: dict[str, Server], tmp_path: Path) -> None:
     with gateway(tmp_path, engines["base"].url, engines["expanded"].url, key="secret") as running, \
             running.client() as client:
@@ -244,6 +251,7 @@ def test_the_key_is_checked_and_passed_on(engines: dict[str, Server], tmp_path: 
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_nothing_that_clients_say_is_written_down_unless_asked(engines: dict[str, Server], tmp_path: Path) -> None:
     record = tmp_path / "requests.jsonl"
     logs = tmp_path / "logs"

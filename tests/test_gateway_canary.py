@@ -49,6 +49,7 @@ def trial(seed: int, *, pace: float = 1.0, failing: float = 0.0, first: float = 
     return None, ""
 
 
+@pytest.mark.slow
 def test_identical_arms_are_not_rolled_back_in_20_of_20_runs() -> None:
     assert [trial(seed, agreeing=1.0, drift=seed % 2 == 1, requests=1000)[0] for seed in range(20)] == [None] * 20
 
@@ -140,6 +141,7 @@ def test_answers_are_read_after_they_were_passed_on() -> None:
     assert observe("base", 503, [(0, b"{}")], 9.0, streamed=False).failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "temperature", "reason"), [
     ("differ, number ", 0.0, "agree with the base's over"), ("the same, number ", 0.0, ""),
     ("misread, number ", 1.0, "less likely by 1.000 nats per character in 30 pairs"), ("well read, number ", 1.0, "")])

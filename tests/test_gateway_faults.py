@@ -32,6 +32,7 @@ def stream(client: httpx.Client, prompt: str, arm: str = "expanded", **more: obj
     return answer.status_code, events(answer.text) if answer.status_code == 200 else [answer.text]
 
 
+@pytest.mark.slow
 def test_an_engine_killed_in_mid_stream_ends_the_answer_with_an_error_and_leaves_the_other_arm_alone(
     engines: dict[str, Server], tmp_path: Path
 ) -> None:
@@ -58,6 +59,7 @@ def test_an_engine_killed_in_mid_stream_ends_the_answer_with_an_error_and_leaves
         assert client.get("/health").status_code == 503
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_given_up(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path, "--idle-seconds", "0.5") as running, running.client() as client:
         answer = client.post("/v1/completions", json={"prompt": "fault:hang"})
@@ -71,6 +73,7 @@ def test_an_engine_that_hangs_is_given_up(engines: dict[str, Server], tmp_path: 
         assert stream(client, "fine", "base")[1][-1] == "[DONE]"
 
 
+@pytest.mark.slow
 def test_a_connection_that_was_closed_without_an_answer_loses_no_request(
     engines: dict[str, Server], tmp_path: Path
 ) -> None:
@@ -82,6 +85,7 @@ def test_a_connection_that_was_closed_without_an_answer_loses_no_request(
         assert not inspect(engines["expanded"])["seen"]
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_takes_its_request_along(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path) as running:
         for body in ({"prompt": "x", "stream": True, "max_tokens": 100_000}, {"prompt": "fault:hang"}):
@@ -104,6 +108,7 @@ def connections(process_id: int, engine: Server) -> int:
     return sum(row[2].endswith(f":{port}") and row[3] == "01" and f"socket:[{row[9]}]" in inodes for row in rows)
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_refused_at_once_and_only_on_its_arm(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path, "--max-in-flight", "2") as running, running.client() as client:
         clients = [running.client() for _ in range(2)]
@@ -123,6 +128,7 @@ def test_a_full_queue_is_refused_at_once_and_only_on_its_arm(engines: dict[str, 
         assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_policy_survives_a_gateway_that_is_killed(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path) as running:
         running.order(to="expanded", percent=25, mirror_percent=5, reason="trial")
@@ -141,6 +147,7 @@ def test_the_policy_survives_a_gateway_that_is_killed(engines: dict[str, Server]
         assert status["changes"][-1]["reason"] == "trial"
 
 
+@pytest.mark.slow
 def test_a_state_that_cannot_be_read_is_not_guessed(engines: dict[str, Server], tmp_path: Path) -> None:
     from gateway_rig import cli
 
@@ -150,6 +157,7 @@ def test_a_state_that_cannot_be_read_is_not_guessed(engines: dict[str, Server], 
     assert "cannot be read as the state of a gateway" in done.stderr
 
 
+@pytest.mark.slow
 def test_requests_in_flight_are_finished_before_the_gateway_stops(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path) as running:
         found: list[tuple[int, list[str]]] = []
@@ -163,6 +171,7 @@ def test_requests_in_flight_are_finished_before_the_gateway_stops(engines: dict[
         assert running.process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_an_arm_that_cannot_be_reached_stops_the_start(engines: dict[str, Server], tmp_path: Path) -> None:
     from gateway_rig import cli
 
@@ -172,6 +181,7 @@ def test_an_arm_that_cannot_be_reached_stops_the_start(engines: dict[str, Server
     assert "the engine of the expanded arm cannot be reached; start it first" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_record_on_a_full_disk_is_given_up_and_said_to_be(engines: dict[str, Server], tmp_path: Path) -> None:
     with between(engines, tmp_path, "--record", "/dev/full") as running, running.client() as client:
         for _ in range(2):

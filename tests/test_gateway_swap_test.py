@@ -34,6 +34,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_broken_contract_is_found_item_by_item(running: Running, expanded: Path, tmp_path: Path) -> None:
     requests = tmp_path / "requests.jsonl"
     requests.write_text('{"prompt": "the heart", "max_tokens": 4}\n{"path": "/v1/chat/completions", "body": '
@@ -241,6 +242,7 @@ def test_files_that_hold_no_requests_are_refused(tmp_path: Path, text: str, mess
         read_requests(tmp_path / "r.jsonl", 5)
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_rehearsal_if_there_is_one(expanded: Path, tmp_path: Path) -> None:
     item = {"name": "stop strings", "verdict": "FAIL", "detail": "1 of 2 went wrong", "checked": 2,
             "examples": ["<b>status</b> 200"]}

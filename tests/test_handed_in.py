@@ -141,6 +141,7 @@ def mean_only(config: RunConfig) -> RunConfig:
                    evaluate=EvalConfig(prompts=0, context=48, dtype="float32", device="cpu"))
 
 
+@pytest.mark.slow
 def test_links_to_nowhere_in_the_model_folder_do_not_end_a_run(config: RunConfig) -> None:
     base = Path(config.model)
     for name in ("x.txt", "x.json", "x.safetensors", "x.model", "x.jinja", "extra/x.txt"):
@@ -187,6 +188,7 @@ def test_a_limit_for_file_sizes_is_one_line_while_patching(tmp_path: Path, limit
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "rows.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_limit_for_file_sizes_is_one_line_from_every_verb(tmp_path: Path) -> None:
     base, expanded = expanded_pair(tmp_path)
     (tmp_path / "c.txt").write_text("\n\n".join(document.text for document in DOCUMENTS))
@@ -208,6 +210,7 @@ def test_a_limit_for_file_sizes_is_one_line_from_every_verb(tmp_path: Path) -> N
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_too_small_says_nothing_about_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +268,7 @@ def test_a_file_that_is_no_object_reads_as_absent(tmp_path: Path, content: str) 
     assert verified_sha256(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ['["mine"]', '{"mine": [1], "verify": {"a": 1}, "patch, begun": 3}'])
 def test_a_run_json_of_another_kind_starts_the_run_anew(config: RunConfig, content: str) -> None:
     work = config.output.with_name(config.output.name + "-work")
@@ -291,6 +295,7 @@ def test_a_verdict_with_checks_of_another_kind_is_one_line(tmp_path: Path, check
         require_verified(expanded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", [[1], "text", 3])
 def test_an_index_with_metadata_of_another_kind_can_be_patched(tmp_path: Path, metadata: object) -> None:
     base, expanded = expanded_pair(tmp_path, sharded=True, num_rows=290)
@@ -340,6 +345,7 @@ def test_code_that_comes_with_a_model_is_allowed_by_an_option(tmp_path: Path) ->
     assert "trust_remote_code" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_patch_leaves_the_garbage_collector_of_its_caller_alone(tmp_path: Path) -> None:
     base, expanded = expanded_pair(tmp_path)
     shutil.rmtree(expanded)

@@ -148,6 +148,7 @@ def test_a_class_that_cuts_otherwise_without_losing_text_is_said(tmp_path: Path)
     assert warning.endswith("vocabext goes by transformers, as vLLM does")
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "rows"), [
     ("tinystories-656k-hd32", 2048), ("stories260K-hd32", 512), ("biomed-13m", 32000)])

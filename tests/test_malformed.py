@@ -104,6 +104,7 @@ HEADERS = st.dictionaries(st.one_of(st.sampled_from([EMBEDDING, "__metadata__", 
                           max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(400))
 @given(HEADERS, st.binary(max_size=40), st.integers(-3, 3))
 def test_any_header_is_read_or_refused(

@@ -208,6 +208,7 @@ def test_the_same_corpus_gives_the_same_tokens() -> None:
     assert run(base, corpus()) == run(base, corpus())
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25))
 @given(texts=st.lists(st.lists(st.sampled_from([*WORDS, "<s>", "\n", "🙂", "", "1", "'s"]), max_size=20).map(" ".join),
                       min_size=1, max_size=8), kind=st.sampled_from(list(KINDS)))
@@ -250,6 +251,7 @@ def test_a_rare_token_stays_while_something_is_merged_from_it() -> None:
     assert set(_rare(rarer, base, MineConfig(min_count=2))) == {"dm", "dmd", "mm"}
 
 
+@pytest.mark.slow
 def test_the_corpus_gets_as_short_as_was_counted() -> None:
     base, checked = tiny_base("metaspace"), 0
     for seed in range(20):  # many overlaps, such as `dddd` and `dmdmd`
@@ -487,6 +489,7 @@ def test_help_names_every_option() -> None:
 # ---- a real corpus -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_a_real_tokenizer_and_corpus(assets: Path) -> None:
     from vocabext.corpus import read_documents

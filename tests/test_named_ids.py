@@ -109,6 +109,7 @@ def test_ids_of_added_tokens_are_left_free(tmp_path: Path) -> None:
     assert named_ids(base).where[298] == "added_tokens.json: added tokens"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_whose_config_names_ids_behind_the_tokenizer_passes_verify(
     tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -151,6 +152,7 @@ def test_every_kind_of_tokenizer_leaves_named_ids_free(name: str) -> None:
         assert new.decode([*ids, i]) == own.decode([*own.encode(text), i])
 
 
+@pytest.mark.slow
 def test_an_expanded_folder_of_unigram_tokens_with_named_ids_passes_verify(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", num_rows=600)
     family_base("t5").hf.save_pretrained(base)
@@ -161,6 +163,7 @@ def test_an_expanded_folder_of_unigram_tokens_with_named_ids_passes_verify(tmp_p
     assert failed(verify(folder, str(base), DOCUMENTS)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "entries"), [
     ("config.json", {"eos_token_id": 290}), ("generation_config.json", {"suppress_tokens": [292]}),
     ("config.json", {"vision_config": {"image_token_id": 291}})])
@@ -175,6 +178,7 @@ def test_verify_fails_a_folder_whose_new_ids_a_file_names(
     assert "which the new token" in found[CHECK]
 
 
+@pytest.mark.slow
 def test_verify_fails_a_folder_whose_own_config_names_a_new_id_later(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     folder = patched(base, tmp_path)
@@ -315,6 +319,7 @@ def _with_image_token(base: Path, *, special: bool) -> None:
     hf.save_pretrained(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("of_a_config", [True, False])
 def test_a_special_id_without_a_row_gets_a_silent_one(
@@ -342,6 +347,7 @@ def test_a_special_id_without_a_row_gets_a_silent_one(
     evaluate_folder(folder, str(base), DOCUMENTS[:1], EVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_run_walks_the_whole_way_where_a_special_id_has_no_row(family: str, tmp_path: Path) -> None:
     """Gemma 3 as text: an id for images behind the last row; here an end of text behind that, too."""

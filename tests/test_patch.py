@@ -98,6 +98,7 @@ def test_tokens_whose_parts_are_no_tokens_are_counted(tmp_path: Path, texts: tup
     assert (result.num_new, result.num_searched) == (len(texts), searched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -381,6 +382,7 @@ def test_the_command_shows_what_was_made(case: Case) -> None:
     assert (document["num_new"], document["first_new_id"], document["folder"]) == (3, 290, str(case.output))
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.parametrize(("name", "texts"), [
     ("tinystories-656k-hd32", ("caterpillar", "peanut butter", "rainbow")),
@@ -413,6 +415,7 @@ def test_progress_counts_every_byte(case: Case) -> None:
     assert len(seen) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_default_dtype_of_the_process_changes_no_byte(tmp_path: Path, dtype: torch.dtype) -> None:
     case = make_case(tmp_path, tied=False, dtype=dtype, num_rows=291)

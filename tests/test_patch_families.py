@@ -39,6 +39,7 @@ def expand(tmp_path: Path, family: str, **options: Any) -> tuple[Path, Path]:
     return base, tmp_path / "new"
 
 
+@pytest.mark.slow
 @every_family
 def test_a_family_is_extended_and_reads_base_text_as_before(tmp_path: Path, family: str) -> None:
     base, new = expand(tmp_path, family)
@@ -70,6 +71,7 @@ def names(folder: Path) -> list[str]:
     return [found.get(parameter, checkpoint.vocab_tensors[0]) for parameter in checkpoint.names.shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n", "gemma3n-shorter-table", "gemma4", "gemma4-wrapped"])
 def test_per_layer_embeddings_are_extended(tmp_path: Path, family: str) -> None:
     _, new = expand(tmp_path, family)
@@ -88,6 +90,7 @@ def test_a_head_bias_is_extended_and_keeps_surplus_rows_silent(tmp_path: Path) -
     assert float(logits(tmp_path / "new", PROMPT).softmax(-1)[:, 293:].max()) == 0
 
 
+@pytest.mark.slow
 def test_a_head_bias_keeps_new_tokens_from_being_written_at_any_state(tmp_path: Path) -> None:
     base = tiny_family(tmp_path / "base", "phi", num_rows=292)
     make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
@@ -101,6 +104,7 @@ def test_a_head_bias_keeps_new_tokens_from_being_written_at_any_state(tmp_path: 
     assert "never written" in read_manifest(tmp_path / "none").tensors["lm_head.bias"].rows
 
 
+@pytest.mark.slow
 def test_a_silent_head_bias_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
     base = tiny_family(tmp_path / "base", "phi", num_rows=292)
     make_rows(base, tmp_path / "rows.safetensors", TEXTS[:3])
@@ -116,6 +120,7 @@ def test_a_silent_head_bias_does_not_depend_on_the_default_dtype(tmp_path: Path)
 UNTIED = sorted(set(FAMILIES) - UNTIED_ONLY)
 
 
+@pytest.mark.slow
 @every("family", UNTIED, few=[name for name in FEW if name in UNTIED])
 def test_a_tied_family_is_untied(tmp_path: Path, family: str) -> None:
     base, new = expand(tmp_path, family, untie=True)

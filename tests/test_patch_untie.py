@@ -142,6 +142,7 @@ def test_a_quantisation_that_would_take_the_head_is_refused(tmp_path: Path) -> N
     assert WEIGHTS in {path.name for path in case.output.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_that_belong_to_no_id_are_hardly_ever_drawn(
     tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch

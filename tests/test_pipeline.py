@@ -46,6 +46,7 @@ def states(outcomes: list[StageOutcome]) -> dict[str, str]:
     return {outcome.name: outcome.state for outcome in outcomes}
 
 
+@pytest.mark.slow
 def test_all_stages_run_once_and_then_are_up_to_date(config: RunConfig) -> None:
     assert states(run(config)) == dict.fromkeys(STAGES, "made")
     assert json.loads((config.output / "verify.json").read_text())["passed"] is True
@@ -79,6 +80,7 @@ def test_what_is_not_read_of_a_corpus_is_said_once_and_recorded_by_every_stage(
     assert unread in detail
 
 
+@pytest.mark.slow
 def test_a_changed_option_reruns_its_stage_and_those_behind_it(config: RunConfig) -> None:
     run(config)
     changed = replace(config, evaluate=replace(config.evaluate, prompts=0))
@@ -87,6 +89,7 @@ def test_a_changed_option_reruns_its_stage_and_those_behind_it(config: RunConfig
     assert states(run(changed)) == {**dict.fromkeys(STAGES, "made"), "mine": "up to date", "collect": "up to date"}
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_reruns_everything(config: RunConfig) -> None:
     run(config)
     corpus = Path(config.corpus[0])
@@ -94,6 +97,7 @@ def test_a_changed_corpus_reruns_everything(config: RunConfig) -> None:
     assert states(run(replace(config, force=True))) == dict.fromkeys(STAGES, "made")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -108,6 +112,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(config: RunConfig, monkeypa
     assert states(run(config)) == {**dict.fromkeys(STAGES, "made"), "mine": "up to date", "collect": "up to date"}
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_it_wrote_down_that_it_had_patched_goes_on(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,18 +142,21 @@ def test_an_output_made_by_something_else_is_refused_before_any_work(config: Run
     assert not config.output.with_name("new-work").exists()
 
 
+@pytest.mark.slow
 def test_an_output_made_with_other_options_is_refused(config: RunConfig) -> None:
     run(config)
     with pytest.raises(OutputExistsError, match="--force"):
         run(replace(config, mine=replace(config.mine, budget=3)))
 
 
+@pytest.mark.slow
 def test_the_mean_needs_no_snippets(config: RunConfig) -> None:
     outcomes = run(replace(config, distill=replace(config.distill, method="mean")))
     assert list(states(outcomes)) == ["mine", "distill", "patch", "verify", "eval"]
     assert json.loads((config.output / "vocabext.json").read_text())["method"] == "mean"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_of_a_16_bit_model_does_not_depend_on_the_default_dtype(
         config: RunConfig, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -162,6 +170,7 @@ def test_the_mean_of_a_16_bit_model_does_not_depend_on_the_default_dtype(
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_without_held_out_text_some_documents_are_kept_from_mining(config: RunConfig, tmp_path: Path) -> None:
     documents = [Document(str(i), f"{DOCUMENTS[i % 3].text} number {i}") for i in range(60)]
     kept = [d for d in documents if is_held_out(d)]
@@ -173,6 +182,7 @@ def test_without_held_out_text_some_documents_are_kept_from_mining(config: RunCo
     assert header["documents"] == len(documents) - len(kept)
 
 
+@pytest.mark.slow
 def test_a_corpus_too_small_to_hold_out_from_is_not_evaluated(config: RunConfig, tmp_path: Path) -> None:
     documents = [d for i in range(40) if not is_held_out(d := Document(str(i), f"{DOCUMENTS[0].text} {i}"))][:2]
     write_corpus(tmp_path / "corpus.jsonl", documents)
@@ -181,6 +191,7 @@ def test_a_corpus_too_small_to_hold_out_from_is_not_evaluated(config: RunConfig,
     assert states(outcomes)["verify"] == "made"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tied"), [("none", False), ("fit", True)])
 def test_verify_passes_where_the_least_likely_base_rows_are_zero(config: RunConfig, kind: str, tied: bool) -> None:
     """As reserved rows are; none of these, nor of those that nobody trained, is what silent tokens are made of."""
@@ -196,6 +207,7 @@ def test_verify_passes_where_the_least_likely_base_rows_are_zero(config: RunConf
     assert not {0, 1, *zero, 210, 211} & set(writing["silent_ids"])
 
 
+@pytest.mark.slow
 def test_documents_that_are_held_out_are_not_mined(config: RunConfig, tmp_path: Path) -> None:
     heard: list[str] = []
     write_corpus(tmp_path / "corpus.jsonl", [*DOCUMENTS, DOCUMENTS[2]])
@@ -205,6 +217,7 @@ def test_documents_that_are_held_out_are_not_mined(config: RunConfig, tmp_path: 
     assert header["documents"] == 2
 
 
+@pytest.mark.slow
 def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vocabext.verify.stage.MAX_NORM_RATIO", 1e-6)
     with pytest.raises(BadCheckpointError, match="new rows plausible"):
@@ -255,6 +268,7 @@ def test_the_base_itself_is_never_the_output(config: RunConfig) -> None:
     assert not Path(config.model + "-work").exists()
 
 
+@pytest.mark.slow
 def test_a_limit_of_memory_holds_for_every_stage_or_is_said_not_to(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +305,7 @@ def test_what_distill_would_refuse_is_refused_before_mining(
     assert not config.output.with_name("new-work").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_measured_is_made_all_the_same(config: RunConfig, tmp_path: Path) -> None:
     base = tiny_family(tmp_path / "gemma3n", "gemma3n")
     outcomes = run(replace(config, model=str(base), distill=replace(config.distill, method="mean")))
@@ -298,6 +313,7 @@ def test_a_model_that_cannot_be_measured_is_made_all_the_same(config: RunConfig,
     assert states(outcomes)["eval"].startswith("not made: Gemma3nForCausalLM has hidden_size_per_layer_input 16")
 
 
+@pytest.mark.slow
 def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
     arguments = [*config.corpus, "--heldout", config.heldout[0], "--model", config.model, "-o", str(config.output),
                  "--budget", "4", "--min-count", "4", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",

@@ -168,6 +168,7 @@ def test_new_rows_may_have_changed(pair: tuple[Path, Path], tmp_path: Path) -> N
     assert contents(tmp_path / "back") == contents(pair[0])
 
 
+@pytest.mark.slow
 def test_a_shard_without_a_digest_is_said_unless_verify_has_seen_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
     carried = shard_of(pair[1], UNTOUCHED)
     assert carried.name in revert(pair[1], tmp_path / "one").unproven
@@ -179,6 +180,7 @@ def test_a_shard_without_a_digest_is_said_unless_verify_has_seen_it(pair: tuple[
         revert(pair[1], tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_a_verify_that_fails_for_another_reason_keeps_the_digests(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for template in (True, False):
         if not template:

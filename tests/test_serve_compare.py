@@ -37,12 +37,14 @@ def test_a_server_with_a_fixed_delay_is_found() -> None:
     assert compare(first, slow, second).verdict == SLOWER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.002, 0.02, 0.05])
 def test_base_against_base_is_no_difference_in_19_of_20_repetitions(noise: float) -> None:
     verdicts = [compare(*planted(seed, noise=noise)).verdict for seed in range(100)]
     assert verdicts.count(NO_DIFFERENCE) >= 95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, REQUESTS])
 def test_a_false_alarm_stays_rare_however_wild_the_noise(requests: int) -> None:
     def one(seed: int) -> str:

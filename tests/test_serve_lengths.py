@@ -120,6 +120,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         load_encoder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_with_both_of_mistrals_tokenizers_is_counted_as_it_is_mined(tmp_path: Path, corpus: str) -> None:
     pytest.importorskip("mistral_common")
     folder = base_folder(tmp_path / "both", CASES["tekken json"], **{"tekken.json": tekken()})

@@ -74,6 +74,7 @@ def test_a_full_report_has_every_section_and_picture(folder: Path) -> None:
     assert "Not measured" not in made.html
 
 
+@pytest.mark.slow
 def test_reading_and_writing_are_shown_apart(folder: Path) -> None:
     made = page.render_report(folder, everything())
     for value in (*map(page.percent, (0.28, 0.4321, 0.815)), "+0.0400", "700", "3.25", "5.50", "4.75", "0.95%",
@@ -119,6 +120,7 @@ def test_without_results_every_section_says_how_to_measure(folder: Path) -> None
         assert command in made.html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", page.ARTIFACTS)
 def test_any_single_result_may_be_missing(folder: Path, name: str) -> None:
     made = page.render_report(folder, {**everything(), name: None, "predict": None})
@@ -173,6 +175,7 @@ def test_a_measurement_without_a_whole_round_is_no_error(folder: Path) -> None:
     assert "stopped before its first round was complete" in made.headline
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_million_characters_follows_from_the_price(folder: Path) -> None:
     without = page.render_report(folder, everything())
     assert "Cost of a million characters" not in without.html
@@ -186,6 +189,7 @@ def test_the_cost_of_a_million_characters_follows_from_the_price(folder: Path) -
     assert "cost of a million characters at 3.6 per hour" in made.markdown
 
 
+@pytest.mark.slow
 def test_several_corpora_and_machines_stand_side_by_side(folder: Path) -> None:
     other = {**lengths_result(), "corpus": ["independent.jsonl"], "saved_share": 0.07}
     gpu = bench_result()

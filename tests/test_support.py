@@ -86,6 +86,7 @@ def test_what_writes_no_text_is_refused_by_what_it_is(tmp_path: Path, name: str)
     assert (shown.exit_code, json.loads(shown.stdout)["support"]["patch"]) == (0, said["inspect"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "phi", "gemma3-wrapped", "llava", "qwen2.5-vl",
                                     "mistral3", "gemma3n"])
 def test_what_inspect_says_yes_to_is_patched_and_verified(tmp_path: Path, family: str) -> None:
@@ -99,6 +100,7 @@ def test_what_inspect_says_yes_to_is_patched_and_verified(tmp_path: Path, family
     assert (failed(result), "loads in transformers, same logits" in skipped(result)) == ([], False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
 def test_a_wrapper_that_inspect_says_yes_to_is_distilled_and_measured(tmp_path: Path, family: str) -> None:
     base = tiny_family(tmp_path / "base", family)
@@ -207,6 +209,7 @@ def quantised(folder: Path, method: str, family: str = "llama", *, head: bool = 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
 @pytest.mark.parametrize("method", LAYOUTS)
 def test_a_quantised_body_is_patched(tmp_path: Path, method: str, family: str) -> None:
@@ -241,6 +244,7 @@ def test_a_tensor_that_is_missing_in_a_quantised_body_is_missed(tmp_path: Path) 
         open_checkpoint(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes-4", "hqq"])
 def test_a_model_whose_library_is_missing_is_extended_by_means_alone(tmp_path: Path, method: str) -> None:
     folder = quantised(tmp_path / "base", method)
@@ -414,6 +418,7 @@ def test_what_can_be_loaded_is_asked_before_text_is_generated(tmp_path: Path) ->
         check_loads(folder)
 
 
+@pytest.mark.slow
 def test_every_family_of_the_tests_is_one_that_inspect_says_yes_to(tmp_path: Path) -> None:
     refused = {family: inspect_model(str(tiny_family(tmp_path / family, family))).support.patch for family in FAMILIES}
     assert not any(refused.values()), refused

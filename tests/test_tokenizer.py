@@ -111,6 +111,7 @@ def test_batches_are_encoded_like_single_texts(texts: list[str]) -> None:
 ALPHABET = "abc "
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(100))
 @given(data=st.data())
 def test_any_vocabulary_with_any_new_tokens(data: st.DataObject) -> None:
@@ -338,6 +339,7 @@ def with_layout(name: str) -> tuple[BaseTokenizer, ExpandedTokenizer]:
     return base, extend(base, possible(base, [*WANTED, *LAYOUT]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 @settings(max_examples=examples(150))
 @given(data=st.data())
@@ -542,6 +544,7 @@ def test_units_are_chunks_or_words() -> None:
 # ---- real tokenizers -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @every("name", ["gpt2", "gpt-neox-20b", "llama-2", "qwen-tiktoken"], few=["gpt2", "llama-2"])
 def test_real_tokenizers(name: str, assets: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_mined_tokens_change_nothing_else(path: Path, corpora: dict[str, list[Do
         assert sum(map(len, after)) < 0.95 * sum(map(len, before)), name
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_a_broken_promise_is_found(load: Callable[[Path], BaseTokenizer]) -> None:
     """The check above can fail: give two tokens each other's ids."""

@@ -123,6 +123,7 @@ AFTER = ["", " ", "  ", " x", "x", "s", ".", ".x", ", ", "\n", "\n\n x", ")", "'
 CONTEXTS = [*((before, "") for before in BEFORE), *(("", after) for after in AFTER), *zip(BEFORE, AFTER, strict=False)]
 
 
+@pytest.mark.slow
 @every_family
 def test_every_token_in_many_contexts(name: str) -> None:
     base, new = family_base(name), expanded(name)
@@ -158,6 +159,7 @@ def test_tokens_with_all_their_parts_are_merges_and_nothing_is_searched(name: st
         assert new.first_new_id + new.tokens.index(token) in new.encode(f"x{token.token}")
 
 
+@pytest.mark.slow
 @every_merging_family
 @settings(max_examples=examples(60))
 @given(data=st.data())
@@ -168,6 +170,7 @@ def test_merges_keep_ids_offsets_and_streams(name: str, data: st.DataObject) -> 
     check_streaming(base, new, text)
 
 
+@pytest.mark.slow
 @every_merging_family
 def test_merges_in_many_contexts(name: str) -> None:
     base, new = family_base(name), chained(name)
@@ -404,6 +407,7 @@ def test_a_base_that_looks_up_whole_texts_is_refused() -> None:
         BaseTokenizer(family.as_hf(Tokenizer.from_str(json.dumps(spec))))
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(60))
 @given(data=st.data())
 def test_text_that_is_cut_at_spaces_with_unknown_characters(data: st.DataObject) -> None:

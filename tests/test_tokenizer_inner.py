@@ -54,6 +54,7 @@ def pair(split: str | None, seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer
     return base, extend(base, list(tokens.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [None, LLAMA_3_SPLIT], ids=["gpt2", "llama3"])
 @settings(max_examples=examples(300))
 @given(parts=st.lists(st.sampled_from([*WORDS, *CHARACTERS, *ODD]) | st.text(max_size=2), max_size=12),
@@ -141,6 +142,7 @@ def test_a_word_whose_parts_are_tokens_is_a_merge_and_nothing_is_searched() -> N
     assert some.first_new_id in some.encode("史有在不")
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(200))
 @given(text=st.lists(st.sampled_from([*CHARACTERS, *ODD, "有在的"]), max_size=20).map("".join), seed=st.integers(0, 3))
 def test_merges_inside_a_run_of_letters_are_exact(text: str, seed: int) -> None:

@@ -211,6 +211,7 @@ def test_no_reader_can_take_the_space_away(name: str) -> None:
     assert '"add_prefix_space": true' not in json.dumps(spec["pre_tokenizer"])
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_the_real_gpt2_with_a_space_in_front(assets: Path, tmp_path: Path) -> None:
     archive = assets / "tokenizers" / "gpt2.tar.gz"
@@ -239,6 +240,7 @@ def test_the_real_gpt2_with_a_space_in_front(assets: Path, tmp_path: Path) -> No
 # ---- the whole way ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gpt2_with_a_space_in_front_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vocabext.verify.stage.NUM_ADVERSARIAL", 200)
     base = tiny_family(tmp_path / "base", "gpt2")

@@ -56,6 +56,7 @@ def test_a_second_extension_keeps_the_ids_of_the_first(name: str, data: st.DataO
     check_offsets(middle, new, text)
 
 
+@pytest.mark.slow
 @every_family
 def test_a_second_extension_is_no_empty_one(name: str) -> None:
     middle, new = twice(name)

@@ -137,6 +137,7 @@ def small(vocabulary: Vocabulary, *, bytes_too: bool = False, added: Sequence[st
     return backend
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25))
 @given(vocabularies(), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
 def test_no_text_of_a_small_model_is_cut_differently(
@@ -172,6 +173,7 @@ def test_what_a_text_adds_lies_between_floor_and_ceiling(vocabulary: Vocabulary,
     assert max(added) <= lattice.ceiling(text)
 
 
+@pytest.mark.slow
 def test_most_of_what_is_refused_really_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the rule would cost savings for nothing."""
     rng = random.Random(0)
@@ -193,6 +195,7 @@ def test_most_of_what_is_refused_really_goes_wrong(monkeypatch: pytest.MonkeyPat
 # ---- scores --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_run_does_not_change_the_score_of_unknown_characters() -> None:
     """`c` stands only inside of `ac`: the more an unknown character costs, the better is `ac`."""
     vocabulary = [("<unk>", 0.0), ("a", -15.0), ("b", -6.0), ("aa", -1.0), ("ac", -14.0)]

@@ -36,6 +36,7 @@ def fewer_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_fewer_texts(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_sound_checkpoint_passes_every_check(sound: tuple[Path, Path]) -> None:
     base, folder = sound
     result = verify(folder, str(base), DOCUMENTS)
@@ -50,6 +51,7 @@ def test_what_was_not_checked_is_said(sound: tuple[Path, Path]) -> None:
     assert result.passed
 
 
+@pytest.mark.slow
 def test_a_base_with_other_ids_is_the_first_suspect(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", num_ids=280)
     result = verify(pair[1], str(other), load_weights=False)
@@ -59,6 +61,7 @@ def test_a_base_with_other_ids_is_the_first_suspect(pair: tuple[Path, Path], tmp
                      result.checks[0].detail)
 
 
+@pytest.mark.slow
 def test_a_base_of_other_weights_is_the_first_suspect(pair: tuple[Path, Path]) -> None:
     edit_tensor(pair[0], EMBEDDING, flip_last_bit(7))
     result = verify(pair[1], str(pair[0]), load_weights=False)
@@ -82,6 +85,7 @@ def test_a_folder_that_is_no_expanded_checkpoint(sound: tuple[Path, Path], tmp_p
     with pytest.raises((UsageError, CheckpointError), match=r"vocabext\.json"):
         verify(sound[0], str(sound[0]))
 
+@pytest.mark.slow
 def test_the_command_writes_its_verdicts_and_fails_with_the_bad_checkpoint_code(pair: tuple[Path, Path]) -> None:
     arguments = [str(pair[1]), "--against", str(pair[0]), "--skip-weights"]
     assert CliRunner().invoke(command, arguments).exit_code == 0

@@ -46,6 +46,7 @@ def expanded(tmp_path: Path, family: str, texts: tuple[str, ...] = TEXTS) -> tup
     return base, tmp_path / "new"
 
 
+@pytest.mark.slow
 @every_family
 def test_a_family_goes_there_and_back(tmp_path: Path, family: str) -> None:
     base, folder = expanded(tmp_path, family)
@@ -60,6 +61,7 @@ def test_a_family_goes_there_and_back(tmp_path: Path, family: str) -> None:
     assert changed == roles
 
 
+@pytest.mark.slow
 def test_rows_of_base_ids_that_a_table_lacks_must_be_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "gap", GAP_IN_TABLE)
     base, folder = expanded(tmp_path, "gap", (" so of", " muscle of"))
@@ -74,6 +76,7 @@ def test_rows_of_base_ids_that_a_table_lacks_must_be_zero(tmp_path: Path, monkey
     assert detail(result, OLD).startswith(f"row 289 of {name} is none of the base's and is not zero")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_that_keeps_new_tokens_silent_is_plausible(tmp_path: Path, dtype: torch.dtype) -> None:
     base = tiny_family(tmp_path / "base", "phi")
@@ -93,6 +96,7 @@ def test_a_bias_that_keeps_new_tokens_silent_is_plausible(tmp_path: Path, dtype:
     assert "times as long as the longest base row" in detail(result, NEW)
 
 
+@pytest.mark.slow
 def test_a_bias_of_no_id_must_be_silent(tmp_path: Path) -> None:
     base, folder = expanded(tmp_path, "phi")
     assert failed(verify(folder, str(base), load_weights=False)) == []

@@ -133,6 +133,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named_and_shows_in_text(family: tuple[Path, Path], name: str) -> None:
     fault = FAULTS[name]
@@ -145,6 +146,7 @@ def test_a_planted_fault_is_named_and_shows_in_text(family: tuple[Path, Path], n
     assert set(failed(result)) <= {PIPELINE, *BEHAVIOUR}
 
 
+@pytest.mark.slow
 def test_faults_of_tokens_that_are_merges(tmp_path: Path) -> None:
     base, folder = expanded_pair(tmp_path, kind="metaspace", num_rows=448,
                                  texts=["dm", "dmd", "ed.", "md"])
@@ -252,6 +254,7 @@ def test_an_added_token_that_is_lost(family: tuple[Path, Path]) -> None:
     assert re.search(r"the added token '</s>' \(id \d+\) is missing", detail(result, PIPELINE))
 
 
+@pytest.mark.slow
 def test_another_expression_of_another_version_is_judged_by_what_it_does(family: tuple[Path, Path]) -> None:
     manifest = json.loads((family[1] / "vocabext.json").read_text())
     manifest["vocabext_version"] = "0.0.1"
@@ -271,6 +274,7 @@ def test_another_expression_of_another_version_is_judged_by_what_it_does(family:
     assert set(failed(verify(family[1], str(family[0]), load_weights=False))) & BEHAVIOUR
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_version_that_searched_for_its_tokens_is_judged_by_what_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,7 @@ def verify_and_write(base: Path, folder: Path) -> Verification:
     return result
 
 
+@pytest.mark.slow
 def test_a_shared_shard_that_was_edited_fails_however_often_it_is_verified(linked: tuple[Path, Path]) -> None:
     base, folder = linked
     first = verify_and_write(base, folder)
@@ -347,6 +348,7 @@ def test_a_folder_that_is_made_anew_has_no_digests_of_the_old_one(linked: tuple[
 
 # -- in chunks ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_small_chunks_find_the_same(
     sound: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

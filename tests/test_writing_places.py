@@ -23,6 +23,7 @@ def run_at(model: FrozenModel, context: list[int], run: tuple[int, ...]) -> tupl
     return total, all(int(logs[i].argmax()) == piece for i, piece in zip(at, run, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [False, True])
 def test_runs_are_found_with_their_probability(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small:  # many batches, and several sets of branches for a window

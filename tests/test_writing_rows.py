@@ -56,6 +56,7 @@ def fitted(places: Places, caution: float = 1.0, cap: float | None = None) -> to
     return fit.rows_ND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_the_fit_writes_at_new_places_that_deserve_it_and_nowhere_else(cap: float | None) -> None:
     rows_ND = fitted(planted(3_000, 0)[0], cap=cap)
@@ -69,6 +70,7 @@ def test_the_fit_writes_at_new_places_that_deserve_it_and_nowhere_else(cap: floa
     assert found.nll_rise_nats < 0.05 < 1 < found.nll_rise_everywhere_nats
 
 
+@pytest.mark.slow
 def test_caution_makes_wrong_uses_rarer() -> None:
     places, _ = planted(3_000, 0)
     noise = torch.Generator().manual_seed(5)
@@ -189,6 +191,7 @@ def test_the_baselines_need_no_text() -> None:
     assert 0 < float(zero.output_ND.abs().max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_held_out_places_choose_the_caution_and_silence_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third token that is never deserved gets the silent row; wrong use stays below the bound."""
     places, _ = planted(3_000, 0)
