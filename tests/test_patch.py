@@ -288,7 +288,7 @@ def test_rows_inside_the_replaced_folder_are_refused(case: Case) -> None:
 
 
 def test_a_full_disk_is_found_before_the_first_byte(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, but .* has 5 bytes free"):
         case.patch()
     assert sorted(path.name for path in case.output.parent.iterdir()) == ["base", "rows.safetensors"]

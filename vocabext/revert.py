@@ -7,7 +7,7 @@ whatever has a recorded digest must have it again, or nothing is written under t
 import json
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,11 @@ from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path
 from vocabext.files.folders import check_space, new_folder
 from vocabext.files.links import AUTO, link_file
-from vocabext.files.ranges import Extent, pass_on
+from vocabext.files.ranges import Advance, Extent, pass_on
 from vocabext.progress import Progress, no_progress
 
 WEIGHTS_SUFFIX = ".safetensors"
 MARGIN_BYTES = 1_000_000
-
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import msgspec
 
 from vocabext import __version__
 from vocabext.checkpoint.architecture import EmbeddingNames
@@ -326,38 +329,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _manifest_from(document: Mapping[str, Any]) -> Manifest:
-    base, files = document["base"], document["files"]
-    return Manifest(
-        base=BaseRecord(str(base["model"]), int(base["num_rows"]), int(base["num_used_ids"]),
-                        str(base["config_sha256"]), base["tokenizer_sha256"], dict(base["tensors_sha256"])),
-        tokens=tuple(TokenRecord(str(row["token"]), str(row["key"]), tuple(int(i) for i in row["run"]),
-                                 int(row["token_id"]), dict(row.get("distill") or {})) for row in document["tokens"]),
-        method=str(document["method"]), options=dict(document["options"]), head_rows=str(document["head_rows"]),
-        files=FileRecord(tuple(map(inside, files["carried_over"])), tuple(map(inside, files["rewritten"])),
-                         {inside(name): str(reason) for name, reason in files["left_out"].items()}),
-        untied=bool(document.get("untied")), tensors=_tensors_from(document.get("tensors") or {}),
-        originals=_originals_from(document["originals"]) if document.get("originals") else None,
-        reserved=dict(document.get("reserved") or {}), given_rows=dict(document.get("given_rows") or {}),
-        rules=dict(document.get("rules") or {}), created=str(document["created"]),
-        vocabext_version=str(document["vocabext_version"]), libraries=dict(document["libraries"]),
-    )
-
-
-def _tensors_from(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorRecord]:
-    return {name: TensorRecord(str(t["role"]), str(t["rows"]), int(t["num_rows_before"]), int(t["num_rows"]),
-                               str(t["file"]), tuple(int(i) for i in t.get("surplus") or ()),
-                               str(t["new_rows_sha256"]) if t.get("new_rows_sha256") else None)
-            for name, t in tensors.items()}
-
-
-def _originals_from(document: Mapping[str, Any]) -> Originals:
-    def files(part: str) -> dict[str, Original]:
-        return {inside(name): Original(int(o["num_bytes"]), o["sha256"], inside(o["stored"]))
-                for name, o in document[part].items()}
-
-    rows = {name: OverwrittenRows(int(r["first_row"]), int(r["num_rows"]), int(r["offset"]), int(r["num_bytes"]),
-                                  str(r["sha256"])) for name, r in document["rows"].items()}
-    return Originals(files("carried_over"), files("files"), files("shards"), rows, dict(document["lost"]))
+    """Return the manifest that a document holds; what it lacks, or has null for, was not there in its version."""
+    manifest = msgspec.convert({key: value for key, value in document.items() if value is not None}, Manifest)
+    files, kept = manifest.files, manifest.originals or Originals()
+    originals = (kept.carried_over, kept.files, kept.shards)
+    for name in chain(files.carried_over, files.rewritten, files.left_out, *originals,
+                      (original.stored for part in originals for original in part.values())):
+        inside(name)
+    return manifest
 
 
 def inside(name: str) -> str:

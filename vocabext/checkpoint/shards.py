@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from vocabext.errors import CheckpointError
-from vocabext.files.ranges import READ_BYTES, Extent
+from vocabext.files.ranges import READ_BYTES, Advance, Extent
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
@@ -227,7 +227,7 @@ class Rewritten:
 
 
 def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mapping[str, Growth],
-                added: Mapping[str, Copied], kept: BinaryIO, advance: Callable[[int], object]) -> Rewritten:
+                added: Mapping[str, Copied], kept: BinaryIO, advance: Advance) -> Rewritten:
     """Write a copy of a shard with more rows in some tensors; every other byte is as it was.
 
     Args:
@@ -314,7 +314,7 @@ class _ShardCopy:
     """The pass over the bytes of one shard."""
 
     def __init__(self, source: Extent, shard: Shard, out: BinaryIO, kept: BinaryIO, digests: _Digests,
-                 advance: Callable[[int], object]) -> None:
+                 advance: Advance) -> None:
         self._source, self._shard, self._out, self._kept = source, shard, out, kept
         self._digests, self._advance = digests, advance
 

@@ -9,12 +9,12 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from vocabext.errors import CheckpointError
+from vocabext.files.ranges import Advance
 
 AUTO, HARD, COPY = "auto", "hard", "copy"
 LINKS = (AUTO, HARD, COPY)
@@ -67,7 +67,7 @@ def _reflinked(source: str, target: Path) -> bool:
     return False
 
 
-def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> None:
+def copy_file(source: Path, target: Path, advance: Advance) -> None:
     """Copy the bytes of a file inside the kernel where it can do that; memory does not grow with the file.
 
     Args:
@@ -106,7 +106,7 @@ class Copier:
         advance: Told how many bytes were copied, from one thread at a time.
     """
 
-    def __init__(self, advance: Callable[[int], object]) -> None:
+    def __init__(self, advance: Advance) -> None:
         self._advance = advance
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(COPY_THREADS)

@@ -23,8 +23,8 @@ Found = TypeVar("Found")
 Advance = Callable[[int], object]
 
 
-def _ignore(count: int, /) -> None:
-    pass
+def ignore(count: int, /) -> None:
+    """Count nothing: what is told how far long work is, where nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Extent:
         """Return all its bytes."""
         return bytearray().join(self.chunks())
 
-    def sha256(self, advance: Advance = _ignore) -> str:
+    def sha256(self, advance: Advance = ignore) -> str:
         """Return the digest of the bytes, as hexadecimal digits.
 
         Args:
@@ -100,7 +100,7 @@ def _shorter(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} became shorter while it was read")
 
 
-def pass_on(chunks: Iterable[bytes], out: IO[bytes] | None, advance: Advance = _ignore) -> tuple[int, str]:
+def pass_on(chunks: Iterable[bytes], out: IO[bytes] | None, advance: Advance = ignore) -> tuple[int, str]:
     """Write chunks to a file, and return their size in bytes and their SHA-256 digest as hexadecimal digits.
 
     Args:
@@ -135,7 +135,7 @@ def _exactly(read: Callable[[int], bytes | None], count: int) -> bytes:
     return b"".join(parts)
 
 
-def first_difference(left: Extent, right: Extent, advance: Advance = _ignore,
+def first_difference(left: Extent, right: Extent, advance: Advance = ignore,
                      digest: "_Hash | None" = None) -> int | None:
     """Return the place of the first byte in which two extents differ, None if they are equal.
 

@@ -39,9 +39,9 @@ from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import check_output, real_path, write_json
 from vocabext.files.folders import Syncer, check_space, new_folder
 from vocabext.files.links import AUTO, LINKS, Copier
-from vocabext.files.ranges import Extent, file_sha256, pass_on
+from vocabext.files.ranges import Advance, Extent, file_sha256, ignore, pass_on
 from vocabext.patch.plan import FilePlan, TensorPlan, new_config, new_index, plan_files, plan_tensors
-from vocabext.patch.weights import Advance, WeightWriter
+from vocabext.patch.weights import WeightWriter
 from vocabext.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ class _OtherFiles:
         return FileRecord(carried, tuple(sorted(rewritten)), self._files.left_out)
 
 
-def _copy_small(source: Path, target: Path, stored: str, advance: Advance = lambda _: None) -> Original:
+def _copy_small(source: Path, target: Path, stored: str, advance: Advance = ignore) -> Original:
     """Copy a file and take its digest on the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "xb") as new:

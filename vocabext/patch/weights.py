@@ -3,7 +3,6 @@
 A thread copies bytes and computes nothing: transformers changes the default dtype of the whole process for a while.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from vocabext.checkpoint.manifest import (
 from vocabext.checkpoint.shards import write_shard
 from vocabext.files.folders import Syncer
 from vocabext.files.links import COPY, Copier, link_file
+from vocabext.files.ranges import Advance
 from vocabext.patch.plan import FilePlan, TensorPlan
-
-Advance = Callable[[int], object]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from vocabext.checkpoint.manifest import Manifest
 from vocabext.checkpoint.shards import Shard
 from vocabext.checkpoint.verdicts import verified_sha256
 from vocabext.errors import CheckpointError, TokenizerError
+from vocabext.files.ranges import Advance, ignore
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_base_of, load_expanded
 from vocabext.tokens import Expansion
 from vocabext.verify.adversarial import Adversary
@@ -22,10 +23,6 @@ class FaultError(Exception):
 
 class NotCheckedError(Exception):
     """A check could not be made; the message says why."""
-
-
-def _ignore(count: int, /) -> None:
-    pass
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Pair:
     trust_remote_code: bool = False
     seed: int = 0
     seen: set[int] = field(default_factory=set)
-    advance: Callable[[int], object] = _ignore
+    advance: Advance = ignore
     carried_sha256: dict[str, str] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
