@@ -51,5 +51,5 @@ lock: setup ## Write constraints/ anew from what is installed (on a machine with
 	scripts/lock.sh
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf .venv demo-out site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out notebook-out site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
