@@ -378,3 +378,14 @@ def test_damaged_rows_are_refused(tmp_path: Path, metadata: dict[str, str], erro
     save_file({"input": torch.zeros(2, 4)}, tmp_path / "r.safetensors", metadata=metadata)
     with pytest.raises((UsageError, CheckpointError), match=error):
         load_rows(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    (Rows(torch.rand(3, 4)), r"the input rows have the shape \[3, 4\], but there are 2 tokens"),
+    (Rows(torch.rand(2, 4), torch.rand(1, 4)), r"the output rows have the shape \[1, 4\], but there are 2 tokens"),
+    (Rows(torch.rand(2, 4), None, torch.rand(2)), "holds no bias"),
+])
+def test_rows_that_do_not_fit_their_tokens_are_not_written(tmp_path: Path, rows: Rows, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        save_rows(tmp_path / "rows.safetensors", TOKENS, rows, {"method": "mean"})
+    assert not (tmp_path / "rows.safetensors").exists()

@@ -102,6 +102,7 @@ def test_originals_that_lie_elsewhere_are_refused(tmp_path: Path, path: str, par
     (lambda document: document.pop("base"), "is damaged"),
     (lambda document: document.update(tokens=[3]), "is damaged"),
     (lambda document: document.update(tokens=3), "is damaged"),
+    (lambda document: document["tokens"][0].update(token_id="x"), r"is damaged .*tokens\[0\]\.token_id"),
     (lambda document: document["tokens"][1].update(token_id=295), "the id 295, it should be 291"),
 ])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, change: Any, error: str) -> None:
