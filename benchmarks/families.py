@@ -219,8 +219,8 @@ class Family:
         found = []
         for ids, folder, rows in ((plain, self.base, None), (merged, self.new, self.stored)):
             hidden_TD = self.model.hidden(self.model.embed(ids, None if rows is None else rows.input_ND, first))[0]
-            ours = self.model.logits(hidden_TD, num_base=first, new_rows_ND=None if rows is None else rows.output_ND,
-                                     new_bias_N=None if rows is None else rows.bias_N)
+            output_ND, bias_N = (None, None) if rows is None else (rows.output_ND, rows.bias_N)
+            ours = self.model.logits(hidden_TD, first_new_id=first, new_rows_ND=output_ND, new_bias_N=bias_N)
             theirs = own_class(folder)(input_ids=ids, use_cache=False).logits[0, :, : ours.shape[1]]
             found.append(relative_difference(ours, theirs))
         return rounding(max(found))
