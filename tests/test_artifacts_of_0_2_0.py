@@ -58,6 +58,7 @@ def test_its_rows_are_patched_to_the_same_weights_and_tokenizer(old: Path, tmp_p
     assert json.loads(text.replace(OURS, "")) == json.loads((old / "expanded" / "tokenizer.json").read_text())
 
 
+@pytest.mark.slow
 def test_its_folder_is_verified_inspected_and_compared(old: Path) -> None:
     command("verify", old / "expanded", "--against", old / "base", "--corpus", old / "heldout.jsonl")
     assert json.loads((old / "expanded" / "verify.json").read_text())["passed"] is True
@@ -92,6 +93,7 @@ def test_its_results_are_put_on_one_page(old: Path, tmp_path: Path) -> None:
     assert " muscle" in page
 
 
+@pytest.mark.slow
 def test_its_gateway_state_goes_on(old: Path, tmp_path: Path) -> None:
     shutil.copy(old / "gateway-state.json", tmp_path / "state.json")
     with (fake_engine(tmp_path, "base") as base, fake_engine(tmp_path, "expanded") as expanded,

@@ -261,6 +261,7 @@ def test_it_compares_both_and_prints_its_tables(
     assert [run["seconds"] > 0 for run in result["runs"]] == [True] * len(result["runs"])
 
 
+@pytest.mark.slow
 def test_it_shows_time_and_memory_part_by_part(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from distill_reference import main
 
@@ -269,6 +270,7 @@ def test_it_shows_time_and_memory_part_by_part(folder: Path, capsys: pytest.Capt
     assert sum(int(line[2]) for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_it_runs_on_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
     from distill_reference import main
 
@@ -289,6 +291,7 @@ def test_random_snippets_are_windows_of_the_same_length_that_hold_their_token() 
             assert len(expansion.unmerge(snippet)) == 50
 
 
+@pytest.mark.slow
 def test_the_last_part_is_shown_though_it_is_not_full() -> None:
     from distill_reference import PartProgress
     from machine import PeakMemory
@@ -313,6 +316,7 @@ def test_a_budget_that_takes_longer_than_the_reference_is_known_before() -> None
     assert _expected_seconds("snippets=5", defaults, 20) == 2
 
 
+@pytest.mark.slow
 def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     import distill_reference
 

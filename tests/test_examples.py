@@ -51,6 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 class TestCorpus:
     def test_has_thousands_of_documents_and_a_tenth_held_out(self, corpus: Path) -> None:
         mining, heldout = (read_jsonl(corpus / f"{side}.jsonl") for side in ("mining", "heldout"))

@@ -280,6 +280,7 @@ def test_what_was_kept_is_said_and_written_down(tmp_path: Path) -> None:
     assert any("runs of ids that none overlaps (generation_config.json: bad_words_ids)" in text for text in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", RULES)
 def test_verify_fails_a_folder_whose_tokens_hide_a_stop_or_a_ban(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -199,6 +199,7 @@ def test_what_is_written_on_is_what_generate_writes(name: str) -> None:
         assert written.ids == own[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_the_base_would_write_is_found_as_in_texts_of_their_own(name: str) -> None:
@@ -343,6 +344,7 @@ def base_of(tmp_path: Path) -> BaseTokenizer:
     return load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "opt", "xglm", "mpt"])
 def test_learned_positions_shorter_than_a_window_are_measured_in_windows_of_their_length(
     name: str, tmp_path: Path

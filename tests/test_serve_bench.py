@@ -317,6 +317,7 @@ def test_one_at_a_time_stops_the_other(tmp_path: Path, warmed: list[str]) -> Non
     assert warmed == [BASE, EXPANDED, BASE]
 
 
+@pytest.mark.slow
 def test_two_servers_that_do_not_fit_together_take_turns(tmp_path: Path, warmed: list[str]) -> None:
     started: list[str] = []
 

@@ -93,6 +93,7 @@ def test_a_server_that_dies_under_load_is_noticed(tmp_path: Path) -> None:
             running.run(JOB, server(alive=False))
 
 
+@pytest.mark.slow
 def test_a_run_has_an_end(tmp_path: Path) -> None:
     with client(tmp_path, "hangs") as running:
         running.wait_until_ready()

@@ -1,4 +1,4 @@
-"""The tests themselves: what they share lies in tests/support."""
+"""The tests themselves: what they share lies in tests/support, and what takes long is kept for `make fuzz`."""
 
 import ast
 from pathlib import Path
@@ -31,3 +31,13 @@ def test_no_test_module_is_imported() -> None:
     modules = {path.stem for path in TESTS.glob("test_*.py")} | {"conftest", "tests"}
     assert len(modules) > 50
     assert not {(path.name, name) for path in SOURCES for name in modules_imported(path) & modules}
+
+
+def test_one_file_starts_vllm_in_make_test_and_all_others_in_make_fuzz() -> None:
+    in_make_test = set()
+    for path in TESTS.glob("test_*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path != Path(__file__) else []
+        places = [i for i, line in enumerate(lines) if "pytest.mark.vllm" in line]
+        if any("pytest.mark.fuzz" not in "".join(lines[i - 1 : i + 2]) for i in places):
+            in_make_test.add(path.name)
+    assert in_make_test == {"test_end_to_end.py"}

@@ -391,6 +391,7 @@ def streamed(backend: Tokenizer, ids: Sequence[int], skip: bool) -> str:
     return "".join(stream.step(backend, i) or "" for i in ids)
 
 
+@pytest.mark.slow
 @every_style
 def test_every_token_between_all_sorts_of_neighbours(name: str) -> None:
     pair = pair_of(name)
