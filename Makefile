@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
 	@scripts/setup.sh $(VLLM)
 	@touch $@
 
-quick: setup ## Run the tests that take less than half a second each, in 90 seconds; no vLLM needed (ARGS=... for pytest)
+quick: setup ## Run the tests that take less than half a second each, in about 95 seconds; no vLLM needed (ARGS=... for pytest)
 	$(PYTEST) -m "not slow and not vllm and not fuzz" $(ARGS)
 
 test: setup ## Run all tests but the long ones, a live vLLM server included, in 8 minutes (ARGS=... for pytest)
