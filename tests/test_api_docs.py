@@ -54,6 +54,7 @@ def blocks() -> Iterator[Any]:
             before = block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "block"), list(blocks()))
 def test_every_block_about_the_api_runs(place: Path, before: str, block: str) -> None:
     for part in (before, block):
@@ -69,6 +70,7 @@ def examples(name: str) -> list[str]:
     return [inspect.cleandoc(block) for _, block in FENCE.findall(inspect.getdoc(getattr(vocabext, name)) or "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Model", "Expanded", "TokenTable", "Snippets", "NewRows", "Evaluation", "expand"])
 def test_the_example_in_a_docstring_runs(place: Path, name: str) -> None:
     (example,) = examples(name)

@@ -57,6 +57,7 @@ def test_all_stages_run_once_and_then_are_up_to_date(config: RunConfig) -> None:
     assert (config.output / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_what_is_not_read_of_a_corpus_is_said_once_and_recorded_by_every_stage(
     config: RunConfig, tmp_path: Path
 ) -> None:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,9 @@ FAKE = Path(__file__).parent / "support" / "fake_server.py"
 
 CORPUS = '{"text": "a text of some words"}\n'
 HEAVY = {"torch", "transformers", "tokenizers", "vllm", "numpy", "jinja2"}
+
+# `bench` looks for vLLM before anything else.
+WITH_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 def run(*arguments: object) -> Result:
@@ -58,7 +62,7 @@ def test_an_output_that_exists_is_kept(verb: str, tmp_path: Path, corpus: Path) 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("verb", ["lengths", "bench"])
+@pytest.mark.parametrize("verb", ["lengths", pytest.param("bench", marks=WITH_VLLM)])
 @pytest.mark.parametrize(("what", "message"), [
     ("model", "the model folder nowhere/at-all/base does not exist"), ("corpus", "gone.jsonl")])
 def test_what_is_missing_is_named_in_one_line(
@@ -77,8 +81,6 @@ def test_what_is_missing_is_named_in_one_line(
 def test_a_missing_vllm_is_named_with_its_command(
     verb: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib.util
-
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
     rest = [] if verb == "start" else [tmp_path, "--corpus", corpus, "-o", tmp_path / "out.json"]

@@ -348,6 +348,7 @@ def test_no_text_that_rows_are_fitted_to_judges_them() -> None:
     assert not set(numbers[: len(train)]) & set(numbers[len(train) :])
 
 
+@pytest.mark.slow
 def test_a_default_dtype_that_somebody_changed_changes_nothing() -> None:
     """Loading a model in another thread changes it for the whole process."""
     places = made_places(torch.randn(5_000, 16, generator=torch.Generator().manual_seed(0)), [(0, 0), (1, 1)])
