@@ -78,6 +78,9 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     # The shape of Llama 3.2 1B.
     "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    # The shape of Llama 3.1 8B, tied.
+    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 
 
