@@ -36,6 +36,8 @@ class Verification(Shown):
         checks: The verdicts.
         seconds: Time it took.
         carried_sha256: Digests of the shards that were found equal to the base's, now or by an earlier `verify`.
+        corpus: How much of the corpus was encoded: `documents`, `bytes`, `encoded_documents`, `encoded_bytes`; None
+            without a corpus.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Verification(Shown):
     checks: tuple[Check, ...]
     seconds: float
     carried_sha256: dict[str, str] = field(default_factory=dict)
+    corpus: dict[str, int] | None = None
 
     @property
     def passed(self) -> bool:
@@ -53,7 +56,7 @@ class Verification(Shown):
         """Return the content of verify.json."""
         return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
                 "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks],
-                "carried_sha256": self.carried_sha256}
+                "carried_sha256": self.carried_sha256, "corpus": self.corpus}
 
     def _table(self) -> Table:
         failed = sum(check.verdict == FAIL for check in self.checks)

@@ -13,5 +13,6 @@ stage believed.
     plain.py        the plain text
     extension.py    the tokenizer, part by part, against the extension made anew from the base
     behaviour.py    what the tokenizer does to text
+    sample.py       which texts of the corpus are encoded
     adversarial.py  the text that hurts most
 """
