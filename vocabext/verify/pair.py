@@ -40,6 +40,7 @@ class Pair:
         advance: Told how many bytes were compared.
         carried_sha256: Digests of the shards that were found equal to the base's, and to what was recorded of them.
         reading: How much of the corpus was encoded; None without a corpus.
+        files: Size and digest of each file that a server may read, once they are recorded.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Pair:
     advance: Advance = ignore
     carried_sha256: dict[str, str] = field(default_factory=dict)
     reading: Reading | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
     @cached_property

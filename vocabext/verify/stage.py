@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.served import file_times
 from vocabext.checkpoint.verdicts import FAIL, PASS, SKIPPED, Check, Verification
 from vocabext.checkpoint.verdicts import VERIFY_NAME as VERIFY_NAME  # where the verdicts go is asked of this module
 from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
@@ -23,6 +24,7 @@ from vocabext.verify.sample import SAMPLE_BYTES
 
 NUM_ADVERSARIAL = 20_000
 NOTED_BYTES = 1_000_000_000
+RECORDED = "files recorded for serving"
 
 
 def verify(
@@ -49,7 +51,7 @@ def verify(
         TokenizerError: If the base has no tokenizer.
         CorpusError: If a text cannot be read.
     """
-    began = time.monotonic()
+    began, times = time.monotonic(), file_times(folder) if folder.is_dir() else {}
     pair = Pair(folder, against, read_manifest(folder), trust_remote_code, seed)
     _ = pair.base, pair.base_tokenizer  # a base that cannot be read is no fault of the checkpoint
     checks: list[tuple[str, Callable[[], str]]] = [
@@ -74,7 +76,7 @@ def verify(
         ("loads in vLLM, same greedy output", lambda: engine.same_greedy(pair, use_vllm)),
     ]
     verdicts: list[Check] = []
-    with progress("verifying", len(checks) + 1, "checks") as task:
+    with progress("verifying", len(checks) + 2, "checks") as task:
         for name, check in checks:
             task.note(name)
             pair.advance = _counted(name, task)
@@ -83,10 +85,13 @@ def verify(
         failed = any(check.verdict == FAIL for check in verdicts)
         verdicts.insert(0, _verdict("made from this base", lambda: files.recorded_base(pair, others_failed=failed)))
         task.advance()
+        task.note(RECORDED)
+        verdicts.insert(1, _verdict(RECORDED, lambda: files.recorded(pair, times, verdicts)))
+        task.advance()
     # A digest that is known is never given up: what is found later may be what went wrong.
     carried = {**pair.carried_sha256, **pair.earlier_sha256}
     return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, carried,
-                        None if pair.reading is None else asdict(pair.reading))
+                        None if pair.reading is None else asdict(pair.reading), pair.files)
 
 
 def _counted(name: str, task: Task) -> Callable[[int], None]:
