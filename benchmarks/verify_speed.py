@@ -41,6 +41,7 @@ RESULT = Path(__file__).with_suffix(".json")
 VOCABEXT = (sys.executable, "-m", "vocabext")
 ENCODE_BASE, ENCODE_EXPANDED, READ = "encode with the base", "encode with the expanded tokenizer", "read both folders"
 FLOORS = (ENCODE_BASE, ENCODE_EXPANDED, READ)
+Times = dict[str, dict[str, float]]
 
 
 def main() -> None:
@@ -97,7 +98,9 @@ def _facts(arguments: argparse.Namespace, expanded: Path, documents: list[Docume
 
 
 def _turn(expanded: Path, model: str, documents: list[Document]) -> dict[str, Any]:
-    pair, floors = Pair(expanded, model, read_manifest(expanded)), {}
+    pair = Pair(expanded, model, read_manifest(expanded))
+    floors: Times = {}
+    whole: Times = {}
     texts = list(batches((document.text for document in documents), BATCH))
     for name, tokenizer in ((ENCODE_BASE, pair.base_tokenizer), (ENCODE_EXPANDED, pair.new_tokenizer)):
         with timed(floors, name):
@@ -107,7 +110,7 @@ def _turn(expanded: Path, model: str, documents: list[Document]) -> dict[str, An
         for path in (*pair.base_folder.glob("*.safetensors"), *expanded.glob("*.safetensors")):
             for _ in Extent.whole(path).chunks():
                 pass
-    watch, whole = Watch(), {}
+    watch = Watch()
     with timed(whole, "verify"):
         result = verify(expanded, model, documents, full=True, progress=watch)
     return {"floors": floors, "verify": whole["verify"], "checks": watch.checks, "verdicts": _verdicts(result)}
@@ -119,7 +122,7 @@ def _verdicts(result: Verification) -> dict[str, str]:
 
 
 @contextmanager
-def timed(times: dict[str, dict[str, float]], name: str) -> Iterator[None]:
+def timed(times: Times, name: str) -> Iterator[None]:
     """Note the wall and processor seconds of a block."""
     wall, cpu = time.monotonic(), time.process_time()
     yield
@@ -134,7 +137,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.checks: dict[str, dict[str, float]] = {}
+        self.checks: Times = {}
         self._open = ExitStack()
         self._name = ""
 
