@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vocabext.checkpoint.folder import read_json
-from vocabext.checkpoint.manifest import has_manifest, read_manifest
-from vocabext.checkpoint.verdicts import VERIFY_NAME
+from vocabext.checkpoint.manifest import MANIFEST_NAME, ORIGINALS_FOLDER, has_manifest, read_manifest
+from vocabext.checkpoint.served import difference
+from vocabext.checkpoint.verdicts import VERIFY_NAME, verified_files
 from vocabext.errors import CheckpointError
 from vocabext.files.atomic import read_object
 from vocabext.tokenizer import load_hf_tokenizer
@@ -135,7 +136,7 @@ def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list
     verification = _verification(folder) if verification is None else verification
     verified = "not yet; run: vocabext verify"
     if verification is not None:
-        verified = "passed" if verification.get("passed") is True else "FAILED"
+        verified = _verified_now(folder, verification) if verification.get("passed") is True else "FAILED"
     return [
         ("base", manifest.base.model),
         ("new tokens", f"{len(manifest.tokens):,} (ids {manifest.first_new_id} to {last})"),
@@ -145,13 +146,21 @@ def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list
     ]
 
 
-def require_verified(folder: Path) -> None:
-    """Refuse an expanded folder that `verify` has not passed; a base folder has nothing to verify.
+def require_verified(folder: Path, *, check_digests: bool = False) -> None:
+    """Refuse an expanded folder that `verify` has not passed as it is now; a base folder has nothing to verify.
+
+    Args:
+        folder: The model folder.
+        check_digests: Whether to read the weights and compare their digests, too; else only their sizes.
 
     Raises:
-        CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
+        CheckpointError: If verify.json is missing, unreadable, made by an older version, says that a check failed, or
+            records other files than those of the folder.
     """
     if not has_manifest(folder):
+        if (folder / ORIGINALS_FOLDER).is_dir():
+            raise CheckpointError(f"{folder} is an expanded model ({ORIGINALS_FOLDER}/) without its {MANIFEST_NAME}; "
+                                  "copy the folder again, or pass --unverified to serve it all the same")
         return
     base = read_manifest(folder).base.model
     advice = f"run: vocabext verify {folder} --against {base}, or pass --unverified to serve it all the same"
@@ -163,8 +172,20 @@ def require_verified(folder: Path) -> None:
         failed = [str(check.get("name")) for check in (checks if isinstance(checks, list) else [])
                   if isinstance(check, dict) and check.get("verdict") == "fail"]
         raise CheckpointError(f"{folder} failed verification ({', '.join(failed) or 'see ' + VERIFY_NAME}); {advice}")
+    if (recorded := verified_files(verification)) is None:
+        raise CheckpointError(f"{VERIFY_NAME} of {folder} was made by an older version, which did not record the files "
+                              f"that it verified; {advice}")
+    if (odd := difference(folder, recorded, all_digests=check_digests)) is not None:
+        raise CheckpointError(f"{folder} is not as it was verified: {odd}; {advice}")
 
 
 def _verification(folder: Path) -> dict[str, Any] | None:
     document = read_object(folder / VERIFY_NAME) or {}
     return document if document.get("artifact") == "verify" else None
+
+
+def _verified_now(folder: Path, verification: Mapping[str, Any]) -> str:
+    """Say that a folder has passed, and what was changed since then as far as sizes and small files show."""
+    recorded = verified_files(verification)
+    odd = None if recorded is None else difference(folder, recorded, all_digests=False)
+    return "passed" if odd is None else f"passed, but changed since: {odd}"

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from vocabext.cli.main import cli
+from vocabext.errors import CheckpointError
 from vocabext.serve.gateway import app, relay, trial
 from vocabext.serve.gateway.admin import TOKEN_HEADER, admin_application, ordered
 from vocabext.serve.gateway.answers import Refusal
@@ -317,6 +318,33 @@ def test_an_operators_rollback_succeeds_without_a_disk_and_a_swap_does_not(
     done = CliRunner().invoke(cli, ["serve", "swap", "--rollback", "--state", str(tmp_path / "state.json")])
     assert done.exit_code == 0
     assert "a restart would not know of it" in done.output
+
+
+def test_a_swap_to_a_folder_that_was_changed_is_refused_and_a_rollback_is_not(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Policy(50))
+    trial, asked = rig.gateway.trial, []
+
+    def check() -> None:
+        asked.append(trial.policy.expanded_percent)
+        if len(asked) == 2:
+            trial.roll_back(by="the canary")
+            return
+        raise CheckpointError("config.json has 3 bytes; 900 were verified")
+
+    headers = {TOKEN_HEADER: trial.state.token}
+    with TestClient(admin_application(trial, rig.gateway.status, check)) as client:
+        def swap(**order: Any) -> tuple[int, str]:
+            answer = client.post("/swap", json=order, headers=headers)
+            return answer.status_code, answer.text
+
+        status, text = swap(to="expanded")
+        assert (status, trial.policy.expanded_percent) == (409, 50)
+        assert "config.json has 3 bytes; 900 were verified" in text
+        status, text = swap(to="expanded")  # and a rollback comes while the folder is looked at
+        assert (status, trial.policy.expanded_percent) == (409, 0)
+        assert "the policy changed while the folders were checked; swap again" in text
+        assert swap(to="base")[0] == swap(rollback=True)[0] == 200
+    assert asked == [50, 50]
 
 
 def test_a_full_disk_ends_the_record_and_no_request(tmp_path: Path) -> None:

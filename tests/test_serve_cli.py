@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from planted import overwrite_last_byte
 from tiny_checkpoints import tiny_folder
-from tiny_expanded import expanded_pair
+from tiny_expanded import expanded_pair, mark_verified
 
 from vocabext.cli.main import cli
 from vocabext.serve.engine import Server, free_port
@@ -282,8 +283,29 @@ def test_a_verified_folder_and_an_unverified_one_on_demand_are_served(expanded: 
 
 
 def test_a_passed_verification_opens_the_door(expanded: Path) -> None:
-    (expanded / "verify.json").write_text('{"artifact": "verify", "version": 1, "passed": true, "checks": []}')
-    assert "http://127.0.0.1:" in run("start", expanded).stdout
+    mark_verified(expanded)
+    assert "http://127.0.0.1:" in run("start", expanded, "--check-digests").stdout
+
+
+def test_weights_overwritten_after_verify_are_refused_with_check_digests(expanded: Path) -> None:
+    mark_verified(expanded)
+    overwrite_last_byte(expanded / "model.safetensors")
+    done = run("start", expanded, "--check-digests")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert f"{expanded} is not as it was verified: model.safetensors has the digest" in done.stderr
+    assert "http://127.0.0.1:" in run("start", expanded, "--check-digests", "--unverified").stdout
+
+
+def test_a_bench_of_an_expanded_folder_that_was_changed_is_refused(expanded: Path, corpus: Path) -> None:
+    def bench(*flags: str) -> str:
+        output = corpus.with_name("out.json")
+        return run("bench", expanded, expanded, "--corpus", corpus, "-o", output, *flags).stderr
+
+    assert "was not verified" in bench()
+    mark_verified(expanded)
+    (expanded / "tokenizer.json").write_text("{}")
+    assert "not as it was verified: tokenizer.json has 2 bytes; " in bench()
+    assert "verified" not in bench("--unverified")
 
 
 @pytest.mark.parametrize(("arguments", "missing"), [("gateway a b", "aiohttp"), ("swap --rollback", "starlette")])

@@ -1,10 +1,13 @@
 """Guards around phrases, and how they are chosen."""
 
 import re
+from collections import Counter
 
 import pytest
+from tiny_tokenizers import family_base
 from tokenizers import Regex, pre_tokenizers
 
+from vocabext.tokenizer.chunks import ChunkScheme
 from vocabext.tokenizer.phrases import FOLLOWING, LEFT, PRECEDING, RIGHT, SAMPLES, Guard, ending, right_guards
 from vocabext.tokenizer.phrases import left_guard as widest_left
 
@@ -40,3 +43,16 @@ def test_the_widest_guard_that_holds_is_taken() -> None:
     with_space = re.compile(r" ?\w+|\s|[^\w\s]+")
     assert widest_left(" ab cd", with_space.findall, 2) == LEFT[0]
     assert widest_left("x", re.compile(r"(?s).+").findall, 1) is None
+
+
+def test_what_stands_in_front_of_phrases_is_split_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = family_base("starcoder")
+    assert isinstance(base.scheme, ChunkScheme)
+    base.new_token(" of the heart")
+    seen: Counter[str] = Counter()
+    split = base.scheme.split
+    monkeypatch.setattr(base.scheme, "split", lambda text: seen.update([text]) or split(text))
+    for text in (" in a muscle", " and so on"):
+        base.new_token(text)
+    assert seen[" and so on"]
+    assert not seen.keys() & set(PRECEDING) - {*FOLLOWING, " and so on"}

@@ -43,7 +43,7 @@ from vocabext.serve.engine import (
     vllm_device,
     vllm_server,
 )
-from vocabext.serve.model import Encoder, context_length, load_encoder
+from vocabext.serve.model import Encoder, context_length, load_encoder, require_verified
 from vocabext.serve.provenance import provenance
 
 ROUND = (BASE, EXPANDED, BASE)
@@ -169,8 +169,8 @@ class Setting:
 
 def run_bench(
     base: str, expanded: str, corpus: Sequence[str], *, config: BenchConfig, output: Path, text_field: str = "text",
-    force: bool = False, log_folder: Path, progress: Progress = no_progress,
-    say: Callable[[str], None] = lambda _: None,
+    force: bool = False, unverified: bool = False, check_digests: bool = False, log_folder: Path,
+    progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Start both servers, measure them in turn, and stop them.
 
@@ -182,6 +182,8 @@ def run_bench(
         output: bench.json: written after every pass; a partial one of the same settings is taken up again.
         text_field: Field with the text in `.jsonl` and `.parquet`.
         force: Begin anew whatever `output` holds.
+        unverified: Serve an expanded folder that `verify` has not passed as it is now.
+        check_digests: Compare the weights' digests with verify.json, too, not only their sizes.
         log_folder: An existing folder for the logs of the servers and of the load generator.
         progress: Told of every pass.
         say: Told what of the corpus is not read.
@@ -191,6 +193,7 @@ def run_bench(
 
     Raises:
         MissingExtraError: If vLLM is not installed.
+        CheckpointError: If an expanded folder was not verified, failed, or was changed since.
         ServerError: If a server or the load generator does not start, or dies. What was measured is in `output`.
         CorpusError: If the corpus holds too little text.
         OutputExistsError: If `output` is there and is not a partial result.
@@ -199,6 +202,9 @@ def run_bench(
     about = provenance()
     documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path should not wait for a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
+    if not unverified:
+        for folder in folders.values():
+            require_verified(folder, check_digests=check_digests)
     encoders = {role: load_encoder(folder, trust_remote_code=config.trust_remote_code)
                 for role, folder in folders.items()}
     context = _context(folders.values(), config.vllm_flags)

@@ -1,5 +1,6 @@
 """The admin endpoint: status, swap, rollback. A server of its own, on loopback, that wants the state file's token."""
 
+import asyncio
 import hmac
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from vocabext.errors import ServerError, UsageError
+from vocabext.errors import CheckpointError, ServerError, UsageError
 from vocabext.serve.engine import ask_local
 from vocabext.serve.gateway.arms import ARMS, EXPANDED
 from vocabext.serve.gateway.policy import Policy
@@ -21,12 +22,16 @@ from vocabext.serve.gateway.trial import Trial
 TOKEN_HEADER = "x-vocabext-token"
 
 
-def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Starlette:
+def admin_application(
+    trial: Trial, health: Callable[[], dict[str, Any]], check_folders: Callable[[], None] = lambda: None
+) -> Starlette:
     """Return the application that operators talk to.
 
     Args:
         trial: The policy, and the comparison under it.
         health: Returns what the gateway tells everybody of itself.
+        check_folders: Raises `CheckpointError` if a folder is not as it was verified; asked before the expanded arm
+            gets a larger share, never before a rollback.
     """
     state = trial.state
 
@@ -50,9 +55,16 @@ def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Sta
             if order.get("rollback"):
                 trial.roll_back(by="operator", reason=reason)
             else:
-                trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
+                policy, serial = ordered(trial.policy, order), state.serial
+                if policy.expanded_percent > trial.policy.expanded_percent:
+                    await asyncio.to_thread(check_folders)
+                if state.serial != serial:  # a rollback that came meanwhile stays in force
+                    return _no("the policy changed while the folders were checked; swap again", 409)
+                trial.set_policy(policy, by="operator", reason=reason)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
+        except CheckpointError as error:
+            return _no(str(error), 409)
         except OSError as error:
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
         return JSONResponse(report())

@@ -7,7 +7,8 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class GatewayConfig:
         log_folder: Where the engines' logs go.
         vllm_flags: Further flags of engines that are started.
         trust_remote_code: Whether the base tokenizer may run code of its folder.
-        unverified: Whether an expanded folder that `verify` has not passed is served.
+        unverified: Whether an expanded folder that `verify` has not passed as it is now is served.
+        check_digests: Whether the weights' digests are compared with verify.json, too.
     """
 
     base: str
@@ -88,6 +90,7 @@ class GatewayConfig:
     vllm_flags: tuple[str, ...] = ()
     trust_remote_code: bool = False
     unverified: bool = False
+    check_digests: bool = False
 
 
 def is_url(place: str) -> bool:
@@ -137,16 +140,22 @@ def check_verified(config: GatewayConfig) -> None:
     """Refuse what `serve start` refuses: an expanded folder that `verify` has not passed. URLs name no folder.
 
     Raises:
-        CheckpointError: If verify.json is missing, unreadable, or says that a check failed.
+        CheckpointError: As `require_verified` does.
     """
-    from vocabext.checkpoint.folder import resolve_model
     from vocabext.serve.model import require_verified
 
     # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
     places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
     for place in places:
         if not is_url(place):
-            require_verified(resolve_model(place))
+            require_verified(_folder_of(place), check_digests=config.check_digests)
+
+
+@cache  # a swap asks again, and does not ask the hub
+def _folder_of(place: str) -> Path:
+    from vocabext.checkpoint.folder import resolve_model
+
+    return resolve_model(place)
 
 
 def engines_of(config: GatewayConfig) -> dict[str, Server]:
@@ -239,7 +248,8 @@ class Service:
         servers = [QuietServer(uvicorn.Config(
             app, http=protocol, log_config=None, access_log=False, lifespan="off", server_header=False, ws="none",
             timeout_graceful_shutdown=max(1, round(config.drain_seconds)), timeout_keep_alive=30,
-        )) for app in (application(gateway), admin_application(gateway.trial, gateway.status))]
+        )) for app in (application(gateway), admin_application(
+            gateway.trial, gateway.status, self._check_folders))]
         public, admin = (listener.getsockname() for listener in self._listeners)
         self._state.admin_url = f"http://{LOCAL}:{admin[1]}"
         self._state.save()
@@ -288,6 +298,11 @@ class Service:
             return {name: Arm(name, self._url(name), card["id"]) for name, card in cards.items()}
         except Refusal as refusal:
             raise ServerError(f"{refusal.message}; start it first") from None
+
+    def _check_folders(self) -> None:
+        """Refuse more requests for folders that changed since they were verified; weights are compared by size."""
+        if not self._config.unverified:
+            check_verified(replace(self._config, check_digests=False))
 
     def _url(self, arm: str) -> str:
         if arm in self._engines:

@@ -74,6 +74,13 @@ def flip_last_bit(row: int) -> Callable[[torch.Tensor], None]:
     return change
 
 
+def overwrite_last_byte(path: Path) -> None:
+    """Change the last byte of a file, which keeps its size."""
+    data = path.read_bytes()
+    path.unlink()  # it may be linked
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
 def set_row(row: int, value: float) -> Callable[[torch.Tensor], None]:
     def change(matrix: torch.Tensor) -> None:
         matrix[row] = value

@@ -335,17 +335,18 @@ class Expanded:
 
     @spelled
     def verify(
-        self, corpus: Corpus | None = None, *, text_field: str = "text", skip_weights: bool = False,
-        vllm: bool = False, seed: int = 0,
+        self, corpus: Corpus | None = None, *, text_field: str = "text", full: bool = False,
+        skip_weights: bool = False, vllm: bool = False, seed: int = 0,
     ) -> "Verification":
         """Check that the model means what its base meant, and write the verdicts to verify.json in the folder.
 
         Args:
             corpus: Text to try the invariant on, besides 20,000 generated texts; as for `Model.mine`.
             text_field: The field that holds the text of a record.
+            full: Encode the whole corpus. Without it, 64 MB of a larger one, drawn at random.
             skip_weights: Do not load the two models to compare their logits.
             vllm: Load both models in vLLM, too, and compare what they write.
-            seed: Seed of the generated texts.
+            seed: Seed of the generated texts, and of the sample.
 
         Returns:
             The verdicts. `passed` is false if anything is wrong; nothing is raised then.
@@ -362,7 +363,7 @@ class Expanded:
 
         documents = None if corpus is None else open_corpus(corpus, text_field, self.voice)[0]
         found = verify(self.folder, self.base.name, documents, trust_remote_code=self.base.trust_remote_code,
-                       seed=seed, load_weights=not skip_weights, use_vllm=vllm, progress=self.voice.progress)
+                       seed=seed, load_weights=not skip_weights, use_vllm=vllm, full=full, progress=self.voice.progress)
         write_json(self.folder / VERIFY_NAME, found.to_json())
         return replace(found, checks=tuple(replace(c, detail=self.voice.spell(c.detail)) for c in found.checks))
 

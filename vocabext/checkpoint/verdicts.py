@@ -1,9 +1,14 @@
 """verify.json: the verdicts of `verify`, which stay with the checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from vocabext.checkpoint.served import ServedFile
+from vocabext.errors import CheckpointError
 from vocabext.files.atomic import read_object
 from vocabext.tables import Shown, Table
 
@@ -36,6 +41,9 @@ class Verification(Shown):
         checks: The verdicts.
         seconds: Time it took.
         carried_sha256: Digests of the shards that were found equal to the base's, now or by an earlier `verify`.
+        corpus: How much of the corpus was encoded: `documents`, `bytes`, `encoded_documents`, `encoded_bytes`; None
+            without a corpus.
+        files: Size and digest of each file that a server may read; empty where a check failed.
     """
 
     model: str
@@ -43,6 +51,8 @@ class Verification(Shown):
     checks: tuple[Check, ...]
     seconds: float
     carried_sha256: dict[str, str] = field(default_factory=dict)
+    corpus: dict[str, int] | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -53,7 +63,8 @@ class Verification(Shown):
         """Return the content of verify.json."""
         return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
                 "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks],
-                "carried_sha256": self.carried_sha256}
+                "carried_sha256": self.carried_sha256, "corpus": self.corpus,
+                "files": self.files}
 
     def _table(self) -> Table:
         failed = sum(check.verdict == FAIL for check in self.checks)
@@ -71,3 +82,17 @@ def verified_sha256(folder: Path) -> dict[str, str]:
     """
     found = (read_object(folder / VERIFY_NAME) or {}).get("carried_sha256")
     return {str(name): str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
+
+
+def verified_files(document: Mapping[str, Any]) -> dict[str, ServedFile] | None:
+    """Return the files that a verify.json records; None if an older version made it.
+
+    Raises:
+        CheckpointError: If the record cannot be read.
+    """
+    if "files" not in document:
+        return None
+    try:
+        return msgspec.convert(document["files"], dict[str, ServedFile])
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{VERIFY_NAME} is damaged: {error}") from None

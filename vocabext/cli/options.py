@@ -49,3 +49,9 @@ trust_remote_code_option = click.option(  # trust_remote_code: bool
 seed_option = click.option(  # seed: int
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every random choice."
 )
+unverified_option = click.option(  # unverified: bool
+    "--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed as it is now."
+)
+check_digests_option = click.option(  # check_digests: bool
+    "--check-digests", is_flag=True, help="Compare the weights' digests with verify.json, too, not only their sizes."
+)

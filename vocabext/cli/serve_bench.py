@@ -45,15 +45,19 @@ from vocabext.cli import options, show
               help="Give up if a server is not ready by then.")
 @click.option("--logs", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where the servers' logs go; a folder beside the output by default.")
+@options.unverified_option
+@options.check_digests_option
 @options.seed_option
 @options.trust_remote_code_option
 @options.json_option
 def bench(
     base: str, expanded: str, vllm_flags: tuple[str, ...], corpus: tuple[str, ...], text_field: str, output: Path,
     force: bool, logs: Path | None, as_json: bool, scenario: tuple[str, ...], concurrency: tuple[int, ...],
-    rate: tuple[float, ...], **settings: Any,
+    rate: tuple[float, ...], unverified: bool, check_digests: bool, **settings: Any,
 ) -> None:
     """Measure BASE and EXPANDED on the same held-out texts, in turn, each under its own vLLM server.
+
+    An expanded folder must have passed `vocabext verify` as it is now.
 
     Three scenarios: prefill (long prompts, one output token), decode (short prompts, long answers) and
     mixed (passages, a short prompt, a long answer). The unit is seconds per text and per output character,
@@ -77,7 +81,8 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         result = run_bench(base, expanded, corpus, config=config, output=output, force=force, text_field=text_field,
-                           log_folder=folder, progress=show.progress, say=show.note)
+                           unverified=unverified, check_digests=check_digests, log_folder=folder,
+                           progress=show.progress, say=show.note)
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is empty

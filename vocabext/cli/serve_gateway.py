@@ -82,7 +82,8 @@ def _require_extra() -> None:
               help="Where the logs of started engines go. [default: a new folder]")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if an engine is not ready by then.")
-@click.option("--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed.")
+@options.unverified_option
+@options.check_digests_option
 @options.trust_remote_code_option
 @options.json_option
 def gateway(
@@ -93,7 +94,7 @@ def gateway(
 
     Each is the URL of a vLLM server that runs already, or a folder or hub id, for which one is started.
     With --one-engine, only the expanded engine runs (EXPANDED is a folder, or FOLDER@URL), and BASE is the
-    base model, for its tokenizer. An expanded folder must have passed `vocabext verify`.
+    base model, for its tokenizer. An expanded folder must have passed `vocabext verify` as it is now.
 
     `serve swap` changes which arm answers, while requests are in flight. An API key in the environment
     variable VOCABEXT_API_KEY is asked of clients and passed on to the engines. Flags of vLLM's server go after

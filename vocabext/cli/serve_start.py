@@ -17,16 +17,17 @@ from vocabext.cli import options, show
 @click.option("--log", type=click.Path(path_type=Path), metavar="PATH", help="The server's log. [default: a new file]")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if the server is not ready by then.")
-@click.option("--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed.")
+@options.unverified_option
+@options.check_digests_option
 @options.json_option
 def start(
     model: str, vllm_flags: tuple[str, ...], host: str, port: int, log: Path | None, start_timeout_seconds: float,
-    unverified: bool, as_json: bool,
+    unverified: bool, check_digests: bool, as_json: bool,
 ) -> None:
     """Serve MODEL with vLLM in the foreground; Ctrl-C stops it.
 
     MODEL is a folder or a hub id, base or expanded: plain vLLM serves both. An expanded folder must have
-    passed `vocabext verify`. Flags of vLLM's server go after --, such as:
+    passed `vocabext verify` as it is now. Flags of vLLM's server go after --, such as:
     vocabext serve start MODEL -- --max-model-len 4096
     """
     from vocabext.checkpoint.folder import resolve_model
@@ -39,7 +40,7 @@ def start(
         check_output(log, force=True)
     folder = resolve_model(model)
     if not unverified:
-        require_verified(folder)
+        require_verified(folder, check_digests=check_digests)
     card = card_of(folder)
     log = log or Path(tempfile.mkdtemp(prefix="vocabext-serve-")) / "server.log"
     show.note(f"starting vLLM for {model}; its log is {log}")

@@ -26,7 +26,7 @@ from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.marks import SPACE_IN_FRONT, cuts, inside, pre_tokenizer_of, taken_apart, unmarked
 from vocabext.tokenizer.merges import MergeChain
-from vocabext.tokenizer.phrases import WORD, Guard, bad_following, ending, left_guard, right_guards
+from vocabext.tokenizer.phrases import WORD, Guard, bad_following, cut_in_front, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import (
     EXTENDED_BEFORE,
     OURS,
@@ -207,7 +207,11 @@ class ChunkScheme(BpeScheme):
         return bad_following(tail, self.split, guard)
 
     def _left_guard(self, head: str) -> Guard | None:
-        return left_guard(head, self.split, EDGE)
+        return left_guard(head, self.split, EDGE, self._preceding)
+
+    @cached_property
+    def _preceding(self) -> Mapping[str, list[str]]:
+        return cut_in_front(self.split)
 
     def phrase_may_end(
         self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]

@@ -9,7 +9,7 @@ A probe is one representative for each sort of character that split expressions 
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 WORD, MARK, SIGN = "a word", "a combining mark", "a sign"
@@ -120,15 +120,21 @@ def bad_following(text: str, split: Split, guard: Guard) -> str | None:
                  if guard.accepts(after) and split(text + after)[: len(chunks)] != chunks), None)
 
 
-def left_guard(text: str, split: Split, edge: int) -> Guard | None:
+def cut_in_front(split: Split) -> dict[str, list[str]]:
+    """Return what `left_guard` tries in front of every phrase, each with its chunks."""
+    return {before: split(before) for before in PRECEDING}
+
+
+def left_guard(text: str, split: Split, edge: int, preceding: Mapping[str, list[str]] | None = None) -> Guard | None:
     """Choose the widest guard on the left under which what stands there, and the phrase, keep their cuts.
 
     Args:
         text: The phrase, or its beginning.
         split: The splitting of the tokenizer.
         edge: How many of its first chunks to look at.
+        preceding: What `cut_in_front(split)` returns, where many phrases are looked at.
     """
     chunks = split(text)[:edge]
-    bad = [before for before in PRECEDING
-           if split(before + text)[: len(split(before)) + edge] != [*split(before), *chunks]]
+    bad = [before for before, cut in (preceding or cut_in_front(split)).items()
+           if split(before + text)[: len(cut) + edge] != [*cut, *chunks]]
     return next((guard for guard in LEFT if not any(guard.accepts(before) for before in bad)), None)

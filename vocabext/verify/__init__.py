@@ -5,7 +5,7 @@ otherwise returns one line for the report. Each looks at what is on the disk, no
 stage believed.
 
     pair.py         the two checkpoints, opened when a check first asks for them
-    files.py        which base it is, which files there are
+    files.py        which base it is, which files there are, which are recorded for serving
     config.py       shards, config.json, rows and ids
     tensors.py      the bytes of tensors and rows
     logits.py       what both compute for plain text, in transformers
@@ -13,5 +13,6 @@ stage believed.
     plain.py        the plain text
     extension.py    the tokenizer, part by part, against the extension made anew from the base
     behaviour.py    what the tokenizer does to text
+    sample.py       which texts of the corpus are encoded
     adversarial.py  the text that hurts most
 """

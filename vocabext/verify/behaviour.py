@@ -12,6 +12,7 @@ from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer
 from vocabext.tokens import Ids
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 from vocabext.verify.plain import PLAIN_TEXTS
+from vocabext.verify.sample import Reading, batches, texts_of
 
 BATCH = 512
 SHOWN = 80  # characters of a text in a message
@@ -64,25 +65,31 @@ def new_tokens(pair: Pair) -> str:
     return f"{pair.expansion.num_new:,} tokens"
 
 
-def invariant_on_corpus(pair: Pair, documents: Iterable[Document] | None) -> str:
-    """Encode the documents with both tokenizers."""
+def invariant_on_corpus(pair: Pair, documents: Iterable[Document] | None, *, limit: int | None) -> str:
+    """Encode the documents once with each tokenizer.
+
+    Args:
+        pair: The checkpoints; `reading` gets how much of the corpus was encoded.
+        documents: The corpus; None if there is none.
+        limit: A larger corpus is sampled: how many bytes are encoded; None encodes all.
+    """
     if documents is None:
         raise NotCheckedError("no --corpus was given")
-    count, new, total = 0, 0, 0
-    for batch in _batches(document.text for document in documents):
+    pair.reading = reading = Reading()
+    new, total = 0, 0
+    for batch in batches(texts_of(documents, reading, limit=limit, seed=pair.seed), BATCH):
         for _, _, new_ids in _compared(pair, batch):
             new += int(pair.expansion.is_new(new_ids).sum())
             total += len(new_ids)
-        count += len(batch)
     left_out = documents.left_out.describe() if isinstance(documents, Documents) else ""
-    return f"{count:,} documents, {new / max(1, total):.1%} of their tokens new" + (
+    return f"{reading.describe()}, {new / max(1, total):.1%} of their tokens new" + (
         f"; not read: {left_out}" if left_out else "")
 
 
 def invariant_on_adversarial(pair: Pair, count: int) -> str:
     """Encode and decode generated texts with both tokenizers."""
     new = 0
-    for batch in _batches(pair.adversary.texts(count, pair.seed)):
+    for batch in batches(pair.adversary.texts(count, pair.seed), BATCH):
         for text, base_ids, new_ids in _compared(pair, batch):
             found, wanted = pair.new_tokenizer.decode(new_ids), pair.base_tokenizer.decode(base_ids)
             if found != wanted:
@@ -126,7 +133,7 @@ def streaming_and_offsets(pair: Pair) -> str:
     loose = spec["model"]["type"] != "BPE"
     trims = "'trim_offsets': True" in str(spec["post_processor"])
     encoders = [t.untrimmed if trims else t.backend for t in (pair.base_tokenizer, pair.new_tokenizer)]
-    for batch in _batches(pair.adversary.texts(STREAMED, pair.seed + 1)):
+    for batch in batches(pair.adversary.texts(STREAMED, pair.seed + 1), BATCH):
         befores, afters = (encoder.encode_batch(batch, add_special_tokens=False) for encoder in encoders)
         backs = _unmerged(pair, [after.ids for after in afters])
         for text, before, after, back in zip(batch, befores, afters, backs, strict=True):
@@ -231,9 +238,3 @@ def _chat(hf: Any, text: str) -> str | None:
 
 def _short(text: str) -> str:
     return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}…"
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(itertools.islice(iterator, BATCH)):
-        yield batch

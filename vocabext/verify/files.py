@@ -1,12 +1,15 @@
-"""Which base the checkpoint was made from, and which files it holds."""
+"""Which base the checkpoint was made from, which files it holds, and which of them a server may read."""
 
 import fnmatch
+from collections.abc import Iterable, Mapping
 
 from vocabext.checkpoint.folder import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS
 from vocabext.checkpoint.manifest import MANIFEST_NAME
+from vocabext.checkpoint.served import file_times, record_files
+from vocabext.checkpoint.verdicts import FAIL, Check
 from vocabext.files.ranges import Extent, file_sha256, first_difference, same_inode
 from vocabext.tokenizer import is_stale
-from vocabext.verify.pair import FaultError, Pair
+from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 
 OUR_FILES = (MANIFEST_NAME, "verify.json", "eval.json", "lengths.json", "bench.json", "predict.json", "report.html",
              "report.md", "report.json")
@@ -42,6 +45,25 @@ def recorded_base(pair: Pair, *, others_failed: bool) -> str:
         raise FaultError(f"--against {pair.against} may be another model than {record.model}, from which this "
                          f"checkpoint was made: {said}; pass that one")
     return f"{said}, but no check found a difference"
+
+
+def recorded(pair: Pair, times: Mapping[str, tuple[int, int]], verdicts: Iterable[Check]) -> str:
+    """Record size and digest of each file that a server may read: the verdict is for these files and no others.
+
+    Args:
+        pair: The checkpoints; `files` gets the record.
+        times: Size and time of change of these files before the first check.
+        verdicts: Those of all other checks.
+    """
+    if any(check.verdict == FAIL for check in verdicts):
+        raise NotCheckedError("a check failed, so that nothing is to be served")
+    found = record_files(pair.folder, pair.carried_sha256)
+    now = file_times(pair.folder)
+    changed = sorted(name for name in times.keys() | now.keys() if times.get(name) != now.get(name))
+    if changed:
+        raise FaultError(f"{changed[0]} was changed while it was verified; run verify again")
+    pair.files = found
+    return f"{len(found):,} files, {sum(file['num_bytes'] for file in found.values()):,} bytes, with their digests"
 
 
 def carried_over(pair: Pair) -> str:

@@ -15,6 +15,7 @@ from vocabext.files.ranges import Advance, ignore
 from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_base_of, load_expanded
 from vocabext.tokens import Expansion
 from vocabext.verify.adversarial import Adversary
+from vocabext.verify.sample import Reading
 
 
 class FaultError(Exception):
@@ -38,6 +39,8 @@ class Pair:
         seen: Ids that the new tokenizer produced in any text so far.
         advance: Told how many bytes were compared.
         carried_sha256: Digests of the shards that were found equal to the base's, and to what was recorded of them.
+        reading: How much of the corpus was encoded; None without a corpus.
+        files: Size and digest of each file that a server may read, once they are recorded.
     """
 
     folder: Path
@@ -48,6 +51,8 @@ class Pair:
     seen: set[int] = field(default_factory=set)
     advance: Advance = ignore
     carried_sha256: dict[str, str] = field(default_factory=dict)
+    reading: Reading | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
     @cached_property

@@ -1,15 +1,17 @@
 """Verify that an expanded checkpoint still means what its base meant.
 
 A check passes, fails, or says why it was not made; all of them run, so that one report names everything
-that is wrong. The checks themselves are in `vocabext.checks`.
+that is wrong. The checks themselves are in the other files of this folder.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.served import file_times
 from vocabext.checkpoint.verdicts import FAIL, PASS, SKIPPED, Check, Verification
 from vocabext.checkpoint.verdicts import VERIFY_NAME as VERIFY_NAME  # where the verdicts go is asked of this module
 from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
@@ -18,14 +20,17 @@ from vocabext.errors import CheckpointError, TokenizerError, VocabextError, in_o
 from vocabext.progress import Progress, Task, no_progress
 from vocabext.verify import behaviour, config, engine, extension, files, logits, tensors
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
+from vocabext.verify.sample import SAMPLE_BYTES
 
 NUM_ADVERSARIAL = 20_000
 NOTED_BYTES = 1_000_000_000
+RECORDED = "files recorded for serving"
 
 
 def verify(
     folder: Path, against: str, documents: Iterable[Document] | None = None, *, trust_remote_code: bool = False,
-    seed: int = 0, load_weights: bool = True, use_vllm: bool = False, progress: Progress = no_progress,
+    seed: int = 0, load_weights: bool = True, use_vllm: bool = False, full: bool = False,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Run every check on an expanded checkpoint.
 
@@ -37,6 +42,7 @@ def verify(
         seed: Seed of the generated text.
         load_weights: Whether to load both models and compare their logits.
         use_vllm: Whether to load both in vLLM and compare what they write.
+        full: Whether to encode all documents, and not a sample where they are larger than `SAMPLE_BYTES`.
         progress: Where to report.
 
     Raises:
@@ -45,7 +51,7 @@ def verify(
         TokenizerError: If the base has no tokenizer.
         CorpusError: If a text cannot be read.
     """
-    began = time.monotonic()
+    began, times = time.monotonic(), file_times(folder) if folder.is_dir() else {}
     pair = Pair(folder, against, read_manifest(folder), trust_remote_code, seed)
     _ = pair.base, pair.base_tokenizer  # a base that cannot be read is no fault of the checkpoint
     checks: list[tuple[str, Callable[[], str]]] = [
@@ -60,7 +66,8 @@ def verify(
         ("tokenizer is the base's, extended", lambda: extension.same_as_extension(pair)),
         ("old token ids kept", lambda: behaviour.old_ids(pair)),
         ("prompts and chats as in the base", lambda: behaviour.prompts_as_in_base(pair)),
-        ("invariant on the corpus", lambda: behaviour.invariant_on_corpus(pair, documents)),
+        ("invariant on the corpus", lambda: behaviour.invariant_on_corpus(
+            pair, documents, limit=None if full else SAMPLE_BYTES)),
         ("invariant on adversarial text", lambda: behaviour.invariant_on_adversarial(pair, NUM_ADVERSARIAL)),
         ("streaming and offsets", lambda: behaviour.streaming_and_offsets(pair)),
         # Behind the other texts: what they saw in context need not be searched for.
@@ -69,7 +76,7 @@ def verify(
         ("loads in vLLM, same greedy output", lambda: engine.same_greedy(pair, use_vllm)),
     ]
     verdicts: list[Check] = []
-    with progress("verifying", len(checks) + 1, "checks") as task:
+    with progress("verifying", len(checks) + 2, "checks") as task:
         for name, check in checks:
             task.note(name)
             pair.advance = _counted(name, task)
@@ -78,9 +85,13 @@ def verify(
         failed = any(check.verdict == FAIL for check in verdicts)
         verdicts.insert(0, _verdict("made from this base", lambda: files.recorded_base(pair, others_failed=failed)))
         task.advance()
+        task.note(RECORDED)
+        verdicts.insert(1, _verdict(RECORDED, lambda: files.recorded(pair, times, verdicts)))
+        task.advance()
     # A digest that is known is never given up: what is found later may be what went wrong.
     carried = {**pair.carried_sha256, **pair.earlier_sha256}
-    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, carried)
+    return Verification(str(folder), against, tuple(verdicts), time.monotonic() - began, carried,
+                        None if pair.reading is None else asdict(pair.reading), pair.files)
 
 
 def _counted(name: str, task: Task) -> Callable[[int], None]:
