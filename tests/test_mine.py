@@ -346,6 +346,13 @@ def test_short_documents_count_as_often_as_they_occur() -> None:
     assert (result.tokens[0].count, result.repeats) == (40, Repeats())
 
 
+def test_a_long_word_that_has_the_ids_of_a_passage_is_vocabulary() -> None:
+    base, word = tiny_base("gpt2"), " αβγδεζηθικλ"
+    assert len(base.encode(word)) > 16
+    texts = [f" the{' a' * i}{word} of{' the' * (20 - i)}" for i in range(20)]
+    assert word in names(run(base, texts, budget=3, dedup=True))
+
+
 @settings(max_examples=examples(50))
 @given(documents_=st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=5), width=st.integers(2, 5))
 def test_an_id_is_repeated_if_its_passage_stands_further_in_front(documents_: list[list[int]], width: int) -> None:

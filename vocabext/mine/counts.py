@@ -81,11 +81,9 @@ def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress, *
         dedup: Count once what the corpus says several times.
     """
     flat, first = _encode(texts, base, progress)
-    ends = np.flatnonzero(flat < 0)
-    repeated, repeats = find_repeats(flat, ends) if dedup else (np.zeros(len(flat), np.bool_), NO_REPEATS)
+    out, repeats = find_repeats(flat, first) if dedup else (np.zeros(len(first), np.bool_), NO_REPEATS)
     sections = _sections(flat[first])
     # A stretch of repeated units becomes one barrier, where its first id was.
-    out = np.logical_and.reduceat(repeated, first)
     pieces = np.diff(np.append(first, len(flat)))
     counted = np.repeat(~out, pieces)
     begins = first[out & ~np.append(False, out[:-1])]
@@ -100,7 +98,7 @@ def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress, *
     following = np.append(ids[starts[1:]], -1)
     section_starts = first[np.append(True, sections[1:] != sections[:-1])]
     return Corpus(
-        Encoded(flat, ends, counted & (flat >= 0), section_starts, repeats), ids, starts, pieces,
+        Encoded(flat, np.flatnonzero(flat < 0), counted & (flat >= 0), section_starts, repeats), ids, starts, pieces,
         codes=_unit_codes(ids, starts, pieces), inside=_allowed(ids, starts, base),
         closable=base.scheme.phrase_may_end(ids[starts + pieces - 1], following), sections=sections[units])
 

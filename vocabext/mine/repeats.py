@@ -9,6 +9,9 @@ find it, both on base ids, so that they hold for any script:
 - *An id is left out if it lies in a passage of `PASSAGE` ids that the corpus has further in front* (exact substrings,
   Lee et al., arXiv 2107.06499). So a template counts once, whatever its documents put into its middle. The first
   occurrence is the one that counts; the order of the corpus decides which document that is, and nothing else.
+
+Neither applies to fewer than `PASSAGE_UNITS` units (words) in a row: a long word of a script that the tokenizer hardly
+knows may have more ids than a passage, and is what `mine` looks for.
 """
 
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ Flags = npt.NDArray[np.bool_]
 
 # Shorter passages are also vocabulary, longer ones miss templates (measured in docs/decisions/mining.md).
 PASSAGE = 16
+PASSAGE_UNITS = 8
 SHINGLE = 5
 SIMILARITY = 0.8
 NUM_PERMUTATIONS = 128
@@ -57,23 +61,34 @@ class Repeats:
 NO_REPEATS = Repeats()
 
 
-def find_repeats(ids: Ids, ends: Ids, passage: int = PASSAGE) -> tuple[Flags, Repeats]:
-    """Find the ids of a corpus that say something again.
+def find_repeats(ids: Ids, first: Ids, passage: int = PASSAGE) -> tuple[Flags, Repeats]:
+    """Find the units of a corpus that say something again.
 
     Args:
         ids: The base ids of all documents, with a -1 behind each, shape (T,).
-        ends: Where these -1 are, shape (D,).
+        first: Where units begin, shape (U,); a -1 is a unit.
         passage: The length of a passage, in base ids.
 
     Returns:
-        Which ids are repeated, shape (T,), never a -1; and how much that is.
+        Which units are repeated, shape (U,), never a -1; and how much that is.
     """
+    ends = np.flatnonzero(ids < 0)
     near = _near_duplicates(ids, ends, passage)
-    lengths = np.diff(ends, prepend=-1)
-    left_out = np.repeat(near, lengths)
-    left_out[ends] = False
-    passages = repeated_passages(np.where(left_out, -1, ids), passage)
-    return left_out | passages, Repeats(int(near.sum()), int(passages.sum()))
+    near &= np.diff(np.searchsorted(first, ends), prepend=-1) > PASSAGE_UNITS
+    in_near = np.repeat(near, np.diff(ends, prepend=-1)) & (ids >= 0)
+    units = _long_stretches(np.logical_and.reduceat(repeated_passages(np.where(in_near, -1, ids), passage), first))
+    sizes = np.diff(np.append(first, len(ids)))
+    return units | in_near[first], Repeats(int(near.sum()), int(sizes[units].sum()))
+
+
+def _long_stretches(flags: Flags) -> Flags:
+    """Keep the flags that stand in stretches of at least `PASSAGE_UNITS`."""
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    begins, stops = edges[::2], edges[1::2]
+    long = stops - begins >= PASSAGE_UNITS
+    change = np.zeros(len(flags) + 1, np.int64)
+    change[begins[long]], change[stops[long]] = 1, -1
+    return np.cumsum(change[:-1]) > 0
 
 
 def _near_duplicates(ids: Ids, ends: Ids, passage: int) -> Flags:
