@@ -79,7 +79,8 @@ def shell(*words: object, code: int = 0) -> str:
 
 
 def flags(options: Mapping[str, object]) -> list[object]:
-    return [word for name, value in options.items() for word in (f"{name}=", value)]
+    return [word for name, value in options.items()
+            for word in ((f"no_{name}=",) if value is False else (f"{name}=", value))]
 
 
 def untimed(value: Any) -> Any:

@@ -349,7 +349,8 @@ def test_short_documents_count_as_often_as_they_occur() -> None:
 def test_a_long_word_that_has_the_ids_of_a_passage_is_vocabulary() -> None:
     base, word = tiny_base("gpt2"), " αβγδεζηθικλ"
     assert len(base.encode(word)) > 16
-    texts = [f" the{' a' * i}{word} of{' the' * (20 - i)}" for i in range(20)]
+    rng = np.random.default_rng(4)
+    texts = [f" {' '.join(rng.choice(WORDS, 6))}{word} {' '.join(rng.choice(WORDS, 6))}" for _ in range(30)]
     assert word in names(run(base, texts, budget=3, dedup=True))
 
 

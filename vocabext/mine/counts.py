@@ -1,6 +1,6 @@
 """A corpus as the miner sees it: base ids, and the units (words, strings of punctuation) that they make."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,7 +175,7 @@ class Choice:
     """
 
     tokens: Iterator[tuple[int, NewToken]]
-    rejected: Mapping[str, str]
+    rejected: MutableMapping[str, str]
     candidates: Callable[[], int]
 
 

@@ -15,7 +15,7 @@ Merges have a price: a long token needs its *parts* among the tokens, also one t
 import heapq
 import re
 from collections import ChainMap, Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -255,7 +255,7 @@ def _settle(
     Returns:
         The tokens with their counts; those dropped, with the reason.
     """
-    more = (token for _, token in choice.tokens)
+    more: Iterator[NewToken] = (token for _, token in choice.tokens)
     wanted = config.budget or MAX_AUTO_BUDGET
     kept: list[NewToken] = []
     with progress("choosing tokens", wanted, "tokens") as task:
