@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 
-# Shorter passages are also vocabulary, longer ones miss templates (measured in docs/decisions/mining.md).
+# Shorter passages are also phrases, longer ones miss templates (measured in docs/benchmarks.md).
 PASSAGE = 16
 PASSAGE_UNITS = 8
 SHINGLE = 5
