@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vocabext.errors import TokenizerError
 from vocabext.mine.counts import BATCH, Array, Encoded, Flags
 from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer, extend
@@ -104,7 +105,9 @@ class Usage:
                 # From places in these documents, one behind the other, to places in the corpus.
                 starts, lengths = encoded.starts[batch], encoded.ends[batch] - encoded.starts[batch]
                 edges = expanded.expansion.edges(ids)
-                assert edges[-1] == lengths.sum(), "the expanded tokenizer cuts a text otherwise than the base"
+                if edges[-1] != lengths.sum():
+                    raise TokenizerError(f"the expanded tokenizer makes {edges[-1]:,} base ids of texts of which the "
+                                         f"base makes {lengths.sum():,}; please report this tokenizer")
                 at = edges[:-1] + np.repeat(starts - (np.cumsum(lengths) - lengths), sizes)
                 counted = encoded.counted[at]
                 self._lengths[batch] = np.bincount(np.repeat(np.arange(len(batch)), sizes), counted, len(batch))
