@@ -37,7 +37,7 @@ from vocabext.files.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = f"so the rest. {DOCUMENTS[1].text}"
-MINING: dict[str, Any] = {"budget": 5, "min_count": 4}
+MINING: dict[str, Any] = {"budget": 5, "min_count": 4, "dedup": False}
 COLLECTING: dict[str, Any] = {"snippets": 6, "window": 24, "min_snippets": 2}
 DISTILLING: dict[str, Any] = {"epochs": 2, "dtype": "float32", "device": "cpu"}
 MEASURING: dict[str, Any] = {"prompts": 1, "dtype": "float32", "device": "cpu"}
@@ -79,7 +79,8 @@ def shell(*words: object, code: int = 0) -> str:
 
 
 def flags(options: Mapping[str, object]) -> list[object]:
-    return [word for name, value in options.items() for word in (f"{name}=", value)]
+    return [word for name, value in options.items()
+            for word in ((f"no_{name}=",) if value is False else (f"{name}=", value))]
 
 
 def untimed(value: Any) -> Any:
@@ -323,8 +324,8 @@ def test_an_unknown_or_mistyped_option_is_named(made: Folders, tmp_path: Path) -
 
 
 def test_the_words_of_the_command_line_for_none_are_understood(made: Folders) -> None:
-    tokens = made.base.mine(made.corpus, budget="auto", min_count=4)
-    assert list(tokens) == list(made.base.mine(made.corpus, budget=None, min_count=4))
+    tokens = made.base.mine(made.corpus, budget="auto", min_count=4, dedup=False)
+    assert list(tokens) == list(made.base.mine(made.corpus, budget=None, min_count=4, dedup=False))
     rows = made.base.distill(made.snippets, reach="all", **DISTILLING)
     assert rows.header["options"]["reach"] is None
 
@@ -336,8 +337,8 @@ def calls(made: Folders, out: Path) -> dict[str, tuple[Any, list[object]]]:
             lambda: made.base.mine(made.corpus, min_count=1),
             ["mine", made.corpus, "--model", made.model, "-o", out, "--min-count", 1]),
         "budget is 5000, but only": (
-            lambda: made.base.mine(made.corpus, budget=5000, min_count=4),
-            ["mine", made.corpus, "--model", made.model, "-o", out, "--budget", 5000, "--min-count", 4]),
+            lambda: made.base.mine(made.corpus, budget=5000, min_count=4, dedup=False),
+            ["mine", made.corpus, "--model", made.model, "-o", out, "--budget", 5000, "--min-count", 4, "--no-dedup"]),
         "min_snippets is 9; it must lie between 1 and snippets (6)": (
             lambda: made.base.collect(made.folder / "c.jsonl", made.corpus, snippets=6, min_snippets=9),
             ["collect", made.folder / "c.jsonl", "--corpus", made.corpus, "-o", out, "--snippets", 6,
@@ -458,7 +459,7 @@ def test_tables_come_back_from_their_files(made: Folders, tmp_path: Path) -> Non
 def test_tables_become_data_frames(made: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     frame = made.tokens.to_pandas()
-    assert list(frame.columns) == ["token", "run", "count", "saved"]
+    assert list(frame.columns) == ["token", "run", "count", "sections", "saved"]
     assert list(frame["token"]) == [token.token for token in made.tokens]
     assert list(made.rows.to_pandas()["token"]) == [token.token for token in made.rows.tokens]
     monkeypatch.setitem(sys.modules, "pandas", None)

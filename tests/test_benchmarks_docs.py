@@ -17,7 +17,8 @@ from vocabext.model.logit_map import LogitMap
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {"Gateway": "gateway_docs", "Serving": "serve_docs", "Tokenizers": "tokenizer_docs",
-            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing"}
+            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing",
+            "Mining": "mine_dedup"}
 
 
 @pytest.fixture(autouse=True)

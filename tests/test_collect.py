@@ -348,7 +348,7 @@ class Mined:
         self.output = folder / "snippets.jsonl"
         texts = [f"{i} cardiology is the heart, {i} myocarditis" for i in range(30)]
         self.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        base, config = load_tokenizer(self.model), MineConfig(budget=3, words_only=True)
+        base, config = load_tokenizer(self.model), MineConfig(dedup=False, budget=3, words_only=True)
         result = mine(documents(texts), base, config)
         write_candidates(self.candidates, result, base, model=str(self.model), config=config, corpus=["c"])
         self.names = [token.token for token in result.tokens]

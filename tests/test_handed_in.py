@@ -123,7 +123,7 @@ def test_a_list_is_refused_with_every_reason_and_their_number() -> None:
 def test_look_alikes_in_a_corpus_are_counted_under_one_reason() -> None:
     texts = ["the heart [PAD] rate of <|im_end|> muscle " * 20, "a [PAD] heart muscle <|im_end|> is rated " * 20] * 3
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], tiny_base("gpt2"),
-                  MineConfig(budget=None, min_count=5))
+                  MineConfig(dedup=False, budget=None, min_count=5))
     assert not [token.token for token in result.tokens if "[PAD]" in token.token or "<|im_end|>" in token.token]
     assert result.rejected_by_reason()["it holds ..., which looks like a special token"] > 1
 
@@ -193,7 +193,7 @@ def test_a_limit_for_file_sizes_is_one_line_from_every_verb(tmp_path: Path) -> N
     base, expanded = expanded_pair(tmp_path)
     (tmp_path / "c.txt").write_text("\n\n".join(document.text for document in DOCUMENTS))
     corpus, out = tmp_path / "c.txt", tmp_path / "out"
-    mining = ("mine", corpus, "--model", base, "--budget", 3, "--min-count", 3, "-o")
+    mining = ("mine", corpus, "--model", base, "--budget", 3, "--min-count", 3, "--no-dedup", "-o")
     collecting = ("collect", tmp_path / "cand.jsonl", "--corpus", corpus, "-o")
     assert command(*mining, tmp_path / "cand.jsonl")[0] == 0
     for verb in (

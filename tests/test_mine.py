@@ -21,8 +21,12 @@ from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import write_jsonl
 from vocabext.files.ranges import file_sha256
+from vocabext.mine.counts import read_corpus
+from vocabext.mine.repeats import Repeats, repeated_passages
 from vocabext.mine.stage import CurvePoint, MineResult, _knee, _rare, mine, read_candidates, write_candidates
+from vocabext.mine.usage import Usage
 from vocabext.options import MineConfig
+from vocabext.progress import no_progress
 from vocabext.tokenizer import BaseTokenizer, extend
 
 WORDS = " cardiac muscle of the heart, signs and symptoms; ureter theatre rates".split(" ")
@@ -38,7 +42,7 @@ def corpus(seed: int = 0, count: int = 30) -> list[str]:
 
 
 def run(base: BaseTokenizer, texts: Sequence[str], **options: object) -> MineResult:
-    return mine(documents(texts), base, MineConfig(**{"budget": 10, "min_count": 5, **options}))  # type: ignore[arg-type]
+    return mine(documents(texts), base, MineConfig(**{"budget": 10, "min_count": 5, "dedup": False, **options}))  # type: ignore[arg-type]
 
 
 def names(result: MineResult) -> list[str]:
@@ -301,6 +305,89 @@ def test_a_corpus_whose_frequent_runs_can_be_no_token() -> None:
         mine(documents(["      "]), tiny_base("crossing"), MineConfig(budget=None, min_count=2))
 
 
+# ---- what is said again --------------------------------------------------------------------------
+
+DISEASES = ["ureter", "theatre", "heart", "cardiac rates", "the cat", "muscle", "a card", "symptoms of heart"]
+
+
+def templated(count: int = 40) -> list[str]:
+    """Documents of one template that differ in its middle, and in what each adds to it."""
+    rng = np.random.default_rng(1)
+    return [f"The muscle of the heart and the signs of the cat on the mat in the theatre {DISEASES[i % 8]} {i} of the "
+            f"ureteral cardiopathy and symptomatic cards in the theatre of the heart: {' '.join(rng.choice(WORDS, 60))}"
+            for i in range(count)]
+
+
+def test_a_template_that_every_document_has_is_no_vocabulary() -> None:
+    base = tiny_base("gpt2")
+    everything, once = (run(base, templated(), dedup=dedup, budget=30) for dedup in (False, True))
+    assert any("symptomatic" in name or "cardiopathy" in name for name in names(everything))
+    assert not any("symptomatic" in name or "cardiopathy" in name for name in names(once))
+    assert once.repeats.passage_ids > 39 * 20
+    assert once.base_tokens + once.repeats.passage_ids == everything.base_tokens
+    assert everything.repeats == Repeats()
+
+
+def test_a_near_duplicate_document_is_counted_once_whatever_the_order() -> None:
+    base = tiny_base("gpt2")
+    rng = np.random.default_rng(3)
+    words = [f"{a}{b}" for a in WORDS for b in "abcdef"]
+    texts = [" ".join(rng.choice(words, 300)) for _ in range(8)]
+    near = [text.replace(text.split()[150], "different", 1) for text in texts for _ in range(3)]
+    found = [run(base, order, dedup=True, min_count=2, budget=None) for order in (
+        texts + near, near + texts, sorted(texts + near))]
+    assert [result.repeats.documents for result in found] == [24, 24, 24]
+    assert len({result.base_tokens + result.repeats.passage_ids for result in found}) == 1, "the same ones are kept"
+
+
+def test_short_documents_count_as_often_as_they_occur() -> None:
+    result = run(tiny_base("gpt2"), [" ureteral cardiopathy"] * 40, budget=1, dedup=True)
+    assert (result.tokens[0].count, result.repeats) == (40, Repeats())
+
+
+def test_a_long_word_that_has_the_ids_of_a_passage_is_vocabulary() -> None:
+    base, word = tiny_base("gpt2"), " αβγδεζηθικλ"
+    assert len(base.encode(word)) > 16
+    rng = np.random.default_rng(4)
+    texts = [f" {' '.join(rng.choice(WORDS, 6))}{word} {' '.join(rng.choice(WORDS, 6))}" for _ in range(30)]
+    assert word in names(run(base, texts, budget=3, dedup=True))
+
+
+@settings(max_examples=examples(50))
+@given(documents_=st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=5), width=st.integers(2, 5))
+def test_an_id_is_repeated_if_its_passage_stands_further_in_front(documents_: list[list[int]], width: int) -> None:
+    ids = np.asarray([i for document in documents_ for i in (*document, -1)])
+    seen, expected = set(), np.zeros(len(ids), bool)
+    for start in range(len(ids) - width + 1):
+        passage = tuple(ids[start : start + width].tolist())
+        if -1 not in passage:
+            expected[start : start + width] |= passage in seen
+            seen.add(passage)
+    for size in (1 << 24, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vocabext.mine.repeats.MAX_SORTED", size)
+            assert repeated_passages(ids, width).tolist() == expected.tolist()
+
+
+def test_a_token_says_in_how_many_sections_it_occurs() -> None:
+    texts = [" ureteral ureteral", *[" ureteral"] * 4, *[" the"] * 200]
+    result = run(tiny_base("gpt2"), texts, budget=1, max_units=1)
+    assert (result.tokens[0].count, result.tokens[0].sections) == (6, 5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "metaspace", "crossing"])
+def test_counts_stay_right_when_tokens_come_and_go(kind: str) -> None:
+    base, texts = tiny_base(kind), corpus(count=12)
+    tokens = run(base, texts, budget=12, min_count=2).tokens
+    corpus_ = read_corpus(texts, base, no_progress, dedup=False)
+    usage = Usage(texts, corpus_.encoded, base, no_progress)
+    for wanted in (tokens[:6], tokens[:9], tokens[:4], tokens):
+        counted = usage.update(wanted)
+        ids = [i for text in texts for i in extend(base, wanted).encode(text)]
+        assert [t.count for t in counted] == [ids.count(base.first_new_id + i) for i in range(len(wanted))]
+        assert usage.num_tokens == len(ids)
+
+
 # ---- budgets -------------------------------------------------------------------------------------
 
 
@@ -309,7 +396,8 @@ def test_a_budget_larger_than_the_candidates_is_one_line_with_both_numbers() -> 
         run(tiny_base("llama3"), corpus(), budget=5000)
     (advised,) = re.findall(r"lower --budget to (\d+)", str(caught.value))
     assert len(run(tiny_base("llama3"), corpus(), budget=int(advised)).tokens) == int(advised)
-    capped = mine(documents(corpus()), tiny_base("llama3"), MineConfig(budget=5000, min_count=5), at_most=True)
+    capped = mine(documents(corpus()), tiny_base("llama3"), MineConfig(budget=5000, min_count=5, dedup=False),
+                  at_most=True)
     assert len(capped.tokens) == int(advised)
     # Enough candidates, but once the first are chosen the others save nothing.
     with pytest.raises(UsageError, match=r"--budget is 2, but only 1 tokens"):
@@ -430,6 +518,24 @@ def test_the_verb_speaks_json(tmp_path: Path, model: Path, corpus_file: Path) ->
     assert header["options"]["budget"] is None
 
 
+def test_what_was_counted_once_is_one_line_and_in_the_header(tmp_path: Path, model: Path) -> None:
+    path, output = tmp_path / "corpus.jsonl", tmp_path / "candidates.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in templated()))
+    plain = (path, "--model", model, "--budget", 5, "--min-count", 5, "-o", output, "--force")
+    code, out, err = invoke(*plain)
+    assert code == 0, err
+    header, tokens = read_candidates(output)
+    (line,) = [line for line in err.splitlines() if "counted once" in line]
+    assert f"{header['counted_once']['passage_ids']:,} tokens of repeated passages" in line
+    assert "--no-dedup" in line
+    assert re.search(r"token +pieces +count +sections +saved\n", out)
+    assert 0 < tokens[0].sections <= tokens[0].count
+    code, _, err = invoke(*plain, "--no-dedup")
+    assert code == 0
+    assert "counted once" not in err
+    assert read_candidates(output)[0]["counted_once"] == {"documents": 0, "passage_ids": 0}
+
+
 def test_what_is_not_read_of_the_corpus_is_one_line_and_in_the_header(
     tmp_path: Path, model: Path, corpus_file: Path
 ) -> None:
@@ -482,7 +588,8 @@ def test_the_verb_works_on_a_whole_model_folder(tmp_path: Path, corpus_file: Pat
 
 def test_help_names_every_option() -> None:
     out = CliRunner().invoke(command, ["--help"]).output
-    for option in ("--budget", "--min-count", "--max-units", "--max-characters", "--words-only", "--json"):
+    for option in ("--budget", "--min-count", "--max-units", "--max-characters", "--words-only", "--no-dedup",
+                   "--json"):
         assert option in out
 
 

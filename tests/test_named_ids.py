@@ -259,7 +259,7 @@ def _with_ids(value: Any, ids: dict[str, int]) -> Any:
 
 def test_mine_counts_and_lists_what_would_hide_a_stop(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    config = MineConfig(budget=5, min_count=4)
+    config = MineConfig(dedup=False, budget=5, min_count=4)
     assert any(" heart" in token.token for token in mine(DOCUMENTS, load_base(base), config).tokens)
     edit_json(base / "generation_config.json", eos_token_id=[1, run_of(base, " heart")[0]])
     result = mine(DOCUMENTS, load_base(base), config)
@@ -359,7 +359,7 @@ def test_run_walks_the_whole_way_where_a_special_id_has_no_row(family: str, tmp_
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
     outcomes = run(RunConfig(
         model=str(base), corpus=(str(tmp_path / "corpus.jsonl"),), heldout=(str(tmp_path / "heldout.jsonl"),),
-        output=tmp_path / "new", mine=MineConfig(budget=3, min_count=4), evaluate=EVAL,
+        output=tmp_path / "new", mine=MineConfig(dedup=False, budget=3, min_count=4), evaluate=EVAL,
         collect=CollectConfig(snippets=4, window=16, min_snippets=2),
         distill=DistillConfig(epochs=1, dtype="float32", device="cpu")))
     assert [outcome.state for outcome in outcomes] == ["made"] * 6

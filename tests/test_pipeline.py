@@ -231,7 +231,7 @@ def test_a_bad_checkpoint_fails_the_run(config: RunConfig, monkeypatch: pytest.M
     ({"text_field": "body"}, CorpusError, "body"),
     ({"model": "./nowhere"}, UsageError, "nowhere"),
     ({"output": Path("no/such/folder")}, UsageError, "no/such"),
-    ({"mine": MineConfig(budget=100_000, min_count=4)}, UsageError, "100000"),
+    ({"mine": MineConfig(dedup=False, budget=100_000, min_count=4)}, UsageError, "100000"),
     ({"output": Path()}, UsageError, "is there already"),
     ({"work": Path("no/such/work")}, UsageError, "no/such"),
     ({"work": Path(__file__)}, UsageError, "is a file; choose another with --work"),
@@ -317,7 +317,8 @@ def test_a_model_that_cannot_be_measured_is_made_all_the_same(config: RunConfig,
 @pytest.mark.slow
 def test_the_command_takes_every_stages_options(config: RunConfig) -> None:
     arguments = [*config.corpus, "--heldout", config.heldout[0], "--model", config.model, "-o", str(config.output),
-                 "--budget", "4", "--min-count", "4", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",
+                 "--budget", "4", "--min-count", "4",
+                 "--no-dedup", "--snippets", "4", "--min-snippets", "2", "--epochs", "1",
                  "--dtype", "float32", "--device", "cpu", "--prompts", "0", "--json"]
     result = CliRunner().invoke(command, arguments, env={**os.environ})
     assert result.exit_code == 0, result.output

@@ -41,6 +41,7 @@ def test_a_second_expansion_is_refused_at_once_with_the_way_out(verb: str, expan
     corpus.write_text(" ".join(document.text for document in DOCUMENTS))
     candidates = tmp_path / "candidates.jsonl"
     assert CliRunner().invoke(cli, ["mine", str(corpus), "--model", str(base), "--budget", "2", "--min-count", "4",
+                                    "--no-dedup",
                                     "-o", str(candidates)]).exit_code == 0
     model = ["--model", str(expanded), "-o", out]
     arguments = {

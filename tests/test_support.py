@@ -53,7 +53,7 @@ def refusals(folder: Path, tmp_path: Path, *, method: str = "distill") -> dict[s
     good = tiny_folder(tmp_path / "good")
     make_rows(good, tmp_path / "rows.safetensors", TEXTS)
     candidates = tmp_path / "candidates.jsonl"
-    base, config = load_tokenizer(good), MineConfig(budget=2, min_count=2)
+    base, config = load_tokenizer(good), MineConfig(dedup=False, budget=2, min_count=2)
     write_candidates(candidates, mine([Document("d", CORPUS)] * 3, base, config), base, model=str(good),
                      config=config, corpus=("d",))
     found = {}
@@ -106,7 +106,8 @@ def test_a_wrapper_that_inspect_says_yes_to_is_distilled_and_measured(tmp_path: 
     base = tiny_family(tmp_path / "base", family)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
-    outcomes = run(RunConfig(str(base), (str(corpus),), tmp_path / "new", mine=MineConfig(budget=2, min_count=2),
+    outcomes = run(RunConfig(str(base), (str(corpus),), tmp_path / "new",
+                            mine=MineConfig(dedup=False, budget=2, min_count=2),
                              distill=DistillConfig(device="cpu", dtype="float32", rounds=1)))
     assert [outcome.state for outcome in outcomes] == ["made"] * 6
 
@@ -253,7 +254,7 @@ def test_a_model_whose_library_is_missing_is_extended_by_means_alone(tmp_path: P
     assert str(found.run).startswith(f"{folder} is quantised by {method.split('-')[0]}, and transformers cannot load")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
-    config = {"mine": MineConfig(budget=2, min_count=2)}
+    config = {"mine": MineConfig(dedup=False, budget=2, min_count=2)}
     with pytest.raises(UsageError) as refused:
         run(RunConfig(str(folder), (str(corpus),), tmp_path / "new", **config))
     assert str(refused.value) == found.run
@@ -267,7 +268,7 @@ def test_a_class_that_computes_otherwise_is_extended_by_means_and_not_measured(t
     folder, corpus = tiny_family(tmp_path / "m", "minicpm3"), tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
     outcomes = run(RunConfig(str(folder), (str(corpus),), tmp_path / "new", distill=DistillConfig(method="mean"),
-                             mine=MineConfig(budget=2, min_count=2)))
+                             mine=MineConfig(dedup=False, budget=2, min_count=2)))
     assert [outcome.state for outcome in outcomes[:-1]] == ["made"] * 4
     assert outcomes[-1].state.startswith("not made: the logits of MiniCPM3ForCausalLM")
 
@@ -282,14 +283,15 @@ def test_what_shows_only_with_the_weights_is_refused_before_mining(
     folder, corpus = tiny_family(tmp_path / "m", family), tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{CORPUS[:200]} and rate {i}"}) + "\n" for i in range(40)))
     with pytest.raises(UsageError, match=message):
-        run(RunConfig(str(folder), (str(corpus),), tmp_path / "new", mine=MineConfig(budget=2, min_count=2),
+        run(RunConfig(str(folder), (str(corpus),), tmp_path / "new",
+                            mine=MineConfig(dedup=False, budget=2, min_count=2),
                       collect=CollectConfig(window=window)))
     assert not (tmp_path / "new-work").exists()
 
 
 def test_the_rows_of_means_are_those_of_the_stored_rows(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", dtype=torch.bfloat16)
-    base, config = load_tokenizer(folder), MineConfig(budget=2, min_count=2)
+    base, config = load_tokenizer(folder), MineConfig(dedup=False, budget=2, min_count=2)
     write_candidates(tmp_path / "c.jsonl", mine([Document("d", CORPUS)] * 3, base, config), base, model=str(folder),
                      config=config, corpus=("d",))
     distill_file(tmp_path / "c.jsonl", str(folder), tmp_path / "r.safetensors", DistillConfig(method="mean"))
@@ -396,7 +398,7 @@ def test_a_tokenizer_alone_can_be_mined_for(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     (tmp_path / "corpus.txt").write_text(CORPUS)
     mined = CliRunner().invoke(mine_command, [str(tmp_path / "corpus.txt"), "--model", str(folder), "--budget", "2",
-                                              "--min-count", "2", "-o", str(tmp_path / "mined")],
+                                              "--min-count", "2", "--no-dedup", "-o", str(tmp_path / "mined")],
                                catch_exceptions=False)
     assert mined.exit_code == 0, mined.stderr
 

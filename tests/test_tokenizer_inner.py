@@ -159,7 +159,7 @@ def merged(seed: int) -> tuple[BaseTokenizer, ExpandedTokenizer]:
     rng = random.Random(seed)
     texts = ["".join(rng.choices("的了不在史有", k=30)) for _ in range(40)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=20, min_count=5), at_most=True)
+                  MineConfig(dedup=False, budget=20, min_count=5), at_most=True)
     assert len(result.tokens) > 10
     return base, extend(base, result.tokens)
 
@@ -169,7 +169,7 @@ def test_mining_finds_words_inside_runs_of_letters() -> None:
     rng = random.Random(5)
     texts = ["".join(rng.choices(["冠状动脉", *"的了不在史有"], k=30)) for _ in range(20)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=1, min_count=5))
+                  MineConfig(dedup=False, budget=1, min_count=5))
     # Its characters have three pieces each, which no merge of two makes: it is searched for.
     assert result.tokens[0].token == "冠状动脉"
     assert result.tokens[0].count > 20
@@ -181,7 +181,7 @@ def test_words_inside_runs_of_letters_are_mined_with_their_parts_and_beside_othe
     rng = random.Random(5)
     texts = ["".join(rng.choices(["有在的了", *"不史", " cardiac", " ab,"], k=30)) for _ in range(20)]
     result = mine([Document(str(i), text) for i, text in enumerate(texts)], base,
-                  MineConfig(budget=9, min_count=5))
+                  MineConfig(dedup=False, budget=9, min_count=5))
     names = [token.token for token in result.tokens]
     assert " cardiac" in names
     assert "有在的了" in names
@@ -202,7 +202,8 @@ def test_what_cannot_be_searched_for_is_not_mined_and_not_counted_as_searched() 
     assert (len(plain.scheme.searched(word)), odd.scheme.searched(word)) == (1, [])
     rng = random.Random(5)
     texts = ["".join(rng.choices(["冠状动脉", *"的了不在史有"], k=30)) for _ in range(20)]
-    result = mine([Document(str(i), text) for i, text in enumerate(texts)], odd, MineConfig(budget=3, min_count=5))
+    result = mine([Document(str(i), text) for i, text in enumerate(texts)], odd,
+                  MineConfig(dedup=False, budget=3, min_count=5))
     assert not any("冠" in text for text in [*(token.token for token in result.tokens), *result.rejected])
 
 

@@ -251,7 +251,8 @@ def test_a_gpt2_with_a_space_in_front_goes_the_whole_way(tmp_path: Path, monkeyp
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(40) for text in sentences))
     run(RunConfig(model=str(base), corpus=(str(corpus),), output=tmp_path / "new",
-                  mine=MineConfig(budget=5, min_count=3), distill=DistillConfig(method="mean", device="cpu"),
+                  mine=MineConfig(dedup=False, budget=5, min_count=3),
+                  distill=DistillConfig(method="mean", device="cpu"),
                   evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")))
     assert failed(verify(tmp_path / "new", str(base))) == []
     new = load_expanded_hf(tmp_path / "new")

@@ -32,6 +32,8 @@ class MineConfig:
     max_characters: int = 48
     # Words only, no phrases.
     words_only: bool = False
+    # Count near-duplicate documents and repeated passages once.
+    dedup: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""

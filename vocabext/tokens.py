@@ -34,6 +34,7 @@ class NewToken:
         run: The base token ids it replaces, at least two.
         count: How often the expanded tokenizer produced it in the mining corpus.
         saved: How many tokens it saved there, given the tokens chosen before it.
+        sections: In how many sections (documents, or parts of long ones) it occurred there.
     """
 
     token: str
@@ -41,10 +42,12 @@ class NewToken:
     run: tuple[int, ...]
     count: int = 0
     saved: int = 0
+    sections: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-ready values."""
-        return {"token": self.token, "key": self.key, "run": list(self.run), "count": self.count, "saved": self.saved}
+        return {"token": self.token, "key": self.key, "run": list(self.run), "count": self.count, "saved": self.saved,
+                "sections": self.sections}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "NewToken":
@@ -62,7 +65,8 @@ class NewToken:
             raise ValueError("'run' is missing")
         if not _are_ids(row["run"]) or len(row["run"]) < 2:
             raise ValueError(f"'run' is {row['run']!r:.60}, not a list of at least two token ids")
-        return cls(row["token"], row["key"], tuple(row["run"]), int(row.get("count", 0)), int(row.get("saved", 0)))
+        numbers = {name: int(row.get(name, 0)) for name in ("count", "saved", "sections")}
+        return cls(row["token"], row["key"], tuple(row["run"]), **numbers)
 
 
 @dataclass(frozen=True)

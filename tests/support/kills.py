@@ -90,7 +90,7 @@ def _run(folder: Path) -> None:
     verification.NUM_ADVERSARIAL = 50
     run(RunConfig(
         model=str(folder / "base"), corpus=(str(folder / "corpus.jsonl"),), heldout=(str(folder / "heldout.jsonl"),),
-        output=folder / "new", mine=MineConfig(budget=5, min_count=4),
+        output=folder / "new", mine=MineConfig(dedup=False, budget=5, min_count=4),
         collect=CollectConfig(snippets=6, window=24, min_snippets=2),
         distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
         evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu")))

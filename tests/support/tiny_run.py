@@ -25,7 +25,7 @@ def tiny_run(tmp_path: Path) -> RunConfig:
         corpus=(str(write_corpus(tmp_path / "corpus.jsonl", DOCUMENTS[:2])),),
         heldout=(str(write_corpus(tmp_path / "heldout.jsonl", DOCUMENTS[2:])),),
         output=tmp_path / "new",
-        mine=MineConfig(budget=5, min_count=4),
+        mine=MineConfig(dedup=False, budget=5, min_count=4),
         collect=CollectConfig(snippets=6, window=24, min_snippets=2),
         distill=DistillConfig(epochs=2, dtype="float32", device="cpu"),
         evaluate=EvalConfig(prompts=1, continuation=2, context=48, dtype="float32", device="cpu"),

@@ -41,8 +41,9 @@ class TokenTable(_Records[NewToken]):
     """New tokens, best first: what `Model.mine` returns and `vocabext mine` writes.
 
     A sequence of `NewToken`, each with `token` (its text), `run` (the base ids it stands for), `count` (how often the
-    expanded tokenizer makes it in the corpus) and `saved` (tokens saved there, given those before it). The first one
-    gets the first free token id. A slice is a `TokenTable` as well.
+    expanded tokenizer makes it in the corpus), `sections` (in how many documents, or parts of long ones) and `saved`
+    (tokens saved there, given those before it). The first one gets the first free token id. A slice is a `TokenTable`
+    as well.
 
     Attributes:
         header: What the tokens were mined from and how: the first line of candidates.jsonl.
@@ -101,20 +102,21 @@ class TokenTable(_Records[NewToken]):
         return cls(tokens, _without_format(header))
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """Return a table with the columns token, run, count and saved, one line per token in token-id order.
+        """Return a table with the columns token, run, count, sections and saved, a line per token in token-id order.
 
         Raises:
             MissingExtraError: If pandas is not installed.
         """
-        return _frame([{"token": t.token, "run": t.run, "count": t.count, "saved": t.saved} for t in self])
+        return _frame([{"token": t.token, "run": t.run, "count": t.count, "sections": t.sections, "saved": t.saved}
+                       for t in self])
 
     def _table(self) -> Table:
         title = f"{len(self):,} new tokens for {self.header['base'].get('model')}"
         if "expanded_tokens" in self.header:
             shorter = 1 - self.header["expanded_tokens"] / self.header["base_tokens"]
             title += f"; they make the mined text {shorter:.1%} shorter"
-        return Table(title, ("token", "pieces", "count", "saved"),
-                     [(repr(t.token), len(t.run), t.count, t.saved) for t in self])
+        return Table(title, ("token", "pieces", "count", "sections", "saved"),
+                     [(repr(t.token), len(t.run), t.count, t.sections, t.saved) for t in self])
 
 
 class Snippets(_Records[TokenSnippets]):

@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 LOGGER = logging.getLogger("vocabext")
 # Parameters that are True or False, all others, and one that the command line calls otherwise.
-SWITCHES = {"force", "trust_remote_code", "untie", "vllm", "skip_weights",
+SWITCHES = {"force", "full", "trust_remote_code", "untie", "vllm", "skip_weights",
             *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
 PARAMETERS = {"base", "corpus", "heldout", "link", "model", "output", "text_field", "work", *fields_of(*STAGES)}
 RENAMED = {"against": "base"}
@@ -68,6 +68,8 @@ def python_names(line: str) -> str:
         option = RENAMED.get(option, option)
         if option in SWITCHES:
             return f"{option}=True"
+        if option.removeprefix("no_") in SWITCHES:
+            return f"{option.removeprefix('no_')}=False"
         if option not in PARAMETERS:
             return found[0]
         return f"{option}={value!r}" if value else option

@@ -28,6 +28,8 @@ def _budget(context: click.Context, parameter: click.Parameter, value: str) -> i
 def mine_options(command: Command) -> Command:
     """Add the options that `mine` and `run` share."""
     for option in (
+        click.option("--dedup/--no-dedup", default=DEFAULTS.dedup, show_default=True,
+                     help="Count near-duplicate documents and repeated passages, such as templates, once."),
         click.option("--words-only", is_flag=True, help="Take words only, no phrases."),
         click.option("--max-characters", type=int, default=DEFAULTS.max_characters, show_default=True,
                      help="Longest token, in characters."),
@@ -69,6 +71,8 @@ def mine(
     tokens.save(output, force=True)  # what may be replaced was checked before the work
     result = tokens.result
     assert result is not None  # it was mined just now
+    if line := result.repeats.describe():
+        show.note(f"counted once: {line}; --no-dedup counts them as often as they occur")
     if result.rejected:
         reasons = "; ".join(f"{count:,}: {why}" for why, count in result.rejected_by_reason().items())
         show.note(f"{len(result.rejected):,} good candidates cannot be tokens ({reasons}); "
@@ -89,7 +93,8 @@ def _render(result: "MineResult", output: Path) -> None:
     show.table([(point.budget, point.saved_tokens, f"{point.shorter_share:.1%}") for point in result.curve],
                ("budget", "saved tokens", "shorter"))
     click.echo(f"\nbest {min(NUM_BEST, len(result.tokens))} of {len(result.tokens):,} tokens")
-    show.table([(repr(t.token), len(t.run), t.count, t.saved) for t in result.tokens[:NUM_BEST]],
-               ("token", "pieces", "count", "saved"))
-    click.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus {result.shorter_share:.1%} shorter "
-               f"({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")
+    show.table([(repr(t.token), len(t.run), t.count, t.sections, t.saved) for t in result.tokens[:NUM_BEST]],
+               ("token", "pieces", "count", "sections", "saved"))
+    once = ", counted once," if result.repeats.any else ""
+    click.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus{once} {result.shorter_share:.1%} "
+               f"shorter ({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")

@@ -1,38 +1,68 @@
 """A corpus as the miner sees it: base ids, and the units (words, strings of punctuation) that they make."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from vocabext.errors import TokenizerError
+from vocabext.mine.repeats import NO_REPEATS, Repeats, find_repeats
 from vocabext.options import MineConfig
 from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer
 from vocabext.tokens import NewToken
 
 Array = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 BATCH = 512
 # Long documents are cut into sections, none of which holds more than one part in so many of the corpus.
 MIN_SECTIONS = 20
 
 
-@dataclass
-class Corpus:
-    """The corpus as units. Arrays of shape (U,): one entry per unit; documents are set apart by a barrier."""
+@dataclass(frozen=True)
+class Encoded:
+    """All documents under the base tokenizer.
 
-    ids: Array  # all token ids, flat (T,)
+    Attributes:
+        ids: Their base ids, with a -1 behind each document, shape (T,).
+        ends: Where these -1 are, shape (D,).
+        counted: Which ids count: none that the corpus says again, shape (T,).
+        section_starts: Where sections begin, shape (S,).
+        repeats: What is not counted.
+    """
+
+    ids: Array
+    ends: Array
+    counted: Flags
+    section_starts: Array
+    repeats: Repeats
+
+    @property
+    def starts(self) -> Array:
+        """Where documents begin, shape (D,)."""
+        return np.append(0, self.ends[:-1] + 1)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What counts of a corpus, as units. Arrays of shape (U,) have one entry per unit.
+
+    A barrier, a unit that no token may hold, stands behind each document and for each stretch that does not count.
+    """
+
+    encoded: Encoded
+    ids: Array  # the token ids that count, flat, and a -1 for each barrier (T,)
     starts: Array  # index into `ids` of each unit's first token
     pieces: Array  # tokens per unit
     codes: npt.NDArray[np.uint64]  # hash of each unit's ids
-    inside: npt.NDArray[np.bool_]  # may stand in a token at all
-    closable: npt.NDArray[np.bool_]  # a phrase may end with this unit, given the unit that follows it
+    inside: Flags  # may stand in a token at all
+    closable: Flags  # a phrase may end with this unit, given the unit that follows it
     sections: Array  # the section that each unit belongs to, counted upwards
 
     @property
     def num_tokens(self) -> int:
-        """How many base tokens the corpus has."""
+        """How many base tokens count."""
         return int((self.ids >= 0).sum())
 
     def run(self, unit: int, units: int) -> tuple[int, ...]:
@@ -41,10 +71,42 @@ class Corpus:
         return tuple(int(i) for i in self.ids[self.starts[first] : self.starts[last] + self.pieces[last]])
 
 
-def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> Corpus:
-    """Encode texts and cut them into units."""
+def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress, *, dedup: bool = True) -> Corpus:
+    """Encode texts and cut them into units.
+
+    Args:
+        texts: The documents.
+        base: The tokenizer to extend.
+        progress: Where to report.
+        dedup: Count once what the corpus says several times.
+    """
+    flat, first = _encode(texts, base, progress)
+    out, repeats = find_repeats(flat, first) if dedup else (np.zeros(len(first), np.bool_), NO_REPEATS)
+    sections = _sections(flat[first])
+    # A stretch of repeated units becomes one barrier, where its first id was.
+    pieces = np.diff(np.append(first, len(flat)))
+    counted = np.repeat(~out, pieces)
+    begins = first[out & ~np.append(False, out[:-1])]
+    stays = counted.copy()
+    stays[begins] = True
+    ids = np.where(counted, flat, -1)[stays]
+    units = stays[first]
+    is_start = np.zeros(len(flat), np.bool_)
+    is_start[first] = True
+    starts = np.flatnonzero(is_start[stays])
+    pieces = np.diff(np.append(starts, len(ids)))
+    following = np.append(ids[starts[1:]], -1)
+    section_starts = first[np.append(True, sections[1:] != sections[:-1])]
+    return Corpus(
+        Encoded(flat, np.flatnonzero(flat < 0), counted & (flat >= 0), section_starts, repeats), ids, starts, pieces,
+        codes=_unit_codes(ids, starts, pieces), inside=_allowed(ids, starts, base),
+        closable=base.scheme.phrase_may_end(ids[starts + pieces - 1], following), sections=sections[units])
+
+
+def _encode(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -> tuple[Array, Array]:
+    """Return the base ids of all texts, with a -1 behind each, and where units begin; a -1 is one."""
     ids: list[Array] = []
-    starts: list[npt.NDArray[np.bool_]] = []
+    starts: list[Flags] = []
     barrier, edge = np.full(1, -1, np.int64), np.ones(1, np.bool_)
     with progress("reading the corpus", len(texts), "documents") as task:
         for at in range(0, len(texts), BATCH):
@@ -52,12 +114,7 @@ def read_corpus(texts: Sequence[str], base: BaseTokenizer, progress: Progress) -
                 ids += [units.ids, barrier]
                 starts += [units.starts, edge]
                 task.advance()
-    flat, first = np.concatenate(ids), np.flatnonzero(np.concatenate(starts))
-    pieces = np.diff(np.append(first, len(flat)))
-    inside = _allowed(flat, first, base)
-    following = np.append(flat[first[1:]], -1)
-    closable = base.scheme.phrase_may_end(flat[first + pieces - 1], following)
-    return Corpus(flat, first, pieces, _unit_codes(flat, first, pieces), inside, closable, _sections(flat[first]))
+    return np.concatenate(ids), np.flatnonzero(np.concatenate(starts))
 
 
 def _sections(first_ids: Array) -> Array:
@@ -67,7 +124,7 @@ def _sections(first_ids: Array) -> Array:
     return np.cumsum(begins)
 
 
-def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
+def _allowed(ids: Array, starts: Array, base: BaseTokenizer) -> Flags:
     """Tell for each unit whether it may be (part of) a token."""
     broken = np.zeros(base.first_new_id + 1, np.bool_)
     broken[base.scheme.barrier_ids] = True
@@ -96,7 +153,7 @@ def outside_best(sections: Array, saved: Array) -> int:
     return int(by_section.sum() - by_section.max())
 
 
-def apart(at: Array, ends: Array) -> slice | npt.NDArray[np.bool_]:
+def apart(at: Array, ends: Array) -> slice | Flags:
     """Select the places that do not begin inside the one before (`"ha ha ha"`), from left to right."""
     if (at[1:] >= ends[:-1]).all():
         return slice(None)
@@ -108,18 +165,18 @@ def apart(at: Array, ends: Array) -> slice | npt.NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What was chosen.
+class Choice:
+    """Tokens that are chosen when they are asked for.
 
     Attributes:
         tokens: The tokens, best first, each with what it saves outside the section that uses it most.
-        rejected: Texts that would have been chosen but cannot be tokens, with the reason.
-        candidates: How many there were to choose from.
+        rejected: Texts that would have been chosen so far but cannot be tokens, with the reason.
+        candidates: Returns how many there were to choose from so far.
     """
 
-    tokens: Sequence[tuple[int, NewToken]]
-    rejected: dict[str, str]
-    candidates: int
+    tokens: Iterator[tuple[int, NewToken]]
+    rejected: MutableMapping[str, str]
+    candidates: Callable[[], int]
 
 
 def text_of(run: Sequence[int], base: BaseTokenizer) -> str:

@@ -13,58 +13,51 @@ A pair that is chosen is merged wherever it stands, as the tokenizer will.
 """
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from vocabext.errors import TokenizerError
-from vocabext.mine.counts import Array, Chosen, Corpus, apart, as_token, outside_best, text_of
+from vocabext.mine.counts import Array, Choice, Corpus, Flags, apart, as_token, outside_best, text_of
 from vocabext.options import MineConfig
-from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer, MergeChain
 from vocabext.tokens import NewToken
 
-Flags = npt.NDArray[np.bool_]
 GONE = -2  # stands where a symbol has become part of the one before it
 
 
-def choose_merges(
-    corpus: Corpus, base: BaseTokenizer, chain: MergeChain, config: MineConfig, wanted: int, progress: Progress
-) -> Chosen:
-    """Choose up to `wanted` tokens, in the order of their merges.
+def choose_merges(corpus: Corpus, base: BaseTokenizer, chain: MergeChain, config: MineConfig) -> Choice:
+    """Choose tokens in the order of their merges.
 
     Args:
         corpus: The corpus.
         base: The tokenizer to extend.
         chain: An empty chain of its merges; gets those of the tokens.
         config: The thresholds.
-        wanted: How many tokens to choose.
-        progress: Where to report.
     """
-    line = _Line(corpus, base, config, wanted)
-    chosen: list[tuple[int, NewToken]] = []
+    line = _Line(corpus, base, config)
     rejected: dict[str, str] = {}
+    return Choice(_choose(line, base, chain, config, rejected), rejected, lambda: line.num_pairs)
+
+
+def _choose(line: "_Line", base: BaseTokenizer, chain: MergeChain, config: MineConfig,
+            rejected: dict[str, str]) -> Iterator[tuple[int, NewToken]]:
     taken: set[tuple[int, ...]] = set()
-    with progress("choosing tokens", wanted, "tokens") as task:
-        while len(chosen) < wanted and (best := line.best()) is not None:
-            run = line.run(best)
-            if run in taken:
+    while (best := line.best()) is not None:
+        run = line.run(best)
+        if run in taken:
+            continue
+        try:
+            token = as_token(run, base, config)
+            if not chain.accepts(token):
                 continue
-            try:
-                token = as_token(run, base, config)
-                if not chain.accepts(token):
-                    continue
-                _add(token, line.left(best), base, chain)
-            except TokenizerError as error:
-                rejected[text_of(run, base)] = str(error)
-                continue
-            taken.add(run)
-            chosen.append((best.worth, replace(token, saved=line.merge(best))))
-            task.advance()
-        if len(chosen) < wanted:
-            task.note("no other pair saves anything")
-    return Chosen(chosen, rejected, line.num_pairs)
+            _add(token, line.left(best), base, chain)
+        except TokenizerError as error:
+            rejected[text_of(run, base)] = str(error)
+            continue
+        taken.add(run)
+        yield best.worth, replace(token, saved=line.merge(best))
 
 
 def _add(token: NewToken, left: tuple[int, ...], base: BaseTokenizer, chain: MergeChain) -> None:
@@ -109,7 +102,7 @@ class _Line:
     and one for the end.
     """
 
-    def __init__(self, corpus: Corpus, base: BaseTokenizer, config: MineConfig, wanted: int) -> None:
+    def __init__(self, corpus: Corpus, base: BaseTokenizer, config: MineConfig) -> None:
         length, self.config = len(corpus.ids), config
         self.ids = corpus.ids
         self.symbol = np.append(corpus.ids, -1)
@@ -122,8 +115,8 @@ class _Line:
         self.first_new_id, self.num_pairs = base.first_new_id, 0
         characters = self._spell(corpus, base)
         self.num_symbols = self.first_new_id + len(characters)
-        # Room for what will be merged; the last entry, index -1, is the barrier between documents.
-        self.allowed = np.zeros(self.num_symbols + wanted + 1, np.bool_)
+        # Doubled when it is full; the last entry, index -1, is the barrier between documents.
+        self.allowed = np.zeros(self.num_symbols + 1, np.bool_)
         self.allowed[: self.first_new_id] = base.scheme.mergeable_ids
         self.only_whole = not base.scheme.only_merges
         self._pairs: dict[int, _Pair] = {}
@@ -222,6 +215,8 @@ class _Line:
             self.symbol[at], self.symbol[middle] = symbol, GONE
             self.next[at], self.end[at] = self.next[middle], self.end[middle]
             self.previous[self.next[at]] = at
+        if symbol >= len(self.allowed) - 1:
+            self.allowed = np.append(self.allowed, np.zeros_like(self.allowed))
         self.allowed[symbol] = True
         before = self.previous[at]
         self._find(np.union1d(before[before >= 0], at))

@@ -7,15 +7,15 @@ value is an upper bound and most of them need never be computed again (lazy gree
 """
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from vocabext.errors import TokenizerError
-from vocabext.mine.counts import Array, Chosen, Corpus, apart, as_token, outside_best, text_of
+from vocabext.mine.counts import Array, Choice, Corpus, apart, as_token, outside_best, text_of
 from vocabext.options import MineConfig
-from vocabext.progress import Progress
 from vocabext.tokenizer import BaseTokenizer
 from vocabext.tokens import NewToken
 
@@ -94,10 +94,7 @@ def _longer(corpus: Corpus, alive: npt.NDArray[np.bool_], codes: npt.NDArray[np.
     return wider, longer, total
 
 
-def choose_sequences(
-    corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig, wanted: int,
-    progress: Progress,
-) -> Chosen:
+def choose_sequences(corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig) -> Choice:
     """Take the candidate that saves most elsewhere, again and again, recomputing only what may have changed.
 
     Args:
@@ -105,38 +102,35 @@ def choose_sequences(
         candidates: Its frequent sequences.
         base: The tokenizer to extend.
         config: The thresholds.
-        wanted: How many tokens to choose.
-        progress: Where to report.
     """
-    cover = _Cover(corpus, candidates)
-    chosen: list[tuple[int, NewToken]] = []
     rejected: dict[str, str] = {}
+    return Choice(_choose(corpus, candidates, base, config, rejected), rejected, lambda: len(candidates))
+
+
+def _choose(corpus: Corpus, candidates: Candidates, base: BaseTokenizer, config: MineConfig,
+            rejected: dict[str, str]) -> Iterator[tuple[int, NewToken]]:
+    cover = _Cover(corpus, candidates)
     taken: set[tuple[int, ...]] = set()
     heap = [(-worth, index, -1) for index, worth in enumerate(candidates.worth.tolist())]
     heapq.heapify(heap)
-    with progress("choosing tokens", wanted, "tokens") as task:
-        while heap and len(chosen) < wanted:
-            worth, index, computed_at = heapq.heappop(heap)
-            if computed_at < len(chosen):
-                elsewhere, count = cover.savings(index)
-                if count >= config.min_count and elsewhere > 0:
-                    heapq.heappush(heap, (-elsewhere, index, len(chosen)))
-                continue
-            # Only a winner is made a token: that takes longer than all the rest.
-            run = corpus.run(int(candidates.places(index)[0]), int(candidates.units[index]))
-            if run in taken:
-                continue
-            try:
-                token = as_token(run, base, config)
-            except TokenizerError as error:
-                rejected[text_of(run, base)] = str(error)
-                continue
-            taken.add(run)
-            chosen.append((-worth, replace(token, saved=cover.take(index))))
-            task.advance()
-        if len(chosen) < wanted:
-            task.note("no other candidate saves anything")
-    return Chosen(chosen, rejected, len(candidates))
+    while heap:
+        worth, index, computed_at = heapq.heappop(heap)
+        if computed_at < len(taken):
+            elsewhere, count = cover.savings(index)
+            if count >= config.min_count and elsewhere > 0:
+                heapq.heappush(heap, (-elsewhere, index, len(taken)))
+            continue
+        # Only a winner is made a token: that takes longer than all the rest.
+        run = corpus.run(int(candidates.places(index)[0]), int(candidates.units[index]))
+        if run in taken:
+            continue
+        try:
+            token = as_token(run, base, config)
+        except TokenizerError as error:
+            rejected[text_of(run, base)] = str(error)
+            continue
+        taken.add(run)
+        yield -worth, replace(token, saved=cover.take(index))
 
 
 class _Cover:

@@ -4,9 +4,10 @@ The corpus is encoded by the base tokenizer and seen as a row of *units* (words,
 chosen greedily, each by what it saves *given what is chosen already*: sequences of units where the tokenizer looks
 whole strings up (`vocabext.mine.sequences`), pairs of tokens where new tokens are merges (`vocabext.mine.merges`).
 
-What a candidate saves in the one *section* (a document, or a part of a long one) that uses it most does
-not count: a name that fills one document says little about the next. Held-out text gets shorter by it, though
-the mining corpus gets longer (measured in docs/decisions/mining.md).
+What the corpus says again, such as a template that thousands of documents share, is counted once
+(`vocabext.mine.repeats`). What a candidate saves in the one *section* (a document, or a part of a long one) that uses
+it most does not count: a name that fills one document says little about the next. Held-out text gets shorter by it,
+though the mining corpus gets longer (measured in docs/decisions/mining.md).
 
 Merges have a price: a long token needs its *parts* among the tokens, also one that is hardly ever left over.
 """
@@ -14,25 +15,27 @@ Merges have a price: a long token needs its *parts* among the tokens, also one t
 import heapq
 import re
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.corpus import Document
 from vocabext.errors import CorpusError, UsageError
 from vocabext.files.jsonl import read_tokens, write_jsonl
 from vocabext.files.ranges import file_sha256
-from vocabext.mine.counts import BATCH, Chosen, Corpus, read_corpus, text_of
+from vocabext.mine.counts import Choice, Corpus, Flags, read_corpus, text_of
 from vocabext.mine.merges import choose_merges
+from vocabext.mine.repeats import NO_REPEATS, Repeats
 from vocabext.mine.sequences import choose_sequences, frequent_sequences
+from vocabext.mine.usage import Usage
 from vocabext.options import MineConfig
 from vocabext.progress import Progress, no_progress
-from vocabext.tokenizer import BaseTokenizer, extend
+from vocabext.tokenizer import BaseTokenizer
 from vocabext.tokens import NewToken
 
 # `auto` looks for the knee among this many tokens.
@@ -65,6 +68,7 @@ class MineResult:
         rejected: Candidates that would have been chosen but cannot be tokens: text to reason.
         parts: How many tokens are too rare by themselves, and needed because longer ones are merged from them.
         searched: How many tokens no merge can make, so that text is searched for them.
+        repeats: What was counted once.
     """
 
     tokens: tuple[NewToken, ...]
@@ -76,6 +80,7 @@ class MineResult:
     rejected: dict[str, str]
     parts: int = 0
     searched: int = 0
+    repeats: Repeats = NO_REPEATS
 
     @property
     def shorter_share(self) -> float:
@@ -117,23 +122,26 @@ def mine(
     texts = [document.text for document in documents]
     if not texts:
         raise CorpusError("there is no document to mine; give more text")
-    corpus = read_corpus(texts, base, progress)
-    kept, rejected, candidates = _choose_and_check(texts, corpus, base, config, progress)
+    corpus = read_corpus(texts, base, progress, dedup=config.dedup)
+    choice = _choose(corpus, base, config)
+    usage = Usage(texts, corpus.encoded, base, progress)
+    tokens, rare = _settle(choice, usage, base, config, progress)
+    candidates, repeats = choice.candidates(), corpus.encoded.repeats
+    once = f" ({repeats.describe()} were counted once; --no-dedup counts them all)" if repeats.any else ""
     if not candidates:
         raise UsageError(f"no run of at least two tokens occurs {config.min_count} times in this corpus; "
-                         "give more text, or lower --min-count")
-    tokens, expanded_tokens, rare = _settle(texts, base, kept, config, progress)
+                         f"give more text, or lower --min-count{once}")
     if not tokens:
         raise UsageError(f"none of the {candidates} frequent sequences of this corpus can be a token that occurs "
-                         f"{config.min_count} times; give more text, or lower --min-count")
+                         f"{config.min_count} times; give more text, or lower --min-count{once}")
     if config.budget is not None and len(tokens) < config.budget and not at_most:
         raise UsageError(f"--budget is {config.budget}, but only {len(tokens)} tokens that occur at least "
                          f"{config.min_count} times can be made; lower --budget to {len(tokens)}, lower --min-count, "
-                         "or give more text")
+                         f"or give more text{once}")
     curve = _curve([token.saved for token in tokens], corpus.num_tokens)
-    return MineResult(tuple(tokens), curve, corpus.num_tokens, expanded_tokens, len(texts), candidates,
-                      rejected | rare, parts=sum(token.count < config.min_count for token in tokens),
-                      searched=len(base.scheme.searched(tokens)))
+    return MineResult(tuple(tokens), curve, corpus.num_tokens, usage.num_tokens, len(texts), candidates,
+                      {**choice.rejected, **rare}, parts=sum(token.count < config.min_count for token in tokens),
+                      searched=len(base.scheme.searched(tokens)), repeats=repeats)
 
 
 def candidates_header(
@@ -157,7 +165,7 @@ def candidates_header(
         "left_out": dict(left_out or {}), "documents": result.documents,
         "base_tokens": result.base_tokens, "expanded_tokens": result.expanded_tokens,
         "candidates": result.candidates, "parts": result.parts,
-        "searched": result.searched,
+        "searched": result.searched, "counted_once": asdict(result.repeats),
         "rejected": {"count": len(result.rejected), "by_reason": result.rejected_by_reason(),
                      "examples": result.rejected_examples()},
         "curve": [asdict(point) for point in result.curve],
@@ -210,77 +218,66 @@ def _reason(why: str) -> str:
     return re.sub(quoted, "...", re.sub(rf"^(?:{quoted}) ", "it ", why))
 
 
-def _choose_and_check(
-    texts: Sequence[str], corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress
-) -> tuple[list[NewToken], dict[str, str], int]:
-    """Choose tokens, and drop those that the real tokenizer produces too rarely; choose more if too few are left.
-
-    Returns:
-        The tokens, what was rejected (text to reason), and from how many candidates.
-    """
-    choose = _chooser(corpus, base, config, progress)
-    budget = config.budget or MAX_AUTO_BUDGET
-    extra = 8 + budget // 20
-    while True:
-        choice = choose(budget + extra)
-        counted, _ = _measure(texts, base, [token for _, token in choice.tokens], progress)
-        rare = _rare(counted, base, config)
-        kept = [token for token in counted if token.token not in rare]
-        if len(kept) >= budget or len(choice.tokens) < budget + extra:
-            return kept, choice.rejected | rare, choice.candidates
-        extra = 2 * extra + 2 * (budget - len(kept))
+def _choose(corpus: Corpus, base: BaseTokenizer, config: MineConfig) -> Choice:
+    """Choose tokens: merges, sequences that are looked up, or the best of both."""
+    found, merges = [], base.scheme.chain()
+    if not base.scheme.only_merges:
+        candidates = frequent_sequences(corpus, config, _merged_units(corpus, base))
+        found.append(choose_sequences(corpus, candidates, base, config))
+    if merges is not None and (base.scheme.only_merges or base.scheme.mergeable_ids[corpus.ids[corpus.ids >= 0]].any()):
+        found.append(choose_merges(corpus, base, merges, config))
+    # They hardly ever want the same text: merges are for letters without spaces, or for everything.
+    tokens = heapq.merge(*(choice.tokens for choice in found), key=lambda chosen: -chosen[0])
+    return Choice(tokens, ChainMap(*(choice.rejected for choice in found)),
+                  lambda: sum(choice.candidates() for choice in found))
 
 
-def _chooser(corpus: Corpus, base: BaseTokenizer, config: MineConfig, progress: Progress) -> Callable[[int], Chosen]:
-    """Return what chooses a number of tokens: merges, sequences that are looked up, or the best of both."""
-    candidates = None if base.scheme.only_merges else frequent_sequences(corpus, config, _merged_units(corpus, base))
-    merges = base.scheme.only_merges or base.scheme.mergeable_ids[corpus.ids[corpus.ids >= 0]].any()
-
-    def choose(wanted: int) -> Chosen:
-        found, chain = [], base.scheme.chain()
-        if candidates is not None:
-            found.append(choose_sequences(corpus, candidates, base, config, wanted, progress))
-        if chain is not None and merges:
-            found.append(choose_merges(corpus, base, chain, config, wanted, progress))
-        # They hardly ever want the same text: merges are for letters without spaces, or for everything.
-        tokens = heapq.merge(*(choice.tokens for choice in found), key=lambda chosen: -chosen[0])
-        return Chosen(list(tokens)[:wanted], dict(ChainMap(*(choice.rejected for choice in found))),
-                      sum(choice.candidates for choice in found))
-
-    return choose
-
-
-def _merged_units(corpus: Corpus, base: BaseTokenizer) -> npt.NDArray[np.bool_]:
+def _merged_units(corpus: Corpus, base: BaseTokenizer) -> Flags:
     """Tell which units are letters without spaces between words: their sequences are found as merges, shape (U,)."""
-    chain, mergeable = base.scheme.chain(), np.append(base.scheme.mergeable_ids, False)
+    merges, mergeable = base.scheme.chain(), np.append(base.scheme.mergeable_ids, False)
     merged = np.logical_and.reduceat(mergeable[corpus.ids], corpus.starts)
-    if chain is None or not merged.any():
+    if merges is None or not merged.any():
         return np.zeros(len(merged), np.bool_)
     at = np.flatnonzero(merged)
     _, first, number = np.unique(corpus.codes[at], return_index=True, return_inverse=True)
     texts = (text_of(corpus.run(int(at[i]), 1), base) for i in first)
-    merged[at] = np.asarray([chain.accepts(NewToken(text, "", ())) for text in texts])[number]
+    merged[at] = np.asarray([merges.accepts(NewToken(text, "", ())) for text in texts])[number]
     return merged
 
 
 def _settle(
-    texts: Sequence[str], base: BaseTokenizer, kept: Sequence[NewToken], config: MineConfig, progress: Progress
-) -> tuple[list[NewToken], int, dict[str, str]]:
-    """Cut the tokens to the budget, and go on dropping rare ones: without some tokens, others may be produced less.
+    choice: Choice, usage: Usage, base: BaseTokenizer, config: MineConfig, progress: Progress
+) -> tuple[list[NewToken], dict[str, str]]:
+    """Take the first tokens; as long as the real tokenizer produces some too rarely, put the next in their place.
+
+    A few more than wanted are tried first, since some become rare once longer ones are there.
 
     Returns:
-        The tokens with their counts; how many tokens the corpus has with them; those dropped, with the reason.
+        The tokens with their counts; those dropped, with the reason.
     """
-    rejected: dict[str, str] = {}
-    limit = config.budget or _knee([token.saved for token in kept])
+    more: Iterator[NewToken] = (token for _, token in choice.tokens)
+    wanted = config.budget or MAX_AUTO_BUDGET
+    kept: list[NewToken] = []
+    with progress("choosing tokens", wanted, "tokens") as task:
+        for token in islice(more, wanted + 8 + wanted // 20):
+            kept.append(token)
+            task.advance(len(kept) <= wanted)
+        if len(kept) < wanted:
+            task.note("no other candidate saves anything")
+    rejected = _rare(usage.update(kept), base, config)
+    kept = [token for token in kept if token.token not in rejected]
+    wanted = config.budget or _knee([token.saved for token in kept])
+    more = chain(kept[wanted:], more)
+    kept = kept[:wanted]
     while kept:
-        tokens, total = _measure(texts, base, kept[:limit], progress)
+        kept += islice(more, wanted - len(kept))
+        tokens = usage.update(kept)
         rare = _rare(tokens, base, config)
         if not rare:
-            return tokens, total, rejected
+            return tokens, rejected
         rejected |= rare
         kept = [token for token in kept if token.token not in rare]
-    return [], 0, rejected
+    return [], rejected
 
 
 def _rare(counted: Sequence[NewToken], base: BaseTokenizer, config: MineConfig) -> dict[str, str]:
@@ -295,23 +292,6 @@ def _rare(counted: Sequence[NewToken], base: BaseTokenizer, config: MineConfig) 
         else:
             rare[counted[i].token] = why
     return rare
-
-
-def _measure(
-    texts: Sequence[str], base: BaseTokenizer, tokens: Sequence[NewToken], progress: Progress
-) -> tuple[list[NewToken], int]:
-    """Count what the real expanded tokenizer does on the corpus."""
-    expanded = extend(base, tokens)
-    counts = np.zeros(len(tokens), np.int64)
-    total = 0
-    with progress("checking on the real tokenizer", len(texts), "documents") as task:
-        for at in range(0, len(texts), BATCH):
-            rows = expanded.encode_batch(texts[at : at + BATCH])
-            ids = np.fromiter((i for row in rows for i in row), np.int64)
-            total += len(ids)
-            counts += np.bincount(ids[expanded.expansion.is_new(ids)] - base.first_new_id, minlength=len(tokens))
-            task.advance(len(rows))
-    return [replace(token, count=int(count)) for token, count in zip(tokens, counts, strict=True)], total
 
 
 def _curve(saved: Sequence[int], total: int) -> tuple[CurvePoint, ...]:
