@@ -164,8 +164,13 @@ def _readable(past: Past) -> Any:
     return cache
 
 
-def _cache_with_room(past: Past, room: int) -> Any:
-    """Return what transformers' layers read earlier keys and values from, and write theirs behind without a copy."""
+def _cache(past: Past, room: int) -> Any:
+    """Return what transformers' layers read earlier keys and values from, and write theirs behind without a copy.
+
+    Args:
+        past: Earlier text; empty for none.
+        room: Positions that may follow.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -185,18 +190,9 @@ def _cache_with_room(past: Past, room: int) -> Any:
             return self.keys, self.values
 
     cache = DynamicCache()
-    cache.layers = [Layer(*pair) for pair in past]
-    cache.layer_class_to_replicate = None
-    return cache
-
-
-def _cache(past: Past) -> Any:
-    """Return what transformers' layers read earlier keys and values from, and append theirs to."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(past):
-        cache.update(keys, values, number)
+    if past:
+        cache.layers = [Layer(*pair) for pair in past]
+        cache.layer_class_to_replicate = None
     return cache
 
 
@@ -432,7 +428,7 @@ class FrozenModel:
             room: Inputs that may follow.
         """
         if self.takes_branches:
-            cache = _cache_with_room(past, room)
+            cache = _cache(past, room)
             return lambda inputs_BTD, branches: self._run_branches(
                 inputs_BTD, None, branches, use_cache=True, past_key_values=cache)
         kept = [past]
@@ -446,7 +442,7 @@ class FrozenModel:
     def _hidden_and_past(
         self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches | None, past: Past
     ) -> tuple[torch.Tensor, Past]:
-        cache = _cache(past)
+        cache = _cache(past, inputs_BTD.shape[1])
         if branches is None:
             hidden_BTD = self._run(inputs_BTD, layer, use_cache=True, past_key_values=cache)
         else:
@@ -485,7 +481,7 @@ class FrozenModel:
             at_once_BTD = self._run_branches(inputs_BTD, None, branches, use_cache=False)
             stem_BTD, past = self._hidden_and_past(inputs_BTD[:, :STEM], None, None, ())
             after_BTD = self._run_branches(inputs_BTD[:, STEM:], None, branches.of_inputs(inputs_BTD.shape[1] - STEM),
-                                           use_cache=True, past_key_values=_cache(past))
+                                           use_cache=True, past_key_values=_cache(past, inputs_BTD.shape[1] - STEM))
         except Exception:  # a class that has no such cache, or takes no such mask, says so in many ways
             return math.inf
         in_two_BTD = torch.cat((stem_BTD, after_BTD), 1)
