@@ -3,7 +3,7 @@
     python benchmarks/eval_speed.py MODEL --corpus TRAINING --heldout HELDOUT [--tokens 1000] [--bytes 80000]
         [--prompts 16] [-o benchmarks/eval_speed.json]
 
-Tokens are mined from the first megabytes of the corpus. Two row sets are measured, as for a distilled checkpoint: the
+Tokens are mined from the first megabyte of the corpus. Two row sets are measured, as for a distilled checkpoint: the
 mean of the pieces, and rows a little off it. A position is one input of the layers; a row of logits is one product of a
 state with the whole head. The floor:
 
@@ -36,7 +36,7 @@ from vocabext.options import EvalConfig, MineConfig
 from vocabext.progress import no_progress
 from vocabext.tokenizer import extend, load_tokenizer
 
-MINED_BYTES = 3_000_000
+MINED_BYTES = 1_000_000
 OFF = 0.05
 
 

@@ -78,6 +78,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     assert worker.stdout is not None
                     print(arguments.seconds, file=worker.stdin, flush=True)
                     found[beside][way].append(json.loads(worker.stdout.readline()))
+                    rate, cores = found[beside][way][-1]
+                    print(f"{beside:16s} {way:28s} {rate:8.0f} positions/s, {cores:.2f} cores", flush=True)
                 if busy is not None:
                     busy.kill()
                     busy.wait()
@@ -109,10 +111,6 @@ def main() -> None:
         work(arguments.model)
         return
     found = measure(arguments)
-    for beside, ways in found["beside"].items():
-        for way, numbers in ways.items():
-            print(f"{beside:16s} {way:28s} {numbers['positions_per_second']:8.0f} positions/s, "
-                  f"{numbers['cores']:.2f} cores")
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

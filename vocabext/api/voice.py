@@ -158,7 +158,7 @@ def _bar(description: str, /, total: int | None = None, unit: str = "") -> Itera
         from tqdm.auto import tqdm
     pace = Pace(total)
 
-    class Bar(tqdm):  # type: ignore[misc,valid-type]
+    class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
             return {**super().format_dict, "rate": pace.rate or None}
