@@ -65,6 +65,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                for way, settings in WAYS.items() if way in arguments.ways}
     found: dict[str, dict[str, list[list[float]]]] = {beside: {way: [] for way in workers} for beside in NEIGHBOURS}
     loads = []
+    from machine import describe  # torch is loaded while the workers load it
+    from torch import device
+
+    described = describe(device("cpu"))
     try:
         for worker in workers.values():
             assert worker.stdout is not None
@@ -87,10 +91,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for worker in workers.values():
             worker.kill()
             worker.wait()
-    from machine import describe
-    from torch import device
-
-    return {"machine": describe(device("cpu")), "load_averages": loads, "model": Path(arguments.model).name,
+    return {"machine": described, "load_averages": loads, "model": Path(arguments.model).name,
             "seconds": arguments.seconds, "rounds": arguments.rounds, "beside": {
                 beside: {way: {"positions_per_second": statistics.median(rate for rate, _ in rates),
                                "cores": statistics.median(cores for _, cores in rates), "rounds": rates}
