@@ -29,6 +29,7 @@ import httpx
 import psutil
 
 import vocabext
+from vocabext import SET_FOR_TORCH
 from vocabext.errors import MissingExtraError, ServerError
 from vocabext.progress import Progress, no_progress
 
@@ -335,6 +336,8 @@ def server_environment(device: str) -> dict[str, str]:
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     # Warnings that our own tests turn into errors are not a reason for vLLM to fail.
     environment.pop("PYTHONWARNINGS", None)
+    for name in SET_FOR_TORCH:  # for this process only: vLLM is measured as it comes
+        environment.pop(name, None)
     if device == "cpu":
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
     for name in ("NO_PROXY", "no_proxy"):

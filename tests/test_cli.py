@@ -369,6 +369,25 @@ def test_dataclasses_become_objects() -> None:
     assert show.to_plain([Inner((1.0, float("inf")), {7: "x"})]) == [{"values": [1.0, None], "by_id": {"7": "x"}}]
 
 
+SHOW_WAITING = "import os, vocabext; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(("own", "shown"), [
+    ({}, "PASSIVE None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"), ({"GOMP_SPINCOUNT": "7"}, "None 7")])
+def test_threads_do_not_spin_beside_a_busy_neighbour_unless_the_user_says_so(own: dict[str, str], shown: str) -> None:
+    """The setting is there before torch is loaded; it is for this process, and no server that it starts has it."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    servers = "; from vocabext.serve.engine import server_environment as e; print(e('cpu').get('OMP_WAIT_POLICY'))"
+    lines = run_process(code=SHOW_WAITING + servers, env={**clean, **own}).stdout.splitlines()
+    assert lines == [shown, own.get("OMP_WAIT_POLICY", "None")]
+
+
+def test_torch_that_is_loaded_already_is_left_alone() -> None:
+    code = "import sys, os; sys.modules['torch'] = sys; import vocabext; print(os.environ.get('OMP_WAIT_POLICY'))"
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    assert run_process(code=code, env=clean).stdout == "None\n"
+
+
 def test_plain_progress_is_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
     task = show.PlainTask("training", 2000, "tokens", clock=lambda: now)
@@ -381,7 +400,7 @@ def test_plain_progress_is_a_line_every_few_seconds(capsys: pytest.CaptureFixtur
     task.close()
     assert capsys.readouterr().err.splitlines() == [
         "training: 200 of 2,000 tokens (10%), 33 tokens/s, 54.0 s left",
-        "training: 2,000 tokens, 10 tokens/s, 0.0 s left, loss 0.25",
+        "training: 2,000 tokens, 8.9 tokens/s, loss 0.25",
         "training: 2,000 tokens in 3 min 20 s, loss 0.25",
     ]
 

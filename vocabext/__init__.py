@@ -4,6 +4,8 @@ Names are imported when they are first used, so `import vocabext` is quick and l
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ _HOMES = {
     "vocabext.errors": ("VocabextError",),
     "vocabext.tokens": ("Expansion", "NewToken", "TokenSnippets"),
 }
+
+
+# OpenMP reads this when torch is loaded. Its threads wait for each other many times in a pass of a model; a thread that
+# waits by spinning holds its core, and beside a busy neighbour the one that is waited for does not get to run.
+# A setting of the user's own stays.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SET_FOR_TORCH: Final[dict[str, str]] = (
+    {} if "torch" in sys.modules or any(name in os.environ for name in _WAITING) else {"OMP_WAIT_POLICY": "PASSIVE"})
+os.environ.update(SET_FOR_TORCH)
 
 
 def __getattr__(name: str) -> Any:
