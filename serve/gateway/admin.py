@@ -57,7 +57,9 @@ def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Sta
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
         return JSONResponse(report())
 
-    return Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+    app = Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+    app.router.redirect_slashes = False  # it would send clients to the host that they named
+    return app
 
 
 def ordered(policy: Policy, order: dict[str, Any]) -> Policy:

@@ -18,10 +18,19 @@ class SideTasks:
     def __init__(self, note: Callable[[str], None] = lambda message: None) -> None:
         """Begin with no task."""
         self.tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.note = note
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the requests; it is cancelled when the gateway stops."""
+        """Run something beside the requests; it is cancelled when the gateway stops.
+
+        The admin endpoint's thread may ask for it, too: everything runs in the loop that asked first.
+        """
+        running = asyncio.get_running_loop()
+        self._loop = self._loop or running
+        if running is not self._loop:
+            self._loop.call_soon_threadsafe(self.spawn, work)
+            return
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._ended)
