@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +38,15 @@ FIRST = 300  # the first new id; base ids are characters
 class Characters:
     """A tokenizer whose ids are characters; slow if it is told to be."""
 
+    longest_token = 1
+
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
+        self.hf = self
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_batch(self, texts: Sequence[str], *, framed: bool) -> list[list[int]]:
         time.sleep(self._seconds)
-        return [1] * add_special_tokens + [ord(c) for c in text]
+        return [[1] * framed + [ord(c) for c in text] for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
@@ -56,7 +59,8 @@ def new_front(seconds: float = 0.0, **options: Any) -> BaseFront:
 
 
 def request(path: str, **document: Any) -> Request:
-    return Request(path, [], json.dumps(document).encode(), document, time.perf_counter())
+    body = json.dumps(document).encode()
+    return Request(path, [], body, parse(body, 128), time.perf_counter())
 
 
 def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Engines:
@@ -121,7 +125,7 @@ def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing(tmp_pat
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await Proxy(gateway)({"path": CHAT, "headers": []}, receive, send)
+        await Proxy(gateway)({"path": CHAT, "headers": [(b"content-type", b"application/json")]}, receive, send)
 
     asyncio.run(talk())
     assert sent[0]["status"] == 502
@@ -167,8 +171,8 @@ def test_all_log_probabilities_of_a_chat_are_all() -> None:
 @pytest.mark.parametrize(("path", "document", "message"), [
     (COMPLETIONS, {"prompt_logprob_token_ids": [[66], [FIRST]]}, "prompt_logprob_token_ids has the token id 300"),
     (COMPLETIONS, {"prompt_logprob_token_ids": 5.5}, "prompt_logprob_token_ids must be a list of token ids"),
-    (COMPLETIONS, {"prompt": "a\ud800b"}, "half of a surrogate pair at character 1"),
-    (COMPLETIONS, {"prompt": ["a", "\udfff"]}, "half of a surrogate pair at character 0"),
+    (COMPLETIONS, {"prompt": "a\ud800b"}, "the body is no JSON document"),
+    (COMPLETIONS, {"prompt": ["a", "\udfff"]}, "the body is no JSON document"),
     (COMPLETIONS, {"prompt": ["a", 5]}, "prompt must be a list of token ids, or text"),
     (CHAT, {"top_logprobs": "x"}, "top_logprobs is a JSON str, it must be a whole number"),
     (CHAT, {"top_logprobs": {"a": 1}, "logprobs": True}, "top_logprobs is a JSON dict"),
@@ -190,7 +194,7 @@ def test_what_cannot_be_done_is_refused_with_a_reason(path: str, document: dict[
 @pytest.mark.parametrize("model", [[], {}, 5, True])
 def test_a_model_that_is_no_name_is_refused(model: Any) -> None:
     with pytest.raises(Refusal, match=f"model is a JSON {type(model).__name__}, it must be a string") as caught:
-        parse(json.dumps({"model": model, "prompt": "a"}).encode())
+        parse(json.dumps({"model": model, "prompt": "a"}).encode(), 128)
     assert caught.value.status == 400
     assert plain_call(request(COMPLETIONS, prompt="a"), Arm(BASE, "", "m"), {"m": ""}).path == COMPLETIONS
 

@@ -159,8 +159,8 @@ def parse(body: bytes, max_prompts: int) -> Fields:
         num_prompts = fields.rows("prompt")
     except msgspec.ValidationError:
         raise Refusal(400, f"the body is a JSON {type(_first_value(body)).__name__}, it must be an object") from None
-    except (ValueError, RecursionError):
-        raise Refusal(400, "the body is no JSON document") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is no JSON document ({error})") from None
     _check_shape(body)
     if num_prompts > max_prompts:
         raise Refusal(400, f"the request has {num_prompts} prompts, the limit is {max_prompts}; send several requests")

@@ -219,7 +219,7 @@ def load_front(config: GatewayConfig) -> BaseFront:
         raise UsageError(f"the tokenizer of {config.base} has {base.first_new_id} ids, but the new tokens of {folder} "
                          f"begin at {manifest.first_new_id}; this is not its base")
     excludes = any(flag.replace("_", "-") == EXCLUDES_TOOLS for flag in config.vllm_flags)
-    return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)
+    return BaseFront(base, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)
 
 
 class Service:

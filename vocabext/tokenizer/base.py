@@ -148,6 +148,14 @@ class BaseTokenizer(_Encoder):
         holes = set(range(self.first_new_id)) - {*self.vocabulary.values(), *self.added.values()}
         return sorted(holes | set(self.scheme.barrier_ids.tolist()))
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry: a text of n characters has at least n / longest_token tokens.
+
+        An entry in the alphabet of bytes has a character for each byte, so it covers no more characters than it has.
+        """
+        return max(map(len, (*self.vocabulary, *self.added)), default=1)
+
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""
         return self.scheme.describe()
