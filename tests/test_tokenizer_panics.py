@@ -44,8 +44,8 @@ def expanded() -> Any:
     lambda: Encoder(hopeless(), 256).cut(HOPELESS),
 ], ids=["encode", "batch", "units", "places", "expanded", "serve", "cut"])
 def test_a_text_at_which_the_regex_engine_gives_up_is_named_in_one_line(encode: Callable[[], Any]) -> None:
-    with pytest.raises(TokenizerError, match=r"^the tokenizer gave up \(.*retry-limit.*\) at .*: 41 characters that begin "
-                                             r"with 'x+'; cut it into shorter texts, or leave it out$"):
+    with pytest.raises(TokenizerError, match=r"^the tokenizer gave up \(.*retry-limit.*\) at .*: 41 characters that "
+                                             r"begin with 'x+'; cut it into shorter texts, or leave it out$"):
         encode()
 
 
@@ -53,8 +53,8 @@ def test_mine_ends_with_one_line_at_such_a_text(tmp_path: Path) -> None:
     as_hf(hopeless()).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 256}))
     (tmp_path / "corpus.txt").write_text(f"a heart\n\n{HOPELESS}\n")
-    done = CliRunner().invoke(cli, ["mine", str(tmp_path / "corpus.txt"), "--model", str(tmp_path / "model"), "--budget",
-                                    "3", "-o", str(tmp_path / "out.jsonl")])
+    done = CliRunner().invoke(cli, ["mine", str(tmp_path / "corpus.txt"), "--model", str(tmp_path / "model"),
+                                    "--budget", "3", "-o", str(tmp_path / "out.jsonl")])
     assert done.exit_code == 1
     assert "the tokenizer gave up" in done.stderr
     assert "Traceback" not in done.stderr

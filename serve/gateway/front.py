@@ -152,8 +152,8 @@ class BaseFront:
             return rows, several
         longest, characters = self._tokenizer.longest_token, sum(map(len, rows))
         if context and (most := max(map(len, rows))) > context * longest:
-            raise Refusal(400, f"the prompt has {most} characters; the model's context is {context} tokens, and none has "
-                               f"more than {longest} characters")
+            raise Refusal(400, f"the prompt has {most} characters; the model's context is {context} tokens, and none "
+                               f"has more than {longest} characters")
         if characters <= LONG_CHARACTERS:
             return _encode(self._tokenizer, rows, special), several
         pool = self._long if characters <= HUGE_CHARACTERS else self._huge
@@ -228,7 +228,7 @@ class BaseFront:
         if not isinstance(ids, list) or not {*map(type, ids)} <= {int}:
             raise Refusal(400, f"{name} must be a list of token ids" + (", or text" if name == "prompt" else ""))
         end = self.expansion.first_new_id
-        if ids and not (0 <= min(ids) and max(ids) < end):
+        if ids and (min(ids) < 0 or max(ids) >= end):
             unknown = next(i for i in ids if not 0 <= i < end)
             raise Refusal(400, f"{name} has the token id {unknown}, the vocabulary has {end} ids")
 

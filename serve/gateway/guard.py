@@ -27,7 +27,7 @@ class Limits:
 
     Attributes:
         body_bytes: Longest body.
-        all_bodies_bytes: Bytes that the bodies of all requests may hold together, beyond the first `FREE_BYTES` of each.
+        all_bodies_bytes: Bytes that the bodies of all requests may hold together, beyond `FREE_BYTES` of each.
         header_bytes: Longest request line and headers together.
         prompts: Prompts that one request may have.
         in_flight: Requests that one arm may have at once; more are refused, not queued.
@@ -86,8 +86,8 @@ class Origins:
         elif "*" in self._allowed or origin.decode("latin-1") in self._allowed:
             await self._with_answers(scope, receive, send)
         else:
-            body = error_body(403, f"pages of {origin[:80].decode('latin-1')!r} may not use this gateway; start it with "
-                                   "--allow-origin to allow that")
+            body = error_body(403, f"pages of {origin[:80].decode('latin-1')!r} may not use this gateway; start it "
+                                   "with --allow-origin to allow that")
             await send({"type": "http.response.start", "status": 403, "headers": [
                 (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *CLOSE]})
             await send({"type": "http.response.body", "body": body})
@@ -117,8 +117,8 @@ class Bodies:
             nonlocal mine
             more = max(0, size - FREE_BYTES) - mine
             if more > 0 and self.held + more > self._limit:
-                raise Refusal(503, f"the bodies of all requests hold {self.held} bytes, the limit is {self._limit}; try "
-                                   "again in a moment", [(b"retry-after", b"1"), *CLOSE])
+                raise Refusal(503, f"the bodies of all requests hold {self.held} bytes, the limit is {self._limit}; "
+                                   "try again in a moment", [(b"retry-after", b"1"), *CLOSE])
             mine, self.held = mine + more, self.held + more
 
         try:
@@ -145,7 +145,8 @@ def check_type(headers: dict[bytes, bytes]) -> None:
     """
     given = headers.get(b"content-type", b"")
     if given.partition(b";")[0].strip().lower() != b"application/json":
-        raise Refusal(415, f"the content-type is {given[:80].decode('latin-1')!r}, it must be 'application/json'", CLOSE)
+        raise Refusal(415, f"the content-type is {given[:80].decode('latin-1')!r}, it must be 'application/json'",
+                      CLOSE)
 
 
 async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int, grow: Callable[[int], None]) -> bytes:

@@ -1,7 +1,6 @@
 """The API keys of clients, and the one that the engines get."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +90,7 @@ class Keys:
             return
         self._looked, fault = now, ""
         try:
-            found = os.stat(self._path)
+            found = self._path.stat()
             if (found.st_mtime_ns, found.st_size) != self._stamp:
                 self._names = self._read(self._path)
         except (OSError, UsageError) as error:

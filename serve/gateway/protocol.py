@@ -110,6 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
     _in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection if there is room."""
         super().connection_made(transport)
         if self.places.make_room(self.loop.time()):
             self._enter(HEAD)
@@ -117,11 +118,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self.end(503, f"there are {self.limits.connections} connections, the limit; try again in a moment")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
         self._enter("")
         self.places.move(self, UNREAD, "", 0.0)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Take bytes, up to the limit on headers."""
         self._part_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
@@ -131,6 +134,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._enter(self._phase_now())
 
     def on_message_begin(self) -> None:
+        """Begin a request, unless too many wait for their answers."""
         if len(self.pipeline) >= MAX_PIPELINED:
             raise httptools.HttpParserError("too many requests before the first answer")
         super().on_message_begin()
@@ -138,22 +142,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes, self._in_head = self._part_bytes, True
 
     def on_headers_complete(self) -> None:
+        """Wait for the body."""
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """Wait for the answer."""
         self._in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        """Wait for the next request."""
         super().on_response_complete()
         self._enter(self._phase_now())
 
     def pause_writing(self) -> None:
+        """Note since when the client does not read."""
         super().pause_writing()
         self.places.move(self, "", UNREAD, self.loop.time())
 
     def resume_writing(self) -> None:
+        """Note that the client reads."""
         super().resume_writing()
         self.places.move(self, UNREAD, "", 0.0)
 
@@ -239,8 +248,8 @@ def fitting(limits: Limits, note: Callable[[str], None]) -> Limits:
         return limits
     room = (soft - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH
     if room < 1:
-        raise UsageError(f"this process may open {soft} files, a gateway needs {RESERVED_DESCRIPTORS + DESCRIPTORS_EACH} "
-                         "or more; raise the limit (ulimit -n)")
+        raise UsageError(f"this process may open {soft} files, a gateway needs "
+                         f"{RESERVED_DESCRIPTORS + DESCRIPTORS_EACH} or more; raise the limit (ulimit -n)")
     note(f"this process may open {soft} files, so clients may have {room} connections, not {limits.connections}; "
          f"raise the limit (ulimit -n {wanted}) for more")
     return replace(limits, connections=room)

@@ -156,8 +156,8 @@ def check_exposed(config: GatewayConfig, keys: Keys) -> None:
     except ValueError:
         local = False
     if not local and not keys.are_asked_for:
-        raise UsageError(f"{config.host} can be reached from other machines, and no key is asked for; set VOCABEXT_API_KEY "
-                         "or give --api-key-file, or listen on 127.0.0.1")
+        raise UsageError(f"{config.host} can be reached from other machines, and no key is asked for; set "
+                         "VOCABEXT_API_KEY or give --api-key-file, or listen on 127.0.0.1")
 
 
 def check_verified(config: GatewayConfig) -> None:
@@ -288,7 +288,7 @@ class Service:
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
         self._on_ready({
             "url": f"http://{host}:{public[1]}/v1", "model": gateway.engines.model, "admin_url": self._state.admin_url,
-            **{"metrics_url": f"http://{host}:{port[1]}/metrics" for port in more},
+            **({"metrics_url": f"http://{host}:{more[0][1]}/metrics"} if more else {}),
             "state": str(self._state.path), "policy": self._state.policy.describe(),
             "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.engines.arms.items()},
             "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
@@ -337,6 +337,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of each connection: else the system keeps up to 4 MiB for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**18)
         try:
             listener.bind((host, port))
         except OSError as error:

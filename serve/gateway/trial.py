@@ -1,6 +1,7 @@
 """The policy in force, and what the canary makes of the answers under it.
 
-The main loop and the admin endpoint's thread both use it, so whatever changes it holds its lock. Every change of the policy begins a trial. It ends with the next change: the operator's, or a rollback of the canary's.
+The main loop and the admin endpoint's thread both use it, so whatever changes it holds its lock.
+Every change of the policy begins a trial. It ends with the next change: the operator's, or a rollback of the canary's.
 """
 
 import asyncio

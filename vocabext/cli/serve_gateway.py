@@ -73,8 +73,7 @@ def _require_extra() -> None:
 @click.option("--max-body-bytes", "body_bytes", type=click.IntRange(min=1), default=2**20, show_default=True,
               help="Longest request body.")
 @click.option("--max-all-bodies-bytes", "all_bodies_bytes", type=click.IntRange(min=1), default=128 * 2**20,
-              show_default=True, help="Bytes that all bodies in memory may hold beyond the first 64 KiB of each; more get "
-                                      "status 503.")
+              show_default=True, help="Bytes that all bodies may hold beyond the first 64 KiB of each; more get 503.")
 @click.option("--max-prompts", "prompts", type=click.IntRange(min=1), default=128, show_default=True,
               help="Prompts that one request may have.")
 @click.option("--max-connections", "connections", type=click.IntRange(min=1), default=1024, show_default=True,
