@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from click.testing import CliRunner
 from tiny_expanded import expanded_pair
 
 from vocabext.cli.main import cli
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.app import Gateway, Proxy
 from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
 from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
 from vocabext.serve.gateway.engines import Engines
-from vocabext.serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
+from vocabext.serve.gateway.front import ARM_ARGUMENT, HUGE_CHARACTERS, LONG_CHARACTERS, WORKERS, BaseFront
 from vocabext.serve.gateway.health import AWAY, Health, ban_fault
 from vocabext.serve.gateway.load import Loads
 from vocabext.serve.gateway.metrics import Metrics
@@ -258,6 +259,70 @@ def test_a_prompt_beyond_the_context_does_not_reach_the_engine() -> None:
         with pytest.raises(Refusal, match="the prompt has 11 tokens, and the model's context is 10"):
             call(COMPLETIONS, front=front, prompt=prompt)
     call(COMPLETIONS, front=front, prompt="a" * 10, truncate_prompt_tokens=5)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    front = new_front()
+    front.context = 10
+    tokenizer: Any = front._tokenizer
+    tokenizer.longest_token = 3
+    call(COMPLETIONS, front=front, prompt="a" * 9)
+    tokenizer.encode_batch = None
+    for prompt in ("a" * 31, ["a", "a" * 31]):
+        with pytest.raises(Refusal, match="the prompt has 31 characters; the model's context is 10 tokens, and none "
+                                          "has more than 3 characters") as caught:
+            call(COMPLETIONS, front=front, prompt=prompt)
+        assert caught.value.status == 400
+
+
+def test_a_huge_prompt_does_not_hold_up_a_long_one() -> None:
+    front, entered, leave = new_front(), threading.Semaphore(0), threading.Event()
+    tokenizer: Any = front._tokenizer
+    encode_batch = tokenizer.encode_batch
+
+    def slow(texts: Sequence[str], *, framed: bool) -> list[list[int]]:
+        if len(texts[0]) > HUGE_CHARACTERS:
+            entered.release()
+            leave.wait(10)
+        return list(encode_batch(texts, framed=framed))
+
+    tokenizer.encode_batch = slow
+    engines = between(front, tokenize)
+
+    async def ask(characters: int) -> Call:
+        return await engines.call_for(request(COMPLETIONS, prompt="a" * characters), engines.arms[BASE])
+
+    async def both() -> None:
+        huge = [asyncio.ensure_future(ask(HUGE_CHARACTERS + 1)) for _ in range(3 * WORKERS)]
+        await asyncio.to_thread(lambda: [entered.acquire() for _ in range(WORKERS)])
+        assert len(json.loads((await ask(LONG_CHARACTERS + 1)).body)["prompt"]) == LONG_CHARACTERS + 2
+        assert not any(one.done() for one in huge)
+        leave.set()
+        await asyncio.gather(*huge)
+
+    asyncio.run(both())
+
+
+def test_a_prompt_at_which_the_tokenizer_gives_up_is_refused() -> None:
+    front = new_front()
+    tokenizer: Any = front._tokenizer
+
+    def give_up(texts: Sequence[str], *, framed: bool) -> list[list[int]]:
+        raise TokenizerError("the tokenizer gave up (over) at a text: 41 characters")
+
+    tokenizer.encode_batch = give_up
+    for length in (5, LONG_CHARACTERS + 1):
+        with pytest.raises(Refusal, match="the tokenizer gave up") as caught:
+            call(COMPLETIONS, front=front, prompt="a" * length)
+        assert caught.value.status == 400
+
+
+def test_ids_are_checked_before_they_reach_the_engine() -> None:
+    for prompt, found in (([5, FIRST], FIRST), ([[5], [-1]], -1)):
+        with pytest.raises(Refusal, match=f"prompt has the token id {found}, the vocabulary has {FIRST} ids"):
+            call(COMPLETIONS, prompt=prompt)
+    with pytest.raises(Refusal, match="prompt must be a list of token ids"):
+        call(COMPLETIONS, prompt=[5, True])
 
 
 class Engine:

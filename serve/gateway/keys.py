@@ -93,7 +93,9 @@ class Keys:
             found = self._path.stat()
             if (found.st_mtime_ns, found.st_size) != self._stamp:
                 self._names = self._read(self._path)
-        except (OSError, UsageError) as error:
+        except OSError as error:
+            fault = f"the keys in {self._path} cannot be read ({error.strerror}); the keys stay as they were"
+        except UsageError as error:
             fault = f"{error}; the keys stay as they were"
         if fault and fault != self._fault:
             self._note(fault)
