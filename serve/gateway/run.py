@@ -294,7 +294,7 @@ class Service:
             "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
         try:
             with BesideThread(beside):
-                await server.serve(sockets=self._listeners[:1])
+                await server.serve(sockets=[self._listeners[0]])
         finally:
             for number, handler in handlers.items():
                 loop.remove_signal_handler(number)  # leaves the default in place, not what was there before
