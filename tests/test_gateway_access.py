@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,29 @@ def test_what_is_for_this_hop_does_not_reach_the_engine_nor_the_client(tmp_path:
     assert not {*hop} - {"x-request-id"} & {*rig.engine.headers}
     assert answer.headers["x-kept"] == "1"
     assert not {"x-hop", "set-cookie", "access-control-allow-origin"} & {*answer.headers}
+
+
+def test_a_rollback_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, written = Rig(tmp_path), threading.Event()
+    trial = rig.gateway.trial
+    trial.set_policy(Policy(100), by="operator")
+    write = State._write
+    monkeypatch.setattr(State, "_write", lambda *arguments: written.wait(20) and write(*arguments))
+    rig.app = admin_application(trial, rig.gateway.status)
+
+    async def order() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(rig.app), base_url="http://admin") as client:
+            token = {"x-vocabext-token": trial.state.token}
+            answer = await client.post("/swap", json={"rollback": True}, headers=token)
+        assert not written.is_set()
+        written.set()
+        return answer.json()
+
+    answer = asyncio.run(order())
+    assert answer["expanded_percent"] == 0
+    assert answer["unsaved"].endswith("is being written, and the disk is slow")
+    assert trial.state.unsaved == ""
+    assert json.loads((tmp_path / "state.json").read_text())["policy"]["expanded_percent"] == 0
 
 
 def test_nobody_is_sent_to_a_host_that_a_client_names(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The admin endpoint: status, swap, rollback. A server of its own, on loopback, that wants the state file's token."""
 
+import asyncio
 import hmac
 import json
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from vocabext.serve.gateway.state import State
 from vocabext.serve.gateway.trial import Trial
 
 TOKEN_HEADER = "x-vocabext-token"
+DISK_SECONDS = 0.5
 
 
 def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Starlette:
@@ -48,7 +50,8 @@ def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Sta
             order = json.loads(await request.body())
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
-                trial.roll_back(by="operator", reason=reason)
+                pending = await roll_back(trial, reason)
+                return JSONResponse({**report(), **({"unsaved": pending} if pending else {})})
             else:
                 trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
@@ -60,6 +63,20 @@ def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Sta
     app = Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
     app.router.redirect_slashes = False  # it would send clients to the host that they named
     return app
+
+
+async def roll_back(trial: Trial, reason: str) -> str:
+    """Roll back; wait for the disk a moment, and no longer: the rollback is in force before it is written.
+
+    Returns:
+        Why it is not known yet whether it is saved; empty if it is known.
+    """
+    task = asyncio.ensure_future(asyncio.to_thread(trial.roll_back, by="operator", reason=reason))
+    done, _ = await asyncio.wait({task}, timeout=DISK_SECONDS)
+    if done:
+        task.result()
+        return ""
+    return f"{trial.state.path} is being written, and the disk is slow"
 
 
 def ordered(policy: Policy, order: dict[str, Any]) -> Policy:

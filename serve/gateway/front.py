@@ -148,7 +148,8 @@ class BaseFront:
         rows = prompt if several else [prompt]
         if not all(isinstance(row, str) for row in rows):
             for row in rows:
-                self._check_ids(row, "prompt")
+                if not (context and isinstance(row, list) and len(row) > context):  # the caller refuses it for that
+                    self._check_ids(row, "prompt")
             return rows, several
         longest, characters = self._tokenizer.longest_token, sum(map(len, rows))
         if context and (most := max(map(len, rows))) > context * longest:

@@ -26,9 +26,12 @@ class SideTasks:
 
         The admin endpoint's thread may ask for it, too: everything runs in the loop that asked first.
         """
-        running = asyncio.get_running_loop()
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
         self._loop = self._loop or running
-        if running is not self._loop:
+        if self._loop is not None and running is not self._loop:
             self._loop.call_soon_threadsafe(self.spawn, work)
             return
         task = asyncio.create_task(work)
