@@ -222,6 +222,15 @@ def test_a_rollback_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: p
     assert json.loads((tmp_path / "state.json").read_text())["policy"]["expanded_percent"] == 0
 
 
+def test_an_order_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.app = admin_application(rig.gateway.trial, rig.gateway.status)
+    token = {"x-vocabext-token": rig.gateway.trial.state.token}
+    answer = rig.ask(path="/swap", content=b" " * 70_000, headers=token)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["message"] == "the body has 70000 bytes, the limit is 65536"
+
+
 def test_nobody_is_sent_to_a_host_that_a_client_names(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     for app in (rig.app, admin_application(rig.gateway.trial, rig.gateway.status)):

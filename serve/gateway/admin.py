@@ -14,13 +14,16 @@ from starlette.routing import Route
 
 from vocabext.errors import ServerError, UsageError
 from vocabext.serve.engine import ask_local
+from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.arms import ARMS, EXPANDED
+from vocabext.serve.gateway.guard import read_body
 from vocabext.serve.gateway.policy import Policy
 from vocabext.serve.gateway.state import State
 from vocabext.serve.gateway.trial import Trial
 
 TOKEN_HEADER = "x-vocabext-token"
 DISK_SECONDS = 0.5
+ORDER_BYTES = 2**16
 
 
 def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Starlette:
@@ -47,13 +50,15 @@ def admin_application(trial: Trial, health: Callable[[], dict[str, Any]]) -> Sta
         if not allowed(request):
             return _no("the token is missing or wrong", 401)
         try:
-            order = json.loads(await request.body())
+            body = await read_body(request.receive, dict(request.headers.raw), ORDER_BYTES, lambda _: None)
+            order = json.loads(body)
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
                 pending = await roll_back(trial, reason)
                 return JSONResponse({**report(), **({"unsaved": pending} if pending else {})})
-            else:
-                trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
+            trial.set_policy(ordered(trial.policy, order), by="operator", reason=reason)
+        except Refusal as refusal:
+            return _no(refusal.message, refusal.status)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
         except OSError as error:
