@@ -76,6 +76,7 @@ async def roll_back(trial: Trial, reason: str) -> str:
     Returns:
         Why it is not known yet whether it is saved; empty if it is known.
     """
+    trial.side_tasks.attach()
     task = asyncio.ensure_future(asyncio.to_thread(trial.roll_back, by="operator", reason=reason))
     done, _ = await asyncio.wait({task}, timeout=DISK_SECONDS)
     if done:
