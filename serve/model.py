@@ -14,7 +14,7 @@ from vocabext.checkpoint.served import difference
 from vocabext.checkpoint.verdicts import VERIFY_NAME, verified_files
 from vocabext.errors import CheckpointError
 from vocabext.files.atomic import read_object
-from vocabext.tokenizer import load_hf_tokenizer
+from vocabext.tokenizer import encode_with_places, encoding, load_hf_tokenizer
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 OTHER_CACHES = ("kv_lora_rank", "ssm_cfg", "mamba_d_state")
@@ -38,11 +38,12 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of many texts, encoded on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with encoding(texts):
+            return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def cut(self, text: str) -> list[tuple[str, int]]:
         """Cut a text where its tokens end.
@@ -51,10 +52,10 @@ class Encoder:
             (text, token id) pairs. The texts put together are the text. A token that is only some of a
             character's bytes joins the token that completes the character.
         """
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        cut = encode_with_places(self.backend, [text])[0]
         parts: list[tuple[str, int]] = []
         position = 0
-        for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        for token_id, (_, end) in zip(cut.ids, cut.offsets, strict=True):
             if end > position:
                 parts.append((text[position:end], int(token_id)))
                 position = end

@@ -151,7 +151,8 @@ def test_models_health_tokenize_metrics(running: Running, client: httpx.Client) 
 def test_bad_requests_are_refused_in_json(
     client: httpx.Client, send: dict[str, Any], status: int, message: str
 ) -> None:
-    answer = client.post("/v1/completions", **send)
+    headers = {"content-type": "application/json", **send.get("headers", {})}
+    answer = client.post("/v1/completions", **{**send, "headers": headers})
     assert answer.status_code == status
     error = answer.json()["error"]
     assert message in error["message"]

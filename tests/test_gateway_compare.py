@@ -107,7 +107,7 @@ class Rig:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {"path": "/v1/completions", "headers": headers or []}
+        scope = {"path": "/v1/completions", "headers": [(b"content-type", b"application/json"), *(headers or [])]}
         await Proxy(self.gateway)(scope, receive, send)
         return (sent[0]["status"], b"".join(m["body"] for m in sent[1:])) if sent else (0, b"")
 

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,13 @@ from click.testing import CliRunner
 from tiny_expanded import expanded_pair
 
 from vocabext.cli.main import cli
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.app import Gateway, Proxy
 from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
 from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, Call, Request, parse, plain_call
 from vocabext.serve.gateway.engines import Engines
-from vocabext.serve.gateway.front import ARM_ARGUMENT, LONG_CHARACTERS, BaseFront
+from vocabext.serve.gateway.front import ARM_ARGUMENT, HUGE_CHARACTERS, LONG_CHARACTERS, WORKERS, BaseFront
 from vocabext.serve.gateway.health import AWAY, Health, ban_fault
 from vocabext.serve.gateway.load import Loads
 from vocabext.serve.gateway.metrics import Metrics
@@ -38,12 +39,15 @@ FIRST = 300  # the first new id; base ids are characters
 class Characters:
     """A tokenizer whose ids are characters; slow if it is told to be."""
 
+    longest_token = 1
+
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
+        self.hf = self
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode_batch(self, texts: Sequence[str], *, framed: bool) -> list[list[int]]:
         time.sleep(self._seconds)
-        return [1] * add_special_tokens + [ord(c) for c in text]
+        return [[1] * framed + [ord(c) for c in text] for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
@@ -56,7 +60,8 @@ def new_front(seconds: float = 0.0, **options: Any) -> BaseFront:
 
 
 def request(path: str, **document: Any) -> Request:
-    return Request(path, [], json.dumps(document).encode(), document, time.perf_counter())
+    body = json.dumps(document).encode()
+    return Request(path, [], body, parse(body, 128), time.perf_counter())
 
 
 def between(front: Any, engine: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Engines:
@@ -121,7 +126,7 @@ def test_an_engine_that_fails_while_a_chat_is_rendered_counts_as_failing(tmp_pat
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await Proxy(gateway)({"path": CHAT, "headers": []}, receive, send)
+        await Proxy(gateway)({"path": CHAT, "headers": [(b"content-type", b"application/json")]}, receive, send)
 
     asyncio.run(talk())
     assert sent[0]["status"] == 502
@@ -167,8 +172,8 @@ def test_all_log_probabilities_of_a_chat_are_all() -> None:
 @pytest.mark.parametrize(("path", "document", "message"), [
     (COMPLETIONS, {"prompt_logprob_token_ids": [[66], [FIRST]]}, "prompt_logprob_token_ids has the token id 300"),
     (COMPLETIONS, {"prompt_logprob_token_ids": 5.5}, "prompt_logprob_token_ids must be a list of token ids"),
-    (COMPLETIONS, {"prompt": "a\ud800b"}, "half of a surrogate pair at character 1"),
-    (COMPLETIONS, {"prompt": ["a", "\udfff"]}, "half of a surrogate pair at character 0"),
+    (COMPLETIONS, {"prompt": "a\ud800b"}, "the body is no JSON document"),
+    (COMPLETIONS, {"prompt": ["a", "\udfff"]}, "the body is no JSON document"),
     (COMPLETIONS, {"prompt": ["a", 5]}, "prompt must be a list of token ids, or text"),
     (CHAT, {"top_logprobs": "x"}, "top_logprobs is a JSON str, it must be a whole number"),
     (CHAT, {"top_logprobs": {"a": 1}, "logprobs": True}, "top_logprobs is a JSON dict"),
@@ -190,7 +195,7 @@ def test_what_cannot_be_done_is_refused_with_a_reason(path: str, document: dict[
 @pytest.mark.parametrize("model", [[], {}, 5, True])
 def test_a_model_that_is_no_name_is_refused(model: Any) -> None:
     with pytest.raises(Refusal, match=f"model is a JSON {type(model).__name__}, it must be a string") as caught:
-        parse(json.dumps({"model": model, "prompt": "a"}).encode())
+        parse(json.dumps({"model": model, "prompt": "a"}).encode(), 128)
     assert caught.value.status == 400
     assert plain_call(request(COMPLETIONS, prompt="a"), Arm(BASE, "", "m"), {"m": ""}).path == COMPLETIONS
 
@@ -254,6 +259,70 @@ def test_a_prompt_beyond_the_context_does_not_reach_the_engine() -> None:
         with pytest.raises(Refusal, match="the prompt has 11 tokens, and the model's context is 10"):
             call(COMPLETIONS, front=front, prompt=prompt)
     call(COMPLETIONS, front=front, prompt="a" * 10, truncate_prompt_tokens=5)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    front = new_front()
+    front.context = 10
+    tokenizer: Any = front._tokenizer
+    tokenizer.longest_token = 3
+    call(COMPLETIONS, front=front, prompt="a" * 9)
+    tokenizer.encode_batch = None
+    for prompt in ("a" * 31, ["a", "a" * 31]):
+        with pytest.raises(Refusal, match="the prompt has 31 characters; the model's context is 10 tokens, and none "
+                                          "has more than 3 characters") as caught:
+            call(COMPLETIONS, front=front, prompt=prompt)
+        assert caught.value.status == 400
+
+
+def test_a_huge_prompt_does_not_hold_up_a_long_one() -> None:
+    front, entered, leave = new_front(), threading.Semaphore(0), threading.Event()
+    tokenizer: Any = front._tokenizer
+    encode_batch = tokenizer.encode_batch
+
+    def slow(texts: Sequence[str], *, framed: bool) -> list[list[int]]:
+        if len(texts[0]) > HUGE_CHARACTERS:
+            entered.release()
+            leave.wait(10)
+        return list(encode_batch(texts, framed=framed))
+
+    tokenizer.encode_batch = slow
+    engines = between(front, tokenize)
+
+    async def ask(characters: int) -> Call:
+        return await engines.call_for(request(COMPLETIONS, prompt="a" * characters), engines.arms[BASE])
+
+    async def both() -> None:
+        huge = [asyncio.ensure_future(ask(HUGE_CHARACTERS + 1)) for _ in range(3 * WORKERS)]
+        await asyncio.to_thread(lambda: [entered.acquire() for _ in range(WORKERS)])
+        assert len(json.loads((await ask(LONG_CHARACTERS + 1)).body)["prompt"]) == LONG_CHARACTERS + 2
+        assert not any(one.done() for one in huge)
+        leave.set()
+        await asyncio.gather(*huge)
+
+    asyncio.run(both())
+
+
+def test_a_prompt_at_which_the_tokenizer_gives_up_is_refused() -> None:
+    front = new_front()
+    tokenizer: Any = front._tokenizer
+
+    def give_up(texts: Sequence[str], *, framed: bool) -> list[list[int]]:
+        raise TokenizerError("the tokenizer gave up (over) at a text: 41 characters")
+
+    tokenizer.encode_batch = give_up
+    for length in (5, LONG_CHARACTERS + 1):
+        with pytest.raises(Refusal, match="the tokenizer gave up") as caught:
+            call(COMPLETIONS, front=front, prompt="a" * length)
+        assert caught.value.status == 400
+
+
+def test_ids_are_checked_before_they_reach_the_engine() -> None:
+    for prompt, found in (([5, FIRST], FIRST), ([[5], [-1]], -1)):
+        with pytest.raises(Refusal, match=f"prompt has the token id {found}, the vocabulary has {FIRST} ids"):
+            call(COMPLETIONS, prompt=prompt)
+    with pytest.raises(Refusal, match="prompt must be a list of token ids"):
+        call(COMPLETIONS, prompt=[5, True])
 
 
 class Engine:

@@ -283,7 +283,7 @@ def _cut(before: "BaseTokenizer", after: "ExpandedTokenizer", text: str) -> Cut:
 def _parts(tokenizer: "BaseTokenizer | ExpandedTokenizer", text: str) -> tuple[str, ...]:
     """Return the part of the text that each token covers; empty for a token of bytes inside a character."""
     parts, position = [], 0
-    offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets
+    offsets = tokenizer.encode_with_places([text])[0].offsets
     for number, (_, end) in enumerate(offsets):
         stop = len(text) if number == len(offsets) - 1 else max(position, end)
         parts.append(text[position:stop])

@@ -14,12 +14,16 @@ from starlette.routing import Route
 
 from vocabext.errors import CheckpointError, ServerError, UsageError
 from vocabext.serve.engine import ask_local
+from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.arms import ARMS, EXPANDED
+from vocabext.serve.gateway.guard import read_body
 from vocabext.serve.gateway.policy import Policy
 from vocabext.serve.gateway.state import State
 from vocabext.serve.gateway.trial import Trial
 
 TOKEN_HEADER = "x-vocabext-token"
+DISK_SECONDS = 0.5
+ORDER_BYTES = 2**16
 
 
 def admin_application(
@@ -50,17 +54,20 @@ def admin_application(
         if not allowed(request):
             return _no("the token is missing or wrong", 401)
         try:
-            order = json.loads(await request.body())
+            body = await read_body(request.receive, dict(request.headers.raw), ORDER_BYTES, lambda _: None)
+            order = json.loads(body)
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
-                trial.roll_back(by="operator", reason=reason)
-            else:
-                policy, serial = ordered(trial.policy, order), state.serial
-                if policy.expanded_percent > trial.policy.expanded_percent:
-                    await asyncio.to_thread(check_folders)
-                if state.serial != serial:  # a rollback that came meanwhile stays in force
-                    return _no("the policy changed while the folders were checked; swap again", 409)
-                trial.set_policy(policy, by="operator", reason=reason)
+                pending = await roll_back(trial, reason)
+                return JSONResponse({**report(), **({"unsaved": pending} if pending else {})})
+            policy, serial = ordered(trial.policy, order), state.serial
+            if policy.expanded_percent > trial.policy.expanded_percent:
+                await asyncio.to_thread(check_folders)
+            if state.serial != serial:  # a rollback that came meanwhile stays in force
+                return _no("the policy changed while the folders were checked; swap again", 409)
+            trial.set_policy(policy, by="operator", reason=reason)
+        except Refusal as refusal:
+            return _no(refusal.message, refusal.status)
         except (UsageError, ValueError, TypeError, AttributeError) as error:
             return _no(str(error), 400)
         except CheckpointError as error:
@@ -69,7 +76,24 @@ def admin_application(
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
         return JSONResponse(report())
 
-    return Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+    app = Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+    app.router.redirect_slashes = False  # it would send clients to the host that they named
+    return app
+
+
+async def roll_back(trial: Trial, reason: str) -> str:
+    """Roll back; wait for the disk a moment, and no longer: the rollback is in force before it is written.
+
+    Returns:
+        Why it is not known yet whether it is saved; empty if it is known.
+    """
+    trial.side_tasks.attach()
+    task = asyncio.ensure_future(asyncio.to_thread(trial.roll_back, by="operator", reason=reason))
+    done, _ = await asyncio.wait({task}, timeout=DISK_SECONDS)
+    if done:
+        task.result()
+        return ""
+    return f"{trial.state.path} is being written, and the disk is slow"
 
 
 def ordered(policy: Policy, order: dict[str, Any]) -> Policy:

@@ -4,8 +4,9 @@ import json
 
 Headers = list[tuple[bytes, bytes]]
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         405: "invalid_request_error", 413: "invalid_request_error", 431: "invalid_request_error",
-         429: "rate_limit_error", 502: "upstream_error", 503: "overloaded_error", 504: "timeout_error"}
+         405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 431: "invalid_request_error", 429: "rate_limit_error", 502: "upstream_error",
+         503: "overloaded_error", 504: "timeout_error"}
 
 
 class Refusal(Exception):  # noqa: N818 (an answer, not a fault of ours)

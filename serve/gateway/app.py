@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,18 @@ from vocabext.serve.gateway.answers import Headers, Refusal, error_body
 from vocabext.serve.gateway.arms import BASE, Arm, other
 from vocabext.serve.gateway.calls import ARM_HEADER, CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Request, parse
 from vocabext.serve.gateway.engines import Engines
-from vocabext.serve.gateway.guard import Limits, Receive, Scope, Send, check_headers, check_key, read_body
+from vocabext.serve.gateway.guard import (
+    Bodies,
+    Limits,
+    Origins,
+    Receive,
+    Scope,
+    Send,
+    check_headers,
+    check_type,
+    read_body,
+)
+from vocabext.serve.gateway.keys import Keys
 from vocabext.serve.gateway.load import Loads, Mark
 from vocabext.serve.gateway.metrics import Metrics
 from vocabext.serve.gateway.observe import Observation, failure
@@ -52,8 +63,9 @@ class Gateway:
         side_tasks: What runs beside the requests.
         limits: What is accepted.
         recorder: Writes requests down; None, unless it was asked for.
-        api_key: What clients have to know; None for nothing.
+        keys: What clients have to know.
         allow_pin: Whether a header may choose the arm.
+        bodies: The bytes of bodies in memory.
     """
 
     engines: Engines
@@ -63,8 +75,12 @@ class Gateway:
     side_tasks: SideTasks
     limits: Limits = field(default_factory=Limits)
     recorder: Recorder | None = None
-    api_key: str | None = None
+    keys: Keys = field(default_factory=lambda: Keys(None, None))
     allow_pin: bool = True
+
+    def __post_init__(self) -> None:
+        """Make what the limits say."""
+        self.bodies = Bodies(self.limits.all_bodies_bytes)
 
     def measured(self, seen: Observation, since: Mark) -> Observation:
         """Say of an answer what only a look at both arms can tell.
@@ -115,22 +131,31 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        with self._gateway.bodies.share() as grow:
+            await self._exchange(scope, receive, send, grow)
+
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send, grow: Callable[[int], None]) -> None:
         gateway, started, arm, status = self._gateway, time.perf_counter(), None, 499
         exchange, outbox = None, Outbox(send)
         headers: Headers = []
         try:
-            request = await self._accept(scope, receive, started)
+            request = await self._accept(scope, receive, started, grow)
             choice = gateway.trial.policy.choose(pin=request.pin() if gateway.allow_pin else None,
                                                  user=request.user())
             arm, exchange = choice.arm, Exchange(request, choice)
             headers = [(ARM_HEADER, arm.encode())]
-            with gateway.loads.slot(arm) as since:
-                finished = await _unless_gone(receive, self._answer(exchange, since, outbox))
+            with gateway.loads.slot(arm, request.key) as since:
+                left = gateway.limits.total_seconds - (time.perf_counter() - started)
+                finished = await _unless_gone(receive, self._answer(exchange, since, outbox), left)
             if finished is None:
                 gateway.metrics.gone.labels(arm).inc()
                 self._given_up(exchange)
             else:
                 status = finished
+        except _OverdueError:
+            status = 504
+            await outbox.fail(status, f"the answer was not complete after {gateway.limits.total_seconds:g} seconds",
+                              headers)
         except Refusal as refusal:
             status = refusal.status
             gateway.metrics.refused.labels(str(status)).inc()
@@ -146,12 +171,17 @@ class Proxy:
             if arm is not None:
                 gateway.metrics.seconds.labels(arm).observe(time.perf_counter() - started)
 
-    async def _accept(self, scope: Scope, receive: Receive, started: float) -> Request:
+    async def _accept(
+        self, scope: Scope, receive: Receive, started: float, grow: Callable[[int], None]
+    ) -> Request:
         gateway, headers = self._gateway, list(scope["headers"])
-        check_headers([(b"", scope.get("raw_path") or b""), *headers], gateway.limits.header_bytes)
-        check_key(dict(headers), gateway.api_key)
-        body = await read_body(receive, dict(headers), gateway.limits.body_bytes)
-        return Request(scope["path"], headers, body, parse(body), started)
+        limits, by_name = gateway.limits, dict(headers)
+        check_headers([(b"", scope.get("raw_path") or b""), *headers], limits.header_bytes)
+        key = gateway.keys.check(by_name)
+        check_type(by_name)
+        body = await read_body(receive, by_name, limits.body_bytes, grow)
+        return Request(scope["path"], headers, body, parse(body, limits.prompts), started,
+                       gateway.keys.toward_engine(forwarded(headers)), key if gateway.keys.are_several else "")
 
     async def _answer(self, exchange: Exchange, since: Mark, send: Send) -> int:
         """Answer from the chosen arm, and let the other one answer too if it is to be compared."""
@@ -230,27 +260,36 @@ class Proxy:
             mirrored = failure(arm.name, exchange.left_after)  # the same client would have left this arm, too
         gateway.trial.compare(*([mirrored] if exchange.choice.why == "share" else [original, mirrored]))
         if request.is_greedy:
-            gateway.trial.canary.compare(original, mirrored)
+            gateway.trial.compare_pair(original, mirrored)
         of_base = original if original.arm == BASE else mirrored
         if of_base.counted and (loss := await reading_loss(engines, gateway.loads, request, of_base.text)) is not None:
-            gateway.trial.canary.read(loss)
+            gateway.trial.read(loss)
         gateway.trial.judge()
+
+
+class _OverdueError(Exception):
+    """A request took longer than `Limits.total_seconds`."""
 
 
 async def _nowhere(message: Any) -> None:
     """Take a message of an answer that nobody sees."""
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, int]) -> int | None:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, int], seconds: float) -> int | None:
     """Do some work unless the client goes away; then cancel it, which closes the engine's connection.
 
     Returns:
         The status that was sent, None if the client went away.
+
+    Raises:
+        _OverdueError: If it took longer than so many seconds.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise _OverdueError
         return await task if task.done() else None
     finally:
         watch.cancel()
@@ -265,19 +304,29 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def application(gateway: Gateway) -> Starlette:
-    """Return the application that clients talk to."""
+def application(gateway: Gateway, allowed_origins: Sequence[str] = ()) -> Origins:
+    """Return the application that clients talk to.
+
+    Args:
+        gateway: Answers.
+        allowed_origins: Whose pages may talk to it.
+    """
     proxy = Proxy(gateway)
 
     async def models(request: HttpRequest) -> Response:
-        return await _with_errors(_models(gateway, request))
+        return await _models(gateway, request)
 
-    async def health(_: HttpRequest) -> Response:
+    async def health(request: HttpRequest) -> Response:
         document = gateway.status()
-        return JSONResponse(document, 200 if document["status"] == "ok" else 503)
+        status = 200 if document["status"] == "ok" else 503
+        with contextlib.suppress(Refusal):
+            gateway.keys.check(dict(request.headers.raw))
+            return JSONResponse(document, status)
+        return JSONResponse({"status": document["status"]}, status)
 
-    async def metrics(_: HttpRequest) -> Response:
-        return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: HttpRequest) -> Response:
+        gateway.keys.check(dict(request.headers.raw))
+        return _metrics_page(gateway.metrics)
 
     async def nothing(_: HttpRequest, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -288,25 +337,39 @@ def application(gateway: Gateway) -> Starlette:
     routes = [Route(path, proxy, methods=["POST"]) for path in (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE)]
     routes += [Route("/v1/models", models), Route("/health", health), Route("/metrics", metrics)]
     paths = [route.path for route in routes]
-    return Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing})
+    app = Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing, Refusal: _refused})
+    app.router.redirect_slashes = False  # it would send clients to the host that they named
+    return Origins(app, allowed_origins)
 
 
-async def _with_errors(work: Coroutine[Any, Any, Response]) -> Response:
-    try:
-        return await work
-    except Refusal as refusal:
-        headers = {name.decode(): value.decode() for name, value in refusal.headers}
-        return Response(error_body(refusal.status, refusal.message), refusal.status, headers, "application/json")
+def metrics_application(metrics: Metrics) -> Starlette:
+    """Return the application of a port for metrics alone, which asks for no key."""
+
+    async def page(_: HttpRequest) -> Response:
+        return _metrics_page(metrics)
+
+    return Starlette(routes=[Route("/metrics", page)])
+
+
+def _metrics_page(metrics: Metrics) -> Response:
+    return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _refused(_: HttpRequest, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)
+    headers = {name.decode(): value.decode() for name, value in refusal.headers}
+    return Response(error_body(refusal.status, refusal.message), refusal.status, headers, "application/json")
 
 
 async def _models(gateway: Gateway, request: HttpRequest) -> Response:
     """List the models of the arm that answers most requests, under the name that clients use."""
     headers = list(request.headers.raw)
     check_headers(headers, gateway.limits.header_bytes)
-    check_key(dict(headers), gateway.api_key)
+    gateway.keys.check(dict(headers))
     engines = gateway.engines
     arm = engines.arms[gateway.trial.policy.main_arm()]
-    document = await engines.upstream.get_json(f"{arm.url}/v1/models", arm=arm.name, headers=forwarded(headers))
+    document = await engines.upstream.get_json(f"{arm.url}/v1/models", arm=arm.name,
+                                               headers=gateway.keys.toward_engine(forwarded(headers)))
     for card in document.get("data") or ():
         if card.get("id") == arm.model:
             card["id"] = engines.model

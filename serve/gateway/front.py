@@ -14,22 +14,25 @@ Both go to `/v1/completions`, which has taken ids since vLLM's first versions. v
 """
 
 import asyncio
-import copy
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from vocabext.errors import TokenizerError
 from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.arms import BASE, EXPANDED, Arm
 from vocabext.serve.gateway.calls import COMPLETIONS, DETOKENIZE, Call, Request
 from vocabext.serve.gateway.chat import ChatConverter
 from vocabext.serve.gateway.logprobs import LogprobsConverter
-from vocabext.serve.gateway.upstream import Upstream, forwarded
+from vocabext.serve.gateway.upstream import Upstream
 from vocabext.tokens import Expansion
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from vocabext.tokenizer import BaseTokenizer
 
 ARM_ARGUMENT = "vocabext_arm"
 # Fields of a chat request that are used up by its rendering.
@@ -43,8 +46,12 @@ _CHAT_ONLY = ("tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs", 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "tool_reference")
 _MEDIA = ("image", "audio", "video", "input_image", "input_audio", "prompt_embeds")
-# Above this, a prompt is encoded beside the event loop: there, it takes longer than a token of a stream.
+# Above this, a prompt is encoded beside the event loop: there, it takes longer than a token of a stream. The library
+# lets go of the interpreter while it encodes, so threads are enough.
 LONG_CHARACTERS = 8192
+# Above this, it is encoded by threads of its own, so that those between the two do not wait for it.
+HUGE_CHARACTERS = 2**17
+WORKERS = max(2, min(4, os.cpu_count() or 1))
 
 
 class BaseFront:
@@ -57,12 +64,12 @@ class BaseFront:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", expansion: Expansion, *, excludes_tools: bool = False
+        self, tokenizer: "BaseTokenizer", expansion: Expansion, *, excludes_tools: bool = False
     ) -> None:
         """Serve the base arm of an expanded engine.
 
         Args:
-            tokenizer: The base's, as transformers loads it.
+            tokenizer: The base's.
             expansion: The new tokens.
             excludes_tools: Whether the engine runs with `--exclude-tools-when-tool-choice-none`.
         """
@@ -71,9 +78,7 @@ class BaseFront:
         self.expansion = expansion
         self.context = 0
         self.trouble = ""
-        # One thread, and a tokenizer of its own: the fast ones refuse to be used by two threads at once.
-        self._worker = ThreadPoolExecutor(1, "long-prompts")
-        self._tokenizer_of_worker = copy.deepcopy(tokenizer)
+        self._long, self._huge = (ThreadPoolExecutor(WORKERS, f"{name}-prompts") for name in ("long", "huge"))
 
     async def call(self, request: Request, arm: Arm, names: Container[str], upstream: Upstream) -> Call:
         """Return what to send to the engine.
@@ -93,9 +98,9 @@ class BaseFront:
             document["model"] = arm.model
         if request.path == DETOKENIZE:
             self._check_ids(document.get("tokens"), "tokens")
-            return Call(request.path, json.dumps(document).encode())
+            return Call(request.path, msgspec.json.encode(document))
         if not request.is_generation:
-            return Call(request.path, json.dumps(document).encode(), UnmergeConverter(self.expansion))
+            return Call(request.path, msgspec.json.encode(document), UnmergeConverter(self.expansion))
         if self.trouble:
             raise Refusal(502, f"the base arm is not served: {self.trouble}")
         self._check(document)
@@ -109,41 +114,52 @@ class BaseFront:
         """Return the base ids of a prompt.
 
         Raises:
-            Refusal: 400 if the text is none that can be written in UTF-8.
+            Refusal: 400 if the text is none that can be written in UTF-8, or the tokenizer gives up at it.
         """
         return _encode(self._tokenizer, [text], special)[0]
 
     def decode(self, token_id: int) -> str:
         """Return the text of one token, as vLLM writes it into log-probabilities."""
-        return str(self._tokenizer.decode([token_id]))
+        return str(self._tokenizer.hf.decode([token_id]))
 
     async def _completion(self, document: dict[str, Any]) -> Call:
         special = document.pop("add_special_tokens", True) is not False
-        rows, several = await self._rows_of(document.get("prompt"), special=special)
-        longest = max(len(row) for row in rows)
         # The engine would say the same, after it has read millions of ids.
-        if 0 < self.context < longest and document.get("truncate_prompt_tokens") is None:
-            raise Refusal(400, f"the prompt has {longest} tokens, and the model's context is {self.context}")
+        context = self.context if document.get("truncate_prompt_tokens") is None else 0
+        rows, several = await self._rows_of(document.pop("prompt", None), context, special=special)
+        longest = max(len(row) for row in rows)
+        if 0 < context < longest:
+            raise Refusal(400, f"the prompt has {longest} tokens, and the model's context is {context}")
         document["prompt"] = rows if several else rows[0]
         if document.get("logprobs") is None and document.get("prompt_logprobs") is None:
-            return Call(COMPLETIONS, json.dumps(document).encode())
+            return Call(COMPLETIONS, msgspec.json.encode(document))
         as_ids = bool(document.get("return_tokens_as_token_ids"))
         document["return_tokens_as_token_ids"] = True
         converter = LogprobsConverter(self.decode, self.expansion.first_new_id, as_ids=as_ids)
-        return Call(COMPLETIONS, json.dumps(document).encode(), converter)
+        return Call(COMPLETIONS, msgspec.json.encode(document), converter)
 
-    async def _rows_of(self, prompt: Any, *, special: bool) -> tuple[list[list[int]], bool]:
-        """Return a prompt of any form as ids, and whether it is several."""
+    async def _rows_of(self, prompt: Any, context: int, *, special: bool) -> tuple[list[list[int]], bool]:
+        """Return a prompt of any form as ids, and whether it is several.
+
+        Raises:
+            Refusal: 400 if it is no prompt, or has more tokens than the context whatever they are.
+        """
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
         rows = prompt if several else [prompt]
         if not all(isinstance(row, str) for row in rows):
             for row in rows:
-                self._check_ids(row, "prompt")
+                if not (context and isinstance(row, list) and len(row) > context):  # the caller refuses it for that
+                    self._check_ids(row, "prompt")
             return rows, several
-        if sum(map(len, rows)) <= LONG_CHARACTERS:
+        longest, characters = self._tokenizer.longest_token, sum(map(len, rows))
+        if context and (most := max(map(len, rows))) > context * longest:
+            raise Refusal(400, f"the prompt has {most} characters; the model's context is {context} tokens, and none "
+                               f"has more than {longest} characters")
+        if characters <= LONG_CHARACTERS:
             return _encode(self._tokenizer, rows, special), several
+        pool = self._long if characters <= HUGE_CHARACTERS else self._huge
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, _encode, self._tokenizer_of_worker, rows, special), several
+        return await loop.run_in_executor(pool, _encode, self._tokenizer, rows, special), several
 
     async def _chat(self, document: dict[str, Any], request: Request, arm: Arm, upstream: Upstream) -> Call:
         if document.get("tools") and document.get("tool_choice", "auto") != "none":
@@ -157,25 +173,28 @@ class BaseFront:
         ids, longest = await self._render(document, request, arm, upstream)
         if len(ids) >= longest:
             raise Refusal(400, f"the chat has {len(ids)} tokens, and the model's context is {longest}")
-        completion = {key: value for key, value in document.items() if key not in _RENDERED + _CHAT_ONLY}
+        completion = {key: value for key, value in document.items() if key not in _CHAT_ONLY}
         limit = document.get("max_completion_tokens")
         limit = document.get("max_tokens") if limit is None else limit
         completion.update(prompt=ids, max_tokens=longest - len(ids) if limit is None else limit)
         top = (top or 0) if document.get("logprobs") else None
         if top is not None:
             completion.update(logprobs=top, return_tokens_as_token_ids=True)
-        return Call(COMPLETIONS, json.dumps(completion).encode(),
+        return Call(COMPLETIONS, msgspec.json.encode(completion),
                     ChatConverter(self.decode, self.expansion.first_new_id, top))
 
     async def _render(
-        self, document: Mapping[str, Any], request: Request, arm: Arm, upstream: Upstream
+        self, document: dict[str, Any], request: Request, arm: Arm, upstream: Upstream
     ) -> tuple[list[int], int]:
-        """Return the base ids of a chat, and the length of the model's context."""
-        body = rendering_of(document)
+        """Take a chat out of a document; returns its base ids, and the length of the model's context."""
+        rendering = rendering_of(document)
         if self._excludes_tools and document.get("tool_choice") == "none":
-            body.pop("tools", None)
-        status, answer = await upstream.post_json(
-            f"{arm.url}/tokenize", json.dumps(body).encode(), arm=arm.name, headers=forwarded(request.headers))
+            rendering.pop("tools", None)
+        body = msgspec.json.encode(rendering)
+        del rendering
+        for name in _RENDERED:  # as Python objects they may take many times the memory, while the engine is asked
+            document.pop(name, None)
+        status, answer = await upstream.post_json(f"{arm.url}/tokenize", body, arm=arm.name, headers=request.forwarded)
         try:
             found = json.loads(answer)
             if status == 200:
@@ -207,21 +226,25 @@ class BaseFront:
                 raise Refusal(400, "the keys of logit_bias must be token ids") from None
 
     def _check_ids(self, ids: Any, name: str) -> None:
-        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(type(i) is int for i in ids):
+        if not isinstance(ids, list) or not {*map(type, ids)} <= {int}:
             raise Refusal(400, f"{name} must be a list of token ids" + (", or text" if name == "prompt" else ""))
-        if unknown := [i for i in ids if not 0 <= i < self.expansion.first_new_id]:
-            raise Refusal(400, f"{name} has the token id {unknown[0]}, the vocabulary has "
-                               f"{self.expansion.first_new_id} ids")
+        end = self.expansion.first_new_id
+        if ids and (min(ids) < 0 or max(ids) >= end):
+            unknown = next(i for i in ids if not 0 <= i < end)
+            raise Refusal(400, f"{name} has the token id {unknown}, the vocabulary has {end} ids")
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], special: bool) -> list[list[int]]:
+def _encode(tokenizer: "BaseTokenizer", texts: Sequence[str], special: bool) -> list[list[int]]:
     try:
         for text in texts:
             text.encode()
     except UnicodeEncodeError as error:
         raise Refusal(400, f"the prompt has half of a surrogate pair at character {error.start}; it is no text"
                       ) from None
-    return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+    try:
+        return tokenizer.encode_batch(texts, framed=special)
+    except TokenizerError as error:
+        raise Refusal(400, str(error)) from None
 
 
 def rendering_of(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""How busy the arms are: whether the times of an answer may be compared.
+"""How busy the arms are: who gets a place, and whether the times of an answer may be compared.
+
+Where clients have different keys, none of them holds more than half of an arm's places, nor more than an equal share
+among the keys that hold some: whoever floods the gateway leaves places for the others.
 
 A request takes longer in a larger batch. Behind shares of 90 and 10 %, two engines carry different loads, and an arm
 that is the same looks several times as slow. So an answer's times are compared only if both arms had about as many
@@ -11,6 +14,7 @@ took back identical arms in simulation, because a random gap between two busy en
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,23 +59,53 @@ class Loads:
         self._metrics, self._limit = metrics, limit
         self._clock, self._last = clock, clock()
         self._busy = dict.fromkeys(ARMS, 0.0)
+        self._of_keys: dict[str, Counter[str]] = {arm: Counter() for arm in ARMS}
 
     @contextmanager
-    def slot(self, arm: str) -> Iterator[Mark]:
+    def slot(self, arm: str, key: str = "") -> Iterator[Mark]:
         """Hold a place among the requests of an arm; gives the moment since when.
 
+        Args:
+            arm: The arm.
+            key: Names the client's key; empty where all clients come with the same one, or none.
+
         Raises:
-            Refusal: 503 if all are taken.
+            Refusal: 503 if all are taken, 429 if the key holds its share.
         """
         busy = self.in_flight[arm]
         if busy >= self._limit:
             raise Refusal(503, f"the {arm} arm has {busy} requests in flight, the limit is {self._limit}; "
                                "try again in a moment", [(b"retry-after", b"1")])
+        self._take(arm, key)
         self.begin(arm)
         try:
             yield self.mark()
         finally:
             self.end(arm)
+            self._give_back(arm, key)
+
+    def _take(self, arm: str, key: str) -> None:
+        """Count a key's request.
+
+        Raises:
+            Refusal: 429 if the key holds its share.
+        """
+        held = self._of_keys[arm]
+        if not key:
+            return
+        others = len(held) - (key in held)
+        share = max(1, self._limit // max(2, 1 + others))
+        if held[key] >= share:
+            raise Refusal(429, f"this key has {held[key]} requests in flight on the {arm} arm, its share is {share} of "
+                               f"{self._limit}; try again in a moment", [(b"retry-after", b"1")])
+        held[key] += 1
+
+    def _give_back(self, arm: str, key: str) -> None:
+        held = self._of_keys[arm]
+        if key:
+            held[key] -= 1
+            if not held[key]:
+                del held[key]
 
     def begin(self, arm: str) -> None:
         """Count a request that is sent to an arm."""

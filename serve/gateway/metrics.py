@@ -29,6 +29,12 @@ class Metrics:
                             registry=registry)
         self.refused = Counter("vocabext_gateway_refused", "Requests that reached no engine, by status", ["status"],
                                registry=registry)
+        self.closed = Counter("vocabext_gateway_connections_closed", "Connections that were in the way: a header or "
+                              "body came too slowly, an answer was not read, or there were too many", ["why"],
+                              registry=registry)
+        self.connections = Gauge("vocabext_gateway_connections", "Connections of clients", registry=registry)
+        self.body_bytes = Gauge("vocabext_gateway_body_bytes", "Bytes of request bodies in memory, beyond the first 64 "
+                                "KiB of each", registry=registry)
         self.mirrored = Counter("vocabext_gateway_mirrored", "Copies of requests sent to the other arm", ["arm"],
                                 registry=registry)
         self.mirrors_dropped = Counter("vocabext_gateway_mirrors_dropped", "Copies not sent, because too many are on "

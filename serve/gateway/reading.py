@@ -24,7 +24,6 @@ from vocabext.serve.gateway.calls import CHAT, COMPLETIONS, TOKENIZE, Request
 from vocabext.serve.gateway.engines import Engines
 from vocabext.serve.gateway.front import rendering_of
 from vocabext.serve.gateway.load import Loads
-from vocabext.serve.gateway.upstream import forwarded
 
 # Of one answer; its beginning says enough.
 MOST_CHARACTERS = 1_000
@@ -47,7 +46,7 @@ async def reading_loss(engines: Engines, loads: Loads, request: Request, answer:
         where it cannot be asked for: no text, more than `MOST_IDS` ids, no place free, or an engine that refuses.
     """
     answer = answer[:MOST_CHARACTERS]
-    front, headers = engines.front, forwarded(request.headers)
+    front, headers = engines.front, request.forwarded
     try:
         question = _question(request)
         if question is None or not answer:

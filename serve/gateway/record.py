@@ -38,7 +38,7 @@ class Recorder:
         if self._left <= 0:
             return ""
         self._left -= 1
-        line = json.dumps({"path": request.path, "body": request.document}, ensure_ascii=True).encode() + b"\n"
+        line = json.dumps({"path": request.path, "body": dict(request.document)}, ensure_ascii=True).encode() + b"\n"
         size = None
         try:
             size = os.fstat(self._file.fileno()).st_size

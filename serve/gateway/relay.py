@@ -11,7 +11,7 @@ from vocabext.serve.gateway.calls import ARM_HEADER, Call, Request
 from vocabext.serve.gateway.events import DONE, EventSplitter
 from vocabext.serve.gateway.guard import Message, Send
 from vocabext.serve.gateway.observe import KEPT_BYTES, Observation, failure, observe
-from vocabext.serve.gateway.upstream import Upstream, forwarded, returned
+from vocabext.serve.gateway.upstream import Upstream, returned
 
 
 class Relay:
@@ -32,8 +32,7 @@ class Relay:
             Refusal: If the engine failed before anything was passed on.
         """
         arm = self._arm
-        headers = forwarded(self._request.headers)
-        headers["content-type"] = "application/json"
+        headers = {**self._request.forwarded, "content-type": "application/json"}
         async with self._upstream.call("POST", arm.url + self._call.path, arm=arm.name, headers=headers,
                                        body=self._call.body) as response:
             self.status = response.status

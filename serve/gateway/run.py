@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 import sys
@@ -18,13 +19,14 @@ from vocabext.progress import Progress, no_progress
 from vocabext.serve.engine import LOCAL, Server, check_port, find_this_package, vllm_server, wait_until_ready
 from vocabext.serve.gateway.admin import admin_application
 from vocabext.serve.gateway.answers import Refusal
-from vocabext.serve.gateway.app import Gateway, application
+from vocabext.serve.gateway.app import Gateway, application, metrics_application
 from vocabext.serve.gateway.arms import ARMS, BASE, EXPANDED, Arm
 from vocabext.serve.gateway.canary import Bounds, Canary
 from vocabext.serve.gateway.engines import Engines
 from vocabext.serve.gateway.front import BaseFront
 from vocabext.serve.gateway.guard import Limits
 from vocabext.serve.gateway.health import Health, ban_fault, served_model
+from vocabext.serve.gateway.keys import Keys
 from vocabext.serve.gateway.load import Loads
 from vocabext.serve.gateway.metrics import Metrics
 from vocabext.serve.gateway.policy import Policy
@@ -56,7 +58,10 @@ class GatewayConfig:
         model: What clients call the model; empty for the base arm's own name.
         limits: What is accepted.
         bounds: When the canary rolls back; None to leave that to the operator.
-        api_key: What clients have to know, and engines get.
+        api_key: What engines get; what clients have to know as well, unless there is a file of keys.
+        api_key_file: The clients' keys, one per line; None where they have none of their own.
+        allowed_origins: Whose pages may use the gateway.
+        metrics_port: A port that shows the metrics to everybody; None for none, 0 picks a free one.
         allow_pin: Whether a header may choose the arm.
         record_path: Where to write requests down; None for nowhere.
         record_limit: How many at most.
@@ -81,6 +86,9 @@ class GatewayConfig:
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds | None = field(default_factory=Bounds)
     api_key: str | None = None
+    api_key_file: Path | None = None
+    allowed_origins: tuple[str, ...] = ()
+    metrics_port: int | None = None
     allow_pin: bool = True
     record_path: Path | None = None
     record_limit: int = 1000
@@ -121,19 +129,38 @@ def run_gateway(
     if not config.state_path.absolute().parent.is_dir():
         raise UsageError(f"the folder {config.state_path.absolute().parent} does not exist; create it, or name another "
                          "--state")
+    keys = Keys(config.api_key, config.api_key_file, note)
+    check_exposed(config, keys)
     if not config.unverified:
         check_verified(config)
     with locked(config.state_path), ExitStack() as stack:
         state = open_state(config.state_path, config.initial)
-        listeners = [stack.enter_context(_listening(host, port))
-                     for host, port in ((config.host, config.port), (LOCAL, config.admin_port))]
+        places = [(config.host, config.port), (LOCAL, config.admin_port)]
+        if config.metrics_port is not None:
+            places.append((config.host, config.metrics_port))
+        listeners = [stack.enter_context(_listening(host, port)) for host, port in places]
         front = load_front(config) if config.one_engine else None
         engines = {name: stack.enter_context(server) for name, server in engines_of(config).items()}
         if engines:
             wait_until_ready(list(engines.values()), timeout_seconds=config.start_timeout_seconds, progress=progress)
-        service = Service(config, state, engines, front, listeners, on_ready, note)
+        service = Service(config, state, engines, front, listeners, on_ready, note, keys)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(service.run())
+
+
+def check_exposed(config: GatewayConfig, keys: Keys) -> None:
+    """Refuse to listen beyond this machine where everybody may ask.
+
+    Raises:
+        UsageError: If there is no key.
+    """
+    try:
+        local = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not keys.are_asked_for:
+        raise UsageError(f"{config.host} can be reached from other machines, and no key is asked for; set "
+                         "VOCABEXT_API_KEY or give --api-key-file, or listen on 127.0.0.1")
 
 
 def check_verified(config: GatewayConfig) -> None:
@@ -201,7 +228,7 @@ def load_front(config: GatewayConfig) -> BaseFront:
         raise UsageError(f"the tokenizer of {config.base} has {base.first_new_id} ids, but the new tokens of {folder} "
                          f"begin at {manifest.first_new_id}; this is not its base")
     excludes = any(flag.replace("_", "-") == EXCLUDES_TOOLS for flag in config.vllm_flags)
-    return BaseFront(base.hf, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)
+    return BaseFront(base, Expansion(tokens, manifest.first_new_id), excludes_tools=excludes)
 
 
 class Service:
@@ -210,8 +237,10 @@ class Service:
     def __init__(
         self, config: GatewayConfig, state: State, engines: Mapping[str, Server], front: BaseFront | None,
         listeners: Sequence[socket.socket], on_ready: Callable[[dict[str, Any]], None], note: Callable[[str], None],
+        keys: Keys,
     ) -> None:
         """Take over what was prepared outside of the loop."""
+        self._keys = keys
         self._config, self._state, self._engines, self._front = config, state, engines, front
         self._listeners, self._on_ready, self._note = listeners, on_ready, note
         self._signal = 0
@@ -227,7 +256,7 @@ class Service:
             gateway = Gateway(
                 Engines(arms, upstream, self._front, config.model or arms[BASE].model),
                 Trial(self._state, canary, metrics, side_tasks), Loads(metrics, config.limits.in_flight), metrics,
-                side_tasks, config.limits, recorder, config.api_key, config.allow_pin)
+                side_tasks, config.limits, recorder, self._keys, config.allow_pin)
             health = Health(gateway.engines, metrics, self._headers(), self._note)
             await health.check()
             await self._serve(gateway, health)
@@ -239,26 +268,24 @@ class Service:
         return self._signal
 
     async def _serve(self, gateway: Gateway, health: Health) -> None:
-        import uvicorn
+        from vocabext.serve.gateway.protocol import BESIDE, BesideThread, QuietServer, fitting
 
-        from vocabext.serve.gateway.protocol import QuietServer, limited_protocol
-
-        config = self._config
-        protocol = limited_protocol(config.limits.header_bytes)
-        servers = [QuietServer(uvicorn.Config(
-            app, http=protocol, log_config=None, access_log=False, lifespan="off", server_header=False, ws="none",
-            timeout_graceful_shutdown=max(1, round(config.drain_seconds)), timeout_keep_alive=30,
-        )) for app in (application(gateway), admin_application(
-            gateway.trial, gateway.status, self._check_folders))]
-        public, admin = (listener.getsockname() for listener in self._listeners)
+        config, metrics = self._config, gateway.metrics
+        server = QuietServer(application(gateway, config.allowed_origins), fitting(config.limits, self._note),
+                             lambda why: metrics.closed.labels(why).inc(), config.drain_seconds)
+        metrics.connections.set_function(server.places.__len__)
+        metrics.body_bytes.set_function(lambda: gateway.bodies.held)
+        pages = (admin_application(gateway.trial, gateway.status, self._check_folders), metrics_application(metrics))
+        beside = {QuietServer(page, BESIDE, lambda _: None, 1.0): listener
+                  for page, listener in zip(pages, self._listeners[1:], strict=False)}
+        public, admin, *more = (listener.getsockname() for listener in self._listeners)
         self._state.admin_url = f"http://{LOCAL}:{admin[1]}"
         self._state.save()
 
         def stop(number: int) -> None:
             self._signal = number
-            for server in servers:
-                server.force_exit = server.should_exit  # a second signal waits for nobody
-                server.should_exit = True
+            server.force_exit = server.should_exit  # a second signal waits for nobody
+            server.should_exit = True
 
         loop = asyncio.get_running_loop()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -270,12 +297,13 @@ class Service:
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
         self._on_ready({
             "url": f"http://{host}:{public[1]}/v1", "model": gateway.engines.model, "admin_url": self._state.admin_url,
+            **({"metrics_url": f"http://{host}:{more[0][1]}/metrics"} if more else {}),
             "state": str(self._state.path), "policy": self._state.policy.describe(),
             "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.engines.arms.items()},
             "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
         try:
-            await asyncio.gather(*(server.serve(sockets=[listener])
-                                   for server, listener in zip(servers, self._listeners, strict=True)))
+            with BesideThread(beside):
+                await server.serve(sockets=[self._listeners[0]])
         finally:
             for number, handler in handlers.items():
                 loop.remove_signal_handler(number)  # leaves the default in place, not what was there before
@@ -323,6 +351,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of each connection: else the system keeps up to 4 MiB for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**18)
         try:
             listener.bind((host, port))
         except OSError as error:

@@ -18,10 +18,24 @@ class SideTasks:
     def __init__(self, note: Callable[[str], None] = lambda message: None) -> None:
         """Begin with no task."""
         self.tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.note = note
 
+    def attach(self) -> None:
+        """Run everything in the loop that runs here, unless it has a loop already."""
+        self._loop = self._loop or asyncio.get_running_loop()
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the requests; it is cancelled when the gateway stops."""
+        """Run something beside the requests; it is cancelled when the gateway stops.
+
+        The admin endpoint's threads may ask for it, too: everything runs in the loop that asked or attached first.
+        """
+        if self._loop is None:
+            self.attach()
+        assert self._loop is not None
+        if asyncio._get_running_loop() is not self._loop:
+            self._loop.call_soon_threadsafe(self.spawn, work)
+            return
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._ended)

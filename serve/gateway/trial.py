@@ -1,10 +1,12 @@
 """The policy in force, and what the canary makes of the answers under it.
 
+The main loop and the admin endpoint's thread both use it, so whatever changes it holds its lock.
 Every change of the policy begins a trial. It ends with the next change: the operator's, or a rollback of the canary's.
 """
 
 import asyncio
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from vocabext.serve.gateway.canary import Canary
 from vocabext.serve.gateway.metrics import Metrics
@@ -25,12 +27,14 @@ class Trial:
         canary: Compares the arms; None to leave that to the operator.
         metrics: Counts the changes.
         side_tasks: Runs what saves a rollback later.
+        lock: Held while the state or the canary changes.
     """
 
     state: State
     canary: Canary | None
     metrics: Metrics
     side_tasks: SideTasks
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         """Show the policy in the metrics."""
@@ -47,14 +51,16 @@ class Trial:
         Raises:
             OSError: If it cannot be saved; the old one stays in force.
         """
-        self.state.change(policy, by=by, reason=reason)
-        self._begin(by)
+        with self.lock:
+            self.state.change(policy, by=by, reason=reason)
+            self._begin(by)
 
     def roll_back(self, *, by: str, reason: str = "") -> None:
         """Send all requests to the base arm, whether or not that can be saved; if not, try again until it can."""
-        was_saved = not self.state.unsaved
-        self.state.roll_back(by=by, reason=reason)
-        self._begin(by)
+        with self.lock:
+            was_saved = not self.state.unsaved
+            self.state.roll_back(by=by, reason=reason)
+            self._begin(by)
         if self.state.unsaved and was_saved:
             self.side_tasks.note(f"{self.state.unsaved}: the rollback is in force, but a restart would not know of it; "
                                  "make room, it is tried again")
@@ -63,15 +69,29 @@ class Trial:
     def compare(self, *answers: Observation) -> None:
         """Take answers into account that chance has divided between the arms, or that both arms gave to one request."""
         if self.canary is not None:
-            for answer in answers:
-                self.canary.add(answer)
-            self.judge()
+            with self.lock:
+                for answer in answers:
+                    self.canary.add(answer)
+                self.judge()
+
+    def compare_pair(self, original: Observation, mirrored: Observation) -> None:
+        """Take into account how far the two answers to one greedy request agree."""
+        if self.canary is not None:
+            with self.lock:
+                self.canary.compare(original, mirrored)
+
+    def read(self, loss: float) -> None:
+        """Take into account how much less likely the expanded model found an answer of the base."""
+        if self.canary is not None:
+            with self.lock:
+                self.canary.read(loss)
 
     def judge(self) -> None:
         """Roll back if the canary has found the expanded arm worse, and it is in use."""
-        if self.canary is not None and (self.policy.uses("expanded") or self.policy.mirror_percent) and (
-                reason := self.canary.reason_to_stop()):
-            self.roll_back(by="canary", reason=reason)
+        with self.lock:
+            if self.canary is not None and (self.policy.uses("expanded") or self.policy.mirror_percent) and (
+                    reason := self.canary.reason_to_stop()):
+                self.roll_back(by="canary", reason=reason)
 
     def _begin(self, by: str) -> None:
         self.metrics.changes.labels(by).inc()
@@ -82,5 +102,7 @@ class Trial:
     async def _save_later(self) -> None:
         while self.state.unsaved:
             await asyncio.sleep(SAVE_AGAIN_SECONDS)
-            if self.state.unsaved and self.state.try_to_save():
+            with self.lock:
+                saved = self.state.unsaved and self.state.try_to_save()
+            if saved:
                 self.side_tasks.note(f"{self.state.path} is written again")

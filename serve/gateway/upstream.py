@@ -8,7 +8,7 @@ back. vLLM closes idle connections after five seconds, and a request that is on 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,8 +19,12 @@ from vocabext.serve.gateway.guard import Limits
 
 # Hop-by-hop headers, and those that the client library writes itself.
 _NOT_FORWARDED = {b"host", b"content-length", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer",
-                  b"upgrade", b"proxy-authorization", b"proxy-connection", b"accept-encoding", b"expect"}
-_NOT_RETURNED = {b"connection", b"keep-alive", b"transfer-encoding", b"server", b"date", b"trailer", b"upgrade"}
+                  b"upgrade", b"proxy-authorization", b"proxy-connection", b"accept-encoding", b"expect",
+                  # What is said to the gateway, or by whoever stands in front of it.
+                  b"cookie", b"origin", b"forwarded", b"x-real-ip"}
+_NOT_FORWARDED_PREFIXES = (b"x-vocabext-", b"x-forwarded-", b"access-control-")
+_NOT_RETURNED = {b"connection", b"keep-alive", b"transfer-encoding", b"server", b"date", b"trailer", b"upgrade",
+                 b"set-cookie"}
 
 
 class Upstream:
@@ -122,10 +126,19 @@ class Upstream:
 
 def forwarded(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return the headers of a client's request that are passed on to the engine, the API key among them."""
+    named = _hop_by_hop(headers)
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers
-            if name not in _NOT_FORWARDED and not name.startswith(b"x-vocabext-")}
+            if name not in _NOT_FORWARDED and name not in named and not name.startswith(_NOT_FORWARDED_PREFIXES)}
 
 
 def returned(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     """Return the headers of an engine's answer that are passed on to the client."""
-    return [(name.lower(), value) for name, value in response.raw_headers if name.lower() not in _NOT_RETURNED]
+    headers = [(name.lower(), value) for name, value in response.raw_headers]
+    named = _hop_by_hop(headers)
+    return [(name, value) for name, value in headers
+            if name not in _NOT_RETURNED and name not in named and not name.startswith(b"access-control-")]
+
+
+def _hop_by_hop(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
+    """Return the headers that `Connection` says are for the next hop alone."""
+    return {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}

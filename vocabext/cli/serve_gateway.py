@@ -64,8 +64,28 @@ def _require_extra() -> None:
               help="Canary: probability of rolling back without reason, however long it runs.")
 @click.option("--pin/--no-pin", "allow_pin", default=True, show_default=True,
               help="Let the header x-vocabext-arm choose the arm.")
-@click.option("--max-body-bytes", "body_bytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="PATH",
+              help="Clients' keys, one per line; read again when it changes. [default: the one in VOCABEXT_API_KEY]")
+@click.option("--allow-origin", "allowed_origins", multiple=True, metavar="ORIGIN",
+              help="Let web pages of this origin use the gateway, such as https://chat.example.org; may be repeated.")
+@click.option("--metrics-port", type=click.IntRange(0, 65535),
+              help="Show /metrics on this port, too, to everybody. [default: behind the key alone]")
+@click.option("--max-body-bytes", "body_bytes", type=click.IntRange(min=1), default=2**20, show_default=True,
               help="Longest request body.")
+@click.option("--max-all-bodies-bytes", "all_bodies_bytes", type=click.IntRange(min=1), default=128 * 2**20,
+              show_default=True, help="Bytes that all bodies may hold beyond the first 64 KiB of each; more get 503.")
+@click.option("--max-prompts", "prompts", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Prompts that one request may have.")
+@click.option("--max-connections", "connections", type=click.IntRange(min=1), default=1024, show_default=True,
+              help="Connections of clients; beyond that, those without a request give way.")
+@click.option("--header-seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True,
+              help="How long a request's header may take.")
+@click.option("--body-seconds", type=click.FloatRange(min=0.1), default=30.0, show_default=True,
+              help="How long a request's body may take.")
+@click.option("--write-seconds", type=click.FloatRange(min=0.1), default=30.0, show_default=True,
+              help="How long a client may leave its answer unread.")
+@click.option("--total-seconds", type=click.FloatRange(min=0.1), default=1800.0, show_default=True,
+              help="How long a request may take from its arrival to the end of its answer.")
 @click.option("--max-header-bytes", "header_bytes", type=click.IntRange(min=256), default=32 * 2**10, show_default=True,
               help="Longest request line and headers together.")
 @click.option("--max-in-flight", "in_flight", type=click.IntRange(min=1), default=256, show_default=True,

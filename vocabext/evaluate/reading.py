@@ -62,8 +62,8 @@ def read_merged(
         torch.cat(column) for column in zip(*parts, strict=True))
     order = [s for some in _batches(model, layouts) for s in some]
     window_P = torch.tensor(order).repeat_interleave(torch.tensor([len(layouts[s].ids) - first + 1 for s in order]))
-    nats = [np.bincount(window_P.numpy(), -log_p_P.double().cpu().numpy(), len(stems)) for log_p_P in
-            (reading_P, writing_P)]
+    reading_S, writing_S = (torch.zeros(len(stems), dtype=torch.float64).index_add(0, window_P, -log_p_P.double().cpu())
+                            for log_p_P in (reading_P, writing_P))
     # The base position that each position of a stem ends at; branches are no places.
     at_P = torch.cat([_ends(layouts[s], stems[s], first, expansion) for s in order])
     key_P = torch.where(at_P < 0, -1, window_P * longest + at_P)
@@ -78,7 +78,7 @@ def read_merged(
         next_P=places.next_P[kept], next_log_p_P=places.next_log_p_P[kept],
         place_R=torch.searchsorted(kept, places.place_R[still_R]), token_R=places.token_R[still_R],
         log_p_R=places.log_p_R[still_R], greedy_R=places.greedy_R[still_R])
-    return Merged(*nats, merged)
+    return Merged(reading_S.numpy(), writing_S.numpy(), merged)
 
 
 def _ends(layout: "Layout", stem: Ids, first: int, expansion: Expansion) -> torch.Tensor:

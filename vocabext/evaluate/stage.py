@@ -115,7 +115,8 @@ def evaluate(
     documents_S = np.asarray([window.document for window in windows])
 
     def per_document(values_S: Iterable[float]) -> Floats:
-        return np.bincount(documents_S, np.asarray(list(values_S), np.float64), len(texts))
+        sums: Floats = np.bincount(documents_S, np.asarray(list(values_S), np.float64), len(texts)).astype(np.float64)
+        return sums
 
     sums = {name: _Sums(per_document(of.reading_S), per_document(of.writing_S)) for name, of in nats.items()}
     pieces = [int(expanded.expansion.run_lengths(w.expanded).sum()) - max(1, w.num_prefix) for w in windows]

@@ -30,8 +30,9 @@ from vocabext.tokenizer.loading import (
     save_expanded,
 )
 from vocabext.tokenizer.merges import MergeChain
+from vocabext.tokenizer.panics import encode_with_places, encoding
 from vocabext.tokenizer.scheme import SPACE_MARK
 
 __all__ = ["SPACE_MARK", "BaseTokenizer", "ExpandedTokenizer", "MergeChain", "check_made_for",
-           "check_rules", "extend", "given_rows", "is_stale", "load_base", "load_base_of", "load_expanded",
-           "load_hf_tokenizer", "load_tokenizer", "save_expanded"]
+           "check_rules", "encode_with_places", "encoding", "extend", "given_rows", "is_stale", "load_base",
+           "load_base_of", "load_expanded", "load_hf_tokenizer", "load_tokenizer", "save_expanded"]

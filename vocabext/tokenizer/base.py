@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from vocabext.checkpoint.named_ids import MAX_MISSING_ROWS, NamedIds, Rules
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.tokenizer.chunks import ChunkScheme
+from vocabext.tokenizer.panics import encode_with_places, encoding
 from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, SUPPORTED, Scheme, is_ours, steps_of
 from vocabext.tokenizer.unigram.splitting import FINEST_SCALE, UnigramScheme, exact_scores
 from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
@@ -43,11 +44,28 @@ class _Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without the special tokens that frame a prompt."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode many texts in parallel; like `encode`, in the order given."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
+        """Encode many texts in parallel; like `encode`, in the order given. Several threads may do so at once.
+
+        Args:
+            texts: The texts.
+            framed: Whether to add the special tokens that frame a prompt.
+
+        Raises:
+            TokenizerError: If the library gives up at a text.
+        """
+        with encoding(texts):
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=framed)]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encode many texts with the places of their tokens, without the special tokens that frame a prompt.
+
+        Raises:
+            TokenizerError: If the library gives up at a text.
+        """
+        return encode_with_places(self.backend, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -129,6 +147,14 @@ class BaseTokenizer(_Encoder):
         """Ids below `first_new_id` that no plain text has: barriers, and holes among the ids."""
         holes = set(range(self.first_new_id)) - {*self.vocabulary.values(), *self.added.values()}
         return sorted(holes | set(self.scheme.barrier_ids.tolist()))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry: a text of n characters has at least n / longest_token tokens.
+
+        An entry in the alphabet of bytes has a character for each byte, so it covers no more characters than it has.
+        """
+        return max(map(len, (*self.vocabulary, *self.added)), default=1)
 
     def describe(self) -> str:
         """Say in one sentence what kind of tokenizer this is and what can be added to it."""

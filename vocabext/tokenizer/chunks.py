@@ -26,6 +26,7 @@ from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.inner import edges_of, inner_step, is_inner
 from vocabext.tokenizer.marks import SPACE_IN_FRONT, cuts, inside, pre_tokenizer_of, taken_apart, unmarked
 from vocabext.tokenizer.merges import MergeChain
+from vocabext.tokenizer.panics import encode_with_places
 from vocabext.tokenizer.phrases import WORD, Guard, bad_following, cut_in_front, ending, left_guard, right_guards
 from vocabext.tokenizer.scheme import (
     EXTENDED_BEFORE,
@@ -121,7 +122,7 @@ class ChunkScheme(BpeScheme):
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
         """Encode many texts; a unit also begins at any character of a script without spaces."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = encode_with_places(self.backend, texts)
         return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e) | _spaceless_starts(e, text))
                 for e, text in zip(encodings, texts, strict=True)]
 

@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from vocabext.errors import TokenizerError
 from vocabext.tokenizer.look_alikes import look_alike, look_alikes
 from vocabext.tokenizer.merges import MergeChain
+from vocabext.tokenizer.panics import encode_with_places
 from vocabext.tokens import NewToken
 
 SPACE_MARK = "\u2581"
@@ -146,8 +147,8 @@ class Scheme(ABC):
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
         """Encode many texts and mark where a token or phrase may begin and end."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)  # the fast one has no words
-        return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e)) for e in encodings]
+        return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e))
+                for e in encode_with_places(self.backend, texts)]
 
     def phrase_may_end(
         self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]

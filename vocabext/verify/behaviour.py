@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from vocabext.corpus import Document, Documents
-from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer
+from vocabext.tokenizer import SPACE_MARK, BaseTokenizer, ExpandedTokenizer, encode_with_places
 from vocabext.tokens import Ids
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 from vocabext.verify.plain import PLAIN_TEXTS
@@ -134,7 +134,7 @@ def streaming_and_offsets(pair: Pair) -> str:
     trims = "'trim_offsets': True" in str(spec["post_processor"])
     encoders = [t.untrimmed if trims else t.backend for t in (pair.base_tokenizer, pair.new_tokenizer)]
     for batch in batches(pair.adversary.texts(STREAMED, pair.seed + 1), BATCH):
-        befores, afters = (encoder.encode_batch(batch, add_special_tokens=False) for encoder in encoders)
+        befores, afters = (encode_with_places(encoder, batch) for encoder in encoders)
         backs = _unmerged(pair, [after.ids for after in afters])
         for text, before, after, back in zip(batch, befores, afters, backs, strict=True):
             # Behind a character that the model drops, the library gives wrong places, for the base too.
