@@ -16,6 +16,9 @@ SCRIPT = "python benchmarks/distill_reference.py"
 # The JSON files of the section: what each is about, and how it is made.
 FILES = {
     "distill_reference.json": ("Against the reference", f"{SCRIPT} -o benchmarks/distill_reference.json"),
+    "distill_smollm2.json": ("SmolLM2-135M-Instruct, a sample of the reference's steps",
+                             f"{SCRIPT} --model SMOLLM2 --snippets 12 --sample 24 --ours epochs=1 --max-bytes 20000 "
+                             "-o benchmarks/distill_smollm2.json"),
     "distill_scale.json": ("5,000 tokens in one go", f"{SCRIPT} --scale 5000 --snippets 8 --ours rounds=1 "
                                                      "-o benchmarks/distill_scale.json"),
     "distill_gpu.json": ("On a GPU", f"{SCRIPT} --random-model 1b -o benchmarks/distill_gpu.json"),
@@ -35,6 +38,8 @@ def render(found: Found) -> str:
     """Return the tables of any of the three kinds of result."""
     if "parts" in found:
         return scale(found)
+    if "step_seconds" in found:
+        return sampled(found)
     return comparison(found) if "quality" in found else random_weights(found)
 
 
@@ -145,6 +150,23 @@ def random_weights(found: Found) -> str:
              f"{found['work'][who]['floor_seconds'] / run['seconds']:.1%}", *_mebibytes(run))
             for who, run in (("reference", reference), ("ours", ours))]),
         work(found["work"])))
+
+
+def sampled(found: Found) -> str:
+    """Return ours beside an epoch of the reference that was guessed from some of its steps."""
+    seconds, quality = sorted(found["step_seconds"]), found["quality"]
+    rows = [(name, "", "", _share(quality[name]["gap_recovered"]), f"{quality[name]['bits_per_byte']:.4f}", "", "")
+            for name in ("base", "mean")]
+    for run in found["runs"]:
+        q, stated = quality[run["name"]], run["stated_bytes"]
+        rows.append((run["name"], f"{run['seconds']:.1f}", f"{run['times_faster']:.1f}", _share(q["gap_recovered"]),
+                     f"{q['bits_per_byte']:.4f}", _mebibytes(run)[1], f"{stated / MIB:,.0f}" if stated else ""))
+    return "\n".join((
+        f"{found['tokens']} tokens, {found['snippets']:,} snippets, {found['options']['model']}, {where(found)}", "",
+        table(("", "seconds", "times faster", "gap recovered", "bits/byte reading", "MiB beyond the start",
+               "MiB stated"), rows),
+        f"one epoch of the reference has {found['steps']:,} steps and would take {found['reference_seconds']:,.0f} s; "
+        f"{len(seconds)} of them were timed before, between and after ours: {seconds[0]:.2f} to {seconds[-1]:.2f} s\n"))
 
 
 def scale(found: Found) -> str:

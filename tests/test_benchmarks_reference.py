@@ -331,12 +331,12 @@ def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch
 
 
 def test_budgets_are_read_as_options_of_their_kinds() -> None:
-    from distill_reference import _budget
+    from distill_reference import read_budget
 
-    assert _budget("") == (None, DistillConfig(silence=0.0))
-    assert _budget("silence=0.02")[1].silence == 0.02
+    assert read_budget("") == (None, DistillConfig(silence=0.0))
+    assert read_budget("silence=0.02")[1].silence == 0.02
     wanted = DistillConfig(target_layer="0.5", reach=None, cache_gib=1.5, silence=0.0)
-    assert _budget("snippets=6,target_layer=0.5,reach=none,cache_gib=1.5") == (6, wanted)
+    assert read_budget("snippets=6,target_layer=0.5,reach=none,cache_gib=1.5") == (6, wanted)
 
 
 def test_rows_left_out_are_no_comparison() -> None:
