@@ -30,7 +30,7 @@ from distill_reference import (
     time_ours,
     write,
 )
-from distill_tables import table
+from distill_tables import render
 from kept import Kept, Run
 from lost import BOUNDS, measure_lost
 from machine import describe
@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.corpus is None:
         parser.error("MedQuAD is not there; give --corpus, or set VOCABEXT_ASSETS")
     device, base = pick_device(arguments.device), load_tokenizer(arguments.model)
-    kept = Kept(arguments.keep, {**options_of(arguments), "ours": None, **machine_facts(device)})
+    # How much is read afterwards, and in which numbers, changes no row.
+    afterwards = ("max_bytes", "dtype", "ours")
+    trained_by = {key: value for key, value in options_of(arguments).items() if key not in afterwards}
+    kept = Kept(arguments.keep, {**trained_by, **machine_facts(device)})
     with note("mining and collecting"):
         records = first_tokens(kept.records(lambda: prepare(arguments, base, arguments.tokens)), arguments.take,
                                base.first_new_id)
@@ -87,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in found["rows"]:
             del row["token_nats"]
     whole = {"options": options_of(arguments), "machine": describe(device), **found}
-    write(capacity_table(found) if arguments.capacity else loss_table(found))
+    write(render(whole))
     if arguments.output:
         write_json(arguments.output, whole)
 
@@ -153,29 +156,6 @@ def _judge(model: FrozenModel, records: Sequence[TokenSnippets], expansion: Expa
                                      reach=config.reach), objective)
     found: list[float] = held_out_errors(model, judged, rows_ND.to(model.device), objective).tolist()
     return found
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def loss_table(found: dict[str, Any]) -> str:
-    """Return what each setting loses, and where."""
-    mean = next(row for row in found["rows"] if row["name"] == "mean")
-    total = sum(mean["divergence_nats"])
-    bins = ["at it", *(f"to {bound}" for bound in BOUNDS[1:-1]), f"above {BOUNDS[-2]}"]
-    return table(
-        ("setting", "layer", "shown", "CPU s", "NLL rise, nats", "gap recovered", "divergence left", *bins),
-        [(row["name"], str(row.get("layer", "")), f"{row['shown_per_token']:.0f}" if "layer" in row else "",
-          f"{row['cpu_seconds']:.0f}" if "layer" in row else "", f"{row['nll']:.4f}", f"{row['gap_recovered']:.3f}",
-          f"{1 - row['divergence_recovered']:.3f}", *(f"{nats / total:.3f}" for nats in row["divergence_nats"]))
-         for row in found["rows"]])
-
-
-def capacity_table(found: dict[str, Any]) -> str:
-    """Return what is left after training on more and more text."""
-    return table(("snippets", "epochs", "shown", "error, of the mean's", "best token", "worst token"), [
-        (str(row["snippets"]), str(row["epochs"]), f"{row['shown_per_token']:.0f}", f"{row['relative_error']:.3f}",
-         f"{min(row['per_token']):.3f}", f"{max(row['per_token']):.3f}") for row in found["rows"]])
 
 
 if __name__ == "__main__":

@@ -373,12 +373,12 @@ def compare_sampled(arguments: argparse.Namespace, device: torch.device) -> dict
     config = _reference_config(arguments)
     batches = schedule(lay_out(task.records, task.expansion, task.prefix_ids, config.merged), config)
     ours, runs = arguments.ours or [""], list[Run]()
-    each = max(2, arguments.sample // (len(ours) + 1))
-    step_seconds = time_reference(task, config, batches[:each])
-    for number, budget in enumerate(ours, 1):
+    samples = np.array_split(np.arange(arguments.sample) % len(batches), len(ours) + 1)
+    step_seconds = time_reference(task, config, [batches[i] for i in samples[0]])
+    for sample, budget in zip(samples[1:], ours, strict=True):
         with note(f"ours, {budget or DEFAULTS}"):
             runs += kept.runs(f"ours, {budget or DEFAULTS}", lambda budget=budget: [time_ours(task, budget)])
-        step_seconds += time_reference(task, config, batches[number * each : (number + 1) * each])
+        step_seconds += time_reference(task, config, [batches[i] for i in sample])
     with note("measuring on held-out text"):
         model = task.load("auto")
         qualities = measure(heldout_documents(arguments), model, base, expanded, row_sets(runs, model, tokens),
