@@ -23,7 +23,7 @@ FILES = {
     "distill_loss.json": ("What is still lost", f"{LOSS} --take 60 --max-bytes 10000 --dtype float32 "
                           "-o benchmarks/distill_loss.json --ours ..."),
     "distill_loss_smollm2.json": ("What is still lost, SmolLM2-135M-Instruct",
-                                  f"{LOSS} --model SMOLLM2 --tokens 400 --take 60 --max-bytes 4000 "
+                                  f"{LOSS} --model SMOLLM2 --tokens 400 --take 60 --max-bytes 8000 "
                                   "-o benchmarks/distill_loss_smollm2.json --ours ..."),
     "distill_capacity.json": ("One row on plenty of text", f"{LOSS} --capacity 8 -o benchmarks/distill_capacity.json"),
     "distill_scale.json": ("5,000 tokens in one go", f"{SCRIPT} --scale 5000 --snippets 8 --ours rounds=1 "
@@ -200,9 +200,10 @@ def loss_table(found: dict[str, Any]) -> str:
     mean = next(row for row in found["rows"] if row["name"] == "mean")
     total, bounds, options = sum(mean["divergence_nats"]), found["bounds"], found["options"]
     bins = ["at it", *(f"to {bound}" for bound in bounds[1:-1]), f"above {bounds[-2]}"]
-    return (f"{found['tokens']} tokens, {options['model']}, {where(found)}; held-out: "
-            f"{options['max_bytes'] / 1000:.0f} kB of {options['heldout'] or options['corpus']}. The last columns are "
-            "the divergence left by distance behind the last new token, as shares of all that the mean of pieces has.\n\n") + table(
+    title = (f"{found['tokens']} tokens, {options['model']}, {where(found)}; held-out: "
+             f"{options['max_bytes'] / 1000:.0f} kB of {options['heldout'] or options['corpus']}. The last columns are "
+             "the divergence left by distance behind the last new token, as shares of all that the mean of pieces has.")
+    return title + "\n\n" + table(
         ("setting", "layer", "shown", "CPU s", "NLL rise, nats", "gap recovered", "divergence left", *bins),
         [(row["name"], str(row.get("layer", "")), f"{row['shown_per_token']:.0f}" if "layer" in row else "",
           f"{row['cpu_seconds']:.0f}" if "layer" in row else "", f"{row['nll']:.4f}", f"{row['gap_recovered']:.3f}",
