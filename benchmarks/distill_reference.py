@@ -3,6 +3,7 @@
     python benchmarks/distill_reference.py [--model DIR --corpus FILE --heldout FILE] [-o result.json]
     python benchmarks/distill_reference.py --scale 5000
     python benchmarks/distill_reference.py --random-model 1b
+    python benchmarks/distill_reference.py --model SMOLLM2 --snippets 12 --sample 24 --ours epochs=1 --max-bytes 20000
 
 The first form needs nothing but $VOCABEXT_ASSETS (../shared/assets): 500 tokens, 25 snippets each, on biomed-13m.
 Both run in this process, one after the other, on the same model, tokens, snippets and threads; ours pays for
@@ -38,7 +39,7 @@ from distill_tables import render, section
 from kept import Kept, Made, Run
 from machine import Clock, PeakMemory, describe, matrix_peak, release_memory
 from quality import measure
-from reference_step import ReferenceConfig, lay_out, run_reference, schedule
+from reference_step import Pair, ReferenceConfig, ReferenceTrainer, lay_out, run_reference, schedule
 from sections import put_section
 from transformers.utils import logging as transformers_logging
 from work import BodyShape, Floor, WorkCounter, floor_of, reference_work
@@ -62,6 +63,8 @@ ASSETS = Path(os.environ.get("VOCABEXT_ASSETS", Path(__file__).resolve().parents
 # What ours is run with beside the defaults, cheapest first: a number of snippets, and options of DistillConfig.
 BUDGETS = ("snippets=8,epochs=1", "snippets=12,epochs=1", "epochs=1", "epochs=1,reach=4", "epochs=2",
            "epochs=1,silence=0.02")
+OURS_HELP = ("further budgets of ours, snippets=N and options of distill; those that would take longer than the "
+             f"reference are left out; with --scale, the one that is used (default: {' '.join(BUDGETS)})")
 DEFAULTS = "defaults"
 # The verb gives a tied model a head with rows of their own, and so need not keep input rows silent; nor does ours here.
 # Making output rows is not part of anybody's time.
@@ -126,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = compare_random(arguments, device)
     elif arguments.scale:
         found = scale(arguments, device)
+    elif arguments.sample:
+        found = compare_sampled(arguments, device)
     else:
         found = compare(arguments, device)
     if found is None:
@@ -143,34 +148,45 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
             for key, value in vars(arguments).items() if key not in apart}
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    corpora = ASSETS / "corpora"
+def parser_of_tasks(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what is distilled, and of where everything goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    medquad = ASSETS / "corpora" / "medquad.jsonl.gz"
     parser.add_argument("--model", type=Path, default=ASSETS / "models" / "biomed-13m", help="folder of the base model")
-    parser.add_argument("--corpus", type=Path, help="text to mine and distill from (default: MedQuAD)")
+    parser.add_argument("--corpus", type=Path, default=medquad, help="text to mine and distill from (default: MedQuAD)")
     parser.add_argument("--heldout", type=Path, help="other text to measure on (default: documents out of --corpus)")
     parser.add_argument("--tokens", type=int, default=500, help="how many new tokens to mine, if there are as many")
     parser.add_argument("--snippets", type=int, default=25, help="snippets per token")
     parser.add_argument("--min-count", type=int, default=10, help="how often a token must occur in the mining text")
     parser.add_argument("--max-bytes", type=int, default=100_000, help="held-out text to read, in bytes")
-    parser.add_argument("--ours", nargs="*", metavar="KEY=VALUE,...",
-                        help="further budgets of ours, snippets=N and options of distill; those that would take longer "
-                             "than the reference are left out; with --scale, the one that is used "
-                             f"(default: {' '.join(BUDGETS)})")
+    parser.add_argument("--ours", nargs="*", metavar="KEY=VALUE,...", help=OURS_HELP)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", type=Path, metavar="DIR",
+                        help="keep what is done there; the same call goes on after it, on the same machine")
+    parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
+    return parser
+
+
+def read_tasks(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options of `parser_of_tasks`; MedQuAD has held-out documents of its own."""
+    arguments = parser.parse_args(argv)
+    if arguments.corpus == parser.get_default("corpus") and not arguments.heldout:
+        arguments.heldout = arguments.corpus.with_name("medquad.heldout.jsonl.gz")
+    return arguments
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of_tasks(__doc__)
     parser.add_argument("--merged", choices=("all", "own"), default="all",
                         help="which new tokens the reference merges in a snippet")
     parser.add_argument("--autocast", action="store_true", help="let the reference multiply in bfloat16")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--scale", type=int, metavar="N", help="distill N tokens with ours, part by part")
     parser.add_argument("--random-model", choices=tuple(RANDOM_MODELS), help="random weights; time and memory only")
-    parser.add_argument("--keep", type=Path, metavar="DIR",
-                        help="keep what is done there; the same call goes on after it, on the same machine")
+    parser.add_argument("--sample", type=int, metavar="N",
+                        help="time N steps of the reference in turn with ours, and guess its epoch from them")
     parser.add_argument("--stop-after", choices=STEPS, help="go no further than this step")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the tables of the JSON files into FILE")
-    parser.add_argument("-o", "--output", type=Path, help="write the numbers there as JSON")
-    arguments = parser.parse_args(argv)
-    if arguments.corpus is None:
-        arguments.corpus, arguments.heldout = (corpora / f"medquad{part}.jsonl.gz" for part in ("", ".heldout"))
+    arguments = read_tasks(parser, argv)
     if not arguments.random_model:
         for path in filter(None, (arguments.model, arguments.corpus, arguments.heldout)):
             if not path.exists():
@@ -179,13 +195,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.ours = [] if arguments.scale else list(BUDGETS)
     for budget in arguments.ours:
         try:
-            _budget(budget)
+            read_budget(budget)
         except (TypeError, UsageError, ValueError) as error:
             parser.error(f"--ours {budget!r} is no list of KEY=VALUE: {error}")
     return arguments
 
 
-def _budget(text: str) -> tuple[int | None, DistillConfig]:
+def read_budget(text: str) -> tuple[int | None, DistillConfig]:
     """Read `snippets=6,epochs=1`: how many snippets at most, and the options."""
     pairs = dict(part.split("=", 1) for part in text.split(",") if part)
     snippets = pairs.pop("snippets", None)
@@ -286,12 +302,12 @@ def reference_runs(task: Task, config: ReferenceConfig) -> list[Run]:
 
 def time_ours(task: Task, budget: str) -> Run:
     """Run our engine with a budget, `""` for its defaults."""
-    num_snippets, config = _budget(budget)
-    records = [_capped(record, num_snippets) for record in task.records]
+    num_snippets, config = read_budget(budget)
+    records = [capped(record, num_snippets) for record in task.records]
     with PeakMemory(task.device) as memory:
         model = task.load(config.dtype)
         clock = Clock(task.device)
-        result = _distill(task, records, model, config)
+        result = distill_task(task, records, model, config)
         seconds, cpu_seconds = clock.read()
         dtype = str(model.dtype).removeprefix("torch.")
         del model
@@ -302,13 +318,14 @@ def time_ours(task: Task, budget: str) -> Run:
 
 def _expected_seconds(budget: str, defaults: Run, num_snippets: int) -> float:
     """Guess from how long the defaults took how long a budget takes at most."""
-    snippets, config = _budget(budget)
+    snippets, config = read_budget(budget)
     share = min(1.0, (num_snippets if snippets is None else snippets) / num_snippets)
     return defaults.seconds * share * config.epochs / DistillConfig().epochs
 
 
-def _distill(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
-             progress: Progress = no_progress) -> DistillResult:
+def distill_task(task: Task, records: Sequence[TokenSnippets], model: FrozenModel, config: DistillConfig,
+                 progress: Progress = no_progress) -> DistillResult:
+    """Run our engine on some of a task's records."""
     return distill(records, model, config, first_new_id=task.expansion.first_new_id, prefix_ids=task.prefix_ids,
                    progress=progress)
 
@@ -317,7 +334,8 @@ def _reference_config(arguments: argparse.Namespace) -> ReferenceConfig:
     return ReferenceConfig(merged=arguments.merged, autocast=arguments.autocast)
 
 
-def _capped(record: TokenSnippets, num_snippets: int | None) -> TokenSnippets:
+def capped(record: TokenSnippets, num_snippets: int | None) -> TokenSnippets:
+    """Return the first snippets of a token."""
     return replace(record, snippets=record.snippets[:num_snippets], positions=record.positions[:num_snippets])
 
 
@@ -337,6 +355,52 @@ def row_sets(runs: Sequence[Run], model: FrozenModel, tokens: Sequence[NewToken]
         output_ND = run.output_ND if run.output_ND is not None else (run.input_ND if model.tied else mean.output_ND)
         sets.append(RowSet(run.name, run.input_ND, output_ND))
     return sets
+
+
+# -- a sample of the reference's steps --------------------------------------------------------------------------------
+
+
+def compare_sampled(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time some steps of the reference before, between and after ours, where a whole epoch would take hours.
+
+    The reference's rows are not measured: after a few steps most tokens were never shown. Its error at the end of an
+    epoch is what the whole comparison on a smaller model shows.
+    """
+    base = load_tokenizer(arguments.model)
+    kept = Kept(arguments.keep, {**options_of(arguments), "ours": None, **machine_facts(device)})
+    with note("mining and collecting"):
+        records = kept.records(lambda: prepare(arguments, base, arguments.tokens))
+    tokens = [record.new_token for record in records]
+    expanded = extend(base, tokens)
+    task = Task(arguments.model, records, expanded.expansion, tuple(base.prefix_ids), device)
+    config = _reference_config(arguments)
+    batches = schedule(lay_out(task.records, task.expansion, task.prefix_ids, config.merged), config)
+    ours, runs = arguments.ours or [""], list[Run]()
+    samples = np.array_split(np.arange(arguments.sample) % len(batches), len(ours) + 1)
+    step_seconds = time_reference(task, config, [batches[i] for i in samples[0]])
+    for sample, budget in zip(samples[1:], ours, strict=True):
+        with note(f"ours, {budget or DEFAULTS}"):
+            runs += kept.runs(f"ours, {budget or DEFAULTS}", lambda budget=budget: [time_ours(task, budget)])
+        step_seconds += time_reference(task, config, [batches[i] for i in sample])
+    with note("measuring on held-out text"):
+        model = task.load("auto")
+        qualities = measure(heldout_documents(arguments), model, base, expanded, row_sets(runs, model, tokens),
+                            arguments.max_bytes)
+    epoch = float(np.median(step_seconds)) * len(batches)
+    return {"tokens": len(tokens), "snippets": task.num_snippets, "steps": len(batches), "step_seconds": step_seconds,
+            "reference_seconds": epoch, "quality": {name: asdict(q) for name, q in qualities.items()},
+            "runs": [{**_run_json(run), "times_faster": epoch / run.seconds} for run in runs]}
+
+
+def time_reference(task: Task, config: ReferenceConfig, batches: Sequence[Sequence[Pair]]) -> list[float]:
+    """Return how long steps of the reference take; one before them warms up."""
+    trainer, seconds = ReferenceTrainer(task.load("float32"), task.expansion, config), list[float]()
+    with note(f"{len(batches)} steps of the reference"):
+        for batch in (batches[0], *batches):
+            clock = Clock(task.device)
+            trainer.step(batch)
+            seconds.append(clock.read()[0])
+    return seconds[1:]
 
 
 # -- work -------------------------------------------------------------------------------------------------------------
@@ -388,13 +452,13 @@ def count_ours(task: Task, timed: Made) -> WorkCounter:
         timed: What came of the run with all tokens.
     """
     every = -(-len(task.records) // COUNTED_TOKENS)
-    records = [record if i % every == 0 else _capped(record, 0) for i, record in enumerate(task.records)]
+    records = [record if i % every == 0 else capped(record, 0) for i, record in enumerate(task.records)]
     model = task.load(DistillConfig().dtype)
     counter = WorkCounter(model)
     torch.compiler.set_stance("force_eager")
     try:
         with counter:
-            result = _distill(task, records, model, DistillConfig())
+            result = distill_task(task, records, model, DistillConfig())
     finally:
         torch.compiler.set_stance("default")
     counter.scale(sum(timed.shown) / max(1, sum(report.shown for report in result.reports)))
@@ -488,15 +552,15 @@ def scale(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
         records = kept.records(lambda: prepare(arguments, base, arguments.scale))
     if arguments.stop_after:
         return None
-    num_snippets, config = _budget(next(iter(arguments.ours), ""))
-    records = [_capped(record, num_snippets) for record in records]
+    num_snippets, config = read_budget(next(iter(arguments.ours), ""))
+    records = [capped(record, num_snippets) for record in records]
     tokens = [record.new_token for record in records]
     task = Task(arguments.model, records, extend(base, tokens).expansion, tuple(base.prefix_ids), device)
     with note("ours"), PeakMemory(device) as memory:
         listening = PartProgress(memory, SCALE_PARTS)
         model = task.load("auto")
         clock = Clock(device)
-        _distill(task, records, model, config, listening)
+        distill_task(task, records, model, config, listening)
         seconds, cpu_seconds = clock.read()
     return {"tokens": len(tokens), "snippets": sum(len(record.snippets) for record in records),
             "seconds": seconds, "cpu_seconds": cpu_seconds,
@@ -557,6 +621,7 @@ def _run_json(run: Run) -> dict[str, Any]:
     peak, before = run.memory or (None, None)
     return {"name": run.name, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "dtype": run.dtype,
             "peak_bytes": peak, "before_bytes": before,
+            "stated_bytes": run.made and run.made.stated_bytes,
             "shown_per_token": run.made and sum(run.made.shown) / len(run.made.shown),
             "at_start": run.made and run.made.at_start, "left_out": run.made and run.made.left_out,
             "relative_error_own_snippets": run.made and run.made.relative_error}

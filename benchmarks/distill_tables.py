@@ -13,9 +13,19 @@ TIMES = ("seconds", "CPU seconds", "times faster")
 MEMORY = ("peak MiB", "beyond the start")
 Found = dict[str, Any]
 SCRIPT = "python benchmarks/distill_reference.py"
+LOSS = "python benchmarks/distill_loss.py"
 # The JSON files of the section: what each is about, and how it is made.
 FILES = {
     "distill_reference.json": ("Against the reference", f"{SCRIPT} -o benchmarks/distill_reference.json"),
+    "distill_smollm2.json": ("SmolLM2-135M-Instruct, a sample of the reference's steps",
+                             f"{SCRIPT} --model SMOLLM2 --snippets 12 --sample 24 --ours epochs=1 --max-bytes 20000 "
+                             "-o benchmarks/distill_smollm2.json"),
+    "distill_loss.json": ("What is still lost", f"{LOSS} --take 60 --max-bytes 10000 --dtype float32 "
+                          "-o benchmarks/distill_loss.json --ours ..."),
+    "distill_loss_smollm2.json": ("What is still lost, SmolLM2-135M-Instruct",
+                                  f"{LOSS} --model SMOLLM2 --tokens 400 --take 60 --max-bytes 8000 "
+                                  "-o benchmarks/distill_loss_smollm2.json --ours ..."),
+    "distill_capacity.json": ("One row on plenty of text", f"{LOSS} --capacity 8 -o benchmarks/distill_capacity.json"),
     "distill_scale.json": ("5,000 tokens in one go", f"{SCRIPT} --scale 5000 --snippets 8 --ours rounds=1 "
                                                      "-o benchmarks/distill_scale.json"),
     "distill_gpu.json": ("On a GPU", f"{SCRIPT} --random-model 1b -o benchmarks/distill_gpu.json"),
@@ -35,6 +45,12 @@ def render(found: Found) -> str:
     """Return the tables of any of the three kinds of result."""
     if "parts" in found:
         return scale(found)
+    if "step_seconds" in found:
+        return sampled(found)
+    if "bounds" in found:
+        return loss_table(found)
+    if "judges" in found:
+        return capacity_table(found)
     return comparison(found) if "quality" in found else random_weights(found)
 
 
@@ -147,6 +163,23 @@ def random_weights(found: Found) -> str:
         work(found["work"])))
 
 
+def sampled(found: Found) -> str:
+    """Return ours beside an epoch of the reference that was guessed from some of its steps."""
+    seconds, quality = sorted(found["step_seconds"]), found["quality"]
+    rows = [(name, "", "", _share(quality[name]["gap_recovered"]), f"{quality[name]['bits_per_byte']:.4f}", "", "")
+            for name in ("base", "mean")]
+    for run in found["runs"]:
+        q, stated = quality[run["name"]], run["stated_bytes"]
+        rows.append((run["name"], f"{run['seconds']:.1f}", f"{run['times_faster']:.1f}", _share(q["gap_recovered"]),
+                     f"{q['bits_per_byte']:.4f}", _mebibytes(run)[1], f"{stated / MIB:,.0f}" if stated else ""))
+    return "\n".join((
+        f"{found['tokens']} tokens, {found['snippets']:,} snippets, {found['options']['model']}, {where(found)}", "",
+        table(("", "seconds", "times faster", "gap recovered", "bits/byte reading", "MiB beyond the start",
+               "MiB stated"), rows),
+        f"one epoch of the reference has {found['steps']:,} steps and would take {found['reference_seconds']:,.0f} s; "
+        f"{len(seconds)} of them were timed before, between and after ours: {seconds[0]:.2f} to {seconds[-1]:.2f} s\n"))
+
+
 def scale(found: Found) -> str:
     """Return time and memory of a long run, part by part."""
     unit = "tokens" if "tokens" in found["parts"][0] else "snippets"  # those are of an older run
@@ -158,6 +191,36 @@ def scale(found: Found) -> str:
              f"{part['cpu_seconds'] / part[unit]:.4f}" if part[unit] else "",
              f"{part['peak_bytes'] / MIB:,.0f}")
             for part in found["parts"]])))
+
+
+# -- what is lost ---------------------------------------------------------------------------------------------------
+
+
+def loss_table(found: dict[str, Any]) -> str:
+    """Return what each setting loses, and where."""
+    mean = next(row for row in found["rows"] if row["name"] == "mean")
+    total, bounds, options = sum(mean["divergence_nats"]), found["bounds"], found["options"]
+    bins = ["at it", *(f"to {bound}" for bound in bounds[1:-1]), f"above {bounds[-2]}"]
+    title = (f"{found['tokens']} tokens, {options['model']}, {where(found)}; held-out: "
+             f"{options['max_bytes'] / 1000:.0f} kB of {options['heldout'] or options['corpus']}. The last columns are "
+             "the divergence left by distance behind the last new token, as shares of all that the mean of pieces has.")
+    return title + "\n\n" + table(
+        ("setting", "layer", "shown", "CPU s", "NLL rise, nats", "gap recovered", "divergence left", *bins),
+        [(row["name"], str(row.get("layer", "")), f"{row['shown_per_token']:.0f}" if "layer" in row else "",
+          f"{row['cpu_seconds']:.0f}" if "layer" in row else "", f"{row['nll']:.4f}", f"{row['gap_recovered']:.3f}",
+          f"{1 - row['divergence_recovered']:.3f}", *(f"{nats / total:.3f}" for nats in row["divergence_nats"]))
+         for row in found["rows"]])
+
+
+def capacity_table(found: dict[str, Any]) -> str:
+    """Return what is left after training on more and more text."""
+    options = found["options"]
+    title = (f"{len(found['tokens'])} tokens, {options['model']}, {where(found)}; {found['judges']} snippets of each "
+             "judge")
+    header = ("snippets", "epochs", "shown", "error, of the mean's", "best token", "worst token")
+    return title + "\n\n" + table(header, [
+        (str(row["snippets"]), str(row["epochs"]), f"{row['shown_per_token']:.0f}", f"{row['relative_error']:.3f}",
+         f"{min(row['per_token']):.3f}", f"{max(row['per_token']):.3f}") for row in found["rows"]])
 
 
 # -- markdown ---------------------------------------------------------------------------------------------------------

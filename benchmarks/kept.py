@@ -28,6 +28,7 @@ class Made:
         shown: How many snippets each token was shown, repetitions included.
         at_start: How many tokens keep a row that nothing was trained into.
         left_out: How many would be left out of a checkpoint.
+        stated_bytes: Memory that was stated before the work, the model included.
     """
 
     layer: int
@@ -35,13 +36,15 @@ class Made:
     shown: Sequence[int]
     at_start: int
     left_out: int
+    stated_bytes: int | None = None
 
     @classmethod
     def of(cls, result: DistillResult) -> "Made":
         """Read it off a result."""
         return cls(result.layer, result.relative_error, [report.shown for report in result.reports],
                    sum(report.method != "distill" for report in result.reports),
-                   sum(report.left_out is not None for report in result.reports))
+                   sum(report.left_out is not None for report in result.reports),
+                   None if result.memory is None else result.memory.total_bytes)
 
 
 @dataclass(frozen=True)

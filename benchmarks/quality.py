@@ -80,7 +80,7 @@ def hidden_errors(
     context, device = EvalConfig().context, model.device
     errors, scale, count = dict.fromkeys((rows.name for rows in row_sets), 0.0), 0.0, 0
     rows_ND = {rows.name: rows.input_ND.to(device) for rows in row_sets}
-    for framed, first in _framed_windows(heldout, base, expanded, context, max_bytes):
+    for framed, first in framed_windows(heldout, base, expanded, context, max_bytes):
         teacher = torch.from_numpy(expanded.expansion.unmerge(framed)).to(device)
         meets = torch.from_numpy(expanded.expansion.last_positions(framed)).to(device)
         target_TD = model.hidden(model.embed(teacher[None]))[0][meets[first:]].double()
@@ -94,7 +94,7 @@ def hidden_errors(
     return {name: (error / count, error / scale) for name, error in errors.items()}
 
 
-def _framed_windows(
+def framed_windows(
     heldout: Sequence[Document], base: BaseTokenizer, expanded: ExpandedTokenizer, context: int, max_bytes: int
 ) -> Iterator[tuple[Ids, int]]:
     """Yield windows of at most `context` base ids that hold a new token, and where the first of these stands."""

@@ -331,13 +331,59 @@ def test_work_counted_on_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch
     assert sample.body == pytest.approx(everything.body, rel=0.3)
 
 
-def test_budgets_are_read_as_options_of_their_kinds() -> None:
-    from distill_reference import _budget
+@pytest.mark.slow
+def test_what_rows_still_lose_is_shown_by_distance_and_by_setting(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill_loss import main
 
-    assert _budget("") == (None, DistillConfig(silence=0.0))
-    assert _budget("silence=0.02")[1].silence == 0.02
+    main([*options(folder), "--take", "3", "--max-bytes", "2000", "--ours", "epochs=1", "rounds=1,target_layer=1",
+          "-o", str(tmp_path / "loss.json")])
+    found = json.loads((tmp_path / "loss.json").read_text())
+    base, *ours = found["rows"]
+    assert (base["name"], base["gap_recovered"]) == ("mean", 0)
+    assert [row["name"] for row in ours] == ["ours, epochs=1", "ours, rounds=1,target_layer=1"]
+    for row in found["rows"]:
+        assert sum(row["divergence_nats"]) / sum(row["places"]) == pytest.approx(row["divergence"])
+    assert "| ours, epochs=1 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_row_on_plenty_of_text_is_judged_by_text_that_it_never_saw(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import distill_loss
+
+    monkeypatch.setattr(distill_loss, "JUDGES", 2)
+    monkeypatch.setattr(distill_loss, "CAPACITY", ((2, 1), (4, 2)))
+    distill_loss.main([*options(folder), "--capacity", "2", "-o", str(tmp_path / "capacity.json")])
+    found = json.loads((tmp_path / "capacity.json").read_text())
+    assert len(found["tokens"]) == 2
+    assert [row["snippets"] for row in found["rows"]] == [2, 4]
+    assert all(0 < row["relative_error"] < 2 for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_steps_of_the_reference_are_timed_in_turn_with_ours_and_stand_for_an_epoch(
+    folder: Path, tmp_path: Path
+) -> None:
+    from distill_reference import main
+
+    main([*options(folder), "--sample", "4", "--max-bytes", "2000", "--ours", "epochs=1", "-o",
+          str(tmp_path / "sampled.json")])
+    found = json.loads((tmp_path / "sampled.json").read_text())
+    assert found["reference_seconds"] == pytest.approx(np.median(found["step_seconds"]) * found["steps"])
+    assert found["runs"][0]["times_faster"] == found["reference_seconds"] / found["runs"][0]["seconds"]
+    assert found["runs"][0]["stated_bytes"] > 0
+
+
+def test_budgets_are_read_as_options_of_their_kinds() -> None:
+    from distill_reference import read_budget
+
+    assert read_budget("") == (None, DistillConfig(silence=0.0))
+    assert read_budget("silence=0.02")[1].silence == 0.02
     wanted = DistillConfig(target_layer="0.5", reach=None, cache_gib=1.5, silence=0.0)
-    assert _budget("snippets=6,target_layer=0.5,reach=none,cache_gib=1.5") == (6, wanted)
+    assert read_budget("snippets=6,target_layer=0.5,reach=none,cache_gib=1.5") == (6, wanted)
 
 
 def test_rows_left_out_are_no_comparison() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -352,6 +353,24 @@ def test_a_damaged_empty_or_foreign_file_is_refused(
     with pytest.raises(UsageError, match=message):
         distill_file(path, str(folder), tmp_path / "rows.safetensors", DistillConfig(method="mean"))
     assert not (tmp_path / "rows.safetensors").exists()
+
+
+@pytest.mark.parametrize(("cut", "message"), [
+    (lambda lines: lines[:-1], r"snippets.jsonl is damaged: a snippet of '.*' holds id \d+, but its \d+ tokens have "
+                               r"ids up to \d+; lines are missing, run vocabext collect again"),
+    (lambda lines: [lines[0], *lines[2:]], "snippets.jsonl is damaged: a snippet of .* not the token's id"),
+    (lambda lines: [*lines[:-1], lines[-1][:-9]], "is not a JSON Lines file of vocabext"),
+])
+def test_a_file_of_snippets_that_was_cut_off_is_refused_in_one_line(
+    tmp_path: Path, cut: Callable[[list[str]], list[str]], message: str
+) -> None:
+    folder, found = collected(tmp_path)
+    path = tmp_path / "snippets.jsonl"
+    write_jsonl(path, "snippets", {}, [r.to_json() for r in found])
+    path.write_text("".join(cut(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(UsageError, match=message) as refused:
+        distill_file(path, str(folder), tmp_path / "rows.safetensors", DistillConfig(dtype="float32", device="cpu"))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("option", "values"), [

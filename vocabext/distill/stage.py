@@ -18,7 +18,7 @@ from vocabext.checkpoint.rows import mean_rows, row_norms, rows_in_use
 from vocabext.distill.heap import give_back_large_blocks
 from vocabext.distill.input_rows.contexts import sharing_is_exact
 from vocabext.distill.input_rows.engine import GroupFit, Objective, fit_rows
-from vocabext.distill.input_rows.examples import Examples, build_examples
+from vocabext.distill.input_rows.examples import Examples, build_examples, check_snippets
 from vocabext.distill.input_rows.memory import GIB, MemoryPlan, plan_memory
 from vocabext.distill.input_rows.report import TokenReport, left_out_reasons, nearest_rows
 from vocabext.distill.input_rows.resume import FinishedGroups, model_facts, work_digest
@@ -192,8 +192,8 @@ def make_rows(
         The rows with their reports, and the header of a rows file.
 
     Raises:
-        UsageError: If the records were made for a model with other token ids; or if the model cannot be run on rows,
-            or cannot have the output rows that were asked for.
+        UsageError: If the records were made for a model with other token ids, or some of them are missing; or if the
+            model cannot be run on rows, or cannot have the output rows that were asked for.
     """
     folder = resolve_model(model)
     base = load_base(folder, trust_remote_code=trust_remote_code)
@@ -207,6 +207,7 @@ def make_rows(
     made_from = base_record(folder, names, model=model, first_new_id=base.first_new_id)
     check_made_for(header, base, source)
     extend(base, [record.new_token for record in records])  # refuses tokens of another tokenizer
+    check_snippets(records, base.first_new_id, source)
     if choice.why is not None:
         say(choice.why)
     with _groups_folder(output) as beside:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vocabext.errors import UsageError
 from vocabext.tokens import Expansion, Ids, TokenSnippets
 
 PAD = 0
@@ -94,6 +95,34 @@ class _Text:
     def read(self) -> int:
         """How many of the teacher's ids are needed."""
         return int(self.aligned[-1]) + 1
+
+
+def check_snippets(records: Sequence[TokenSnippets], first_new_id: int, source: object) -> None:
+    """Refuse snippets that do not hold their own token, or hold tokens that are not there.
+
+    A file that was cut off at the end of a line reads well: its snippets then hold ids of tokens whose lines are gone.
+
+    Args:
+        records: The tokens with their snippets, in token-id order.
+        first_new_id: Id of the first token.
+        source: What messages call the records.
+
+    Raises:
+        UsageError: If a snippet is such a one.
+    """
+    last = first_new_id + len(records) - 1
+    for own, record in enumerate(records, first_new_id):
+        token = record.new_token.token
+        for snippet, position in zip(record.snippets, record.positions, strict=True):
+            if (highest := max(snippet, default=0)) > last:
+                raise UsageError(
+                    f"{source} is damaged: a snippet of {token!r} holds id {highest}, but its {len(records)} tokens "
+                    f"have ids up to {last}; lines are missing, run vocabext collect again")
+            if not 0 <= position < len(snippet) or snippet[position] != own:
+                found = snippet[position] if 0 <= position < len(snippet) else "nothing"
+                raise UsageError(
+                    f"{source} is damaged: a snippet of {token!r} has {found} at place {position}, not the token's id "
+                    f"{own}; lines are missing or moved, run vocabext collect again")
 
 
 def build_examples(
