@@ -25,7 +25,7 @@ from vocabext.errors import ServerError, UsageError
 from vocabext.files.scratch import LOCK_NAME, SETTLED_SECONDS, scratch_folder
 from vocabext.serve.engine import group_members
 from vocabext.serve.gateway.admin import send_order
-from vocabext.serve.gateway.journal import MOST_LINES, WINDOW_SECONDS, Journal
+from vocabext.serve.gateway.log import MOST_LINES, WINDOW_SECONDS, GatewayLog
 from vocabext.serve.gateway.policy import Policy
 from vocabext.serve.gateway.state import State, read_state
 
@@ -281,19 +281,19 @@ def test_a_state_that_is_no_file_is_one_line(tmp_path: Path) -> None:
 
 def test_lines_of_the_log_have_a_time_and_those_alike_are_counted() -> None:
     now, lines = [0.0], list[str]()
-    journal = Journal(lines.append, clock=lambda: now[0])
+    written = GatewayLog(lines.append, clock=lambda: now[0])
     log = logging.getLogger("test.journal")
-    with journal.listening():
+    with written.listening():
         for _ in range(100):
             log.warning("Invalid HTTP request received.")
-        journal.note("something else")
+        written.note("something else")
         assert len(lines) == MOST_LINES + 1
         assert all(datetime.fromisoformat(line.split()[0]).tzinfo for line in lines)
         now[0] = WINDOW_SECONDS
-        journal.flush()
+        written.flush()
         assert lines[-1].endswith("95 more lines like this were left out: test.journal: Invalid HTTP request received.")
         for i in range(1000):
-            journal.note(f"kind {i}")
+            written.note(f"kind {i}")
         assert len(lines) < 300
     assert "more lines like this were left out: (of several kinds)" in lines[-1]
     log.warning("after the end")
@@ -302,7 +302,7 @@ def test_lines_of_the_log_have_a_time_and_those_alike_are_counted() -> None:
 
 def test_an_error_is_logged_without_its_text() -> None:
     lines: list[str] = []
-    with Journal(lines.append).listening():
+    with GatewayLog(lines.append).listening():
         try:
             raise ValueError("a secret of a client")
         except ValueError:

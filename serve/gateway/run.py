@@ -26,9 +26,9 @@ from vocabext.serve.gateway.engines import Engines
 from vocabext.serve.gateway.front import BaseFront
 from vocabext.serve.gateway.guard import Limits
 from vocabext.serve.gateway.health import Health, ban_fault, served_model
-from vocabext.serve.gateway.journal import Journal
 from vocabext.serve.gateway.keeper import Keeper, Place, engines_of, places_of
 from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.log import GatewayLog
 from vocabext.serve.gateway.metrics import Metrics
 from vocabext.serve.gateway.policy import Policy
 from vocabext.serve.gateway.protocol import QuietServer, limited_protocol
@@ -122,15 +122,15 @@ def run_gateway(
     places = places_of(config.base, config.expanded, one_engine=config.one_engine)
     if not config.unverified:
         check_verified(places)
-    journal = Journal(note)
-    with locked(config.state_path), journal.listening(), ExitStack() as stack:
+    log = GatewayLog(note)
+    with locked(config.state_path), log.listening(), ExitStack() as stack:
         state = open_state(config.state_path, config.initial)
         listeners = [stack.enter_context(_listening(host, port))
                      for host, port in ((config.host, config.port), (LOCAL, config.admin_port))]
         front = load_front(config, places) if config.one_engine else None
         engines = start_engines(config, places, stack)
         wait_until_ready(list(engines.values()), timeout_seconds=config.start_timeout_seconds, progress=progress)
-        service = Service(config, places, state, engines, front, listeners, on_ready, journal)
+        service = Service(config, places, state, engines, front, listeners, on_ready, log)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(service.run())
 
@@ -192,13 +192,13 @@ class Service:
     def __init__(
         self, config: GatewayConfig, places: Mapping[str, Place], state: State, engines: Mapping[str, Server],
         front: BaseFront | None, listeners: Sequence[socket.socket], on_ready: Callable[[dict[str, Any]], None],
-        journal: Journal,
+        log: GatewayLog,
     ) -> None:
         """Take over what was prepared outside of the loop."""
         self._config, self._places, self._state, self._front = config, places, state, front
-        self._listeners, self._on_ready, self._journal = listeners, on_ready, journal
+        self._listeners, self._on_ready, self._log = listeners, on_ready, log
         self._metrics = Metrics()
-        self._keeper = Keeper(engines, self._metrics, journal.note, restart=config.restart,
+        self._keeper = Keeper(engines, self._metrics, log.note, restart=config.restart,
                               start_timeout_seconds=config.start_timeout_seconds)
         self._servers: list[uvicorn.Server] = []
         self._task: asyncio.Task[Any] | None = None
@@ -225,7 +225,7 @@ class Service:
     async def _run(self) -> None:
         config, upstream, metrics = self._config, Upstream(self._config.limits), self._metrics
         recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
-        side_tasks = SideTasks(self._journal.note)
+        side_tasks = SideTasks(self._log.note)
         try:
             arms = await self._arms(upstream)
             canary = None if config.bounds is None else Canary(config.bounds)
@@ -233,7 +233,7 @@ class Service:
                 Engines(arms, upstream, self._front, config.model or arms[BASE].model),
                 Trial(self._state, canary, metrics, side_tasks), Loads(metrics, config.limits.in_flight), metrics,
                 side_tasks, config.limits, recorder, config.api_key, config.allow_pin)
-            health = Health(gateway.engines, metrics, self._headers(), self._journal.note)
+            health = Health(gateway.engines, metrics, self._headers(), self._log.note)
             await health.check()
             await self._serve(gateway, health)
         finally:
@@ -269,7 +269,7 @@ class Service:
             self._state.closed()
 
     async def _look_after(self, health: Health) -> None:
-        await asyncio.gather(health.watch(), self._journal.watch(), self._keeper.watch(health.lost, self._give_up))
+        await asyncio.gather(health.watch(), self._log.watch(), self._keeper.watch(health.lost, self._give_up))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ WINDOW_SECONDS = 60.0
 MOST_KINDS = 200  # of lines that are told apart; the others share one kind
 
 
-class Journal(logging.Handler):
+class GatewayLog(logging.Handler):
     """Writes lines, unless there were too many like them."""
 
     def __init__(self, write: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
