@@ -7,6 +7,7 @@ written per minute; the next one after that says how many were left out.
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -30,6 +31,7 @@ class GatewayLog(logging.Handler):
         """
         super().__init__()
         self._write, self._clock = write, clock
+        self._mine = threading.RLock()  # the admin endpoint's thread writes, too
         self._since: dict[str, float] = {}
         self._lines: dict[str, int] = {}
 
@@ -45,13 +47,15 @@ class GatewayLog(logging.Handler):
 
     def flush(self) -> None:
         """Say how many lines were left out of the minutes that are over."""
-        for kind in [kind for kind, since in self._since.items() if self._clock() - since >= WINDOW_SECONDS]:
-            self._end(kind)
+        with self._mine:
+            for kind in [kind for kind, since in self._since.items() if self._clock() - since >= WINDOW_SECONDS]:
+                self._end(kind)
 
     def close(self) -> None:
         """Say how many lines were left out."""
-        for kind in list(self._since):
-            self._end(kind)
+        with self._mine:
+            for kind in list(self._since):
+                self._end(kind)
         super().close()
 
     async def watch(self) -> None:
@@ -72,12 +76,13 @@ class GatewayLog(logging.Handler):
             self.close()
 
     def _take(self, kind: str, text: str) -> None:
-        self.flush()
-        kind = kind if kind in self._since or len(self._since) < MOST_KINDS else ""
-        self._since.setdefault(kind, self._clock())
-        self._lines[kind] = self._lines.get(kind, 0) + 1
-        if self._lines[kind] <= MOST_LINES:
-            self._say(text)
+        with self._mine:
+            self.flush()
+            kind = kind if kind in self._since or len(self._since) < MOST_KINDS else ""
+            self._since.setdefault(kind, self._clock())
+            self._lines[kind] = self._lines.get(kind, 0) + 1
+            if self._lines[kind] <= MOST_LINES:
+                self._say(text)
 
     def _end(self, kind: str) -> None:
         del self._since[kind]
