@@ -23,7 +23,7 @@ from gateway_soak import engines
 
 from vocabext.checkpoint.manifest import Manifest, read_manifest
 from vocabext.serve.engine import wait_until_ready
-from vocabext.serve.gateway.run import ONE_ENGINE_FLAGS
+from vocabext.serve.gateway.keeper import ONE_ENGINE_FLAGS
 from vocabext.serve.provenance import provenance
 from vocabext.tokenizer import load_tokenizer
 

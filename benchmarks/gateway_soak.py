@@ -27,8 +27,8 @@ from gateway_models import STORIES, make_pair
 
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.serve.engine import Server, vllm_server, wait_until_ready
+from vocabext.serve.gateway.keeper import ONE_ENGINE_FLAGS
 from vocabext.serve.gateway.observe import events_of
-from vocabext.serve.gateway.run import ONE_ENGINE_FLAGS
 from vocabext.serve.provenance import provenance
 from vocabext.tokenizer import load_hf_tokenizer
 

@@ -39,6 +39,7 @@ START_TIMEOUT_SECONDS = 900.0
 STOP_GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.2
 TAIL_LINES = 12
+TAIL_BYTES = 2**20  # of a log that is read for the cause of a failure; a server that ran for weeks wrote far more
 CPU_KV_CACHE_GIB = "1"
 BF16_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16"}  # as /proc/cpuinfo spells them on x86 and ARM
 
@@ -118,7 +119,8 @@ class Child:
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         pipe = subprocess.PIPE if self._piped else None
-        with open(self.log_path, "wb") as log:
+        # Appending, so that a log which somebody cuts off (logrotate's copytruncate) goes on at its new end.
+        with open(os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666), "wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=pipe or subprocess.DEVNULL, stdout=pipe or log, stderr=log,
                 env=self.environment, start_new_session=True,
@@ -151,6 +153,17 @@ class Child:
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
+
+    def keep_log(self) -> Path:
+        """Set the log aside for whoever looks for the cause of an end; only the last one is kept.
+
+        Returns:
+            Where it is now.
+        """
+        kept = self.log_path.with_name(f"{self.log_path.name}.1")
+        with contextlib.suppress(OSError):
+            self.log_path.replace(kept)
+        return kept
 
     def failure(self, what: str) -> ServerError:
         """Make the error for a process that failed: what happened, the likely cause, the log's last lines."""
@@ -396,9 +409,12 @@ def check_port(host: str, port: int) -> None:
 
 
 def log_lines(path: Path) -> list[str]:
-    """Return the lines of a log that are not blank; an unreadable log has none."""
+    """Return the lines of the last `TAIL_BYTES` of a log that are not blank; an unreadable log has none."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with open(path, "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - TAIL_BYTES))
+            text = log.read(TAIL_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -433,22 +449,38 @@ def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
             continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, number)
+        for member in group_members(group):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(member) != group:  # it left the group, but not the session
+                    os.kill(member, number)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             ended = process.poll() is not None
             if ended and not group_members(group):
+                _collect_orphans(group)
                 return
             time.sleep(0.05)
 
 
-def group_members(group: int) -> list[int]:
-    """Return the living processes of a group; zombies that nobody collects do not count."""
+def group_members(leader: int) -> list[int]:
+    """Return the living processes of a group, and of the session that its leader began.
+
+    Zombies that nobody collects do not count.
+    """
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            if leader in (os.getpgid(process.pid), os.getsid(process.pid)) and process.status() not in (
+                    psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 members.append(process.pid)
     return members
+
+
+def _collect_orphans(group: int) -> None:
+    """Collect the zombies of a group that are ours: process 1 of a container inherits a dead server's children."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
 
 
 @atexit.register

@@ -44,7 +44,7 @@ every_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: s
 NO_FILES = {"benchmarks/NAME.py", "benchmarks/NAME.json"}
 
 # Options that pages name and that are not ours: vLLM's, pip's, and those of scripts.
-FOREIGN_OPTIONS = {"--logits-processors", "--exclude-tools-when-tool-choice-none", "--help"}
+FOREIGN_OPTIONS = {"--logits-processors", "--served-model-name", "--exclude-tools-when-tool-choice-none", "--help"}
 
 
 # ---- reading Markdown ----------------------------------------------------------------------------

@@ -218,12 +218,56 @@ def test_a_client_that_left_would_have_left_the_copy_too_unless_it_was_faster(
     run(work)
 
 
-def test_a_stream_that_comes_along_is_not_silent() -> None:
-    passing = relay.Relay(None, None, Request("/v1/completions", [], b"", {}, 0.0), None, None)  # type: ignore[arg-type]
-    passing._parts = [(1.0, b"a"), (9.0, b"b")]
-    assert (passing.silence(0.5), passing.silence(10.0), passing.silence(20.0)) == (0.5, 1.0, 11.0)
-    passing._complete = True
-    assert (passing.silence(8.0), passing.silence(20.0)) == (7.0, 0.0)
+@pytest.mark.parametrize("percent", [100, 50, 10])
+def test_clients_that_leave_take_nothing_back_where_the_base_does_not_answer_them_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, percent: float
+) -> None:
+    monkeypatch.setattr(app, "SILENT_SECONDS", 0.02)
+
+    async def work() -> None:
+        rig = Rig(tmp_path, Policy(percent), base=after(60), expanded=after(60))
+        await asyncio.gather(*(rig.ask(leave=0.03) for _ in range(200)))
+        assert rig.gateway.trial.state.serial == 0
+        assert sum(rig.seen(FAILURES).values()) == 200
+    run(work)
+
+
+def test_an_arm_that_was_seen_cannot_be_left_to_its_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SILENT_SECONDS", 0.02)
+    sent: list[Any] = []
+
+    async def part_and_silence() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.01)
+        assert not sent, "the arm was told before the answer began"
+        yield b'data: {"choices": [{"text": "a"}]}\n\n'
+        assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+        assert (b"x-vocabext-arm", b"expanded") in sent[0]["headers"]
+        await asyncio.sleep(60)
+
+    class Streams(Connections):
+        @contextlib.asynccontextmanager
+        async def call(self, method: str, url: str, **_: Any) -> AsyncIterator[Any]:
+            yield SimpleNamespace(status=200, content_type="text/event-stream", raw_headers=[],
+                                  content=SimpleNamespace(iter_any=part_and_silence))
+
+    async def work() -> None:
+        rig = Rig(tmp_path, Policy(100))
+        rig.gateway.engines.upstream = Streams({})  # type: ignore[assignment]
+        messages = iter([{"type": "http.request", "body": b'{"prompt": "hi", "stream": true}'}])
+
+        async def receive() -> Any:
+            if message := next(messages, None):
+                return message
+            await asyncio.sleep(0.1)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await Proxy(rig.gateway)({"path": "/v1/completions", "headers": []}, receive, send)
+        assert rig.seen(FAILURES) == {"base": 0, "expanded": 0}
+    run(work)
+    assert len(sent) == 2
 
 
 # --- requests that were refused

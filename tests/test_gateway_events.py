@@ -96,8 +96,10 @@ def relayed(parts: Sequence[bytes], converter: LogprobsConverter | None) -> tupl
     relay = Relay(None, Arm("base", "http://engine", "m"), request,  # type: ignore[arg-type]
                   Call(COMPLETIONS, b"{}", converter), send)
     relay.status = 200
-    observation = asyncio.run(relay._stream(come()))
-    return b"".join(message["body"] for message in sent), observation.failed
+    head = {"type": "http.response.start", "status": 200, "headers": []}
+    observation = asyncio.run(relay._stream(head, come()))
+    assert [message for message in sent if message["type"] == head["type"]] == sent[:1] == [head]
+    return b"".join(message["body"] for message in sent[1:]), observation.failed
 
 
 @pytest.mark.parametrize("text", STREAMS)

@@ -409,7 +409,7 @@ def test_the_flag_opens_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     if flags:
         monkeypatch.undo()
         monkeypatch.setattr("vocabext.serve.gateway.run.engines_of",
-                            lambda _: (_ for _ in ()).throw(CheckpointError("beyond")))
+                            lambda *_, **__: (_ for _ in ()).throw(CheckpointError("beyond")))
         base, folder = expanded_pair(tmp_path)
         config = GatewayConfig(str(base), str(folder), False, tmp_path / "state.json", port=0, unverified=True)
         with pytest.raises(CheckpointError, match="beyond"):

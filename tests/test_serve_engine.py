@@ -16,7 +16,7 @@ from vocabext.errors import MissingExtraError, ServerError
 from vocabext.serve import engine
 from vocabext.serve.bench.client import LoadClient
 from vocabext.serve.engine import Server, free_port, wait_until_ready
-from vocabext.serve.gateway.run import GatewayConfig, engines_of
+from vocabext.serve.gateway.keeper import engines_of, places_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = Path(__file__).parent / "support" / "fake_server.py"
@@ -287,9 +287,8 @@ def test_a_child_process_finds_the_package_whatever_is_installed(
         environment = LoadClient(tmp_path / "log").environment
     else:
         tiny_folder(tmp_path / "model")
-        config = GatewayConfig("http://base", str(tmp_path / "model"), False, tmp_path / "state.json",
-                               log_folder=tmp_path)
-        environment = engines_of(config)["expanded"].environment
+        places = places_of("http://base", str(tmp_path / "model"), one_engine=False)
+        environment = engines_of(places, one_engine=False, log_folder=tmp_path, served_name="m")["expanded"].environment
     code = "import importlib.util as u; print(u.find_spec('vocabext.serve.gateway.ban').origin)"
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, check=False)

@@ -27,6 +27,8 @@
     app.py         puts all this together: one request, one arm, from the first byte to the last
     admin.py       loopback only: swap, roll back, status
     protocol.py    uvicorn's servers, with a limit on headers
+    keeper.py      where the arms come from; starts engines again that die
+    log.py         the lines of the log: with the time, and not one for each that a client sends
     run.py         starts the engines, the proxy and the admin endpoint
     replay.py      recorded requests, sent again to either arm
     contract.py    what clients rely on, item by item

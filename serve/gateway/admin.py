@@ -1,10 +1,23 @@
-"""The admin endpoint: status, swap, rollback. A server of its own, on loopback, that wants the state file's token."""
+"""The admin endpoint on loopback: status, swap, rollback, for those who can read the state file.
+
+The state file's token is a secret that both sides know. `serve swap` never sends it: whoever listens at a dead
+gateway's address would get it. It has the gateway prove that it knows the token, and signs its order with it:
+
+    GET  /challenge, x-vocabext-nonce: A          ->  {"nonce": B, "proof": HMAC(token, "gateway" A B)}
+    POST /swap, x-vocabext-nonce: B, x-vocabext-signature: HMAC(token, "POST /swap" B body)
+
+B is good for one order. Scripts may send the token itself, as `x-vocabext-token`, if they trust the address.
+"""
 
 import asyncio
 import hmac
 import json
+import secrets
+from collections import OrderedDict
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from starlette.applications import Starlette
@@ -13,7 +26,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from vocabext.errors import CheckpointError, ServerError, UsageError
-from vocabext.serve.engine import ask_local
 from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.arms import ARMS, EXPANDED
 from vocabext.serve.gateway.guard import read_body
@@ -21,9 +33,46 @@ from vocabext.serve.gateway.policy import Policy
 from vocabext.serve.gateway.state import State
 from vocabext.serve.gateway.trial import Trial
 
-TOKEN_HEADER = "x-vocabext-token"
+TOKEN_HEADER, NONCE_HEADER, SIGNATURE_HEADER = "x-vocabext-token", "x-vocabext-nonce", "x-vocabext-signature"
+MOST_NONCES = 1_000
+ORDER_SECONDS = 30.0
 DISK_SECONDS = 0.5
 ORDER_BYTES = 2**16
+
+
+def signature(token: str, *parts: str | bytes) -> str:
+    """Return what only those can know who know the token, for parts that are told apart."""
+    whole = b"\0".join(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts)
+    return hmac.new(token.encode(), whole, "sha256").hexdigest()
+
+
+class Doorkeeper:
+    """Lets those give orders who know the token."""
+
+    def __init__(self, state: State) -> None:
+        """Guard the admin endpoint of the gateway that a state belongs to."""
+        self._state = state
+        self._nonces: OrderedDict[str, None] = OrderedDict()
+
+    def challenge(self, nonce: str) -> dict[str, str]:
+        """Prove to somebody that this is the gateway; the answer's nonce is good for one order."""
+        mine = secrets.token_urlsafe(16)
+        self._nonces[mine] = None
+        if len(self._nonces) > MOST_NONCES:
+            self._nonces.popitem(last=False)
+        return {"nonce": mine, "proof": signature(self._state.token, "gateway", nonce, mine)}
+
+    def allows(self, request: Request, body: bytes) -> bool:
+        """Tell whether whoever sent a request knows the token."""
+        nonce, given = request.headers.get(NONCE_HEADER, ""), request.headers.get(SIGNATURE_HEADER)
+        if given is None:
+            return _same(request.headers.get(TOKEN_HEADER, ""), self._state.token)
+        known = self._nonces.pop(nonce, 0) is None
+        return known and _same(given, signature(self._state.token, f"{request.method} {request.url.path}", nonce, body))
+
+
+def _same(one: str, another: str) -> bool:
+    return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), another.encode())
 
 
 def admin_application(
@@ -38,23 +87,27 @@ def admin_application(
             gets a larger share, never before a rollback.
     """
     state = trial.state
+    door = Doorkeeper(state)
 
     def report() -> dict[str, Any]:
         return {**health(), "expanded_percent": trial.policy.expanded_percent,
                 "mirror_percent": trial.policy.mirror_percent, "serial": state.serial, "changes": state.changes[-10:],
                 "unsaved": state.unsaved, "canary": None if trial.canary is None else trial.canary.to_json()}
 
-    def allowed(request: Request) -> bool:
-        return hmac.compare_digest(request.headers.get(TOKEN_HEADER, ""), state.token)
+    async def challenge(request: Request) -> JSONResponse:
+        return JSONResponse(door.challenge(request.headers.get(NONCE_HEADER, "")))
 
     async def status(request: Request) -> JSONResponse:
-        return JSONResponse(report()) if allowed(request) else _no("the token is missing or wrong", 401)
+        return JSONResponse(report()) if door.allows(request, b"") else _no("the token is missing or wrong", 401)
 
     async def swap(request: Request) -> JSONResponse:
-        if not allowed(request):
-            return _no("the token is missing or wrong", 401)
         try:
             body = await read_body(request.receive, dict(request.headers.raw), ORDER_BYTES, lambda _: None)
+        except Refusal as refusal:
+            return _no(refusal.message, refusal.status)
+        if not door.allows(request, body):
+            return _no("the token is missing or wrong", 401)
+        try:
             order = json.loads(body)
             reason = str(order.get("reason", ""))
             if order.get("rollback"):
@@ -66,9 +119,7 @@ def admin_application(
             if state.serial != serial:  # a rollback that came meanwhile stays in force
                 return _no("the policy changed while the folders were checked; swap again", 409)
             trial.set_policy(policy, by="operator", reason=reason)
-        except Refusal as refusal:
-            return _no(refusal.message, refusal.status)
-        except (UsageError, ValueError, TypeError, AttributeError) as error:
+        except (UsageError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return _no(str(error), 400)
         except CheckpointError as error:
             return _no(str(error), 409)
@@ -76,7 +127,8 @@ def admin_application(
             return _no(f"the state cannot be written ({error.strerror}), so nothing has changed", 500)
         return JSONResponse(report())
 
-    app = Starlette(routes=[Route("/status", status), Route("/swap", swap, methods=["POST"])])
+    app = Starlette(routes=[Route("/challenge", challenge), Route("/status", status),
+                            Route("/swap", swap, methods=["POST"])])
     app.router.redirect_slashes = False  # it would send clients to the host that they named
     return app
 
@@ -124,7 +176,7 @@ def _no(message: str, status: int) -> JSONResponse:
 
 
 def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
-    """Send an order to the gateway that a state file belongs to.
+    """Send an order to the gateway that a state file belongs to; the file's secret does not leave this process.
 
     Args:
         state: The content of the file.
@@ -134,19 +186,46 @@ def send_order(state: State, order: dict[str, Any] | None) -> dict[str, Any]:
         The status afterwards.
 
     Raises:
-        UsageError: If the gateway refuses the order.
-        ServerError: If there is no gateway.
+        UsageError: If the gateway refuses the order, or the file names an address that is none of a gateway's.
+        ServerError: If there is no gateway, or something else listens at its address.
     """
-    url = f"{state.admin_url}/{'status' if order is None else 'swap'}"
+    advice = "is `vocabext serve gateway` running?"
+    if not state.admin_url:
+        raise ServerError(f"no gateway runs for {state.path}: it was stopped, or never started; {advice}")
+    _check_address(state)
+    gone = f"; its process {state.process_id} has ended without a word" if state.is_killed() else ""
+    method, path = ("GET", "/status") if order is None else ("POST", "/swap")
+    body, mine = b"" if order is None else json.dumps(order).encode(), secrets.token_urlsafe(16)
     try:
-        if not state.admin_url:
-            raise ValueError("it has not been started")
-        answer = ask_local(url, order, headers={TOKEN_HEADER: state.token}, timeout_seconds=30.0)
-        document: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise ServerError(f"no gateway answers for {state.path} ({error}); is `vocabext serve gateway` running?"
-                          ) from None
-    if answer.is_success:
-        return document
-    kind = UsageError if answer.status_code == 400 else ServerError
-    raise kind(f"the gateway refuses: {document['error']['message']}")
+        with httpx.Client(base_url=state.admin_url, timeout=ORDER_SECONDS, trust_env=False) as client:
+            found = client.get("/challenge", headers={NONCE_HEADER: mine}).json()
+            nonce, proof = str(found["nonce"]), str(found["proof"])
+            if not _same(proof, signature(state.token, "gateway", mine, nonce)):
+                raise ServerError(f"what listens at {state.admin_url} is not the gateway of {state.path}{gone}; "
+                                  f"nothing was sent; {advice}")
+            answer = client.request(method, path, content=body, headers={
+                NONCE_HEADER: nonce, SIGNATURE_HEADER: signature(state.token, f"{method} {path}", nonce, body)})
+            document: dict[str, Any] = answer.json()
+            refused = "" if answer.is_success else str(document["error"]["message"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ServerError(f"no gateway answers for {state.path} ({error}){gone}; {advice}") from None
+    if refused:
+        raise (UsageError if answer.status_code == 400 else ServerError)(f"the gateway refuses: {refused}")
+    return document
+
+
+def _check_address(state: State) -> None:
+    """Refuse an address at which no gateway listens: it is always HTTP on loopback.
+
+    Raises:
+        UsageError: If the state file names another.
+    """
+    try:
+        parts = urlsplit(state.admin_url)
+        sound = (parts.scheme == "http" and ip_address(parts.hostname or "").is_loopback and bool(parts.port)
+                 and parts.path in ("", "/") and not parts.username and not parts.query)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError(f"{state.path} has the admin address {state.admin_url[:200]!r}, but a gateway's is "
+                         "http://127.0.0.1:PORT; nothing was sent; restart the gateway to have it written anew")

@@ -46,8 +46,8 @@ from vocabext.serve.gateway.upstream import forwarded
 
 MAX_MIRRORS = 16
 # A client that leaves after so long without a byte has waited in vain: an engine that hangs would otherwise be a matter
-# of its users' patience. Less than the shortest time-out that a client library comes with (httpx: 5 seconds); who
-# stops an answer that comes along does not count.
+# of its users' patience. Less than the shortest time-out that a client library comes with (httpx: 5 seconds). Once the
+# answer has begun, the client knows the arm, and could leave one arm alone: then it does not count.
 SILENT_SECONDS = 4.0
 
 
@@ -117,9 +117,9 @@ class Exchange:
         self.seen: asyncio.Future[Observation | None] = asyncio.get_running_loop().create_future()
         self.left_after: float | None = None
 
-    def silence(self, after: float) -> float:
-        """Return for how many seconds nothing had come, so many seconds after the request's arrival."""
-        return after if self.relay is None else self.relay.silence(after)
+    def is_silent_until(self, seconds: float) -> bool:
+        """Tell whether nothing of the answer had come so many seconds after the request's arrival."""
+        return self.relay is None or self.relay.is_silent_until(seconds)
 
 
 class Proxy:
@@ -217,11 +217,11 @@ class Proxy:
             self._gateway.trial.compare(observation)
 
     def _given_up(self, exchange: Exchange) -> None:
-        """Take into account that a client went away, if nothing had come for long."""
+        """Take into account that a client went away, if it had waited for long and nothing had come."""
         seconds = time.perf_counter() - exchange.request.started
-        if not exchange.seen.done() and exchange.silence(seconds) >= SILENT_SECONDS:
+        if not exchange.seen.done() and seconds >= SILENT_SECONDS and exchange.is_silent_until(seconds):
             exchange.left_after = seconds
-            self._over(exchange, failure(exchange.choice.arm, seconds))
+            self._over(exchange, failure(exchange.choice.arm, seconds, left=True))
 
     def _record(self, exchange: Exchange) -> None:
         """Write a request down, unless it is pinned: those are a rehearsal's, not users'."""
@@ -256,8 +256,9 @@ class Proxy:
         original = await exchange.seen
         if original is None or gateway.trial.canary is None:
             return
-        if exchange.left_after is not None and copy.silence(exchange.left_after) >= SILENT_SECONDS:
-            mirrored = failure(arm.name, exchange.left_after)  # the same client would have left this arm, too
+        if exchange.left_after is not None and copy.is_silent_until(exchange.left_after):
+            # The same client would have left this arm, too.
+            mirrored = failure(arm.name, exchange.left_after, left=True)
         gateway.trial.compare(*([mirrored] if exchange.choice.why == "share" else [original, mirrored]))
         if request.is_greedy:
             gateway.trial.compare_pair(original, mirrored)

@@ -13,7 +13,9 @@ so the same number means more text on the expanded arm. Seconds per character an
 where both arms bore like loads (load.py), and reported for all answers.
 
 A request that an engine refuses is a failure of its arm in the comparison: clients' mistakes are divided by
-chance between the arms, so they cancel. An arm that is given up without a comparison must have failed itself.
+chance between the arms, so they cancel. The same holds for clients that leave before the answer begins, when they
+cannot know the arm: their number is theirs to choose, so it counts against an arm only where the other one answers. An
+arm that is given up without a comparison must have failed itself.
 """
 
 import math
@@ -143,7 +145,7 @@ class Canary:
         if not seen.tells:
             return
         self._failures[seen.arm].add(float(seen.failed or seen.refused))
-        if seen.arm == EXPANDED:
+        if seen.arm == EXPANDED and not seen.left:
             self._broken.add(float(seen.failed))
         if not seen.counted:
             return

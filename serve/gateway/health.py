@@ -46,6 +46,14 @@ class Health:
                 elif not before.get(name) and healthy[name]:
                     self._note(f"the engine of the {name} arm answers again")
 
+    def lost(self, url: str) -> None:
+        """Take note that the engine at a URL has died, before the next check would notice or miss it."""
+        for arm in self._engines.arms.values():
+            if arm.url == url:
+                self._found(arm, answers=False)
+        if self._engines.front is not None:
+            self._engines.front.trouble = AWAY
+
     async def check(self) -> None:
         """Ask the engine of each arm once."""
         await asyncio.gather(*(self._ask(arm) for arm in self._engines.arms.values()))
@@ -60,7 +68,10 @@ class Health:
             answers = False
         if engines.front is not None and arm.name == BASE:
             answers = await self._may_be_asked(engines.front, arm, answers)
-        engines.healthy[arm.name] = answers
+        self._found(arm, answers=answers)
+
+    def _found(self, arm: Arm, *, answers: bool) -> None:
+        self._engines.healthy[arm.name] = answers
         self._metrics.healthy.labels(arm.name).set(answers)
 
     async def _may_be_asked(self, front: BaseFront, base: Arm, answers: bool) -> bool:

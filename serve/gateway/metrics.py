@@ -44,6 +44,8 @@ class Metrics:
         self.changes = Counter("vocabext_gateway_policy_changes", "Changes of the policy", ["by"], registry=registry)
         self.healthy = Gauge("vocabext_gateway_engine_healthy", "Whether the engine of an arm answered its last "
                              "health check", ["arm"], registry=registry)
+        self.restarts = Counter("vocabext_gateway_engine_restarts", "How often the engine of an arm was started again "
+                                "after it had died", ["arm"], registry=registry)
 
     def saw(self, observation: Observation, *, mirrored: bool = False) -> None:
         """Count an answer."""

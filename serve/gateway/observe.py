@@ -24,6 +24,7 @@ class Observation:
         text: The text of the first choice.
         finish_reason: Of the first choice.
         counted: Whether it was a generation with status 200 that could be read.
+        left: Whether the client left, after it had waited in vain; then `failed` is true as well.
         alike: Whether both arms bore like loads while it was made (load.py): else its times are not compared.
     """
 
@@ -37,6 +38,7 @@ class Observation:
     counted: bool = False
     refused: bool = False
     alike: bool = True
+    left: bool = False
 
     @property
     def tells(self) -> bool:
@@ -44,9 +46,9 @@ class Observation:
         return self.failed or self.refused or self.counted
 
 
-def failure(arm: str, seconds: float) -> Observation:
-    """Return the observation of an answer that an engine failed to give."""
-    return Observation(arm, True, seconds)
+def failure(arm: str, seconds: float, *, left: bool = False) -> Observation:
+    """Return the observation of an answer that an engine failed to give, or that a client did not wait for."""
+    return Observation(arm, True, seconds, left=left)
 
 
 def observe(

@@ -22,7 +22,6 @@ class Relay:
         self._upstream, self._arm, self._request, self._call, self._send = upstream, arm, request, call, send
         self._parts: list[tuple[float, bytes]] = []
         self._kept = 0
-        self._complete = False
         self.status = 0
 
     async def run(self) -> Observation:
@@ -38,9 +37,9 @@ class Relay:
             self.status = response.status
             out = [*returned(response), (ARM_HEADER, arm.name.encode())]
             if response.content_type == "text/event-stream":
-                await self._send({"type": "http.response.start", "status": response.status,
-                                  "headers": [h for h in out if h[0] != b"content-length"]})
-                return await self._stream(response.content.iter_any())
+                head = {"type": "http.response.start", "status": response.status,
+                        "headers": [h for h in out if h[0] != b"content-length"]}
+                return await self._stream(head, response.content.iter_any())
             body = await response.read()
         if self._call.converter is not None and self.status == 200:
             body = self._call.converter.whole(body)
@@ -48,31 +47,38 @@ class Relay:
         await send_whole(self._send, self.status, body, [h for h in out if h[0] != b"content-length"])
         return self._observation(streamed=False)
 
-    async def _stream(self, parts: AsyncIterator[bytes]) -> Observation:
-        """Pass a stream on; if it breaks off, end it with an error event."""
+    async def _stream(self, head: Message, parts: AsyncIterator[bytes]) -> Observation:
+        """Pass a stream on; if it breaks off, end it with an error event.
+
+        The head names the arm, so it waits for the first part: who leaves before that does not know whom it hurts.
+        """
         converter = self._call.converter if self.status == 200 else None
-        done, trouble = False, ""
+        done, begun, trouble = False, False, ""
         try:
             async for part, events in _with_events(parts):
                 out = part if converter is None else b"".join(map(converter.event, events))
                 done = done or DONE in events
                 self._keep(out)
                 if out:
+                    if not begun:
+                        begun = True
+                        await self._send(head)
                     await self._send({"type": "http.response.body", "body": out, "more_body": True})
         except Exception as error:  # the context manager names what can go wrong with a connection; here it is caught
             trouble = _trouble(error, self._arm.name)
         if not trouble and self.status == 200 and not done:
             trouble = f"the engine of the {self._arm.name} arm broke the answer off"
         last = error_event(502, trouble) if trouble else b""
+        if not begun:
+            await self._send(head)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
         if trouble:
             return failure(self._arm.name, time.perf_counter() - self._request.started)
         return self._observation(streamed=True)
 
-    def silence(self, after: float) -> float:
-        """Return for how many seconds nothing had come, so many after the request's arrival; 0 if all had come."""
-        before = [when for when, _ in self._parts if when <= after]
-        return 0.0 if self._complete and len(before) == len(self._parts) else after - (before[-1] if before else 0.0)
+    def is_silent_until(self, seconds: float) -> bool:
+        """Tell whether nothing of the answer had come so many seconds after the request's arrival."""
+        return not self._parts or self._parts[0][0] > seconds
 
     def _keep(self, part: bytes) -> None:
         self._kept += len(part)
@@ -80,7 +86,6 @@ class Relay:
 
     def _observation(self, *, streamed: bool) -> Observation:
         seconds = time.perf_counter() - self._request.started
-        self._complete = True
         if self._kept > KEPT_BYTES or not self._request.is_generation:
             return Observation(self._arm.name, self.status >= 500, seconds)
         return observe(self._arm.name, self.status, self._parts, seconds, streamed=streamed)

@@ -1,22 +1,22 @@
 """Starts the engines, the proxy and the admin endpoint, and stops them all."""
 
 import asyncio
-import contextlib
 import ipaddress
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vocabext.checkpoint.manifest import read_manifest
 from vocabext.errors import ServerError, UsageError
+from vocabext.files.scratch import scratch_folder
 from vocabext.progress import Progress, no_progress
-from vocabext.serve.engine import LOCAL, Server, check_port, find_this_package, vllm_server, wait_until_ready
+from vocabext.serve.engine import LOCAL, Server, check_port, wait_until_ready
 from vocabext.serve.gateway.admin import admin_application
 from vocabext.serve.gateway.answers import Refusal
 from vocabext.serve.gateway.app import Gateway, application, metrics_application
@@ -26,18 +26,20 @@ from vocabext.serve.gateway.engines import Engines
 from vocabext.serve.gateway.front import BaseFront
 from vocabext.serve.gateway.guard import Limits
 from vocabext.serve.gateway.health import Health, ban_fault, served_model
+from vocabext.serve.gateway.keeper import Keeper, Place, engines_of, places_of
 from vocabext.serve.gateway.keys import Keys
 from vocabext.serve.gateway.load import Loads
+from vocabext.serve.gateway.log import GatewayLog
 from vocabext.serve.gateway.metrics import Metrics
 from vocabext.serve.gateway.policy import Policy
+from vocabext.serve.gateway.protocol import BESIDE, BesideThread, QuietServer, fitting
 from vocabext.serve.gateway.record import Recorder
 from vocabext.serve.gateway.side_tasks import SideTasks
 from vocabext.serve.gateway.state import State, locked, open_state
 from vocabext.serve.gateway.trial import Trial
 from vocabext.serve.gateway.upstream import Upstream
 
-BAN = "vocabext.serve.gateway.ban:BanNewTokens"
-ONE_ENGINE_FLAGS = ("--logits-processors", BAN)
+STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 EXCLUDES_TOOLS = "--exclude-tools-when-tool-choice-none"
 
 
@@ -67,7 +69,8 @@ class GatewayConfig:
         record_limit: How many at most.
         drain_seconds: How long requests in flight may take after the signal to stop.
         start_timeout_seconds: How long engines may take to start.
-        log_folder: Where the engines' logs go.
+        log_folder: Where the engines' logs go; None for a folder that is removed at the end.
+        restart: Whether an engine that was started here and dies is started again; else the gateway ends.
         vllm_flags: Further flags of engines that are started.
         trust_remote_code: Whether the base tokenizer may run code of its folder.
         unverified: Whether an expanded folder that `verify` has not passed as it is now is served.
@@ -94,16 +97,12 @@ class GatewayConfig:
     record_limit: int = 1000
     drain_seconds: float = 30.0
     start_timeout_seconds: float = 900.0
-    log_folder: Path = Path()
+    log_folder: Path | None = None
+    restart: bool = True
     vllm_flags: tuple[str, ...] = ()
     trust_remote_code: bool = False
     unverified: bool = False
     check_digests: bool = False
-
-
-def is_url(place: str) -> bool:
-    """Tell whether an arm is a server that runs already."""
-    return place.startswith(("http://", "https://"))
 
 
 def run_gateway(
@@ -115,7 +114,7 @@ def run_gateway(
     Args:
         config: How.
         on_ready: Told of URLs and process ids once requests can come.
-        note: Told of what happens on the way.
+        note: Takes the lines of the log.
         progress: Told how far the engines are.
 
     Returns:
@@ -124,26 +123,27 @@ def run_gateway(
     Raises:
         UsageError: If the state, a model or a combination of options cannot be used.
         CheckpointError: If an expanded folder was not verified, or failed.
-        ServerError: If an engine does not start, or cannot serve its arm.
+        ServerError: If an engine does not start, cannot serve its arm, or dies where it is not started again.
     """
     if not config.state_path.absolute().parent.is_dir():
         raise UsageError(f"the folder {config.state_path.absolute().parent} does not exist; create it, or name another "
                          "--state")
-    keys = Keys(config.api_key, config.api_key_file, note)
+    log = GatewayLog(note)
+    keys = Keys(config.api_key, config.api_key_file, log.note)
     check_exposed(config, keys)
+    places = places_of(config.base, config.expanded, one_engine=config.one_engine)
     if not config.unverified:
-        check_verified(config)
-    with locked(config.state_path), ExitStack() as stack:
+        check_verified(places, check_digests=config.check_digests)
+    with locked(config.state_path), log.listening(), ExitStack() as stack:
         state = open_state(config.state_path, config.initial)
-        places = [(config.host, config.port), (LOCAL, config.admin_port)]
+        listening = [(config.host, config.port), (LOCAL, config.admin_port)]
         if config.metrics_port is not None:
-            places.append((config.host, config.metrics_port))
-        listeners = [stack.enter_context(_listening(host, port)) for host, port in places]
-        front = load_front(config) if config.one_engine else None
-        engines = {name: stack.enter_context(server) for name, server in engines_of(config).items()}
-        if engines:
-            wait_until_ready(list(engines.values()), timeout_seconds=config.start_timeout_seconds, progress=progress)
-        service = Service(config, state, engines, front, listeners, on_ready, note, keys)
+            listening.append((config.host, config.metrics_port))
+        listeners = [stack.enter_context(_listening(host, port)) for host, port in listening]
+        front = load_front(config, places) if config.one_engine else None
+        engines = start_engines(config, places, stack)
+        wait_until_ready(list(engines.values()), timeout_seconds=config.start_timeout_seconds, progress=progress)
+        service = Service(config, places, state, engines, front, listeners, on_ready, log, keys)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(service.run())
 
@@ -163,64 +163,53 @@ def check_exposed(config: GatewayConfig, keys: Keys) -> None:
                          "VOCABEXT_API_KEY or give --api-key-file, or listen on 127.0.0.1")
 
 
-def check_verified(config: GatewayConfig) -> None:
+def check_verified(places: Mapping[str, Place], *, check_digests: bool = False) -> None:
     """Refuse what `serve start` refuses: an expanded folder that `verify` has not passed. URLs name no folder.
+
+    With one engine, the base arm trusts the runs in the folder, whoever started the engine.
 
     Raises:
         CheckpointError: As `require_verified` does.
     """
     from vocabext.serve.model import require_verified
 
-    # With one engine, the base arm trusts the runs in the folder, whoever started the engine.
-    places = [config.expanded.partition("@")[0]] if config.one_engine else [config.base, config.expanded]
-    for place in places:
-        if not is_url(place):
-            require_verified(_folder_of(place), check_digests=config.check_digests)
+    for place in places.values():
+        if place.model:
+            require_verified(_folder_of(place.model), check_digests=check_digests)
 
 
 @cache  # a swap asks again, and does not ask the hub
-def _folder_of(place: str) -> Path:
+def _folder_of(model: str) -> Path:
     from vocabext.checkpoint.folder import resolve_model
 
-    return resolve_model(place)
+    return resolve_model(model)
 
 
-def engines_of(config: GatewayConfig) -> dict[str, Server]:
-    """Describe the engines that have to be started, by arm; nothing runs yet."""
-    places = {EXPANDED: config.expanded} if config.one_engine else {BASE: config.base, EXPANDED: config.expanded}
-    engines = {}
-    for arm, place in places.items():
-        if is_url(place):
-            continue
-        from vocabext.checkpoint.folder import resolve_model
-
-        flags = (*config.vllm_flags, *(ONE_ENGINE_FLAGS if config.one_engine else ()))
-        server = vllm_server(resolve_model(place), config.log_folder / f"{arm}.log", name=f"the {arm} engine",
-                             served_name=config.model or config.base, flags=flags)
-        find_this_package(server.environment)  # for the ban
-        if config.api_key is not None:
-            server.environment["VLLM_API_KEY"] = config.api_key
-        engines[arm] = server
+def start_engines(config: GatewayConfig, places: Mapping[str, Place], stack: ExitStack) -> dict[str, Server]:
+    """Start the engines that do not run yet, by arm; the end of the stack stops them, and removes logs of no use."""
+    if all(place.url for place in places.values()) or (config.one_engine and places[EXPANDED].url):
+        return {}
+    log_folder = config.log_folder or stack.enter_context(scratch_folder("vocabext-gateway-"))
+    log_folder.mkdir(parents=True, exist_ok=True)
+    engines = engines_of(places, one_engine=config.one_engine, log_folder=log_folder, flags=config.vllm_flags,
+                         served_name=config.model or config.base, api_key=config.api_key)
+    for server in engines.values():
+        stack.enter_context(server)
     return engines
 
 
-def load_front(config: GatewayConfig) -> BaseFront:
+def load_front(config: GatewayConfig, places: Mapping[str, Place]) -> BaseFront:
     """Load the base tokenizer and the new tokens.
 
     Raises:
-        UsageError: If one of the two has to be a folder and is a URL.
+        UsageError: If the two do not belong together.
     """
     from vocabext.checkpoint.folder import resolve_model
     from vocabext.tokenizer import load_base_of
     from vocabext.tokens import Expansion, NewToken
 
-    if is_url(config.base):
-        raise UsageError(f"with one engine, BASE is the base model for its tokenizer, not a URL ({config.base})")
-    folder, _, url = config.expanded.partition("@")
-    if is_url(config.expanded) or (url and not is_url(url)):
-        raise UsageError(f"with one engine, EXPANDED is the expanded model's folder, or FOLDER@URL for an engine that "
-                         f"runs already; it is {config.expanded}")
-    manifest = read_manifest(Path(folder))
+    folder = places[EXPANDED].model
+    manifest = read_manifest(resolve_model(folder))
     tokens = [NewToken(token.token, token.key, token.run) for token in manifest.tokens]
     base = load_base_of(resolve_model(config.base), manifest.first_new_id,
                         trust_remote_code=config.trust_remote_code)
@@ -235,21 +224,43 @@ class Service:
     """The part that runs in the event loop."""
 
     def __init__(
-        self, config: GatewayConfig, state: State, engines: Mapping[str, Server], front: BaseFront | None,
-        listeners: Sequence[socket.socket], on_ready: Callable[[dict[str, Any]], None], note: Callable[[str], None],
-        keys: Keys,
+        self, config: GatewayConfig, places: Mapping[str, Place], state: State, engines: Mapping[str, Server],
+        front: BaseFront | None, listeners: Sequence[socket.socket], on_ready: Callable[[dict[str, Any]], None],
+        log: GatewayLog, keys: Keys,
     ) -> None:
         """Take over what was prepared outside of the loop."""
         self._keys = keys
-        self._config, self._state, self._engines, self._front = config, state, engines, front
-        self._listeners, self._on_ready, self._note = listeners, on_ready, note
+        self._config, self._places, self._state, self._front = config, places, state, front
+        self._listeners, self._on_ready, self._log = listeners, on_ready, log
+        self._metrics = Metrics()
+        self._keeper = Keeper(engines, self._metrics, log.note, restart=config.restart,
+                              start_timeout_seconds=config.start_timeout_seconds)
+        self._servers: list[QuietServer] = []
+        self._task: asyncio.Task[Any] | None = None
         self._signal = 0
+        self._failure: ServerError | None = None
 
     async def run(self) -> int:
-        """Serve until a signal comes; returns its number."""
-        config, upstream, metrics = self._config, Upstream(self._config.limits), Metrics()
+        """Serve until a signal comes; returns its number.
+
+        Raises:
+            ServerError: If an engine cannot serve its arm, or has died and is not started again.
+        """
+        self._task = asyncio.current_task()
+        with self._signals():
+            try:
+                await self._run()
+            except asyncio.CancelledError:
+                if not self._signal:
+                    raise
+        if self._failure is not None:
+            raise self._failure
+        return self._signal
+
+    async def _run(self) -> None:
+        config, upstream, metrics = self._config, Upstream(self._config.limits), self._metrics
         recorder = None if config.record_path is None else Recorder(config.record_path, config.record_limit)
-        side_tasks = SideTasks(self._note)
+        side_tasks = SideTasks(self._log.note)
         try:
             arms = await self._arms(upstream)
             canary = None if config.bounds is None else Canary(config.bounds)
@@ -257,7 +268,7 @@ class Service:
                 Engines(arms, upstream, self._front, config.model or arms[BASE].model),
                 Trial(self._state, canary, metrics, side_tasks), Loads(metrics, config.limits.in_flight), metrics,
                 side_tasks, config.limits, recorder, self._keys, config.allow_pin)
-            health = Health(gateway.engines, metrics, self._headers(), self._note)
+            health = Health(gateway.engines, metrics, self._headers(), self._log.note)
             await health.check()
             await self._serve(gateway, health)
         finally:
@@ -265,33 +276,22 @@ class Service:
             await upstream.close()
             if recorder is not None:
                 recorder.close()
-        return self._signal
 
     async def _serve(self, gateway: Gateway, health: Health) -> None:
-        from vocabext.serve.gateway.protocol import BESIDE, BesideThread, QuietServer, fitting
-
-        config, metrics = self._config, gateway.metrics
-        server = QuietServer(application(gateway, config.allowed_origins), fitting(config.limits, self._note),
+        config, keeper, metrics = self._config, self._keeper, gateway.metrics
+        server = QuietServer(application(gateway, config.allowed_origins), fitting(config.limits, self._log.note),
                              lambda why: metrics.closed.labels(why).inc(), config.drain_seconds)
+        self._servers = [server]
         metrics.connections.set_function(server.places.__len__)
         metrics.body_bytes.set_function(lambda: gateway.bodies.held)
-        pages = (admin_application(gateway.trial, gateway.status, self._check_folders), metrics_application(metrics))
+        admin_pages = admin_application(gateway.trial, lambda: {**gateway.status(), "engines": keeper.report()},
+                                        self._check_folders)
+        pages = (admin_pages, metrics_application(metrics))
         beside = {QuietServer(page, BESIDE, lambda _: None, 1.0): listener
                   for page, listener in zip(pages, self._listeners[1:], strict=False)}
         public, admin, *more = (listener.getsockname() for listener in self._listeners)
-        self._state.admin_url = f"http://{LOCAL}:{admin[1]}"
-        self._state.save()
-
-        def stop(number: int) -> None:
-            self._signal = number
-            server.force_exit = server.should_exit  # a second signal waits for nobody
-            server.should_exit = True
-
-        loop = asyncio.get_running_loop()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in handlers:
-            loop.add_signal_handler(number, stop, number)
-        gateway.side_tasks.spawn(health.watch())
+        self._state.opened(f"http://{LOCAL}:{admin[1]}")
+        gateway.side_tasks.spawn(self._look_after(health))
         for listener in self._listeners:
             listener.listen(2048)  # before anybody is told: whoever comes now waits a moment, and is not refused
         host = f"[{public[0]}]" if ":" in public[0] else public[0]
@@ -300,17 +300,45 @@ class Service:
             **({"metrics_url": f"http://{host}:{more[0][1]}/metrics"} if more else {}),
             "state": str(self._state.path), "policy": self._state.policy.describe(),
             "engines": {name: {"url": arm.url, "model": arm.model} for name, arm in gateway.engines.arms.items()},
-            "process_ids": {name: engine.process.pid for name, engine in self._engines.items()}})
+            "process_ids": {name: engine.process.pid for name, engine in keeper.engines.items()},
+            "logs": {name: str(engine.log_path) for name, engine in keeper.engines.items()}})
         try:
             with BesideThread(beside):
                 await server.serve(sockets=[self._listeners[0]])
         finally:
+            self._state.closed()
+
+    async def _look_after(self, health: Health) -> None:
+        await asyncio.gather(health.watch(), self._log.watch(), self._keeper.watch(health.lost, self._give_up))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let signals end the service, but for those that somebody had us ignore, such as `nohup` does."""
+        loop = asyncio.get_running_loop()
+        handlers = {number: handler for number in STOPPED_BY
+                    if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+        for number in handlers:
+            loop.add_signal_handler(number, self._stop, number)
+        try:
+            yield
+        finally:
             for number, handler in handlers.items():
                 loop.remove_signal_handler(number)  # leaves the default in place, not what was there before
                 signal.signal(number, handler)
-            self._state.admin_url = ""
-            with contextlib.suppress(OSError):
-                self._state.save()
+
+    def _stop(self, number: int) -> None:
+        self._signal = number
+        self._keeper.stopping = True
+        for server in self._servers:
+            server.force_exit = server.should_exit  # a second signal waits for nobody
+            server.should_exit = True
+        if not self._servers and self._task is not None:
+            self._task.cancel()
+
+    def _give_up(self, failure: ServerError) -> None:
+        self._failure = failure
+        for server in self._servers:
+            server.should_exit = True
 
     async def _arms(self, upstream: Upstream) -> dict[str, Arm]:
         """Ask the engines what they serve."""
@@ -330,13 +358,10 @@ class Service:
     def _check_folders(self) -> None:
         """Refuse more requests for folders that changed since they were verified; weights are compared by size."""
         if not self._config.unverified:
-            check_verified(replace(self._config, check_digests=False))
+            check_verified(self._places)
 
     def _url(self, arm: str) -> str:
-        if arm in self._engines:
-            return self._engines[arm].url
-        place = self._config.base if arm == BASE else self._config.expanded
-        return (place.partition("@")[2] if self._front is not None else place).rstrip("/").removesuffix("/v1")
+        return self._places[arm].url or self._keeper.engines[arm].url
 
     def _headers(self) -> dict[str, str]:
         key = self._config.api_key

@@ -9,12 +9,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from vocabext.errors import ServerError, UsageError
@@ -23,6 +24,8 @@ from vocabext.serve.gateway.policy import Policy
 
 VERSION = 1
 KEPT_CHANGES = 100
+MOST_BYTES = 2**20  # of a state file
+SAME_START_SECONDS = 1.0
 
 
 @dataclass
@@ -35,7 +38,9 @@ class State:
         serial: Number of changes so far.
         changes: The last changes, newest last: when, by whom, why, and the policy that followed.
         admin_url: Where the admin endpoint listens; empty while no gateway runs.
-        token: What the admin endpoint wants to be told.
+        token: The secret that the gateway and its operators share; each start of the gateway makes a new one.
+        process_id: The gateway's process; 0 while none runs.
+        process_started: When that process began, in seconds since 1970: a later process may have its id.
         unsaved: Why the file does not hold what is in force; empty if it does.
     """
 
@@ -45,7 +50,36 @@ class State:
     changes: list[dict[str, Any]] = field(default_factory=list)
     admin_url: str = ""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    process_id: int = 0
+    process_started: float = 0.0
     unsaved: str = ""
+
+    def opened(self, admin_url: str) -> None:
+        """Write down where this process listens, with a secret that no earlier gateway had.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        process = psutil.Process()
+        self.admin_url, self.token = admin_url, secrets.token_urlsafe(24)
+        self.process_id, self.process_started = process.pid, process.create_time()
+        self.save()
+
+    def closed(self) -> None:
+        """Write down that no gateway listens any more, if the file can be written."""
+        self.admin_url, self.process_id, self.process_started = "", 0, 0.0
+        with suppress(OSError):
+            self.save()
+
+    def is_killed(self) -> bool:
+        """Tell whether the process that listened has ended without a word; one of another machine looks the same."""
+        try:
+            return bool(self.process_id) and abs(
+                psutil.Process(self.process_id).create_time() - self.process_started) > SAME_START_SECONDS
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
 
     def change(self, policy: Policy, *, by: str, reason: str = "") -> None:
         """Put a policy in force: on disk first, then here.
@@ -93,7 +127,8 @@ class State:
 
     def _write(self, policy: Policy, serial: int, changes: list[dict[str, Any]]) -> None:
         document = {"artifact": "gateway-state", "version": VERSION, "policy": policy.to_json(), "serial": serial,
-                    "changes": changes, "admin_url": self.admin_url, "token": self.token}
+                    "changes": changes, "admin_url": self.admin_url, "token": self.token,
+                    "process_id": self.process_id, "process_started": self.process_started}
         with atomic_file(self.path) as file:
             os.fchmod(file.fileno(), 0o600)
             json.dump(document, file, indent=2)
@@ -107,7 +142,13 @@ def read_state(path: Path) -> State:
         UsageError: If it is missing, damaged, or something else; says what to do.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():
+            raise UsageError(f"{path} is no file; name another --state")
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UsageError(f"{path} has more than {MOST_BYTES} bytes; it is not the state of a gateway")
+        document = json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; start `vocabext serve gateway` first, or name its --state") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -118,11 +159,26 @@ def read_state(path: Path) -> State:
     if document.get("version") != VERSION:
         raise UsageError(f"{path} has format version {document.get('version')}, this vocabext reads {VERSION}")
     try:
-        return State(path, Policy.from_json(document["policy"]), int(document["serial"]), list(document["changes"]),
-                     str(document["admin_url"]), str(document["token"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _state_of(path, document)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, UsageError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}: {error}); move it away to start with all "
                          "requests on base") from None
+
+
+def _state_of(path: Path, document: dict[str, Any]) -> State:
+    if not (token := str(document["token"])) or not token.isascii() or not token.isprintable():
+        raise ValueError("the token is not one that a gateway makes")
+    return State(path, Policy.from_json(document["policy"]), int(document["serial"]),
+                 [_change_of(row) for row in document["changes"]], str(document["admin_url"]), token,
+                 int(document.get("process_id", 0)), float(document.get("process_started", 0.0)))
+
+
+def _change_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Check one change of the history."""
+    texts = {name: row[name] for name in ("time", "by", "reason")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TypeError("a change says when, by whom and why in strings")
+    return {**texts, "policy": Policy.from_json(row["policy"]).to_json(), "serial": int(row["serial"])}
 
 
 def open_state(path: Path, initial: Policy) -> State:

@@ -5,7 +5,7 @@ What a prompt says is done: `fault:hang` (no answer), `fault:hang-later` (stops 
 (the process ends in mid-stream), `fault:500`, `fault:400`, `fault:cut` (ends without [DONE]), `fault:not-json`,
 `fault:drop-once` (closes the connection of the first such request without an answer). A server named `expanded` has
 the new tokens of `NEW`, and writes them gladly: a prompt's ids have log-probability -1.5 each there, and -1 elsewhere;
-behind `misread` it is 1 less.
+behind `misread` it is 1 less. With `--bans` it keeps new tokens out of the base arm's answers, as the ban does.
 """
 
 import argparse
@@ -31,6 +31,7 @@ parser.add_argument("--first-delay", type=float, default=0.0)
 parser.add_argument("--tokens", type=int, default=8)
 parser.add_argument("--model", default="")
 parser.add_argument("--share-failing", type=float, default=0.0)
+parser.add_argument("--bans", action="store_true")
 OPTIONS = parser.parse_args()
 NAME, MODEL = OPTIONS.name, OPTIONS.model or f"{OPTIONS.name}-model"
 numbers = itertools.count()
@@ -73,6 +74,10 @@ async def generate(request: Request) -> Response:
         found = -1.0 - 0.5 * (NAME == "expanded") - (NEW["misread"] in ids)
         steps = [None, *({str(i): {"logprob": found}} for i in ids[1:])]
         return JSONResponse({**frame(False, 0, False), "choices": [{"text": "x", "prompt_logprobs": steps}]})
+    if document.get("return_token_ids"):  # the gateway's trial of the ban
+        banned = OPTIONS.bans and (document.get("vllm_xargs") or {}).get("vocabext_arm") == "base"
+        ids = [65] if banned else [int(key) for key in document["logit_bias"]]
+        return JSONResponse({**frame(False, 0, False), "choices": [{"text": "x", "token_ids": ids}]})
     number, fault, chat = next(numbers), fault_of(document), "chat" in request.url.path
     if OPTIONS.share_failing and number * OPTIONS.share_failing % 1 < OPTIONS.share_failing:
         fault = fault or "500"

@@ -17,6 +17,7 @@ from vocabext.serve.engine import Server, free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_vllm.py")
+INSTALLED = Path(__file__).with_name("installed")
 
 
 @contextlib.contextmanager
@@ -79,6 +80,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
+def with_fake_vllm(**more: str) -> dict[str, str]:
+    """Return the environment of a command of ours in which `vllm` is the one of tests/support/installed."""
+    return environment(PYTHONPATH=f"{INSTALLED}{os.pathsep}{ROOT}", **more)
+
+
 def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `vocabext`."""
     return subprocess.run([sys.executable, "-m", "vocabext", *arguments], capture_output=True, text=True,
@@ -87,14 +93,15 @@ def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def gateway(
-    folder: Path, base: str, expanded: str, *options: str, key: str = "", timeout_seconds: float = 60
+    folder: Path, base: str, expanded: str, *options: str, key: str = "", timeout_seconds: float = 60,
+    **more: str
 ) -> Iterator[Running]:
-    """Run `vocabext serve gateway`."""
+    """Run `vocabext serve gateway`; engines that it starts are fakes."""
     state = folder / "state.json"
     command = [sys.executable, "-m", "vocabext", "serve", "gateway", base, expanded, "--port", "0", "--state",
                str(state), "--json", *options]
     with open(folder / "gateway.err", "a") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(VOCABEXT_API_KEY=key),
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=with_fake_vllm(VOCABEXT_API_KEY=key, **more),
     ) as process:
         try:
             text, deadline = "", time.monotonic() + timeout_seconds

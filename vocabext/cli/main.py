@@ -5,7 +5,7 @@ here as one line on stderr:
 
     VocabextError          the error's own exit code (see `vocabext.errors`)
     wrong usage            2
-    Ctrl-C, SIGTERM        130, 143; outputs are renamed into place last, so nothing is half-written
+    a signal               128 + its number (Ctrl-C: 130); outputs are renamed into place last: none is half-written
     the system says no     1: a full disk, a limit, no memory, no permission
     reader of stdout gone  1, without a word
     anything else          a traceback: a bug of ours
@@ -206,12 +206,13 @@ def _memory_line(error: BaseException | None) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    if line:
-        click.echo(line, err=True)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python flushes once more at its end, and would complain a second time
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if line and stream is sys.stderr:
+                click.echo(line, err=True)
+            stream.flush()
+        except OSError:  # reader or terminal are gone; Python flushes once more, and would complain again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
@@ -237,8 +238,9 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Run the `vocabext` command."""
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it, and keeps its way
-        signal.signal(signal.SIGHUP, _stop)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores the first, and keeps its way
+            signal.signal(number, _stop)
     # Libraries below us have bars and advice of their own; ours are enough. A user can set them back.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)

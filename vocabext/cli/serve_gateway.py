@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 import sys
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,9 @@ def _require_extra() -> None:
 @click.option("--record-limit", type=click.IntRange(min=1), default=1000, show_default=True,
               help="Write down so many requests at most.")
 @click.option("--logs", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where the logs of started engines go. [default: a new folder]")
+              help="Where the logs of started engines go. [default: a new folder, removed at the end]")
+@click.option("--restart/--no-restart", default=True, show_default=True,
+              help="Start an engine again that was started here and dies; else the gateway ends.")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if an engine is not ready by then.")
 @options.unverified_option
@@ -126,21 +127,19 @@ def gateway(
     from vocabext.serve.gateway.policy import Policy
     from vocabext.serve.gateway.run import GatewayConfig, run_gateway
 
-    folder = logs or Path(tempfile.mkdtemp(prefix="vocabext-gateway-"))
-    folder.mkdir(parents=True, exist_ok=True)
-
     def taken(kind: Any) -> dict[str, Any]:
         return {field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings}
 
     bounds, limits = Bounds(**taken(Bounds)), Limits(**taken(Limits))
     config = GatewayConfig(base, expanded, one_engine, state_path, Policy(percent), limits=limits,
-                           bounds=bounds if canary else None, api_key=os.environ.get(_KEY) or None, log_folder=folder,
+                           bounds=bounds if canary else None, api_key=os.environ.get(_KEY) or None, log_folder=logs,
                            **settings)
 
     def ready(document: dict[str, Any]) -> None:
         show.emit(document, as_json, lambda: show.table(
             [("URL", document["url"]), ("model name", document["model"]), ("policy", document["policy"]),
-             ("state", document["state"]), ("logs", folder)], ("", "serving")))
+             ("state", document["state"]), *((f"{name} log", log) for name, log in document["logs"].items())],
+            ("", "serving")))
         show.note("ready; Ctrl-C stops it, `vocabext serve swap` switches")
         sys.stdout.flush()
 

@@ -1,7 +1,7 @@
 """`vocabext serve start`."""
 
 import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -14,7 +14,8 @@ from vocabext.cli import options, show
 @click.argument("vllm_flags", nargs=-1, metavar="[-- VLLM FLAGS...]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--log", type=click.Path(path_type=Path), metavar="PATH", help="The server's log. [default: a new file]")
+@click.option("--log", type=click.Path(path_type=Path), metavar="PATH",
+              help="The server's log. [default: a new file, removed at the end]")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if the server is not ready by then.")
 @options.unverified_option
@@ -32,6 +33,7 @@ def start(
     """
     from vocabext.checkpoint.folder import resolve_model
     from vocabext.files.atomic import check_output
+    from vocabext.files.scratch import scratch_folder
     from vocabext.serve.engine import require_vllm, vllm_server, wait_until_ready
     from vocabext.serve.model import card_of, require_verified
 
@@ -42,9 +44,11 @@ def start(
     if not unverified:
         require_verified(folder, check_digests=check_digests)
     card = card_of(folder)
-    log = log or Path(tempfile.mkdtemp(prefix="vocabext-serve-")) / "server.log"
-    show.note(f"starting vLLM for {model}; its log is {log}")
-    with vllm_server(folder, log, host=host, port=port, served_name=model, flags=vllm_flags) as server:
+    with ExitStack() as stack:
+        log = log or stack.enter_context(scratch_folder("vocabext-serve-")) / "server.log"
+        show.note(f"starting vLLM for {model}; its log is {log}")
+        server = stack.enter_context(
+            vllm_server(folder, log, host=host, port=port, served_name=model, flags=vllm_flags))
         wait_until_ready([server], timeout_seconds=start_timeout_seconds, progress=show.progress)
         document = {"url": f"{server.url}/v1", "model": model, "process_id": server.process.pid, "log": log,
                     "card": dict(card)}
