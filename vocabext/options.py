@@ -71,13 +71,13 @@ CANDIDATES = 2.0
 class ChooseConfig:
     """Options of `choose`."""
 
-    # Bits per byte that text may lose by new tokens; None takes the tokens that bring a larger share of the savings
-    # than of the loss.
+    # Bits per byte that text may lose by new tokens; None fills the budget with tokens that bring a larger share of
+    # the savings than of the loss.
     max_loss: float | None = None
     # Mine so many times the budget, and ship the best of them; None is 1 without a bound.
     candidates: float | None = None
     # Text kept from mining that the model reads to measure costs, in bytes; the curve is measured on as much.
-    choice_bytes: int = 200_000
+    choice_bytes: int = 100_000
     # Longest piece of a document that the model reads at once, in base ids.
     context: int = 512
     # Spread the model over devices, such as `0=20GiB,cpu=60GiB`; None puts it on one.

@@ -263,11 +263,11 @@ class _Pipeline:
         """Refuse what `choose` would refuse after all candidates were distilled."""
         option = "--max-loss" if self.config.choose.candidates is None else "--candidates"
         if self.config.mine.budget is None:
-            raise UsageError(f"--budget is 'auto', but {option} chooses among more tokens than are shipped; pass a number "
-                             "to --budget")
+            raise UsageError(f"--budget is 'auto', but {option} chooses among more tokens than are shipped; pass a "
+                             "number to --budget")
         if next(self._choice_documents(), None) is None:
-            raise CorpusError(f"the corpus is too small for {option}: one document in {CHOICE_EVERY} is kept from mining "
-                              "to measure what tokens cost, and there is none; give more text")
+            raise CorpusError(f"the corpus is too small for {option}: one document in {CHOICE_EVERY} is kept from "
+                              "mining to measure what tokens cost, and there is none; give more text")
 
     def _check_model(self, num_prefix: int) -> None:
         """Refuse a model that computes otherwise than its class; that shows only where its weights are loaded."""

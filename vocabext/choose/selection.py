@@ -1,8 +1,8 @@
 """The set of tokens that saves most for what it costs.
 
-A token saves (pieces - 1) tokens per use and costs nats. At an exchange rate of r tokens saved per nat lost its worth is
-what it saves minus r times what it costs; the set with the most worth for some r is on the frontier of savings against
-loss. Choosing by the quotient of the two alone would fill a budget of N tokens with those that are harmless and rare.
+A token saves (pieces - 1) tokens per use and costs nats. At an exchange rate of r tokens per nat, its worth is what it
+saves minus r times what it costs; the set with the most worth for some r is on the frontier of savings against loss.
+Choosing by the quotient of the two alone would fill a budget of N tokens with those that are harmless and rare.
 
 Tokens change each other: without a phrase its words are used more, and a token that is merged from others needs these.
 So each set is counted by encoding the text with it, and chosen again with these counts until it stays the same.

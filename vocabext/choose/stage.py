@@ -29,8 +29,10 @@ from vocabext.tokens import Ids, NewToken
 CHOICE_NAME = "choice.json"
 SAVINGS, COST = "savings", "cost"
 # Points of the curve: shares of the budget by savings alone, and multiples of the exchange rate.
-SHARES = (0.25, 0.5, 0.75, 1.0)
-MULTIPLES = (0.5, 1.0, 2.0, 4.0)
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+MULTIPLES = (0.25, 0.5, 1.0, 2.0)
+# Where the average rate does not fill the budget.
+FILLING = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1, 0.0)
 # How often a set is measured to come near the bound, and how near is near enough.
 TRIES, NEAR = 10, 0.95
 
@@ -148,13 +150,17 @@ def _measured(reader: _Reader, found: Counted) -> dict[str, Any]:
 def _within(
     selection: Selection, reader: _Reader, budget: int, rate: float, bound: float | None
 ) -> tuple[float, Counted]:
-    """Choose at the average exchange rate; or, with a bound, at the lowest rate at which the loss is within it.
+    """Choose at the lowest exchange rate at which the loss is within the bound.
+
+    Without a bound a token must bring a larger share of the savings than of the loss: the average rate. Where that
+    does not fill the budget, the rate is lowered until it is full.
 
     Returns:
         The rate as a multiple of the average, and the set.
     """
     if bound is None:
-        return 1.0, selection.by_cost(budget, rate)
+        sets = ((multiple, selection.by_cost(budget, multiple * rate)) for multiple in FILLING)
+        return next(found for found in sets if len(found[1].chosen) == budget or not found[0])
     best, low, high, multiple = None, 0.0, math.inf, 0.0
     for _ in range(TRIES):
         found = selection.by_cost(budget, multiple * rate)
