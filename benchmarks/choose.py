@@ -34,7 +34,7 @@ from vocabext.corpus import Document, read_documents
 from vocabext.files.atomic import write_json
 from vocabext.mine.stage import read_candidates, save_candidates
 from vocabext.model.frozen import FrozenModel, load_model
-from vocabext.options import ChooseConfig, CollectConfig, DistillConfig
+from vocabext.options import ChooseConfig
 from vocabext.progress import no_progress
 from vocabext.run import RunConfig, is_kept_for_choice
 from vocabext.tokenizer import load_tokenizer
@@ -90,7 +90,7 @@ def properly(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything; returns the JSON document."""
+    """Measure everything, and write what there is after each factor; returns the JSON document."""
     options.work.mkdir(parents=True, exist_ok=True)
     model, began = Model(options.model), time.monotonic()
     documents = list(read_documents(options.corpus))
@@ -101,6 +101,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     _, mined = read_candidates(options.work / "candidates.jsonl")
     for_choice = [document for document in documents if is_kept_for_choice(document)]
     config, runs, proper = ChooseConfig(candidates=2.0, choice_bytes=options.bytes), [], []
+    found = {"artifact": "choose benchmark", "vocabext_version": __version__, "model": Path(options.model).name,
+             "corpus": [Path(source).name for source in options.corpus], "heldout": Path(options.heldout).name,
+             "budget": options.budget, "bytes": options.bytes, "trial_relative_error": header["relative_error"],
+             "runs": runs, "proper": proper, "machine": describe(frozen.device)}
     for factor in options.factors:
         among = {token.token for token in mined[: round(factor * options.budget)]}
         at = [i for i, token in enumerate(kept) if token.token in among]
@@ -118,7 +122,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         runs.append({"factor": factor, "candidates": len(at), "cpu_seconds": time.process_time() - clock,
                      "frontier": points, "chosen": choice.document["chosen"], "costliest": costliest,
                      "unmet": sum(row["measured_uses"] == 0 for row in table)})
-        print(f"factor {factor}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print(f"factor {factor:g}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        write_json(options.json, found)
         if options.proper and factor == options.factors[0]:
             sources = [document for document in documents if not is_kept_for_choice(document)]
             text = KeptText(held_out, base, context=min(config.context, frozen.max_positions - len(base.prefix_ids)),
@@ -126,11 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             loss = base_nats(frozen, text, base.first_new_id, no_progress)
             for name, tokens in (("savings", mined[: options.budget]), ("cost", choice.tokens)):
                 proper.append(properly(model, frozen, tokens, sources, text, loss, name, options.work))
-    return {"artifact": "choose benchmark", "vocabext_version": __version__, "model": Path(options.model).name,
-            "corpus": [Path(source).name for source in options.corpus], "heldout": Path(options.heldout).name,
-            "budget": options.budget, "bytes": options.bytes, "trial_relative_error": header["relative_error"],
-            "snippets": CollectConfig().snippets, "rounds": DistillConfig().rounds, "runs": runs, "proper": proper,
-            "machine": describe(frozen.device)}
+    return found
 
 
 def section(found: dict[str, Any]) -> str:
