@@ -217,8 +217,8 @@ def frontier(
     """
     height, left, right, top, bottom = 280, 64, 24, 30, 46
     every = [point for points in lines.values() for point in points]
-    widest, tallest = (1.08 * max(*(point[axis] for point in every), 1e-9) for axis in (0, 1))
-    lowest = min(0.0, *(point[1] for point in every))
+    widest, tallest = (1.08 * max(1e-9, *values) for values in ([s for s, _, _ in every], [v for _, v, _ in every]))
+    lowest = min(0.0, *(loss for _, loss, _ in every))
     x, y = _scale(0, widest, left, WIDTH - right), _scale(lowest, tallest, height - bottom, top)
     parts = [_text(left, 16, unit), *_grid(ticks(0, tallest, 5), y, left, right)]
     parts += [_text(x(tick), height - bottom + 18, f"{tick:.1%}", anchor="middle") for tick in ticks(0, widest, 8)]

@@ -190,6 +190,7 @@ def _curve(
         return []
     text = KeptText(documents, base, context=context, max_bytes=config.choice_bytes)
     reader = _Reader(model, text, selection.tokens, input_ND, base.first_new_id, progress)
+    sets: list[tuple[str, float | None, Counted]]
     sets = [(SAVINGS, None, selection.by_savings(max(1, round(share * budget)))) for share in SHARES]
     sets += [(COST, m, chosen[1] if m == chosen[0] else selection.by_cost(budget, m * rate))
              for m in sorted({*MULTIPLES, chosen[0]})]
