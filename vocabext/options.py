@@ -64,7 +64,7 @@ class CollectConfig:
 
 
 # Without a number of its own, `--max-loss` lets so many times the budget be mined.
-CANDIDATES = 2.0
+CANDIDATES = 3.0
 
 
 @dataclass(frozen=True)
