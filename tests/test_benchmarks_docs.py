@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {"Gateway": "gateway_docs", "Serving": "serve_docs", "Tokenizers": "tokenizer_docs",
             "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing",
-            "Mining": "mine_dedup"}
+            "Mining": "mine_dedup", "Choosing by cost": "choose"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,8 @@ def made_anew(title: str) -> str:
         return str(module.section([json.loads(path.read_text("utf-8")) for path in folder.glob("patch_speed*.json")]))
     if title == "Writing":
         return str(module.as_markdown(json.loads((folder / "writing.json").read_text("utf-8"))))
+    if title == "Choosing by cost":
+        return str(module.section(json.loads((folder / "choose.json").read_text("utf-8"))))
     return str(module.section(folder) if title in ("Gateway", "Distillation") else module.section())
 
 

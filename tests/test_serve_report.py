@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 from report_results import (
     bench_result,
+    choice_result,
     eval_result,
     everything,
     lengths_result,
@@ -202,6 +203,31 @@ def test_several_corpora_and_machines_stand_side_by_side(folder: Path) -> None:
     assert "Measured on a processor" in made.html
     assert [row["corpus"] for row in made.document["lengths"]] == ["held.jsonl", "independent.jsonl"]
     assert len(made.document["speed"]) == 2
+
+
+def test_the_choice_is_a_curve_with_its_place_and_a_table_of_what_was_left_out(folder: Path) -> None:
+    made = page.render_report(folder, {**everything(), "choice": choice_result()})
+    assert "choice" in Structure(made.html).ids
+    picture = str(page.choice_picture(choice_result()))
+    assert picture.count("<circle") == 5  # four points, and the ring
+    assert "2 tokens by cost: 20.0% saved, 0.0119 bits per byte lost" in picture
+    for words in ("within a loss of 0.015 bits per byte", "it costs more than it saves", "1,234", "5.678",
+                  "Left out: 3"):
+        assert words in made.html, words
+    assert "2: it costs more than it saves" in made.html
+    assert "1: error ... is above ..." in made.html
+    assert "| cost | 2 | 20.0 % | 0.0119 | shipped |" in made.markdown
+    assert "<script" not in made.html
+    jsonschema.validate(made.document, json.loads(SCHEMA.read_text()))
+    assert made.document["choice"]["left_out_count"] == 3
+    assert page.render_report(folder, everything()).document["choice"] is None
+
+
+def test_the_choice_is_found_in_the_working_folder_of_run(folder: Path, tmp_path: Path) -> None:
+    work = tmp_path / "model-x-work"
+    work.mkdir()
+    write(work / "choice.json", choice_result())
+    assert page.gather(folder, tmp_path, {})["choice"] == choice_result()
 
 
 def test_speed_and_quality_stand_side_by_side(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from vocabext.api.expand import expand
     from vocabext.api.model import Expanded, Model, load
-    from vocabext.api.results import Evaluation, NewRows, Snippets, TokenTable
+    from vocabext.api.results import ChosenTokens, Evaluation, NewRows, Snippets, TokenTable
     from vocabext.checkpoint.verdicts import Verification
     from vocabext.corpus import Document
     from vocabext.errors import VocabextError
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __version__: Final = "0.3.0"
 
-__all__ = ["Document", "Evaluation", "Expanded", "Expansion", "Model", "NewRows", "NewToken", "Snippets",
-           "TokenSnippets", "TokenTable", "Verification", "VocabextError", "expand", "load"]
+__all__ = ["ChosenTokens", "Document", "Evaluation", "Expanded", "Expansion", "Model", "NewRows", "NewToken",
+           "Snippets", "TokenSnippets", "TokenTable", "Verification", "VocabextError", "expand", "load"]
 
 _HOMES = {
     "vocabext.api.expand": ("expand",),
     "vocabext.api.model": ("Expanded", "Model", "load"),
-    "vocabext.api.results": ("Evaluation", "NewRows", "Snippets", "TokenTable"),
+    "vocabext.api.results": ("ChosenTokens", "Evaluation", "NewRows", "Snippets", "TokenTable"),
     "vocabext.checkpoint.verdicts": ("Verification",),
     "vocabext.corpus": ("Document",),
     "vocabext.errors": ("VocabextError",),

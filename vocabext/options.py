@@ -65,6 +65,48 @@ class CollectConfig:
                  f"--min-snippets is {self.min_snippets}; it must lie between 1 and --snippets ({self.snippets})")
 
 
+# Without a number of its own, `--max-loss` lets so many times the budget be mined.
+CANDIDATES = 3.0
+
+
+@dataclass(frozen=True)
+class ChooseConfig:
+    """Options of `choose`."""
+
+    # Bits per byte that text may lose by new tokens; None fills the budget with tokens that bring a larger share of
+    # the savings than of the loss.
+    max_loss: float | None = None
+    # Mine so many times the budget, and ship the best of them; None is 1 without a bound.
+    candidates: float | None = None
+    # Text kept from mining that the model reads to measure costs, in bytes; the curve is measured on as much.
+    choice_bytes: int = 100_000
+    # Longest piece of a document that the model reads at once, in base ids.
+    context: int = 512
+    # Spread the model over devices, such as `0=20GiB,cpu=60GiB`; None puts it on one.
+    max_memory: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.max_loss is None or 0 < self.max_loss < math.inf,
+                 f"--max-loss is {self.max_loss}; it must be a number of bits per byte above 0")
+        _require(self.candidates is None or 1 < self.candidates < math.inf,
+                 f"--candidates is {self.candidates}; it must be a number above 1: how many times the budget is mined")
+        _require(self.choice_bytes > 0, f"--choice-bytes is {self.choice_bytes}; it must be at least 1")
+        _require(self.context >= 16, f"--context is {self.context}; it must be at least 16")
+        _check_compute(self.device, self.dtype)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether `run` chooses at all."""
+        return self.max_loss is not None or self.candidates is not None
+
+    def num_candidates(self, budget: int) -> int:
+        """Return how many tokens are mined for a budget."""
+        return math.ceil(budget * (self.candidates or CANDIDATES))
+
+
 METHODS = ("distill", "mean")
 OUTPUT_ROWS = ("fit", "mean", "zero", "none", "input")
 DEVICE = r"auto|cpu|cuda(:\d+)?"
@@ -173,7 +215,7 @@ class EvalConfig:
 
 # ---- keywords ------------------------------------------------------------------------------------
 
-STAGES: tuple[type, ...] = (MineConfig, CollectConfig, DistillConfig, EvalConfig)
+STAGES: tuple[type, ...] = (MineConfig, CollectConfig, DistillConfig, ChooseConfig, EvalConfig)
 # Words that the command line and messages have for the value None.
 WORDS = {"budget": "auto", "reach": "all"}
 Options = TypeVar("Options")

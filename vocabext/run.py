@@ -1,5 +1,8 @@
 """All stages in order: from a corpus to a verified, measured checkpoint. Resumable.
 
+Where tokens are chosen by what they cost, more are mined, distilled cheaply (the two stages of the trial) and measured
+on documents that are kept from mining; then the chosen ones go the usual way.
+
 Every stage has a key: a digest of its options and of everything it reads (the keys of the stages
 before it, the signature of the corpus, the files of the model). A stage whose key is the one that its
 output was made with is skipped, so an interrupted run goes on where it stopped and a second run does
@@ -12,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +25,10 @@ from vocabext.checkpoint.folder import resolve_model
 from vocabext.checkpoint.manifest import has_manifest, refuse_expanded
 from vocabext.collect import collect, generate_missing, short_of_snippets, write_snippets
 from vocabext.corpus import Document, Documents, corpus_signature, left_out_of, read_documents
-from vocabext.errors import BadCheckpointError, OutputExistsError, UsageError
+from vocabext.errors import BadCheckpointError, CorpusError, OutputExistsError, UsageError
 from vocabext.files.atomic import read_object, remove_unfinished, write_json
 from vocabext.mine.stage import mine, read_candidates, write_candidates
-from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
+from vocabext.options import ChooseConfig, CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
 from vocabext.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
 
 # Without --heldout, one document in this many is kept from mining and distilling, and used to measure.
 HELD_OUT_EVERY = 20
+# One in as many is kept from mining where tokens are chosen by what they cost there.
+CHOICE_EVERY = 20
+# The trial: cheap rows of all candidates. One round shows 8 snippets of a token, and two judge it.
+TRIAL_SNIPPETS = 10
 ROWS_NAME = "rows.safetensors"
 # Under this name run.json says with which key the output was begun, when nothing was there.
 BEGUN = "patch, begun"
@@ -54,6 +61,7 @@ class RunConfig:
     mine: MineConfig = field(default_factory=MineConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    choose: ChooseConfig = field(default_factory=ChooseConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     force: bool = False
     trust_remote_code: bool = False
@@ -63,11 +71,19 @@ class RunConfig:
         """Make it from the options of all stages; one that several stages have goes to all of them.
 
         Args:
-            options: Fields of `MineConfig`, `CollectConfig`, `DistillConfig` and `EvalConfig`.
+            options: Fields of `MineConfig`, `CollectConfig`, `DistillConfig`, `ChooseConfig` and `EvalConfig`.
             **rest: Its own fields.
         """
         return cls(mine=pick(MineConfig, options), collect=pick(CollectConfig, options),
-                   distill=pick(DistillConfig, options), evaluate=pick(EvalConfig, options), **rest)
+                   distill=pick(DistillConfig, options), choose=pick(ChooseConfig, options),
+                   evaluate=pick(EvalConfig, options), **rest)
+
+    @property
+    def trial(self) -> "RunConfig":
+        """The same with what is cheap: the rows by which candidates are judged, of which no model is made."""
+        collecting = replace(self.collect, snippets=min(TRIAL_SNIPPETS, self.collect.snippets), generate_missing=False,
+                             min_snippets=min(TRIAL_SNIPPETS, self.collect.min_snippets))
+        return replace(self, collect=collecting, distill=replace(self.distill, epochs=1, rounds=1))
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,10 @@ class _Stage:
     key: str
     output: Path
     make: Callable[[], str | None]  # returns why it could not be made, if so
+
+
+# Name, options, output, and what makes it.
+_Plan = tuple[str, Any, Path, Callable[[], str | None]]
 
 
 def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None,
@@ -158,24 +178,33 @@ class _Pipeline:
         text = {"corpus": corpus_signature(c.corpus), "field": c.text_field,
                 "heldout": corpus_signature(c.heldout) if c.heldout else None}
         key = _digest({"vocabext": __version__, "model": _model_signature(self.base_folder), **text})
-        candidates, snippets = self.folder / "candidates.jsonl", self.folder / "snippets.jsonl"
-        rows = self.folder / ROWS_NAME
-        mean = c.distill.method == "mean"
-        plan: list[tuple[str, Any, Path, Callable[[], str | None]]] = [
-            ("mine", asdict(c.mine), candidates, lambda: self._mine(candidates)),
-            ("collect", asdict(c.collect), snippets, lambda: self._collect(candidates, snippets)),
-            ("distill", asdict(c.distill), rows, lambda: self._distill(candidates if mean else snippets, rows)),
+        candidates, chosen = self.folder / "candidates.jsonl", self.folder / "chosen.jsonl"
+        choosing, mining = c.choose.wanted, asdict(c.mine)
+        plan = [*self._rows_stages(c, chosen if choosing else candidates, "")]
+        if choosing:
+            mining["candidates"] = c.choose.num_candidates(c.mine.budget or 0)
+            plan = [*self._rows_stages(c.trial, candidates, "trial"),
+                    ("choose", asdict(c.choose), chosen, lambda: self._choose(candidates, chosen)), *plan]
+        plan = [
+            ("mine", mining, candidates, lambda: self._mine(candidates)), *plan,
             ("patch", {}, self.output, self._patch),
             ("verify", {}, self.output / "verify.json", self._verify),
             ("eval", asdict(c.evaluate), self.output / "eval.json", self._evaluate),
         ]
         stages = []
         for name, options, output, make in plan:
-            if name == "collect" and mean:
-                continue  # the mean of pieces needs no text
             key = _digest({"stage": name, "options": options, "before": key})
             stages.append(_Stage(name, key, output, make))
         return stages
+
+    def _rows_stages(self, c: RunConfig, tokens: Path, kind: str) -> list[_Plan]:
+        """Return the stages that make rows of some tokens; the mean of pieces needs no text."""
+        before, behind = (f"{kind}-", f", {kind}") if kind else ("", "")
+        snippets, rows = self.folder / f"{before}snippets.jsonl", self.folder / f"{before}{ROWS_NAME}"
+        if c.distill.method == "mean":
+            return [(f"distill{behind}", asdict(c.distill), rows, lambda: self._distill(tokens, rows, c.distill))]
+        return [(f"collect{behind}", asdict(c.collect), snippets, lambda: self._collect(tokens, snippets, c.collect)),
+                (f"distill{behind}", asdict(c.distill), rows, lambda: self._distill(snippets, rows, c.distill))]
 
     def is_done(self, stage: _Stage) -> bool:
         return self._state.get(stage.name) == stage.key and stage.output.exists()
@@ -206,6 +235,8 @@ class _Pipeline:
         c = self.config
         refuse_expanded(self.base_folder)
         check_paths(self.output, self.base_folder, self.folder / ROWS_NAME)
+        if c.choose.wanted:
+            self._check_choice()
         tokenizer = self._tokenizer()
         base = check_patchable(self.base_folder, tokenizer.first_new_id, num_new=c.mine.budget or 1,
                                trust_remote_code=c.trust_remote_code)
@@ -216,8 +247,9 @@ class _Pipeline:
         pick_device(c.distill.device)
         if c.distill.max_memory is not None:
             parse_max_memory(c.distill.max_memory)
-        if c.distill.method == "distill":
+        if c.distill.method == "distill" or c.choose.wanted:
             check_runs(self.base_folder, trust_remote_code=c.trust_remote_code)
+        if c.distill.method == "distill":
             if c.collect.generate_missing:
                 check_loads(self.base_folder, trust_remote_code=c.trust_remote_code)
             self._check_model(len(tokenizer.prefix_ids))
@@ -226,6 +258,16 @@ class _Pipeline:
             layer_number(c.distill.target_layer, num_layers)
         if c.heldout:
             next(self._held_out_documents(), None)
+
+    def _check_choice(self) -> None:
+        """Refuse what `choose` would refuse after all candidates were distilled."""
+        option = "--max-loss" if self.config.choose.candidates is None else "--candidates"
+        if self.config.mine.budget is None:
+            raise UsageError(f"--budget is 'auto', but {option} chooses among more tokens than are shipped; pass a "
+                             "number to --budget")
+        if next(self._choice_documents(), None) is None:
+            raise CorpusError(f"the corpus is too small for {option}: one document in {CHOICE_EVERY} is kept from "
+                              "mining to measure what tokens cost, and there is none; give more text")
 
     def _check_model(self, num_prefix: int) -> None:
         """Refuse a model that computes otherwise than its class; that shows only where its weights are loaded."""
@@ -267,12 +309,20 @@ class _Pipeline:
     def _mine(self, output: Path) -> None:
         base = self._tokenizer()
         documents = self._mining_documents()
-        result = mine(documents, base, self.config.mine, self.progress)
-        write_candidates(output, result, base, model=self.config.model, config=self.config.mine,
+        config, budget = self.config.mine, self.config.mine.budget
+        if budget is None or not self.config.choose.wanted:
+            result = mine(documents, base, config, self.progress)
+        else:
+            config = replace(config, budget=self.config.choose.num_candidates(budget))
+            result = mine(documents, base, config, self.progress, at_most=True)
+            if len(result.tokens) < budget:
+                raise UsageError(f"--budget is {budget}, but only {len(result.tokens)} tokens that occur at least "
+                                 f"{config.min_count} times can be made; lower --budget, lower --min-count, or give "
+                                 "more text")
+        write_candidates(output, result, base, model=self.config.model, config=config,
                          corpus=self.config.corpus, left_out=left_out_of(documents))
 
-    def _collect(self, candidates: Path, output: Path) -> None:
-        config = self.config.collect
+    def _collect(self, candidates: Path, output: Path, config: CollectConfig) -> None:
         base = self._tokenizer()
         header, tokens = read_candidates(candidates)
         documents = self._mining_documents()
@@ -283,12 +333,29 @@ class _Pipeline:
         write_snippets(output, records, header, config=config, corpus=self.config.corpus,
                        left_out=left_out_of(documents))
 
-    def _distill(self, source: Path, output: Path) -> None:
+    def _distill(self, source: Path, output: Path, config: DistillConfig) -> None:
         from vocabext.distill import distill_file
 
-        distill_file(source, self.config.model, output, self.config.distill, force=True,
+        distill_file(source, self.config.model, output, config, force=True,
                      trust_remote_code=self.config.trust_remote_code, progress=self.progress,
-                     say=self.say)
+                     say=self._say_once)
+
+    def _choose(self, candidates: Path, output: Path) -> None:
+        from vocabext.checkpoint.folder import load_rows
+        from vocabext.choose.stage import choose, write_choice
+
+        config, budget, documents = self.config.choose, self.config.mine.budget, self._choice_documents()
+        if budget is None:
+            raise UsageError("--budget is 'auto'; pass a number")
+        header, _ = read_candidates(candidates)
+        tokens, rows, facts = load_rows(self.folder / f"trial-{ROWS_NAME}")
+        with self._model(output) as model:
+            choice = choose(tokens, rows.input_ND, model, self._tokenizer(), documents, self._held_out_documents(),
+                            config, budget=budget, progress=self.progress,
+                            unfit={one["token"]: one["left_out"] for one in facts["left_out"]})
+        write_choice(output, choice, {**header, "options": {**header["options"], **asdict(config)}})
+        for line in choice.lines():
+            self.say(line)
 
     def _patch(self) -> None:
         from vocabext.patch.stage import patch
@@ -339,6 +406,17 @@ class _Pipeline:
         return load_base(self.base_folder, trust_remote_code=self.config.trust_remote_code)
 
     def _mining_documents(self) -> Documents:
+        documents = self._not_held_out_documents()
+        if not self.config.choose.wanted:
+            return documents
+        return Documents((d for d in documents if not is_kept_for_choice(d)), documents.left_out)
+
+    def _choice_documents(self) -> Documents:
+        """Return the documents on which tokens are chosen: neither mined nor held out."""
+        documents = self._not_held_out_documents()
+        return Documents((d for d in documents if is_kept_for_choice(d)), documents.left_out)
+
+    def _not_held_out_documents(self) -> Documents:
         documents = self._read(*self.config.corpus)
         if not self.config.heldout:
             return Documents((d for d in documents if not is_held_out(d)), documents.left_out)
@@ -374,6 +452,11 @@ class _Pipeline:
 def is_held_out(document: Document) -> bool:
     """Tell whether a document is kept from mining: decided by its text, so the same text always is."""
     return zlib.crc32(document.text.encode()) % HELD_OUT_EVERY == 0
+
+
+def is_kept_for_choice(document: Document) -> bool:
+    """Tell whether a document is kept from mining to choose tokens on; none that is held out is."""
+    return zlib.crc32(document.text.encode()) % CHOICE_EVERY == 1
 
 
 def _text_digest(document: Document) -> bytes:

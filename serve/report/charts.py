@@ -202,6 +202,40 @@ def curves(lines: Sequence[Curve], *, x_text: str, unit: str, label: str) -> Mar
     return _svg(height, label, parts)
 
 
+def frontier(
+    lines: Mapping[str, Sequence[tuple[float, float, str]]], *, chosen: tuple[float, float] | None, x_text: str,
+    unit: str, label: str,
+) -> Markup:
+    """Draw loss over savings, one line per rule, with a ring around the chosen place; both begin at zero.
+
+    Args:
+        lines: For each CSS class its points, by rising savings: (share saved, loss, what the point is).
+        chosen: The chosen place.
+        x_text: What is saved.
+        unit: What is lost.
+        label: The whole picture in words.
+    """
+    height, left, right, top, bottom = 280, 64, 24, 30, 46
+    every = [point for points in lines.values() for point in points]
+    widest, tallest = (1.08 * max(1e-9, *values) for values in ([s for s, _, _ in every], [v for _, v, _ in every]))
+    lowest = min(0.0, *(loss for _, loss, _ in every))
+    x, y = _scale(0, widest, left, WIDTH - right), _scale(lowest, tallest, height - bottom, top)
+    parts = [_text(left, 16, unit), *_grid(ticks(0, tallest, 5), y, left, right)]
+    parts += [_text(x(tick), height - bottom + 18, f"{tick:.1%}", anchor="middle") for tick in ticks(0, widest, 8)]
+    parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
+    for kind, points in lines.items():
+        path = "".join(f"{'L' if i else 'M'}{_n(x(saved))} {_n(y(loss))}" for i, (saved, loss, _) in enumerate(points))
+        parts.append(Markup('<path class="{} line" d="{}"/>').format(kind, path))
+        parts += [Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"><title>{}</title></circle>').format(
+            kind, _n(x(saved)), _n(y(loss)), f"{name}: {saved:.1%} saved, {loss:.4f} lost")
+            for saved, loss, name in points]
+    if chosen is not None:
+        parts.append(Markup('<circle class="expected" cx="{}" cy="{}" r="9"><title>chosen</title></circle>').format(
+            _n(x(chosen[0])), _n(y(chosen[1]))))
+    parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
+    return _svg(height, label, parts)
+
+
 def bars(rows: Sequence[tuple[str, float, str]], *, unit: str, label: str) -> Markup:
     """Draw horizontal bars from zero.
 

@@ -6,6 +6,8 @@ The same content comes as Markdown, to paste, and as JSON, to read by program (`
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +38,9 @@ from vocabext.serve.report.speed import (
 )
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
-OPTIONAL = ("predict", "swap")
+OPTIONAL = ("predict", "swap", "choice")
 SEVERAL = ("lengths", "bench", "predict")  # of which a report can hold more than one: corpora, machines, devices
-VERSIONS = {"lengths": 2, "bench": 2, "eval": 1, "verify": 1, "predict": 1, "swap": 1}
+VERSIONS = {"lengths": 2, "bench": 2, "eval": 1, "verify": 1, "predict": 1, "swap": 1, "choice": 1}
 REPORT_VERSION = 1
 TEMPLATES = Path(__file__).with_name("templates")
 ROW_NAMES = {"base": "base model", "mean": "mean of pieces", "distilled": "distilled"}
@@ -71,11 +73,11 @@ def gather(expanded: Path, beside: Path, named: Mapping[str, Sequence[Path]]) ->
 
     Args:
         expanded: The expanded model's folder, where `eval` and `verify` write.
-        beside: The folder of the report.
+        beside: The folder of the report; the working folder of `run` is looked into as well.
         named: Files the user named; these must be there.
 
     Returns:
-        For lengths, bench and predict a list of results, for eval and verify the result or None.
+        For lengths, bench and predict a list of results, for the others the result or None.
 
     Raises:
         UsageError: If the model folder or a named file is missing, or a file is something else.
@@ -83,8 +85,9 @@ def gather(expanded: Path, beside: Path, named: Mapping[str, Sequence[Path]]) ->
     if not expanded.is_dir():
         raise UsageError(f"the model folder {expanded} does not exist")
     results: dict[str, Any] = {}
+    folders = (expanded, beside, expanded.with_name(f"{expanded.name}-work"))
     for name in (*ARTIFACTS, *OPTIONAL):
-        found = [folder / f"{name}.json" for folder in (expanded, beside) if (folder / f"{name}.json").is_file()]
+        found = [folder / f"{name}.json" for folder in folders if (folder / f"{name}.json").is_file()]
         read = [read_result(path, name) for path in (named.get(name) or found[:1])]
         results[name] = read if name in SEVERAL else (read[0] if read else None)
     return results
@@ -141,6 +144,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
         "sources": [_source(name, found) for name in (*ARTIFACTS, *OPTIONAL) for found in _several(results.get(name))],
         "swap": results.get("swap"),
+        "choice": choice_content(results.get("choice")),
         "commands": _commands(expanded, manifest),
         "version": __version__,
     }
@@ -148,6 +152,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "lengths": lengths, "lengths_picture": lengths and _lengths_picture(lengths),
         "distribution_picture": lengths and _distribution_picture(lengths),
         "most_saving": _most_saving(lengths), "evaluation": evaluation,
+        "choice_picture": choice_picture(results.get("choice")),
         "evaluation_picture": evaluation and _evaluation_picture(evaluation), "verification": verification,
     }
     environment = _environment()
@@ -193,7 +198,7 @@ def _document(
         "predictions": [{name: found[name] for name in ("device", "options", "lengths", "loads", "memory", "measured",
                                                         "notes")} for found in content["predictions"]],
         "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"), "verified": passed,
-        "worse": content["worse"],
+        "choice": content["choice"], "worse": content["worse"],
         "sources": content["sources"], "missing": list(missing),
     }
 
@@ -396,6 +401,40 @@ def _writing(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         } for row in rows],
         "examples": rows[-1]["greedy"]["examples"],
     }
+
+
+def choice_content(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the section about the choice shows; None where tokens were not chosen by what they cost."""
+    if choice is None:
+        return None
+    left_out = [row for row in choice["tokens"] if not row["kept"]]
+    measured = sorted((row for row in left_out if row["saved"] is not None), key=lambda row: -row["saved"])
+    return {"candidates": choice["candidates"], "budget": choice["budget"],
+            "max_loss": choice["options"].get("max_loss"),
+            **{key: choice[key] for key in ("chosen", "by_savings", "frontier")},
+            "left_out": measured[:SHOWN_TOKENS], "left_out_count": len(left_out),
+            "why": dict(Counter(_kind(row["why"]) for row in left_out).most_common())}
+
+
+def _kind(why: str) -> str:
+    """Take the names and numbers out of a reason, so that equal reasons can be counted."""
+    return re.sub(r"'[^']*'|[\d.]+%?", "...", why)
+
+
+def choice_picture(choice: Mapping[str, Any] | None) -> Markup:
+    """Draw savings against loss for both rules, on held-out text."""
+    points = choice["frontier"] if choice else []
+    if not points:
+        return Markup("")
+    lines = {kind: sorted((point["saved_share"], point["loss_bits_per_byte"], f"{point['tokens']:,} tokens by {rule}")
+                          for point in points if point["rule"] == rule)
+             for kind, rule in (("base", "savings"), ("expanded", "cost"))}
+    chosen = next(((p["saved_share"], p["loss_bits_per_byte"]) for p in points if p["chosen"]), None)
+    words = "; ".join(f"{name}: {saved:.1%} saved, {loss:.4f} bits per byte lost"
+                      for some in lines.values() for saved, loss, name in some)
+    return charts.frontier({kind: some for kind, some in lines.items() if some}, chosen=chosen,
+                           x_text="fewer tokens, held-out text", unit="bits per byte lost",
+                           label=f"Savings against loss: {words}")
 
 
 def _evaluation_picture(evaluation: Mapping[str, Any]) -> Markup:

@@ -125,6 +125,26 @@ def writing_result() -> dict[str, Any]:
             "rows": [row("mean", 0.0, 0.0, 3.3), row("distilled", 0.815, 0.0095, 4.75)]}
 
 
+def choice_result() -> dict[str, Any]:
+    """What was chosen: the bound is kept, one token costs too much, and one never got a row."""
+    def point(rule: str, tokens: int, saved: float, loss: float, *, chosen: bool = False) -> dict[str, Any]:
+        return {"rule": rule, "tokens": tokens, "saved_share": saved, "loss_bits_per_byte": loss, "chosen": chosen}
+
+    def row(token: str, uses: int | None, nats: float | None, why: str | None) -> dict[str, Any]:
+        return {"token": token, "uses": uses, "saved": uses and 3 * uses, "loss_nats_per_use": nats,
+                "kept": why is None, "why": why}
+
+    summary = {"tokens": 2, "saved_share": 0.21, "loss_bits_per_byte": 0.0123}
+    return {"artifact": "choice", "version": 1, "options": {"max_loss": 0.015}, "budget": 2, "candidates": 5,
+            "chosen": summary, "by_savings": {**summary, "saved_share": 0.25, "loss_bits_per_byte": 0.0345},
+            "frontier": [point("savings", 1, 0.15, 0.02), point("savings", 2, 0.24, 0.033),
+                         point("cost", 2, 0.2, 0.0119, chosen=True), point("cost", 1, 0.1, 0.004)],
+            "tokens": [row(" a", 9, 0.1, None), row(" b", 5, 0.2, None),
+                       row(f" {HOSTILE}", 1234, 5.678, "it costs more than it saves"),
+                       row(" d", 3, 4.0, "it costs more than it saves"),
+                       row(" e", None, None, "error 0.282 is above 0.223")]}
+
+
 def verify_result(*, passed: bool = True) -> dict[str, Any]:
     return {"artifact": "verify", "version": 1, "passed": passed, "checks": [
         {"name": "invariant", "verdict": "pass", "detail": "200 documents"},

@@ -18,6 +18,7 @@ def expand(
 ) -> Expanded:
     """Walk from a corpus to a verified and measured model: mine, collect, distill, patch, verify, evaluate.
 
+    With `max_loss` or `candidates`, more tokens are mined than are shipped, and chosen by what they cost.
     Stages whose inputs have not changed are skipped, so that an interrupted call goes on where it stopped.
 
     Args:
@@ -31,8 +32,8 @@ def expand(
         force: Replace a model folder that is there.
         trust_remote_code: As for `load`.
         verbose: As for `load`.
-        **options: The fields of `MineConfig`, `CollectConfig`, `DistillConfig` and `EvalConfig`. An option that
-            several stages have, such as `seed` or `device`, goes to all of them.
+        **options: The fields of `MineConfig`, `CollectConfig`, `DistillConfig`, `ChooseConfig` and `EvalConfig`. An
+            option that several stages have, such as `seed` or `device`, goes to all of them.
 
     Returns:
         The expanded model; its folder holds verify.json and eval.json.

@@ -1,17 +1,18 @@
 """A base model with a method for each stage, and an expanded model."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vocabext.api.corpus import Corpus, open_corpus
-from vocabext.api.results import Evaluation, NewRows, Snippets, TokenTable
+from vocabext.api.results import ChosenTokens, Evaluation, NewRows, Snippets, TokenTable
 from vocabext.api.voice import Voice, check_names, python_voice, spelled, takes
 from vocabext.errors import UsageError
 from vocabext.files.links import AUTO
-from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
+from vocabext.options import ChooseConfig, CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
 from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 if TYPE_CHECKING:
@@ -222,6 +223,56 @@ class Model:
             header, records, self.name, config, output=target, source=source,
             trust_remote_code=self.trust_remote_code, progress=self.voice.progress, say=self.voice.say)
         return NewRows([records[i].new_token for i in result.kept], result.rows, new_header, result)
+
+    @takes(ChooseConfig)
+    @spelled
+    def choose(
+        self, rows: NewRows | str | Path, corpus: Corpus, *, budget: int, heldout: Corpus = (),
+        text_field: str = "text", **options: Any,
+    ) -> ChosenTokens:
+        """Choose the tokens that save most for what they cost.
+
+        Args:
+            rows: Rows of more tokens than are wanted, distilled cheaply: what `distill` returned, or its file.
+            corpus: Text that was kept back: nothing that was mined or distilled from. Costs are measured on it.
+            budget: Most tokens to take.
+            heldout: Other text; the curve of savings against loss is measured on it. Empty draws none.
+            text_field: The field that holds the text of a record.
+            **options: The fields of `ChooseConfig`, such as `max_loss`.
+
+        Raises:
+            UsageError: If the rows were made for another model, if there are fewer than the budget, or if no set of
+                tokens loses as little as `max_loss` allows.
+            CorpusError: If there is no text.
+            CheckpointError: If the model cannot be run.
+        """
+        from vocabext.checkpoint.folder import load_rows
+        from vocabext.choose.stage import choose
+        from vocabext.corpus import left_out_of
+        from vocabext.model.frozen import load_model, offloading
+        from vocabext.model.support import check_runs
+        from vocabext.tokenizer import check_made_for
+
+        check_names(options, ChooseConfig)
+        config = pick(ChooseConfig, options)
+        if isinstance(rows, NewRows):
+            tokens, input_ND, header, source = rows.tokens, rows.input_ND, rows.header, "the rows"
+        else:
+            (tokens, made, header), source = load_rows(Path(rows)), str(rows)
+            input_ND = made.input_ND
+        documents, sources = open_corpus(corpus, text_field, self.voice)
+        held_out = open_corpus(heldout, text_field, self.voice)[0] if heldout != () else ()
+        check_runs(self.folder, trust_remote_code=self.trust_remote_code)
+        check_made_for(header, self._tokenizer, source)
+        with TemporaryDirectory(prefix="vocabext-") as scratch, offloading(Path(scratch) / "choose") as elsewhere:
+            model = load_model(self.folder, device=config.device, dtype=config.dtype, max_memory=config.max_memory,
+                               trust_remote_code=self.trust_remote_code, offload_folder=elsewhere)
+            unfit = {one["token"]: one["left_out"] for one in header.get("left_out", ())}
+            found = choose(tokens, input_ND, model, self._tokenizer, documents, held_out, config, budget=budget,
+                           unfit=unfit, progress=self.voice.progress)
+        return ChosenTokens(found.tokens, {
+            "base": header["base"], "options": {**header.get("options", {}), **asdict(config)}, "corpus": sources,
+            "left_out": left_out_of(documents)}, found.document)
 
     @spelled
     def patch(

@@ -119,6 +119,56 @@ class TokenTable(_Records[NewToken]):
                      [(repr(t.token), len(t.run), t.count, t.sections, t.saved) for t in self])
 
 
+class ChosenTokens(TokenTable):
+    """Tokens that save most for what they cost: what `Model.choose` returns and `vocabext choose` writes.
+
+    A `TokenTable` of the chosen tokens, for `Model.collect`.
+
+    Attributes:
+        document: The content of choice.json: what every candidate saves and costs, and the curve.
+
+    Example:
+        ```python
+        chosen = base.choose(rows, "kept.jsonl", budget=500, max_loss=0.05)
+        chosen.save("chosen.jsonl")     # and choice.json beside it
+        rows = base.distill(base.collect(chosen, "notes.jsonl"))
+        ```
+    """
+
+    def __init__(self, tokens: Iterable[NewToken], header: dict[str, Any], document: dict[str, Any]) -> None:
+        super().__init__(tokens, header)
+        self.document = document
+
+    @spelled
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the tokens as `vocabext mine` does, and choice.json beside them.
+
+        Args:
+            path: The file of the tokens.
+            force: Replace the two files if they are there.
+
+        Raises:
+            OutputExistsError: If one is there and `force` is false.
+        """
+        from vocabext.choose.stage import CHOICE_NAME, Choice, write_choice
+
+        for target in (Path(path), Path(path).with_name(CHOICE_NAME)):
+            check_output(target, force=force)
+        write_choice(Path(path), Choice(self._items, self.document), self.header)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of choice.json."""
+        return self.document
+
+    def _table(self) -> Table:
+        found = self.document["chosen"]
+        title = (f"{len(self):,} of {self.document['candidates']:,} candidates; they save {found['saved_share']:.1%} "
+                 f"and lose {found['loss_bits_per_byte']:.4f} bits per byte")
+        return Table(title, ("token", "uses", "saved", "nats per use"), [
+            (repr(row["token"]), row["uses"], row["saved"], row["loss_nats_per_use"])
+            for row in self.document["tokens"] if row["kept"]])
+
+
 class Snippets(_Records[TokenSnippets]):
     """Places of a corpus where new tokens occur: what `Model.collect` returns and `vocabext collect` writes.
 

@@ -40,6 +40,7 @@ VERBS: Mapping[str, Verb] = {
     "mine": Verb("vocabext.cli.mine:mine", "Find the words and phrases of a corpus that are worth a token."),
     "collect": Verb("vocabext.cli.collect:collect", "Sample snippets of a corpus for every new token."),
     "distill": Verb("vocabext.cli.distill:distill", "Train the rows of the new tokens; the model stays as it is."),
+    "choose": Verb("vocabext.cli.choose:choose", "Choose the tokens that save most for what they cost."),
     "patch": Verb("vocabext.cli.patch:patch", "Write a new model folder with the new tokens and rows."),
     "verify": Verb("vocabext.cli.verify:verify", "Prove that an expanded model still means what its base meant."),
     "diff": Verb("vocabext.cli.diff:diff", "Show what an expansion has changed: files, tensors, rows, tokens."),

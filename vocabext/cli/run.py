@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from vocabext.cli import options, show
+from vocabext.cli.choose import choose_options
 from vocabext.cli.collect import collect_options
 from vocabext.cli.distill import distill_options
 from vocabext.cli.eval import evaluate_options, render_evaluation
@@ -23,6 +24,7 @@ from vocabext.cli.mine import mine_options
 @mine_options
 @collect_options
 @distill_options
+@choose_options
 @evaluate_options
 @options.seed_option
 @options.force_option
@@ -36,6 +38,10 @@ def run(
 
     Stages whose inputs have not changed are skipped, so an interrupted run goes on where it stopped. With
     --method mean nothing is trained, and a valid folder is there within a minute.
+
+    With --max-loss or --candidates, more tokens are mined than --budget, distilled in one quick round, and measured on
+    one document in 20, which is kept from mining; the budget is filled with what saves most for what it costs. The
+    working folder gets choice.json, which says of each token what it saves and costs, and why it was left out.
     """
     from vocabext.evaluate.stage import EVAL_NAME
     from vocabext.files.atomic import read_object

@@ -21,18 +21,20 @@ from vocabext.cli import options, show
 @click.option("--verify", "verification", type=click.Path(path_type=Path), metavar="PATH",
               help="From `vocabext verify`.")
 @click.option("--swap", type=click.Path(path_type=Path), metavar="PATH", help="From `serve swap-test`.")
+@click.option("--choice", type=click.Path(path_type=Path), metavar="PATH",
+              help="choice.json, from `vocabext choose` or `run --max-loss`.")
 @click.option("--price-per-hour", type=click.FloatRange(min=0, min_open=True), metavar="AMOUNT",
               help="What the machine costs; shows the cost of a million characters.")
 def report(
     expanded: Path, output: Path, force: bool, lengths: tuple[Path, ...], bench: tuple[Path, ...],
     predict: tuple[Path, ...], evaluation: Path | None, verification: Path | None, swap: Path | None,
-    price_per_hour: float | None,
+    choice: Path | None, price_per_hour: float | None,
 ) -> None:
     """Put all results about EXPANDED on one page: report.html, which needs nothing else. Never measures.
 
-    Results that are not named are looked for in EXPANDED, then beside the output: lengths.json, bench.json,
-    predict.json, eval.json, verify.json, swap.json. What was not measured is said to be so. The same content goes
-    beside the page, with the endings .md, to paste, and .json, to read by program.
+    Results that are not named are looked for in EXPANDED, then beside the output, then in the working folder of `run`:
+    lengths.json, bench.json, predict.json, eval.json, verify.json, swap.json, choice.json. What was not measured is
+    said to be so. The same content goes beside the page, with the endings .md, to paste, and .json, to read by program.
     """
     from vocabext.errors import UsageError
     from vocabext.files.atomic import atomic_file, check_output, write_json
@@ -45,7 +47,8 @@ def report(
     for path in (output, markdown, document):
         check_output(path, force=force)
     named = {"lengths": lengths, "bench": bench, "predict": predict, "eval": (evaluation,) if evaluation else (),
-             "verify": (verification,) if verification else (), "swap": (swap,) if swap else ()}
+             "verify": (verification,) if verification else (), "swap": (swap,) if swap else (),
+             "choice": (choice,) if choice else ()}
     page = render_report(expanded, gather(expanded, output.absolute().parent, named), price_per_hour=price_per_hour)
     for path, text in ((output, page.html), (markdown, page.markdown)):
         with atomic_file(path) as file:
