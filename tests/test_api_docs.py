@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import re
 import subprocess
 import sys
@@ -31,7 +32,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for model in MODELS:
         Path(model).parent.mkdir()
         tiny_folder(Path(model))
-    lines = [json.dumps({"text": f"{document.text} {i}"}) + "\n" for i in range(4) for document in DOCUMENTS]
+    # The same words in another order each time: text that says nothing again.
+    rng = random.Random(0)
+    words = [document.text.split() for document in DOCUMENTS]
+    lines = [json.dumps({"text": " ".join(rng.sample(some, len(some)))}) + "\n" for _ in range(6) for some in words]
     Path("notes").mkdir()
     for name in ("notes/a.jsonl", "notes/b.jsonl", "notes.jsonl", "heldout.jsonl"):
         Path(name).write_text("".join(lines[3:] if name == "heldout.jsonl" else lines))

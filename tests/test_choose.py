@@ -18,7 +18,7 @@ from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.choose import cost
 from vocabext.choose.selection import Selection
-from vocabext.choose.stage import Choice, choose
+from vocabext.choose.stage import ChosenSet, choose
 from vocabext.choose.text import KeptText
 from vocabext.cli.choose import choose as command
 from vocabext.corpus import Document
@@ -48,7 +48,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         self.rows_ND[1] = torch.randn(self.rows_ND.shape[1], generator=generator) * 0.5  # " the heart"
 
-    def choose(self, *, budget: int, held_out: bool = True, **options: Any) -> Choice:
+    def choose(self, *, budget: int, held_out: bool = True, **options: Any) -> ChosenSet:
         return choose(self.tokens, self.rows_ND, self.model, self.base, DOCUMENTS[:2], DOCUMENTS[2:] * held_out,
                       replace(CONFIG, **options), budget=budget)
 
@@ -58,7 +58,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tiny_folder(tmp_path_factory.mktemp("base")))
 
 
-def names(choice: Choice) -> list[str]:
+def names(choice: ChosenSet) -> list[str]:
     return [token.token for token in choice.tokens]
 
 

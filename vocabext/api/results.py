@@ -150,11 +150,11 @@ class ChosenTokens(TokenTable):
         Raises:
             OutputExistsError: If one is there and `force` is false.
         """
-        from vocabext.choose.stage import CHOICE_NAME, Choice, write_choice
+        from vocabext.choose.stage import CHOICE_NAME, ChosenSet, write_choice
 
         for target in (Path(path), Path(path).with_name(CHOICE_NAME)):
             check_output(target, force=force)
-        write_choice(Path(path), Choice(self._items, self.document), self.header)
+        write_choice(Path(path), ChosenSet(self._items, self.document), self.header)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of choice.json."""

@@ -1,7 +1,7 @@
 """The stage: measure what candidates cost, choose, and draw the curve of savings against loss.
 
 The loss of a set is what `eval` calls reading: by how many bits per byte the base pieces of a text become less likely
-when all tokens of the set are merged in what was read before. Choice and bound are made on text that was kept back from
+when all tokens of the set are merged in what was read before. ChosenSet and bound are made on text that was kept back from
 mining; the curve is measured on other documents, held out from both.
 """
 
@@ -38,7 +38,7 @@ TRIES, NEAR = 10, 0.95
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSet:
     """What was chosen.
 
     Attributes:
@@ -95,7 +95,7 @@ def choose(
     tokens: Sequence[NewToken], input_ND: torch.Tensor, model: FrozenModel, base: BaseTokenizer,
     documents: Iterable[Document], held_out: Iterable[Document], config: ChooseConfig, *, budget: int,
     unfit: Mapping[str, str] | None = None, progress: Progress = no_progress,
-) -> Choice:
+) -> ChosenSet:
     """Choose the tokens that save most for what they cost.
 
     Args:
@@ -139,7 +139,7 @@ def choose(
         "chosen": _measured(reader, chosen), "by_savings": _measured(reader, alone), "frontier": points,
         "tokens": _table(selection, chosen, multiple * rate, budget, unfit or {}, reader),
     }
-    return Choice(tuple(tokens[i] for i in chosen.chosen.tolist()), document)
+    return ChosenSet(tuple(tokens[i] for i in chosen.chosen.tolist()), document)
 
 
 def _measured(reader: _Reader, found: Counted) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _table(
                      "loss_nats": None, "kept": False, "why": why} for token, why in unfit.items()]
 
 
-def write_choice(path: Path, choice: Choice, header: Mapping[str, Any]) -> None:
+def write_choice(path: Path, choice: ChosenSet, header: Mapping[str, Any]) -> None:
     """Write the chosen tokens as candidates, and choice.json beside them.
 
     Args:
