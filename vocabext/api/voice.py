@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from vocabext.errors import ServerError, VocabextError
-from vocabext.options import STAGES, fields_of
+from vocabext.options import STAGES, HealConfig, fields_of
 from vocabext.progress import Progress, Task, no_progress
 
 P = ParamSpec("P")
@@ -26,8 +26,9 @@ R = TypeVar("R")
 LOGGER = logging.getLogger("vocabext")
 # Parameters that are True or False, all others, and one that the command line calls otherwise.
 SWITCHES = {"force", "trust_remote_code", "untie", "vllm", "skip_weights",
-            *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
-PARAMETERS = {"base", "corpus", "heldout", "link", "model", "output", "text_field", "work", *fields_of(*STAGES)}
+            "merge", *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
+PARAMETERS = {"base", "corpus", "general", "heldout", "link", "model", "output", "text_field", "work",
+              *fields_of(*STAGES, HealConfig)}
 RENAMED = {"against": "base"}
 # What is said of a path that is not there, and what a Python caller should know besides.
 NO_PATH, NO_TEXT = "or OWNER/NAME:SPLIT)", "or OWNER/NAME:SPLIT, a text in memory vocabext.Document(NAME, TEXT))"
