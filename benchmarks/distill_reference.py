@@ -411,18 +411,18 @@ def _work_json(peaks: dict[str, dict[str, float]], run: Run, body: int, rest: in
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the tokens of a long run.
+    """Some of the snippets of a long run.
 
     Attributes:
         stage: What was being done.
-        tokens: How many there are.
+        snippets: How many went through the model, repetitions included.
         seconds: How long it took.
         cpu_seconds: Processor time of all threads.
         peak_bytes: Most memory in use meanwhile.
     """
 
     stage: str
-    tokens: int
+    snippets: int
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -437,9 +437,9 @@ class PartProgress:
 
     @contextmanager
     def __call__(self, description: str, /, total: int | None = None, unit: str = "") -> Iterator["_TaskParts"]:
-        """Begin a task of the stage; only those that count tokens are noted."""
+        """Begin a task of the stage; only those that count snippets are noted."""
         self._memory.lap()
-        part_size = total / self._num_parts if total and unit == "tokens" else math.inf
+        part_size = total / self._num_parts if total and unit == "snippets" else math.inf
         task = _TaskParts(self.parts, self._memory, description, part_size)
         yield task
         task.close()
@@ -469,6 +469,9 @@ class _TaskParts:
         self._parts.append(Part(self._stage, self._done - self._noted, now - self._since, cpu_now - self._cpu_since,
                                 self._memory.lap()))
         self._noted, self._since, self._cpu_since = self._done, now, cpu_now
+
+    def skip(self, amount: int, /) -> None:
+        """Do nothing."""
 
     def note(self, text: str, /) -> None:
         """Do nothing."""

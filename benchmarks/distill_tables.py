@@ -149,12 +149,13 @@ def random_weights(found: Found) -> str:
 
 def scale(found: Found) -> str:
     """Return time and memory of a long run, part by part."""
+    unit = "tokens" if "tokens" in found["parts"][0] else "snippets"  # those are of an older run
     return "\n".join((
         f"{found['tokens']:,} tokens, {found['snippets']:,} snippets in {found['seconds']:.1f} s (CPU "
         f"{found['cpu_seconds']:.1f} s), {where(found)}; {found['before_bytes'] / MIB:,.0f} MiB in use before", "",
-        table(("part", "tokens", "seconds", "CPU seconds", "CPU seconds per token", "peak MiB"), [
-            (part["stage"], f"{part['tokens']:,}", f"{part['seconds']:.1f}", f"{part['cpu_seconds']:.1f}",
-             f"{part['cpu_seconds'] / part['tokens']:.4f}" if part["tokens"] else "",
+        table(("part", unit, "seconds", "CPU seconds", f"CPU seconds per {unit[:-1]}", "peak MiB"), [
+            (part["stage"], f"{part[unit]:,}", f"{part['seconds']:.1f}", f"{part['cpu_seconds']:.1f}",
+             f"{part['cpu_seconds'] / part[unit]:.4f}" if part[unit] else "",
              f"{part['peak_bytes'] / MIB:,.0f}")
             for part in found["parts"]])))
 

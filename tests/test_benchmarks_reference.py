@@ -267,7 +267,8 @@ def test_it_shows_time_and_memory_part_by_part(folder: Path, capsys: pytest.Capt
 
     main([*options(folder), "--scale", "3"])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "distilling" in line]
-    assert sum(int(line[2]) for line in lines) == 3
+    assert len(lines) > 3
+    assert min(int(line[2]) for line in lines) > 0
 
 
 @pytest.mark.slow
@@ -298,12 +299,12 @@ def test_the_last_part_is_shown_though_it_is_not_full() -> None:
 
     with PeakMemory(CPU) as memory:
         listening = PartProgress(memory, 2)
-        with listening("distilling", 10, "tokens") as task:
+        with listening("distilling", 10, "snippets") as task:
             for amount in (3, 3, 2, 1):  # the tenth has no snippets
                 task.advance(amount)
         with listening("reading", 10, "windows") as task:
             task.advance(10)
-    assert [(part.stage, part.tokens) for part in listening.parts] == [("distilling", 6), ("distilling", 3)]
+    assert [(part.stage, part.snippets) for part in listening.parts] == [("distilling", 6), ("distilling", 3)]
     assert min(part.peak_bytes for part in listening.parts) > 0
 
 

@@ -454,24 +454,33 @@ def test_neither_the_head_nor_a_layer_above_the_target_runs(tmp_path: Path, targ
 
 
 def test_progress_tells_what_it_needs_how_far_it_is_and_how_well(tmp_path: Path) -> None:
+    """Count snippets that go through the model: many reports for each group of tokens, the last one at the total."""
     folder, found = collected(tmp_path)
     said: list[str] = []
     advanced: list[int] = []
+    left = [0]
 
     class Watched:
         def advance(self, amount: int = 1, /) -> None:
             advanced.append(amount)
+            left[0] -= amount
+
+        def skip(self, amount: int, /) -> None:
+            left[0] -= amount
 
         def note(self, text: str, /) -> None:
             said.append(text)
 
     def progress(description: str, /, total: int | None = None, unit: str = "") -> AbstractContextManager[Task]:
-        said.append(description)
+        said.append(f"{description} {unit}")
+        left[0] += total or 0
         return nullcontext(Watched())
 
     config = DistillConfig(epochs=1, cache_gib=0.0)
     distill(found, frozen(1), config, first_new_id=load_tokenizer(folder).first_new_id, progress=progress)
     assert "of memory for 1 tokens at a time: model" in said[0]
-    assert said[1] == "distilling"
+    assert said[1] == "distilling snippets"
     assert said[-1].endswith("% of the start")
-    assert sum(advanced) == len(found)
+    assert len(advanced) > 8 * len(found)
+    assert max(advanced) < sum(advanced) / 4
+    assert left == [0]

@@ -1,39 +1,47 @@
 """The measures of `eval`: the branches are exact, and a perfect row recovers the whole gap."""
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import former_eval as former
 import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import tiny_folder, tiny_model
 from tiny_expanded import DOCUMENTS, expanded_pair, new_tokens, patched
 from tiny_families import tiny_family
+from tiny_writing import NUM_BASE, random_rows, sharp_model, some_tokens
 
 from vocabext.checkpoint.folder import Rows, save_rows
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.corpus import Document
 from vocabext.distill import distill_file
 from vocabext.errors import CorpusError, UsageError
+from vocabext.evaluate import reading as model_reading
+from vocabext.evaluate.decode import Begun, write_on
+from vocabext.evaluate.held_out import HeldOut, measure_held_out
+from vocabext.evaluate.reading import lay_out, read_merged
 from vocabext.evaluate.stage import (
     RowSet,
-    _expanded_nats,
     _gap_recovered,
-    _lay_out,
     _Sums,
     _windows,
     evaluate,
     evaluate_folder,
 )
 from vocabext.files.jsonl import write_jsonl
+from vocabext.model import places as model_places
 from vocabext.model.frozen import FrozenModel, load_model
 from vocabext.model.places import find_places
 from vocabext.model.run_tree import RunTree
-from vocabext.model.writing import find_uses
+from vocabext.model.writing import find_uses, measure_writing
 from vocabext.options import DistillConfig, EvalConfig
 from vocabext.patch.stage import patch
+from vocabext.progress import no_progress
 from vocabext.tokenizer import extend, load_tokenizer
-from vocabext.tokens import TokenSnippets
+from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 
 def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> None:
@@ -47,7 +55,10 @@ def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> Non
     ids = expanded.encode(text)
     assert expanded.expansion.is_new(ids).sum() >= 3
     (window,) = _windows(0, ids, text, expanded, base, EvalConfig())
-    reading, writing = _expanded_nats(model, window, expanded, base, rows)
+    places = find_places(model, [expanded.expansion.unmerge(window.expanded)], RunTree.of(tokens),
+                         first_new_id=base.first_new_id)
+    found = read_merged(model, [window.expanded], 1, expanded.expansion, Rows(rows.input_ND, rows.output_ND), places)
+    reading, writing = float(found.reading_nats_S[0]), float(found.writing_nats_S[0])
 
     def nats(context: list[int], target: int, output: torch.Tensor | None) -> float:
         inputs = model.embed(torch.tensor([context]), rows.input_ND, expanded.first_new_id)
@@ -64,17 +75,84 @@ def test_branches_predict_every_piece_from_merged_context(tmp_path: Path) -> Non
 
 
 def test_a_branch_sees_nothing_of_its_own_token_or_later() -> None:
-    class Tokenizer:
-        from vocabext.tokens import Expansion, NewToken
-
-        expansion = Expansion([NewToken("abc", "abc", (1, 2, 3))], 10)
-
-    layout = _lay_out(np.asarray([5, 10, 6]), 1, Tokenizer())  # type: ignore[arg-type]
+    layout = lay_out(np.asarray([5, 10, 6]), 1, Expansion([NewToken("abc", "abc", (1, 2, 3))], 10))
     assert layout.ids.tolist() == [5, 10, 6, 1, 2]
     assert layout.positions.tolist() == [0, 1, 2, 1, 2]
     assert layout.visible.astype(int).tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
-    assert list(zip(layout.sources.tolist(), layout.targets.tolist(), strict=True)) == [(0, 1), (3, 2), (4, 3), (1, 6)]
+    assert layout.reading.tolist() == [1, 6, -1, 2, 3]
+    assert layout.writing.tolist() == [10, 6, -1, -1, -1]
+
+
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_the_shared_passes_give_the_numbers_of_a_pass_per_window_and_text(num_prefix: int) -> None:
+    """Compare with how each number was computed on its own: one window or text at a time, its logits anew."""
+    model, rng = sharp_model(), np.random.default_rng(0)
+    begin = Begun(model, [rng.integers(0, NUM_BASE, 6)], Expansion(some_tokens(rng, 1), NUM_BASE), None)
+    greedy = begin.write(12)[0].pieces  # of which some runs are what base writes there
+    runs = {*(token.run for token in some_tokens(rng, 4)), tuple(greedy[2:4]), tuple(greedy[6:9])}
+    tokens = [NewToken(str(run), str(run), run) for run in sorted(runs)]
+    expansion, tree = Expansion(tokens, NUM_BASE), RunTree.of(tokens)
+    windows = [rng.integers(0, expansion.end_id, size) for size in (9, 30, 4, 17)] + [np.asarray(greedy)]
+    prompts = [rng.integers(0, expansion.end_id, size) for size in (5, 8, 3)]
+    row_sets = {name: random_rows(model, len(tokens), loud) for name, loud in (("mean", 0.3), ("distilled", 1.0))}
+    held_out = HeldOut(windows, prompts, num_prefix, 10, lambda ids: " ".join(map(str, expansion.unmerge(ids))))
+    nats, written = measure_held_out(model, expansion, held_out, row_sets, no_progress)
+    assert written is not None
+    tokenizer = SimpleNamespace(expansion=expansion, first_new_id=NUM_BASE)
+    of_base = [former.base_nats(model, expansion.unmerge(w), num_prefix, tokenizer) for w in windows]
+    assert nats["base"].reading_S == pytest.approx(of_base, rel=1e-6)
+    base_prompts = expansion.unmerge_batch(prompts)
+    own = [Begun(model, [p], expansion, None).write(10)[0] for p in base_prompts]
+    generator = torch.Generator().manual_seed(0)
+    sampled = Begun(model, base_prompts, expansion, None).write(10, generator)
+    for found, (name, rows) in zip(written["rows"], row_sets.items(), strict=True):
+        both = [former.expanded_nats(model, SimpleNamespace(expanded=w, num_prefix=num_prefix), tokenizer, tokenizer,
+                                     rows) for w in windows]
+        assert nats[name].reading_S == pytest.approx([reading for reading, _ in both], rel=1e-6)
+        assert nats[name].writing_S == pytest.approx([writing for _, writing in both], rel=1e-6)
+        places = find_places(model, expansion.unmerge_batch(windows), tree, first_new_id=NUM_BASE,
+                             first=max(0, num_prefix - 1))
+        merged = former.as_read(places, model, windows, expansion, rows)
+        lengths_N = torch.tensor([len(token.run) for token in tokens])
+        for key, every in (("places", places), ("merged", merged)):
+            uses = find_uses(every, rows.output_ND, model.logit_map)
+            plain = {k: v for k, v in measure_writing(every, uses, lengths_N).to_json().items() if v is not None}
+            assert {k: v for k, v in found[key].items() if v is not None} == pytest.approx(plain, rel=1e-5)
+            assert len(plain) > 6
+        texts = [write_on(model, [p], expansion, rows, num_pieces=10)[0] for p in prompts]
+        wanted = [former.text_nats(model, base_prompts[b], text.pieces, NUM_BASE) for b, text in enumerate(texts)]
+        losses = {(e["prompt"], e["expanded"]): e["lost_nats_per_character"] for e in found["greedy"]["examples"]}
+        for b, text in enumerate(texts):
+            said = held_out.decode(text.ids), held_out.decode(own[b].ids)
+            base = former.text_nats(model, base_prompts[b], own[b].pieces, NUM_BASE)
+            key = (held_out.decode(prompts[b]), said[0])
+            assert losses.pop(key) == pytest.approx(wanted[b] / len(said[0]) - base / len(said[1]), abs=1e-6)
+        assert not losses
+        kl = sum(former.former_lost(model, np.concatenate((p, some.pieces)), len(p), tree, rows.output_ND, NUM_BASE,
+                                    None) for p, some in zip(base_prompts, sampled, strict=True))
+        assert found["sampling"]["kl_nats_per_piece"] == pytest.approx(kl / 30, rel=1e-5)
+
+
+def test_a_position_goes_through_the_model_once_for_each_row_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading without prompts: base ids once, merged ids and branches once per row set, and their logits once."""
+    model, rng = sharp_model(), np.random.default_rng(0)
+    tokens = some_tokens(rng, 6)
+    expansion = Expansion(tokens, NUM_BASE)
+    windows = [rng.integers(0, expansion.end_id, 12) for _ in range(5)]
+    ran = Counter[str]()
+    assert model.takes_branches
+    assert model.logit_map.cap is None  # both are tried once, on a short text
+    model.model.get_decoder().layers[0].register_forward_pre_hook(
+        lambda _, args, named: ran.update(body=int(np.prod((args or [named["hidden_states"]])[0].shape[:2]))),
+        with_kwargs=True)
+    model.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: ran.update(head=len(args[0])))
+    row_sets = {name: random_rows(model, len(tokens)) for name in ("mean", "distilled")}
+    monkeypatch.setattr(model_reading, "POSITIONS_AT_ONCE", 1)  # no padding
+    monkeypatch.setattr(model_places, "WINDOW_POSITIONS", 1)
+    measure_held_out(model, expansion, HeldOut(windows, [], 1, 4, str), row_sets, no_progress)
+    merged = sum(len(lay_out(window, 1, expansion).ids) for window in windows)
+    assert ran["body"] == ran["head"] == sum(len(expansion.unmerge(w)) for w in windows) + 2 * merged
 
 
 def test_windows_cover_a_document_once_and_count_its_bytes(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_a_thinned_head_agrees_with_the_whole_on_average() -> None:
     assert {len(some.weight_VD) for some in heads} != {NUM_BASE}
     every = [float(first_piece_loss(hidden_PD, output_ND, base_QD, places, weights, some)[0]) for some in heads]
     everything = head.thinned(torch.ones(NUM_BASE, dtype=torch.bool), generator)
-    assert float(first_piece_loss(hidden_PD, output_ND, base_QD, places, weights, everything)[0]) == pytest.approx(whole)
+    found = first_piece_loss(hidden_PD, output_ND, base_QD, places, weights, everything)[0]
+    assert float(found) == pytest.approx(whole)
     assert abs(np.mean(every) - whole) < 5 * np.std(every) / len(every) ** 0.5 + 0.2 * whole
 
 

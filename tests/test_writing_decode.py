@@ -7,22 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_writing import NUM_BASE, sharp_model, some_tokens
+from tiny_writing import NUM_BASE, random_rows, sharp_model, some_tokens
 
 from vocabext.checkpoint.folder import Rows
 from vocabext.evaluate import decode as module
-from vocabext.evaluate.decode import fewest_steps, matches, write_on
+from vocabext.evaluate.decode import Begun, Written, fewest_steps, matches, write_on
 from vocabext.evaluate.shift import lost_nats
 from vocabext.model.frozen import FrozenModel
 from vocabext.model.run_tree import RunTree
 from vocabext.tokens import Expansion, NewToken
-
-
-def random_rows(model: FrozenModel, count: int, loud: float = 1.0) -> Rows:
-    generator = torch.Generator().manual_seed(3)
-    shape = (count, model.embedding_VD.shape[1])
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
-    return Rows(0.3 * made[0], loud * made[1])
 
 
 @torch.no_grad()
@@ -37,6 +30,12 @@ def plainly(model: FrozenModel, prompt: list[int], expansion: Expansion, rows: R
         if written[-1] in model.stop_ids:
             break
     return written
+
+
+def read(model: FrozenModel, texts: list[Any], start: int, tokens: list[NewToken], first_new_id: int) -> list[Written]:
+    """What the base makes of texts that all have a prompt of so many ids."""
+    begun = Begun(model, [text[:start] for text in texts], Expansion(tokens, first_new_id), None)
+    return begun.read([text[start:].tolist() for text in texts], range(len(texts)))
 
 
 @pytest.mark.parametrize("at_once", [64, 2])
@@ -80,6 +79,18 @@ def test_samples_follow_the_distribution() -> None:
     assert np.abs(counts - shares).max() < 0.04
 
 
+def test_what_was_written_is_as_likely_as_when_it_is_read() -> None:
+    model, rng = sharp_model(), np.random.default_rng(0)
+    expansion = Expansion(some_tokens(rng, 3), NUM_BASE)
+    begun = Begun(model, [rng.integers(0, NUM_BASE, size) for size in (3, 7, 5)], expansion, None)
+    written = begun.write(9)
+    for some, again in zip(written, begun.read([some.ids for some in written], range(3)), strict=True):
+        assert again.nats == pytest.approx(some.nats, rel=1e-6)
+        assert torch.allclose(again.hidden_SD, some.hidden_SD, atol=1e-6)
+    (alone,) = begun.read([written[2].ids[:4]], [2])
+    assert alone.log_p_S.tolist() == pytest.approx(written[2].log_p_S[:4].tolist(), rel=1e-6)
+
+
 def test_the_fewest_steps_take_the_longest_run_each_time() -> None:
     tree = RunTree.of([NewToken(str(run), str(run), run) for run in ((1, 2), (1, 2, 3), (3, 4))])
     assert matches([1, 2, 3, 4], 0, tree) == [(0, 2), (1, 3)]
@@ -120,7 +131,8 @@ def test_lost_nats_add_up_all_spellings() -> None:
         with torch.no_grad():
             logs = model.log_probabilities(model.hidden(model.embed(ids))[0][4:-1], first_new_id=NUM_BASE)
         base = float(logs.gather(1, ids[0, 5:, None]).sum())
-        (lost,) = lost_nats(model, [ids[0].numpy()], [5], RunTree.of(tokens), rows.output_ND, first_new_id=NUM_BASE)  # type: ignore[arg-type]
+        texts = read(model, [ids[0].numpy()], 5, tokens, NUM_BASE)
+        (lost,) = lost_nats(model, texts, RunTree.of(tokens), rows.output_ND)
         assert base - lost == pytest.approx(math.log(spelled(model, prompt, text, tokens, rows)), abs=1e-5)
 
 
@@ -130,7 +142,7 @@ def test_the_texts_of_the_expanded_model_add_up_to_one() -> None:
     tokens = [NewToken(str(run), str(run), run) for run in ((1, 1), (1, 2, 3), (3, 3, 3))]
     rows = random_rows(model, len(tokens))
     texts = [np.asarray([*prompt, *text]) for text in itertools.product(range(first_new_id), repeat=3)]
-    lost = lost_nats(model, texts, [2] * len(texts), RunTree.of(tokens), rows.output_ND, first_new_id=first_new_id)  # type: ignore[arg-type]
+    lost = lost_nats(model, read(model, texts, 2, tokens, first_new_id), RunTree.of(tokens), rows.output_ND)
     total = divergence = 0.0
     for text, nats in zip(texts, lost, strict=True):
         ids = torch.from_numpy(text)[None]
@@ -152,5 +164,5 @@ def test_silent_rows_lose_nothing() -> None:
     if bool((states @ quiet_ND[0] > -1e3).any()):
         quiet_ND = torch.linalg.lstsq(states, torch.full((len(states), 1), -1e4, dtype=states.dtype)).solution.T.expand(
             len(tokens), -1)
-    (lost,) = lost_nats(model, [text], [4], RunTree.of(tokens), quiet_ND, first_new_id=NUM_BASE)
+    (lost,) = lost_nats(model, read(model, [text], 4, tokens, NUM_BASE), RunTree.of(tokens), quiet_ND)
     assert lost == pytest.approx(0.0, abs=1e-9)

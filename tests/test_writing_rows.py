@@ -34,7 +34,7 @@ def made_places(hidden_PD: torch.Tensor, runs: list[tuple[int, int]], top: float
     zeros = torch.zeros(size, dtype=torch.long)
     place_R, token_R = (torch.tensor([pair[side] for pair in runs], dtype=torch.long) for side in (0, 1))
     return Places(hidden_PD, torch.full((size,), top), zeros, torch.full((size,), top + 1), zeros, zeros, zeros,
-                  place_R, token_R, torch.zeros(len(runs)), torch.ones(len(runs), dtype=torch.bool),
+                  torch.zeros(size), place_R, token_R, torch.zeros(len(runs)), torch.ones(len(runs), dtype=torch.bool),
                   num_windows=1)
 
 

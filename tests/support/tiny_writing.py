@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vocabext.checkpoint.folder import Rows
 from vocabext.model.frozen import FrozenModel
 from vocabext.tokens import NewToken
 
@@ -28,3 +29,11 @@ def some_tokens(rng: np.random.Generator, count: int, first_new_id: int = NUM_BA
     runs = {tuple(rng.integers(0, first_new_id, rng.integers(2, 5)).tolist()) for _ in range(count)}
     runs |= {run[:2] for run in runs if len(run) > 3}
     return [NewToken(str(run), str(run), run) for run in sorted(runs)]
+
+
+def random_rows(model: FrozenModel, count: int, loud: float = 1.0) -> Rows:
+    """Input and output rows; the louder, the more often they are on top."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (count, model.embedding_VD.shape[1])
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return Rows(0.3 * made[0], loud * made[1])

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from vocabext.errors import ServerError, VocabextError
 from vocabext.options import STAGES, HealConfig, fields_of
-from vocabext.progress import Progress, Task, no_progress
+from vocabext.progress import Pace, Progress, Task, no_progress
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,11 +137,16 @@ def _in_notebook() -> bool:
 
 
 class _BarTask:
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
+    def __init__(self, bar: Any, pace: Pace) -> None:
+        self._bar, self._pace = bar, pace
 
     def advance(self, amount: int = 1, /) -> None:
+        self._pace.advance(amount)
         self._bar.update(amount)
+
+    def skip(self, amount: int, /) -> None:
+        self._pace.skip(amount)
+        self._bar.total = self._pace.total
 
     def note(self, text: str, /) -> None:
         self._bar.set_postfix_str(text)
@@ -152,5 +157,12 @@ def _bar(description: str, /, total: int | None = None, unit: str = "") -> Itera
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for ipywidgets, and shows a bar of text without
         from tqdm.auto import tqdm
-    with tqdm(desc=description, total=total, unit=f" {unit}" if unit else "it") as bar:
-        yield _BarTask(bar)
+    pace = Pace(total)
+
+    class Bar(tqdm):  # type: ignore[misc,valid-type]
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            return {**super().format_dict, "rate": pace.rate or None}
+
+    with Bar(desc=description, total=total, unit=f" {unit}" if unit else "it") as bar:
+        yield _BarTask(bar, pace)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from vocabext.api.voice import Voice
-from vocabext.progress import Task
+from vocabext.progress import Pace, Task
 from vocabext.tables import format_table as format_table  # part of what the verbs show
 
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -92,18 +92,22 @@ class PlainTask:
     def __init__(
         self, description: str, total: int | None, unit: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._description, self._total, self._unit, self._clock = description, total, unit, clock
-        self._done = 0
+        self._description, self._unit, self._clock = description, unit, clock
+        self._pace = Pace(total, clock)
         self._remark = ""
-        self._started = self._last_line = clock()
+        self._last_line = clock()
 
     def advance(self, amount: int = 1, /) -> None:
         """Count `amount` units, and write a line if the last one is old enough."""
-        self._done += amount
+        self._pace.advance(amount)
         now = self._clock()
         if now - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            note(self._line(now - self._started))
+            note(self._line())
+
+    def skip(self, amount: int, /) -> None:
+        """Take `amount` units out of the total."""
+        self._pace.skip(amount)
 
     def note(self, text: str, /) -> None:
         """Set the remark that the next lines end with."""
@@ -111,24 +115,22 @@ class PlainTask:
 
     def close(self) -> None:
         """Write the last line."""
-        seconds = self._clock() - self._started
-        parts = [f"{self._count()} in {_format_seconds(seconds)}", *([self._remark] if self._remark else [])]
+        parts = [f"{self._count()} in {_format_seconds(self._pace.seconds)}", *([self._remark] if self._remark else [])]
         note(f"{self._description}: {', '.join(parts)}")
 
-    def _line(self, seconds: float) -> str:
-        rate = self._done / seconds if seconds else 0.0
-        parts = [self._count(), f"{_format_rate(rate)}{' ' + self._unit if self._unit else ''}/s"]
-        if self._total and rate:
-            parts.append(f"{_format_seconds(max(0, self._total - self._done) / rate)} left")
+    def _line(self) -> str:
+        parts = [self._count(), f"{_format_rate(self._pace.rate)}{' ' + self._unit if self._unit else ''}/s"]
+        if (left := self._pace.seconds_left) is not None:
+            parts.append(f"{_format_seconds(left)} left")
         if self._remark:
             parts.append(self._remark)
         return f"{self._description}: {', '.join(parts)}"
 
     def _count(self) -> str:
-        unit = f" {self._unit}" if self._unit else ""
-        if not self._total or self._done == self._total:
-            return f"{self._done:,}{unit}"
-        return f"{self._done:,} of {self._total:,}{unit} ({self._done / self._total:.0%})"
+        unit, done, total = f" {self._unit}" if self._unit else "", self._pace.done, self._pace.total
+        if not total or done == total:
+            return f"{done:,}{unit}"
+        return f"{done:,} of {total:,}{unit} ({done / total:.0%})"
 
 
 def _format_rate(rate: float) -> str:
@@ -154,31 +156,34 @@ def _lines(description: str, total: int | None, unit: str) -> Iterator[Task]:
 def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
     # rich takes a tenth of a second to import: not before there is something to show
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Task as RichTask
     from rich.text import Text
+
+    pace = Pace(total)
 
     class CountColumn(ProgressColumn):
         def render(self, task: RichTask) -> Text:
             of = "" if task.total is None else f"/{task.total:,.0f}"
-            rate = task.finished_speed or task.speed
-            speed = "" if not rate else f"  {_format_rate(rate)}/s"
+            speed = f"  {_format_rate(pace.rate)}/s" if pace.done else ""
             return Text(f"{task.completed:,.0f}{of}{' ' + unit if unit else ''}{speed}")
+
+    class LeftColumn(TimeElapsedColumn):
+        def render(self, task: RichTask) -> Text:
+            left = None if task.finished else pace.seconds_left
+            return super().render(task) if left is None else Text(f"{_format_seconds(left)} left")
 
     class BarTask:
         def __init__(self, bar: Progress, task_id: TaskID) -> None:
             self._bar, self._task_id = bar, task_id
 
         def advance(self, amount: int = 1, /) -> None:
+            pace.advance(amount)
             self._bar.advance(self._task_id, amount)
+
+        def skip(self, amount: int, /) -> None:
+            pace.skip(amount)
+            self._bar.update(self._task_id, total=pace.total)
 
         def note(self, text: str, /) -> None:
             self._bar.update(self._task_id, remark=text)
@@ -187,7 +192,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         CountColumn(),
-        TimeElapsedColumn() if total is None else TimeRemainingColumn(elapsed_when_finished=True),
+        LeftColumn(),
         TextColumn("{task.fields[remark]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -39,7 +39,7 @@ from vocabext.files.jsonl import read_tokens
 from vocabext.model.frozen import FrozenModel, check_runs_on_rows, load_model
 from vocabext.model.support import check_patchable, check_runs
 from vocabext.options import DistillConfig
-from vocabext.progress import Progress, no_progress
+from vocabext.progress import Progress, Task, no_progress
 from vocabext.tokenizer import BaseTokenizer, check_made_for, extend, load_base
 from vocabext.tokens import Expansion, TokenSnippets
 
@@ -321,6 +321,26 @@ def distill(
     return DistillResult(rows_ND, reports, work.layer, work.taken(rows_ND), taken_start, memory)
 
 
+def _group_name(number: int) -> str:
+    return f"{number:08d}"
+
+
+class _Planned:
+    """A task of which a part is planned: what is left of this part can be skipped at its end."""
+
+    def __init__(self, task: Task, amount: int) -> None:
+        self.left, self._task, self.note = amount, task, task.note
+
+    def advance(self, amount: int = 1, /) -> None:
+        amount = min(amount, self.left)
+        self.left -= amount
+        self._task.advance(amount)
+
+    def skip(self, amount: int, /) -> None:
+        self.left -= amount
+        self._task.skip(amount)
+
+
 class _Distillation:
     """Everything that the groups of tokens share."""
 
@@ -371,32 +391,48 @@ class _Distillation:
         """
         errors: dict[int, tuple[float, float]] = {}
         shown: dict[int, int] = {}
-        with progress("distilling", len(self.records), "tokens") as task:
-            task.advance(len(self.records) - len(self.trainable))
-            for number, group in enumerate(self._groups(self.memory.group)):
-                fit = self._group(group, f"{number:08d}", rows_ND[group])
+        groups = self._groups(self.memory.group)
+        known = [None if self.finished is None else self.finished.load(_group_name(n)) for n in range(len(groups))]
+        plans = [self._passes(group) if fit is None else 0 for group, fit in zip(groups, known, strict=True)]
+        with progress("distilling", sum(plans), "snippets") as task:
+            for number, group in enumerate(groups):
+                planned = _Planned(task, plans[number])
+                fit = known[number] or self._group(group, _group_name(number), rows_ND[group], planned)
+                task.skip(planned.left)
                 rows_ND[group] = fit.rows_GD
                 pairs = zip(fit.start_error_G.tolist(), fit.end_error_G.tolist(), strict=True)
                 errors.update(compress(zip(group, pairs, strict=True), self._judged(group)))
                 shown.update(zip(group, fit.shown_G.tolist(), strict=True))
-                task.advance(len(group))
                 start, end = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
                 task.note(f"error {end / start:.0%} of the start" if start else "nothing to judge by")
         return errors, shown
 
-    def _group(self, group: list[int], name: str, start_GD: torch.Tensor) -> GroupFit:
-        done = None if self.finished is None else self.finished.load(name)
-        if done is not None:
-            return done
+    def _passes(self, group: Sequence[int]) -> int:
+        """Return how many snippets of a group go through the model if no token stops early.
+
+        The teacher reads each. Held-out ones judge the one or two starts and every round.
+        """
+        held_out, *added = (sum(len(record.snippets) for record in part) for part in self._parts(group))
+        rounds = self._rounds(group)
+        judgements = (1 if self._loud else 2) + len(rounds)
+        return sum(added) + held_out * (1 + judgements) + len(group) * sum(shows for _, shows in rounds)
+
+    @property
+    def _loud(self) -> bool:
+        """Whether a row that is an output row as well begins elsewhere than at its last piece.
+
+        The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
+        matrices are tied it is also loud: an output row that is written wherever that piece is.
+        """
+        return self.model.tied and self.config.silence > 0
+
+    def _group(self, group: list[int], name: str, start_GD: torch.Tensor, task: Task) -> GroupFit:
         held_out, *train = (self._lay_out(part, group) if any(record.snippets for record in part) else None
                             for part in self._parts(group))
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + token) for token in group]
-        # The row of the last piece is often nearer than the mean: it stands where the new token stands. But where the
-        # matrices are tied it is also loud: an output row that is written wherever that piece is.
-        loud = self.model.tied and self.config.silence > 0
-        last_GD = None if loud else self.last_piece_ND[group]
+        last_GD = None if self._loud else self.last_piece_ND[group]
         objective = self._objective(group)
-        fit = fit_rows(self.model, train, held_out, start_GD, objective, generators, last_GD)
+        fit = fit_rows(self.model, train, held_out, start_GD, objective, generators, last_GD, task)
         if self.finished is not None:
             self.finished.save(name, fit)
         return fit

@@ -1,32 +1,35 @@
-"""How rows write on held-out text: at its places, and in free continuations of its beginnings.
+"""How rows read and write held-out text: at its places, and in free continuations of its beginnings.
 
-Shape suffixes: P places, N new tokens, B prompts.
+Shape suffixes: P places, N new tokens, B prompts, S windows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vocabext.checkpoint.folder import Rows
-from vocabext.evaluate.decode import Written, fewest_steps, write_on
+from vocabext.evaluate.decode import AT_ONCE, Begun, Written, fewest_steps
+from vocabext.evaluate.reading import read_merged
 from vocabext.evaluate.shift import lost_nats
 from vocabext.model.frozen import FrozenModel
 from vocabext.model.places import Places, concatenate, find_places
 from vocabext.model.run_tree import RunTree
-from vocabext.model.writing import find_uses, measure_writing
-from vocabext.progress import Progress
+from vocabext.model.writing import Uses, find_uses, measure_writing
+from vocabext.progress import Progress, Task
 from vocabext.tokens import Expansion, Ids
 
-# Windows whose states are computed between two reports of progress.
+# Windows that are read by base and all rows before the next ones are.
 WINDOWS_AT_ONCE = 32
-HEAD_PLACES = 128
 # Another greedy text is worse if base finds it so much less likely than its own, in nats per character.
 WORSE_NATS = 0.05
 EXAMPLES = 3
 IDENTICAL, SIMILAR, WORSE = "identical", "similar", "worse"
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class HeldOut:
 
     Attributes:
         windows: Expanded ids of held-out text, prefix included.
-        prompts: Expanded ids of the beginnings of documents.
+        prompts: Expanded ids of the beginnings of documents; none leaves writing unmeasured.
         num_prefix: How many ids the tokenizer puts in front.
         num_pieces: How many base ids are written after each prompt.
         decode: From expanded ids to text.
@@ -50,10 +53,23 @@ class HeldOut:
     seed: int = 0
 
 
+@dataclass
+class Nats:
+    """How unlikely the windows are: their base pieces, and their canonical ids.
+
+    Attributes:
+        reading_S: Of the base pieces.
+        writing_S: Of the expanded ids; of the base the same as reading.
+    """
+
+    reading_S: Floats
+    writing_S: Floats
+
+
 def measure_held_out(
     model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], progress: Progress
-) -> dict[str, Any]:
-    """Measure how each set of rows writes.
+) -> tuple[dict[str, Nats], dict[str, Any] | None]:
+    """Measure how each set of rows reads and writes.
 
     Args:
         model: The frozen base model.
@@ -63,123 +79,144 @@ def measure_held_out(
         progress: Where to report.
 
     Returns:
-        JSON-ready: what the base does, and for each set of rows what `measure_writing` finds in base context
-        (`places`) and in merged context (`merged`), `greedy` and `sampling`.
+        By name, and for `base`, how unlikely each window is. And JSON-ready: what the base does, and for each set of
+        rows what `measure_writing` finds in base context (`places`) and in merged context (`merged`), `greedy` and
+        `sampling`; None without prompts.
     """
-    tree = RunTree.of(expansion.tokens)
-    base_prompts = expansion.unmerge_batch(held_out.prompts)
-    at_places = _at_places(model, expansion, held_out, row_sets, tree, progress)
-    greedy = _Greedy(model, expansion, held_out, base_prompts, tree)
-    generator = torch.Generator().manual_seed(held_out.seed)
-    samples = write_on(model, base_prompts, expansion, None, num_pieces=held_out.num_pieces, generator=generator)
-    texts = [np.concatenate((prompt, written.pieces)) for prompt, written in zip(base_prompts, samples, strict=True)]
-    pieces = sum(len(written.pieces) for written in samples)
-    found = []
-    with progress("writing after held-out prompts", len(row_sets) * len(held_out.prompts), "prompts") as task:
-        for name, rows in row_sets.items():
-            assert rows.output_ND is not None
-            lost = lost_nats(model, texts, [len(p) for p in base_prompts], tree, rows.output_ND,
-                             first_new_id=expansion.first_new_id, bias_N=rows.bias_N)
-            found.append({"name": name, **at_places[name], "greedy": greedy.compare(rows),
-                          "sampling": {"texts": len(texts), "pieces": pieces, "kl_nats_per_piece": sum(lost) / pieces}})
-            task.advance(len(held_out.prompts))
-    return {"base": greedy.base_facts(), "rows": found}
+    # Without prompts nobody asks what deserves to be written.
+    tree = RunTree.of(expansion.tokens if held_out.prompts else ())
+    nats, at_places = _read_windows(model, expansion, held_out, row_sets, tree, progress)
+    if not held_out.prompts:
+        return nats, None
+    base, found = _write(model, expansion, held_out, row_sets, tree, progress)
+    return nats, {"base": base, "rows": [
+        {"name": name, **at_places[name], **found[name]} for name in row_sets]}
 
 
 # -- at places ----------------------------------------------------------------------------------------------------
 
-def _at_places(
+@dataclass
+class _AtPlaces:
+    """Places without their states, and what rows do there."""
+
+    places: list[Places] = field(default_factory=list)
+    uses: list[Uses] = field(default_factory=list)
+
+    def add(self, places: Places, model: FrozenModel, rows: Rows) -> None:
+        assert rows.output_ND is not None
+        self.uses.append(find_uses(places, rows.output_ND.to(model.device), model.logit_map, rows.bias_N))
+        self.places.append(replace(places, hidden_PD=places.hidden_PD.new_empty(len(places), 0)))
+
+    def to_json(self, lengths_N: torch.Tensor) -> dict[str, object]:
+        uses = Uses(**{name: torch.cat([getattr(part, name) for part in self.uses]) for name in vars(self.uses[0])})
+        return measure_writing(concatenate(self.places), uses, lengths_N).to_json()
+
+
+def _read_windows(
     model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], tree: RunTree,
     progress: Progress,
-) -> dict[str, dict[str, object]]:
+) -> tuple[dict[str, Nats], dict[str, dict[str, object]]]:
     lengths_N = torch.tensor([len(token.run) for token in expansion.tokens])
-    parts: dict[str, tuple[list[Places], list[Places]]] = {name: ([], []) for name in row_sets}
-    with progress("finding what the base writes", len(held_out.windows), "windows") as task:
-        for at in range(0, len(held_out.windows), WINDOWS_AT_ONCE):
-            merged = held_out.windows[at : at + WINDOWS_AT_ONCE]
-            places = find_places(model, expansion.unmerge_batch(merged), tree, first_new_id=expansion.first_new_id,
-                                 first=max(0, held_out.num_prefix - 1))
+    first, size = max(1, held_out.num_prefix), len(held_out.windows)
+    nats = {name: Nats(np.zeros(size), np.zeros(size)) for name in ("base", *row_sets)}
+    parts = {name: (_AtPlaces(), _AtPlaces()) for name in row_sets}
+    total = sum(int(expansion.run_lengths(window).sum()) for window in held_out.windows) * (1 + len(row_sets))
+    with progress("reading held-out text", total, "positions") as task:
+        for at in range(0, size, WINDOWS_AT_ONCE):
+            stems = held_out.windows[at : at + WINDOWS_AT_ONCE]
+            here, base_ids = slice(at, at + len(stems)), expansion.unmerge_batch(stems)
+            places = find_places(model, base_ids, tree, first_new_id=expansion.first_new_id, first=first - 1)
+            nats["base"].reading_S[here] = nats["base"].writing_S[here] = np.bincount(
+                places.window_P.numpy(), -places.next_log_p_P.double().numpy(), len(stems))
+            task.advance(sum(map(len, base_ids)))
             for name, rows in row_sets.items():
-                parts[name][0].append(places)
-                parts[name][1].append(as_read(places, model, merged, expansion, rows))
-            task.advance(len(merged))
-    found: dict[str, dict[str, object]] = {}
-    for name, rows in row_sets.items():
-        assert rows.output_ND is not None
-        found[name] = {}
-        for key, some in zip(("places", "merged"), parts[name], strict=True):
-            every = concatenate(some)
-            uses = find_uses(every, rows.output_ND.to(model.device), model.logit_map, rows.bias_N)
-            found[name][key] = measure_writing(every, uses, lengths_N).to_json()
-    return found
+                found = read_merged(model, stems, first, expansion, rows, places)
+                nats[name].reading_S[here], nats[name].writing_S[here] = found.reading_nats_S, found.writing_nats_S
+                if held_out.prompts:
+                    for part, seen in zip(parts[name], (places, found.places), strict=True):
+                        part.add(seen, model, rows)
+                task.advance(sum(map(len, base_ids)))
+    if not held_out.prompts:
+        return nats, {}
+    return nats, {name: {key: part.to_json(lengths_N) for key, part in zip(("places", "merged"), both, strict=True)}
+                  for name, both in parts.items()}
 
 
-@torch.no_grad()
-def as_read(places: Places, model: FrozenModel, merged: Sequence[Ids], expansion: Expansion, rows: Rows) -> Places:
-    """Return those places that are there in merged text, too, with the states and logits found there.
+# -- free writing -------------------------------------------------------------------------------------------------
 
-    What deserves to be written there stays as it is: base's own continuation of its own text.
+def _write(
+    model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], tree: RunTree,
+    progress: Progress,
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """Let base and rows continue the prompts; base reads its prompts once for all that is asked of it."""
+    prompts, base_prompts = held_out.prompts, expansion.unmerge_batch(held_out.prompts)
+    generator = torch.Generator().manual_seed(held_out.seed)
+    own, num_sampled = list[Written](), 0
+    written: dict[str, list[Written]] = {name: [] for name in row_sets}
+    nats: dict[str, list[float]] = {name: [] for name in row_sets}
+    lost = dict.fromkeys(row_sets, 0.0)
+    total = (sum(map(len, base_prompts)) + len(row_sets) * sum(map(len, prompts))
+             + (2 + 2 * len(row_sets)) * held_out.num_pieces * len(prompts))
+    with progress("writing after held-out prompts", total, "positions") as task:
+        for at in range(0, len(prompts), AT_ONCE):
+            here = slice(at, at + AT_ONCE)
+            begun = Begun(model, base_prompts[here], expansion, None)
+            task.advance(sum(map(len, base_prompts[here])))
+            greedy = begun.write(held_out.num_pieces, task=task)
+            own += greedy
+            sampled = begun.write(held_out.num_pieces, generator, task)
+            num_sampled += sum(len(some.pieces) for some in sampled)
+            known = [{tuple(some.pieces): some.nats} for some in greedy]
+            for name, rows in row_sets.items():
+                assert rows.output_ND is not None
+                lost[name] += sum(lost_nats(model, sampled, tree, rows.output_ND, rows.bias_N))
+                with_rows = Begun(model, prompts[here], expansion, rows)
+                task.advance(sum(map(len, prompts[here])))
+                written[name] += (texts := with_rows.write(held_out.num_pieces, task=task))
+                nats[name] += _base_nats(begun, texts, known, task)
+                task.skip((len(texts) * held_out.num_pieces) - sum(len(some.pieces) for some in texts))
+    base = _Greedy(held_out, own, tree)
+    return base.facts(), {name: {
+        "greedy": base.compare(written[name], nats[name], expansion),
+        "sampling": {"texts": len(prompts), "pieces": num_sampled, "kl_nats_per_piece": lost[name] / num_sampled},
+    } for name in row_sets}
 
-    Args:
-        places: Places of the unmerged windows.
-        model: The frozen base model.
-        merged: The windows in expanded ids.
-        expansion: The new tokens.
-        rows: Rows of the new tokens.
-    """
-    input_ND, states, keys = rows.input_ND.to(model.device), [], []
-    longest = max(int(expansion.run_lengths(ids).sum()) for ids in merged)
-    for window, ids in enumerate(merged):
-        inputs = torch.from_numpy(ids.copy()).to(model.device)[None]
-        states.append(model.hidden(model.embed(inputs, input_ND, expansion.first_new_id))[0])
-        keys.append(window * longest + torch.from_numpy(expansion.last_positions(ids)))
-    state_PD, key_P = torch.cat(states), torch.cat(keys)
-    wanted_P = places.window_P * longest + places.position_P
-    kept = torch.isin(wanted_P, key_P).nonzero().flatten()
-    hidden_PD = state_PD[torch.searchsorted(key_P, wanted_P[kept]).to(state_PD.device)]
-    logits = [model.logits(some_PD, first_new_id=expansion.first_new_id) for some_PD in hidden_PD.split(HEAD_PLACES)]
-    tops = [some_PV.max(1) for some_PV in logits]
-    still_R = torch.isin(places.place_R, kept)
-    return replace(
-        places, hidden_PD=hidden_PD.cpu(), top_P=torch.cat([top.values for top in tops]).cpu(),
-        top_id_P=torch.cat([top.indices for top in tops]).cpu(),
-        normaliser_P=torch.cat([some_PV.logsumexp(1) for some_PV in logits]).cpu(), window_P=places.window_P[kept],
-        position_P=places.position_P[kept], next_P=places.next_P[kept],
-        place_R=torch.searchsorted(kept, places.place_R[still_R]), token_R=places.token_R[still_R],
-        log_p_R=places.log_p_R[still_R], greedy_R=places.greedy_R[still_R])
 
+def _base_nats(begun: Begun, texts: Sequence[Written], known: list[dict[tuple[int, ...], float]], task: Task
+               ) -> list[float]:
+    """Return how unlikely the base finds texts; each that follows a prompt is read once, whoever has written it."""
+    new = [b for b, some in enumerate(texts) if tuple(some.pieces) not in known[b]]
+    for b, read in zip(new, begun.read([texts[b].pieces for b in new], new), strict=True):
+        known[b][tuple(read.pieces)] = read.nats
+    task.advance(sum(len(texts[b].pieces) for b in new))
+    task.skip(sum(len(some.pieces) for some in texts) - sum(len(texts[b].pieces) for b in new))
+    return [known[b][tuple(some.pieces)] for b, some in enumerate(texts)]
 
-# -- free greedy writing ------------------------------------------------------------------------------------------
 
 class _Greedy:
     """Base's own greedy continuations, and how others compare with them."""
 
-    def __init__(
-        self, model: FrozenModel, expansion: Expansion, held_out: HeldOut, base_prompts: Sequence[Ids], tree: RunTree
-    ) -> None:
-        self.model, self.expansion, self.held_out, self.base_prompts = model, expansion, held_out, base_prompts
-        self.own = write_on(model, base_prompts, expansion, None, num_pieces=held_out.num_pieces)
-        self.texts = [held_out.decode(written.pieces) for written in self.own]
-        self.nats = self._nats(self.own)
+    def __init__(self, held_out: HeldOut, own: Sequence[Written], tree: RunTree) -> None:
+        self.held_out, self.own = held_out, own
+        self.texts = [held_out.decode(written.pieces) for written in own]
         self.characters = sum(map(len, self.texts))
-        self.steps = sum(len(written.ids) for written in self.own)
-        self.fewest = sum(fewest_steps(written.pieces, tree) for written in self.own)
+        self.steps = sum(len(written.ids) for written in own)
+        self.fewest = sum(fewest_steps(written.pieces, tree) for written in own)
 
-    def base_facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, object]:
         return {"prompts": len(self.own), "characters": self.characters, "steps": self.steps,
                 "characters_per_step": self.characters / self.steps, "fewest_steps": self.fewest,
                 "characters_per_step_if_all_adopted": self.characters / self.fewest}
 
-    def compare(self, rows: Rows) -> dict[str, object]:
-        written = write_on(self.model, self.held_out.prompts, self.expansion, rows, num_pieces=self.held_out.num_pieces)
+    def compare(self, written: Sequence[Written], nats: Sequence[float], expansion: Expansion) -> dict[str, object]:
         texts = [self.held_out.decode(some.ids) for some in written]
         characters, steps = sum(map(len, texts)), sum(len(some.ids) for some in written)
         kinds, common, examples = [], [], []
-        for b, (text, nats) in enumerate(zip(texts, self._nats(written), strict=True)):
+        for b, text in enumerate(texts):
             own = self.texts[b]
             common.append(common_prefix(own, text))
             same = common[-1] >= min(len(own), len(text))
-            loss = nats / max(1, len(text)) - self.nats[b] / max(1, len(own))
+            loss = nats[b] / max(1, len(text)) - self.own[b].nats / max(1, len(own))
             kinds.append(IDENTICAL if same else WORSE if loss > WORSE_NATS else SIMILAR)
             if kinds.count(kinds[-1]) <= EXAMPLES:
                 examples.append({"kind": kinds[-1], "prompt": self.held_out.decode(self.held_out.prompts[b].tolist()),
@@ -188,20 +225,9 @@ class _Greedy:
         possible = self.characters / self.fewest - base
         return {"characters": characters, "steps": steps, "characters_per_step": per_step,
                 "share_of_possible_gain": (per_step - base) / possible if possible > 0 else None,
-                "new_tokens": sum(int(self.expansion.is_new(some.ids).sum()) for some in written),
+                "new_tokens": sum(int(expansion.is_new(some.ids).sum()) for some in written),
                 **{kind: kinds.count(kind) for kind in (IDENTICAL, SIMILAR, WORSE)},
                 "common_characters": float(np.mean(common)), "examples": examples}
-
-    @torch.no_grad()
-    def _nats(self, written: Sequence[Written]) -> list[float]:
-        """Return how unlikely the base finds each continuation of its prompt."""
-        found = []
-        for prompt, some in zip(self.base_prompts, written, strict=True):
-            ids = torch.from_numpy(np.concatenate((prompt, some.pieces))).to(self.model.device)
-            hidden_PD = self.model.hidden(self.model.embed(ids[None]))[0][len(prompt) - 1 : -1]
-            logs = self.model.log_probabilities(hidden_PD, first_new_id=self.expansion.first_new_id)
-            found.append(-float(logs.gather(1, ids[len(prompt) :, None]).sum()))
-        return found
 
 
 def common_prefix(left: str, right: str) -> int:

@@ -12,16 +12,15 @@ from collections.abc import Sequence
 
 import torch
 
-from vocabext.evaluate.decode import matches
+from vocabext.evaluate.decode import Written, matches
 from vocabext.model.frozen import FrozenModel
 from vocabext.model.run_tree import ROOT, RunTree
-from vocabext.tokens import Ids
 
 
 @torch.no_grad()
 def lost_nats(
-    model: FrozenModel, texts: Sequence[Ids], starts: Sequence[int], tree: RunTree, output_ND: torch.Tensor, *,
-    first_new_id: int, bias_N: torch.Tensor | None = None,
+    model: FrozenModel, texts: Sequence[Written], tree: RunTree, output_ND: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
 ) -> list[float]:
     """Return for each text how much less likely it is than with the base, in nats.
 
@@ -30,30 +29,22 @@ def lost_nats(
 
     Args:
         model: The frozen base model.
-        texts: Base ids, prompt included.
-        starts: Where each prompt ends.
+        texts: What the base has written, or read, in base ids.
         tree: The runs.
         output_ND: Output rows of the new tokens.
-        first_new_id: Id of the first new token (U).
         bias_N: Entries of the head's bias for the new tokens; None for a head without one.
     """
-    return [_lost(model, text, start, tree, output_ND, first_new_id, bias_N)
-            for text, start in zip(texts, starts, strict=True)]
+    return [_lost(model, text, tree, output_ND, bias_N) for text in texts]
 
 
 def _lost(
-    model: FrozenModel, text: Ids, start: int, tree: RunTree, output_ND: torch.Tensor, first_new_id: int,
-    bias_N: torch.Tensor | None,
+    model: FrozenModel, text: Written, tree: RunTree, output_ND: torch.Tensor, bias_N: torch.Tensor | None
 ) -> float:
-    ids = torch.from_numpy(text.copy()).to(model.device)
-    hidden_PD = model.hidden(model.embed(ids[None]))[0][start - 1 : -1]
-    logits = model.logits(hidden_PD, first_new_id=first_new_id, new_rows_ND=output_ND.to(model.device),
-                          new_bias_N=bias_N).double()
-    base_PV, new_logits_PN = logits[:, :first_new_id], logits[:, first_new_id:]
-    taken_P = torch.nn.functional.softplus(new_logits_PN.logsumexp(1) - base_PV.logsumexp(1))
-    piece_P = torch.log_softmax(base_PV, 1).gather(1, ids[start:, None]).flatten().tolist()
-    new_PN = torch.log_softmax(logits, 1)[:, first_new_id:].cpu()
-    pieces, taken = text[start:].tolist(), taken_P.tolist()
+    new_PN = model.new_logits(text.hidden_SD, output_ND.to(model.device), bias_N).double()
+    base_P = text.normaliser_S.to(new_PN)
+    taken_P = torch.nn.functional.softplus(new_PN.logsumexp(1) - base_P)
+    new_PN = (new_PN - (base_P + taken_P)[:, None]).cpu()
+    pieces, piece_P, taken = text.pieces, text.log_p_S.double().tolist(), taken_P.tolist()
     # reached[t]: log probability that the spelling has an edge after t pieces, having written these.
     reached = [0.0, *(-math.inf for _ in pieces)]
     over_the_end: list[float] = []

@@ -1,11 +1,10 @@
 """Measure how well the model reads new tokens: base, mean-of-pieces and distilled rows side by side.
 
-Shape suffixes: T positions, P predicted places, D hidden size, N new rows.
+Shape suffixes: S windows, D hidden size, N new rows.
 
 *Reading.* Every piece of held-out text is predicted twice: from base context, and from a context in
-which all new tokens are merged. The pieces inside a new token need a context that ends in the middle
-of it; they get short branches off the merged text, in the same forward pass. Both predictions are
-over base tokens and cover the same bytes, so their bits per byte compare.
+which all new tokens are merged (`vocabext.evaluate.reading`). Both predictions are over base tokens
+and cover the same bytes, so their bits per byte compare.
 
 *Writing.* Bits per byte of the expanded tokenization: what it would cost the model to produce the
 new tokens themselves. And `vocabext.evaluate.held_out`: whether it writes them where base writes their
@@ -30,7 +29,6 @@ from vocabext.corpus import Document, left_out_of
 from vocabext.errors import CorpusError, UsageError
 from vocabext.evaluate.held_out import IDENTICAL, HeldOut, measure_held_out
 from vocabext.files.atomic import write_json
-from vocabext.model.branches import Branches
 from vocabext.model.frozen import FrozenModel, check_runs_on_rows, load_model, offloading
 from vocabext.model.support import check_runs
 from vocabext.options import EvalConfig
@@ -110,32 +108,19 @@ def evaluate(
                for w in _windows(i, ids, text, expanded, base, config)]
     if not windows:
         raise CorpusError("no held-out document is longer than a few tokens; give more text to --corpus")
-    sums = {"base": _Sums(np.zeros(len(texts)), np.zeros(len(texts))), **{
-        rows.name: _Sums(np.zeros(len(texts)), np.zeros(len(texts))) for rows in row_sets}}
-    num_bytes, num_pieces = np.zeros(len(texts)), np.zeros(len(texts))
-    with progress("reading held-out text", len(windows) * (1 + len(row_sets)), "windows") as task:
-        for window in windows:
-            base_ids = expanded.expansion.unmerge(window.expanded)
-            nats = _base_nats(model, base_ids, window.num_prefix, base)
-            sums["base"].reading_nats[window.document] += nats
-            sums["base"].writing_nats[window.document] += nats
-            num_bytes[window.document] += window.num_bytes
-            num_pieces[window.document] += len(base_ids) - max(1, window.num_prefix)
-            task.advance()
-            for rows in row_sets:
-                reading, writing = _expanded_nats(model, window, expanded, base, rows)
-                sums[rows.name].reading_nats[window.document] += reading
-                sums[rows.name].writing_nats[window.document] += writing
-                task.advance()
-    prompts = _prompts(pairs, base, expanded, model, config)
-    written: dict[str, Any] | None = None
-    if prompts:
-        held_out = HeldOut([w.expanded for w in windows], prompts, len(base.prefix_ids), config.continuation,
-                           expanded.decode)
-        written = measure_held_out(model, expanded.expansion, held_out, {
-            rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress)
+    held_out = HeldOut([w.expanded for w in windows], _prompts(pairs, base, expanded, model, config),
+                       len(base.prefix_ids), config.continuation, expanded.decode)
+    nats, written = measure_held_out(model, expanded.expansion, held_out, {
+        rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress)
+    documents_S = np.asarray([window.document for window in windows])
+
+    def per_document(values_S: Iterable[float]) -> Floats:
+        return np.bincount(documents_S, np.asarray(list(values_S), np.float64), len(texts))
+
+    sums = {name: _Sums(per_document(of.reading_S), per_document(of.writing_S)) for name, of in nats.items()}
+    pieces = [int(expanded.expansion.run_lengths(w.expanded).sum()) - max(1, w.num_prefix) for w in windows]
     return {"context": config.context, "continuation": config.continuation,
-            **_summary(texts, pairs, expanded, sums, num_bytes, num_pieces, written)}
+            **_summary(texts, pairs, expanded, sums, sum(w.num_bytes for w in windows), sum(pieces), written)}
 
 
 def evaluate_folder(
@@ -244,75 +229,6 @@ def _longest_run(expansion: Expansion) -> int:
     return max(len(token.run) for token in expansion.tokens)
 
 
-@torch.no_grad()
-def _base_nats(model: FrozenModel, ids: Ids, num_prefix: int, base: BaseTokenizer) -> float:
-    """Return the negative log likelihood of base ids from base context."""
-    first = max(1, num_prefix)
-    inputs = torch.from_numpy(ids).to(model.device)
-    hidden_TD = model.hidden(model.embed(inputs[None]))[0]
-    logs = model.log_probabilities(hidden_TD[first - 1 : -1], first_new_id=base.first_new_id)
-    return -float(logs.gather(1, inputs[first:, None]).sum())
-
-
-@torch.no_grad()
-def _expanded_nats(
-    model: FrozenModel, window: _Window, expanded: ExpandedTokenizer, base: BaseTokenizer, rows: RowSet
-) -> tuple[float, float]:
-    """Return nats of the base pieces, and of the expanded ids, both from merged context."""
-    layout = _lay_out(window.expanded, max(1, window.num_prefix), expanded)
-    ids, positions, visible = (torch.from_numpy(a).to(model.device)
-                               for a in (layout.ids, layout.positions, layout.visible))
-    inputs_BTD = model.embed(ids[None], rows.input_ND.to(model.device), expanded.first_new_id)
-    hidden_TD = model.hidden(inputs_BTD, branches=Branches(positions[None], visible[None]))[0]
-    logs = model.log_probabilities(hidden_TD[layout.sources], first_new_id=base.first_new_id)
-    reading = -float(logs.gather(1, torch.from_numpy(layout.targets).to(model.device)[:, None]).sum())
-    first = max(1, window.num_prefix)
-    stem = len(window.expanded)
-    logs = model.log_probabilities(hidden_TD[first - 1 : stem - 1], first_new_id=base.first_new_id,
-                                   new_rows_ND=rows.output_ND.to(model.device), new_bias_N=rows.bias_N)
-    # A new id's column: the base rows in the softmax are exactly the ids below the first new one.
-    return reading, -float(logs.gather(1, ids[first:stem, None]).sum())
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The merged text (the stem) and, behind it, a branch for the inner pieces of each new token."""
-
-    ids: Ids
-    positions: Ids
-    visible: npt.NDArray[np.bool_]  # (T, T)
-    sources: Ids  # positions that predict
-    targets: Ids  # the base piece that each predicts
-
-
-def _lay_out(stem: Ids, first: int, expanded: ExpandedTokenizer) -> _Layout:
-    """Lay out the stem and its branches.
-
-    Args:
-        stem: Expanded ids of the window.
-        first: Index of the first id that is predicted.
-        expanded: The tokenizer.
-    """
-    expansion, predicted = expanded.expansion, stem[first:]
-    pieces, edges = expansion.unmerge(predicted), expansion.edges(predicted)
-    # Each piece belongs to an id of the stem, and is predicted from where the one before it was read.
-    owners = np.repeat(np.arange(first, len(stem)), np.diff(edges))
-    depths = np.arange(len(pieces)) - np.repeat(edges[:-1], np.diff(edges))
-    on_branch = np.ones(len(pieces), np.bool_)
-    on_branch[edges[1:] - 1] = False  # what follows the last piece is predicted from the new token itself
-    read_at = len(stem) - 1 + np.cumsum(on_branch)
-    sources = np.where(depths == 0, owners - 1, np.concatenate(([0], read_at[:-1])))
-    ids = np.concatenate((stem, pieces[on_branch]))
-    positions = np.concatenate((np.arange(len(stem)), (owners + depths)[on_branch]))
-    parent, order = np.concatenate((np.full(len(stem), -1), owners[on_branch])), np.arange(len(ids))
-    on_stem = parent < 0
-    # The stem sees its own past; a branch sees the stem before its token, and its own past.
-    past = order <= order[:, None]
-    seen_by_branch = (on_stem & (order < parent[:, None])) | ((parent == parent[:, None]) & past)
-    visible = np.where(on_stem[:, None], on_stem & past, seen_by_branch)
-    return _Layout(ids, positions, visible, sources, pieces)
-
-
 def _prompts(
     pairs: Sequence[tuple[list[int], list[int]]], base: BaseTokenizer, expanded: ExpandedTokenizer, model: FrozenModel,
     config: EvalConfig,
@@ -337,7 +253,7 @@ def _prompts(
 
 def _summary(
     texts: Sequence[str], pairs: Sequence[tuple[list[int], list[int]]], expanded: ExpandedTokenizer,
-    sums: dict[str, _Sums], num_bytes: Floats, num_pieces: Floats, writing: dict[str, Any] | None,
+    sums: dict[str, _Sums], num_bytes: int, num_pieces: int, writing: dict[str, Any] | None,
 ) -> dict[str, object]:
     base_tokens, expanded_tokens = sum(len(b) for b, _ in pairs), sum(len(e) for _, e in pairs)
     greedy = {found["name"]: found["greedy"] for found in writing["rows"]} if writing else {}
@@ -350,9 +266,9 @@ def _summary(
         rows.append({
             "name": name,
             "tokens": base_tokens if name == "base" else expanded_tokens,
-            "target_nll_nats": float(s.reading_nats.sum() / num_pieces.sum()),
-            "bits_per_byte": float(s.reading_nats.sum() / math.log(2) / num_bytes.sum()),
-            "bits_per_byte_writing": float(s.writing_nats.sum() / math.log(2) / num_bytes.sum()),
+            "target_nll_nats": float(s.reading_nats.sum() / num_pieces),
+            "bits_per_byte": float(s.reading_nats.sum() / math.log(2) / num_bytes),
+            "bits_per_byte_writing": float(s.writing_nats.sum() / math.log(2) / num_bytes),
             "greedy_same_share": found and writing and found[IDENTICAL] / writing["base"]["prompts"],
             "greedy_common_characters": found and found["common_characters"],
         })
@@ -360,8 +276,8 @@ def _summary(
     new_share = sum(int(expanded.expansion.is_new(e).sum()) for _, e in pairs) / max(1, expanded_tokens)
     return {
         "documents": len(texts),
-        "bytes": int(num_bytes.sum()),
-        "pieces": int(num_pieces.sum()),
+        "bytes": num_bytes,
+        "pieces": num_pieces,
         "rows": rows,
         "gap_recovered": gap,
         "gap_recovered_interval": interval,

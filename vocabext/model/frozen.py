@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,32 @@ def _readable(past: Past) -> Any:
 
     cache = DynamicCache()
     cache.layers = [Layer(number) for number in range(len(past))]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+def _cache_with_room(past: Past, room: int) -> Any:
+    """Return what transformers' layers read earlier keys and values from, and write theirs behind without a copy."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        def __init__(self, *before: torch.Tensor) -> None:
+            super().__init__()
+            self.lazy_initialization(*before)
+            self.whole = [one.new_empty((*one.shape[:2], one.shape[2] + room, one.shape[3])) for one in before]
+            self.size = 0
+            self.update(*before)
+
+        def update(self, *pair: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            begin, self.size = self.size, self.size + pair[0].shape[2]
+            for whole, one in zip(self.whole, pair[:2], strict=True):
+                whole[:, :, begin : self.size] = one
+            self.keys, self.values = (whole[:, :, : self.size] for whole in self.whole)
+            return self.keys, self.values
+
+    cache = DynamicCache()
+    cache.layers = [Layer(*pair) for pair in past]
     cache.layer_class_to_replicate = None
     return cache
 
@@ -398,6 +424,25 @@ class FrozenModel:
             return self.hidden(inputs_BTD, layer=layer, branches=branches, past=past), ((every_BKD, every_BKD),)
         return self._hidden_and_past(inputs_BTD, layer, branches, past)
 
+    def behind(self, past: Past, room: int) -> Callable[[torch.Tensor, Branches], torch.Tensor]:
+        """Return what runs further inputs behind a past as `hidden` does, and adds each to it.
+
+        Args:
+            past: What is kept of text before the inputs. Not changed.
+            room: Inputs that may follow.
+        """
+        if self.takes_branches:
+            cache = _cache_with_room(past, room)
+            return lambda inputs_BTD, branches: self._run_branches(
+                inputs_BTD, None, branches, use_cache=True, past_key_values=cache)
+        kept = [past]
+
+        def run(inputs_BTD: torch.Tensor, branches: Branches) -> torch.Tensor:
+            hidden_BTD, kept[0] = self.hidden_and_past(inputs_BTD, branches=branches, past=kept[0])
+            return hidden_BTD
+
+        return run
+
     def _hidden_and_past(
         self, inputs_BTD: torch.Tensor, layer: int | None, branches: Branches | None, past: Past
     ) -> tuple[torch.Tensor, Past]:
@@ -550,16 +595,18 @@ class FrozenModel:
     ) -> torch.Tensor:
         """Return what `log_probabilities` normalises, (P, first_new_id + N), float32."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden_PD)[:, :first_new_id].to(hidden_PD.device)
-        num_rows = logits.shape[1]
-        if new_rows_ND is not None:
-            bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
-            new_PN = nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N)
-            logits = torch.cat((logits, new_PN), dim=1)
         logits = self.logit_map(logits.float())
-        if num_rows == first_new_id:
+        if (missing := first_new_id - logits.shape[1]) > 0:  # the last ids have no row
+            logits = torch.cat((logits, logits.new_full((len(logits), missing), -torch.inf)), dim=1)
+        if new_rows_ND is None:
             return logits
-        never = logits.new_full((len(logits), first_new_id - num_rows), -torch.inf)  # the last ids have no row
-        return torch.cat((logits[:, :num_rows], never, logits[:, num_rows:]), dim=1)
+        return torch.cat((logits, self.new_logits(hidden_PD, new_rows_ND, new_bias_N)), dim=1)
+
+    def new_logits(self, hidden_PD: torch.Tensor, new_rows_ND: torch.Tensor, new_bias_N: torch.Tensor | None = None
+                   ) -> torch.Tensor:
+        """Return the logits of the new tokens alone, (P, N), float32."""
+        bias_N = None if new_bias_N is None else new_bias_N.to(hidden_PD)
+        return self.logit_map(nn.functional.linear(hidden_PD, new_rows_ND.to(hidden_PD), bias_N).float())
 
     @torch.no_grad()
     def check_against_class(self) -> None:

@@ -39,6 +39,7 @@ class Places:
         window_P: Which window each place is in.
         position_P: Where in it.
         next_P: The base id that the text has there; -1 at its end.
+        next_log_p_P: Log probability of this id; 0 at the end.
         place_R: For each run that was found likely, or that greedy decoding writes: the place.
         token_R: The new token.
         log_p_R: Log probability of the whole run there.
@@ -53,6 +54,7 @@ class Places:
     window_P: torch.Tensor
     position_P: torch.Tensor
     next_P: torch.Tensor
+    next_log_p_P: torch.Tensor
     place_R: torch.Tensor
     token_R: torch.Tensor
     log_p_R: torch.Tensor
@@ -127,7 +129,8 @@ def _read(
     node_P = torch.full((len(window_P),), ROOT)
     start = _Frontier(torch.arange(len(window_P)), node_P, torch.zeros(len(window_P), dtype=torch.float32),
                       torch.ones(len(window_P), dtype=torch.bool))
-    reading = _follow(model, hidden_PD, start, tree, first_new_id, likely)
+    next_P = following_ST[window_P, position_P]
+    reading = _follow(model, hidden_PD, start, tree, first_new_id, likely, next_P)
     runs, frontier = [reading.ended], reading.going_on
     while len(frontier.place_F):
         branch_FD = _branch_states(model, past, frontier, tree, window_P, position_P, len(windows))
@@ -138,7 +141,7 @@ def _read(
                                                  strict=True)]
     place_R, node_R, log_p_R, greedy_R = ended
     return Places(hidden_PD.cpu(), reading.top_P, reading.top_id_P, reading.normaliser_P, window_P, position_P,
-                  following_ST[window_P, position_P], place_R, tree.token_of[node_R], log_p_R, greedy_R,
+                  next_P, reading.next_log_p_P, place_R, tree.token_of[node_R], log_p_R, greedy_R,
                   len(windows))
 
 
@@ -160,19 +163,21 @@ class _Step:
     top_P: torch.Tensor
     top_id_P: torch.Tensor
     normaliser_P: torch.Tensor
+    next_log_p_P: torch.Tensor
     ended: _Frontier
     going_on: _Frontier
 
 
 def _follow(
-    model: FrozenModel, hidden_FD: torch.Tensor, frontier: _Frontier, tree: RunTree, first_new_id: int, likely: float
+    model: FrozenModel, hidden_FD: torch.Tensor, frontier: _Frontier, tree: RunTree, first_new_id: int, likely: float,
+    next_F: torch.Tensor | None = None,
 ) -> _Step:
     """Predict from the end of each branch, and extend it by the pieces that are likely there."""
-    tops, ids, normalisers, found = [], [], [], []
+    tops, ids, normalisers, nexts, found = [], [], [], [], []
+    next_F = torch.full((len(hidden_FD),), -1) if next_F is None else next_F
     for at in torch.arange(len(hidden_FD)).split(HEAD_PLACES):
         logits_FV = model.logits(hidden_FD[at.to(hidden_FD.device)], first_new_id=first_new_id).cpu()
-        top_F, id_F = logits_FV.max(1)
-        normaliser_F = top_F + (logits_FV - top_F[:, None]).exp_().sum(1).log_()
+        top_F, id_F, normaliser_F = top_and_normaliser(logits_FV)
         parent_C, piece_C, node_C = tree.children(frontier.node_F[at])
         log_p_C = frontier.log_p_F[at][parent_C] + logits_FV[parent_C, piece_C] - normaliser_F[parent_C]
         greedy_C = frontier.greedy_F[at][parent_C] & (id_F[parent_C] == piece_C)
@@ -181,10 +186,23 @@ def _follow(
         tops.append(top_F)
         ids.append(id_F)
         normalisers.append(normaliser_F)
+        nexts.append(log_p_of(next_F[at], logits_FV, normaliser_F))
     every = _Frontier(*(torch.cat([getattr(f, name) for f in found])
                         for name in ("place_F", "node_F", "log_p_F", "greedy_F")))
-    return _Step(torch.cat(tops), torch.cat(ids), torch.cat(normalisers),
+    return _Step(torch.cat(tops), torch.cat(ids), torch.cat(normalisers), torch.cat(nexts),
                  every.take(tree.token_of[every.node_F] >= 0), every.take(tree.has_children(every.node_F)))
+
+
+def top_and_normaliser(logits_PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the largest logit, its id, and the log of the sum of the exponentials, (P,) each."""
+    top_P, id_P = logits_PV.max(1)
+    return top_P, id_P, top_P + (logits_PV - top_P[:, None]).exp_().sum(1).log_()
+
+
+def log_p_of(id_P: torch.Tensor, logits_PV: torch.Tensor, normaliser_P: torch.Tensor) -> torch.Tensor:
+    """Return the log probability of an id at each place, (P,); 0 where the id is -1."""
+    log_p_P = logits_PV.gather(1, id_P.clamp(min=0)[:, None])[:, 0] - normaliser_P
+    return log_p_P.masked_fill(id_P < 0, 0.0)
 
 
 def _branch_states(

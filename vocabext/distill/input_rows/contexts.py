@@ -14,7 +14,7 @@ exact, and used, where
 Otherwise the student runs over the whole snippet, which gives the same result at a higher price.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,10 @@ def chunks(length_S: torch.Tensor, at: torch.Tensor, positions: int) -> Iterator
 
 
 @torch.no_grad()
-def teach(model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool) -> Contexts:
+def teach(
+    model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Contexts:
     """Run the teacher over all snippets of a group.
 
     Args:
@@ -87,6 +90,7 @@ def teach(model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool
         examples: The group's snippets.
         layer: How many layers to run.
         keep_past: Whether to keep keys and values; the caller knows that they fit and are exact.
+        advance: Told how many more snippets are read.
     """
     size, width, before_W = len(examples), examples.ids_ST.shape[1], examples.before_W
     target_STD: torch.Tensor | None = None
@@ -104,6 +108,7 @@ def teach(model: FrozenModel, examples: Examples, layer: int, *, keep_past: bool
             target_STD = hidden_WUD.new_zeros(size, width, hidden_WUD.shape[-1])
         found_STD = hidden_WUD[part.text_S[:, None], part.aligned_ST]
         target_STD[part_S.to(target_STD.device), : part.ids_ST.shape[1]] = found_STD
+        advance(len(part_S))
     assert target_STD is not None  # a group holds at least one snippet
     return Contexts(target_STD, tuple(kept.past) if keep_past else None, examples.text_S)
 

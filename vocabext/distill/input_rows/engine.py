@@ -19,6 +19,7 @@ from vocabext.distill.input_rows.contexts import READ_AT_ONCE, Contexts, chunks,
 from vocabext.distill.input_rows.examples import Examples
 from vocabext.distill.input_rows.silence import Background
 from vocabext.model.frozen import FrozenModel
+from vocabext.progress import Task, no_progress
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,21 @@ class GroupFit:
 
 @dataclass
 class Taught:
-    """Snippets and what the teacher made of them, in parts that grow from round to round."""
+    """Snippets and what the teacher made of them, in parts that grow from round to round.
 
+    Attributes:
+        task: Told of every snippet that goes through the model.
+    """
+
+    task: Task = field(default_factory=lambda: no_progress("").__enter__())
     examples: list[Examples] = field(default_factory=list)
     contexts: list[Contexts] = field(default_factory=list)
 
     def add(self, model: FrozenModel, examples: Examples, objective: Objective) -> None:
         """Run the teacher over more snippets."""
         self.examples.append(examples)
-        self.contexts.append(teach(model, examples, objective.layer, keep_past=objective.keep_past))
+        self.contexts.append(teach(model, examples, objective.layer, keep_past=objective.keep_past,
+                                   advance=self.task.advance))
 
     def batches(self, chosen: Sequence[torch.Tensor], positions: int, device: torch.device
                 ) -> Iterator[tuple[Examples, Contexts]]:
@@ -85,6 +92,7 @@ class Taught:
             for at in chunks(length_S, wanted, positions):
                 part = examples.take(at)
                 yield part.to(device), contexts.take(at, part)
+                self.task.advance(len(at))
 
 
 def snippet_errors(
@@ -137,6 +145,7 @@ def _of(examples: Examples, active_G: torch.Tensor | None) -> torch.Tensor:
 def fit_rows(
     model: FrozenModel, train: Sequence[Examples | None], held_out: Examples | None, start_GD: torch.Tensor,
     objective: Objective, generators: Sequence[torch.Generator], other_start_GD: torch.Tensor | None = None,
+    task: Task | None = None,
 ) -> GroupFit:
     """Train the rows of a group.
 
@@ -150,12 +159,14 @@ def fit_rows(
         objective: What is minimised.
         generators: For each token the source of the order of its snippets.
         other_start_GD: Other initial rows; a token that they fit better begins there.
+        task: Told of every snippet that goes through the model, and of those that need not.
 
     Returns:
         For each token the best of start and rounds. The start error is that of `start_GD`.
     """
     start_GD = start_GD.to(model.device)
-    judged, taught = Taught(), Taught()
+    task = task or no_progress("").__enter__()
+    judged, taught = Taught(task), Taught(task)
     if held_out is not None:
         judged.add(model, held_out, objective)
     start_error_G = held_out_errors(model, judged, start_GD, objective)
@@ -175,6 +186,7 @@ def fit_rows(
         shown_G[active.cpu()] += shows
         error_G = held_out_errors(model, judged, clocks.rows_GD, objective, clocks.active_G)
         clocks.end_round(active, error_G[active])
+        task.skip((len(active) - len(clocks.active)) * sum(shows for _, shows in objective.rounds[number + 1 :]))
     _undo_useless(model, taught, clocks, start_GD, objective)
     return GroupFit(clocks.best_GD.cpu(), start_error_G.cpu(), clocks.best_error_G.cpu(), shown_G)
 

@@ -292,7 +292,7 @@ def _read(
     skipped = max(0, first - 1)
     hidden_PD, done = torch.empty(0, dtype=model.dtype), 0
     parts: list[Places] = []
-    with progress("reading what the base writes", len(windows), "snippets") as task:
+    with progress("reading what the base writes", sum(map(len, windows)), "positions") as task:
         for at in range(0, len(order), WINDOWS_AT_ONCE):
             some = [windows[s] for s in order[at : at + WINDOWS_AT_ONCE]]
             part = find_places(model, some, tree, first_new_id=first_new_id, first=skipped)
@@ -303,7 +303,7 @@ def _read(
             hidden_PD[done : done + len(part)] = part.hidden_PD
             done += len(part)
             parts.append(replace(part, hidden_PD=part.hidden_PD.new_empty(0)))
-            task.advance(len(some))
+            task.advance(sum(map(len, some)))
     return replace(concatenate(parts), hidden_PD=hidden_PD)
 
 
