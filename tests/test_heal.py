@@ -286,3 +286,49 @@ def test_options_out_of_range_are_refused(
     base, new, corpus = pair
     with pytest.raises(UsageError, match=said):
         Expanded.load(new, base).heal(str(corpus), tmp_path / "out", **{**QUICK, option: value})
+
+
+@pytest.mark.slow
+def test_eval_shows_base_mean_distilled_and_healed(healed: Expanded, tmp_path: Path) -> None:
+    heldout = write_corpus(tmp_path / "heldout.jsonl", DOCUMENTS[2:])
+    options: dict[str, Any] = {"prompts": 1, "continuation": 4, "context": 48, "dtype": "float32", "device": "cpu"}
+    found = healed.evaluate(str(heldout), **options).to_json()
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["base", "mean", "distilled", "healed"]
+    before = Expanded.load(found_before(healed), healed.base).evaluate(str(heldout), **options).to_json()
+    assert rows["base"] == before["rows"][0]
+    # Its folder has the rows that the healing began with, and they are read as without an adapter.
+    assert rows["distilled"]["bits_per_byte_writing"] == pytest.approx(before["rows"][1]["bits_per_byte_writing"])
+    assert rows["healed"]["bits_per_byte_writing"] != rows["distilled"]["bits_per_byte_writing"]
+    greedy = found["writing"]["rows"][-1]["greedy"]
+    assert greedy["base_nats_per_character"] > 0
+
+
+def found_before(healed: Expanded) -> str:
+    return str(json.loads((healed.folder / "heal.json").read_text())["model"])
+
+
+@pytest.mark.slow
+def test_another_body_that_is_the_base_measures_as_the_base(pair: tuple[Path, Path, Path]) -> None:
+    from contextlib import nullcontext
+
+    from vocabext.checkpoint.folder import Rows
+    from vocabext.checkpoint.rows import mean_rows
+    from vocabext.evaluate.held_out import HeldOut, measure_held_out
+    from vocabext.progress import no_progress
+
+    expanded = Expanded.load(pair[1], pair[0])
+    model = load_model(pair[0], device="cpu", dtype="float32")
+    rows = Rows(mean_rows(model.embedding_VD, expanded.tokens), mean_rows(model.head_VD, expanded.tokens))
+    windows = [np.array(expanded.tokenizer.encode(document.text)[:60]) for document in DOCUMENTS]
+    held_out = HeldOut(windows, [window[:20] for window in windows], 0, 6, expanded.tokenizer.decode)
+    nats, written = measure_held_out(model, expanded.expansion, held_out, {"one": rows, "other": rows}, no_progress,
+                                     {"other": lambda: nullcontext(model)})
+    assert nats["one"].reading_S == pytest.approx(nats["other"].reading_S, rel=1e-5)
+    assert nats["one"].writing_S == pytest.approx(nats["other"].writing_S, rel=1e-5)
+    assert written is not None
+    one, other = ({key: value for key, value in row.items() if key != "name"} for row in written["rows"])
+    assert one["greedy"] == other["greedy"]
+    assert one["sampling"]["kl_nats_per_piece"] == pytest.approx(other["sampling"]["kl_nats_per_piece"], abs=1e-4)
+    for key in ("places", "merged"):
+        assert one[key] == pytest.approx(other[key], abs=1e-4)
