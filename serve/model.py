@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.folder import read_json
-from vocabext.checkpoint.manifest import has_manifest, read_manifest
+from vocabext.checkpoint.folder import ADAPTER_CONFIG, read_json
+from vocabext.checkpoint.manifest import ADAPTER_FOLDER, has_manifest, read_manifest
 from vocabext.checkpoint.verdicts import VERIFY_NAME
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import read_object
 from vocabext.tokenizer import load_hf_tokenizer
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 OTHER_CACHES = ("kv_lora_rank", "ssm_cfg", "mamba_d_state")
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 CACHE_DTYPE_BYTES = 2  # vLLM keeps keys and values in the model's 16-bit type unless told otherwise
 
 
@@ -168,3 +169,28 @@ def require_verified(folder: Path) -> None:
 def _verification(folder: Path) -> dict[str, Any] | None:
     document = read_object(folder / VERIFY_NAME) or {}
     return document if document.get("artifact") == "verify" else None
+
+
+def adapter_flags(folder: Path, name: str) -> list[str]:
+    """Return the flags with which vLLM serves the adapter of a healed folder beside the folder itself.
+
+    Requests choose by the model's name: the folder's own is served without the adapter.
+
+    Args:
+        folder: The model folder.
+        name: What requests call the model with its adapter.
+
+    Raises:
+        UsageError: If the folder has no adapter, or it holds it in its weights, or vLLM takes none of its rank.
+    """
+    found = read_manifest(folder) if has_manifest(folder) else None
+    if found is not None and found.merged:
+        raise UsageError(f"{folder} holds its adapter in its weights; serve it without --adapter")
+    if found is None or not found.adapter:
+        raise UsageError(f"{folder} has no adapter; make a folder that has one with: vocabext heal {folder}")
+    rank = int(read_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG)["r"])
+    if rank > LORA_RANKS[-1]:
+        raise UsageError(f"the adapter of {folder} has rank {rank}, and vLLM takes {LORA_RANKS[-1]} at most; heal "
+                         "again with a lower --rank, or with --merge")
+    most = next(size for size in LORA_RANKS if size >= rank)
+    return ["--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{name}={folder / ADAPTER_FOLDER}"]

@@ -8,6 +8,8 @@ import click
 
 from vocabext.cli import options, show
 
+HEALED = "healed"  # what requests call a model with its adapter
+
 
 @click.command(short_help="Serve a model with vLLM in the foreground.")
 @click.argument("model", metavar="MODEL")
@@ -18,10 +20,13 @@ from vocabext.cli import options, show
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if the server is not ready by then.")
 @click.option("--unverified", is_flag=True, help="Serve an expanded folder that `verify` has not passed.")
+@click.option("--adapter", is_flag=True,
+              help="Serve the adapter of a folder that `heal` has made, too: requests for the model 'healed' get it, "
+                   "requests for MODEL do not.")
 @options.json_option
 def start(
     model: str, vllm_flags: tuple[str, ...], host: str, port: int, log: Path | None, start_timeout_seconds: float,
-    unverified: bool, as_json: bool,
+    unverified: bool, adapter: bool, as_json: bool,
 ) -> None:
     """Serve MODEL with vLLM in the foreground; Ctrl-C stops it.
 
@@ -32,7 +37,7 @@ def start(
     from vocabext.checkpoint.folder import resolve_model
     from vocabext.files.atomic import check_output
     from vocabext.serve.engine import require_vllm, vllm_server, wait_until_ready
-    from vocabext.serve.model import card_of, require_verified
+    from vocabext.serve.model import adapter_flags, card_of, require_verified
 
     require_vllm()
     if log is not None:
@@ -41,14 +46,16 @@ def start(
     if not unverified:
         require_verified(folder)
     card = card_of(folder)
+    vllm_flags = (*(adapter_flags(folder, HEALED) if adapter else ()), *vllm_flags)
     log = log or Path(tempfile.mkdtemp(prefix="vocabext-serve-")) / "server.log"
     show.note(f"starting vLLM for {model}; its log is {log}")
     with vllm_server(folder, log, host=host, port=port, served_name=model, flags=vllm_flags) as server:
         wait_until_ready([server], timeout_seconds=start_timeout_seconds, progress=show.progress)
         document = {"url": f"{server.url}/v1", "model": model, "process_id": server.process.pid, "log": log,
-                    "card": dict(card)}
+                    "card": dict(card), **({"adapter": HEALED} if adapter else {})}
         show.emit(document, as_json, lambda: show.table(
-            [("URL", document["url"]), ("model name", model), *card, ("log", log)], ("", "serving")))
+            [("URL", document["url"]), ("model name", model), *[("with its adapter", HEALED)] * adapter, *card,
+             ("log", log)], ("", "serving")))
         show.note("ready; Ctrl-C stops it")
         sys.stdout.flush()
         server.process.wait()

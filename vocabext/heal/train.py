@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vocabext.files.atomic import atomic_file, read_object, write_json
+from vocabext.heal.loss import Head
 from vocabext.heal.student import Student
 from vocabext.heal.text import Batch
 from vocabext.model.adapter import adapter_tensors
@@ -21,7 +22,7 @@ from vocabext.progress import Progress
 from vocabext.tokens import Ids
 
 WARM_UP, CLIP = 0.05, 1.0
-LOOKS = 8  # how often held-out text is looked at
+LOOKS = 4  # how often held-out text is looked at
 KEPT_SECONDS = 60.0  # between two states that are kept for a restart
 STATE, BEST, LOG = "state.safetensors", "best.safetensors", "log.json"
 
@@ -49,12 +50,19 @@ class HealPoint:
 
 
 @torch.no_grad()
-def measure(student: Student, windows: Sequence[Ids], at_once: int) -> tuple[float, float]:
-    """Return the divergence on windows, of first pieces and of units, nats per place."""
+def measure(student: Student, windows: Sequence[Ids], at_once: int, head: Head | None = None) -> tuple[float, float]:
+    """Return the divergence on windows, of first pieces and of units, nats per place.
+
+    Args:
+        student: The healed model.
+        windows: Expanded ids.
+        at_once: How many go through the model together.
+        head: The head, thinned; None for the whole.
+    """
     first, units = 0.0, 0.0
     for low in range(0, len(windows), at_once):
         some = windows[low : low + at_once]
-        found = student.loss(Batch.of(some, student.expansion))
+        found = student.loss(Batch.of(some, student.expansion), head)
         first, units = first + found.first_pieces * len(some), units + found.units * len(some)
     return first / len(windows), units / len(windows)
 
@@ -136,8 +144,10 @@ class Training:
         return float(loss.detach())
 
     def _look(self) -> None:
+        # Thinned in the same way each time, so that the points of the curve compare.
+        head = self.student.head.thinned(self.often_V, torch.Generator().manual_seed(self.config.seed))
         point = HealPoint(self.step, self.step * self.config.batch * self.config.window,
-                      *measure(self.student, self.held_out, self.config.batch))
+                      *measure(self.student, self.held_out, self.config.batch, head))
         self.curve.append(point)
         if math.isfinite(point.total) and point.total <= min(other.total for other in self.curve):
             self._write(BEST, self._tensors())
