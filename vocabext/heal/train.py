@@ -103,7 +103,7 @@ class Training:
         if not self.curve:
             self._look()
         with progress("healing", self.steps, "steps") as task:
-            task.advance(self.step)
+            task.skip(self.step)
             while self.step < self.steps:
                 loss = self._one()
                 self.step += 1
