@@ -144,7 +144,7 @@ def heal(
         "corpus": list(corpus.sources), "general": list(general.sources) if general else [],
         "left_out": left_out_of(corpus.documents),
         "windows": len(windows), "held_out_windows": len(held_out), "general_held_out_windows": len(other_held_out),
-        "steps": training.steps, "seconds": training.seconds,
+        "steps": training.steps, "seconds": training.seconds, "cpu_seconds": training.cpu_seconds,
         "adapter_parameters": sum(weight.numel() for weight in student.weights),
         "curve": [{**asdict(point), "total": point.total} for point in training.curve], "kept_step": best.step}
     made = _save(student, pair, work, report, against, config)

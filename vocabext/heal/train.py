@@ -92,12 +92,12 @@ class Training:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.digest = hashlib.sha256(json.dumps({**facts, **asdict(config)}, sort_keys=True, default=str).encode()
                                      + b"".join(window.tobytes() for window in windows)).hexdigest()
-        self.step, self.curve, self.seconds = 0, list[HealPoint](), 0.0
+        self.step, self.curve, self.seconds, self.cpu_seconds = 0, list[HealPoint](), 0.0, 0.0
 
     def run(self, progress: Progress) -> HealPoint:
         """Train to the end, and leave the student as it was at the best point of the curve; returns that point."""
         self._resume()
-        began = time.monotonic() - self.seconds
+        self._clocks = time.monotonic() - self.seconds, time.process_time() - self.cpu_seconds
         looks = {round(self.steps * i / LOOKS) for i in range(LOOKS + 1)}
         kept = time.monotonic()
         if not self.curve:
@@ -114,9 +114,8 @@ class Training:
                     task.note(f"loss {loss:.4f}")
                 task.advance()
                 if time.monotonic() - kept > KEPT_SECONDS:
-                    self.seconds, kept = time.monotonic() - began, time.monotonic()
+                    kept = time.monotonic()
                     self._keep()
-        self.seconds = time.monotonic() - began
         self._keep()
         best = min(self.curve, key=lambda point: point.total)
         self._load(self.work / BEST)
@@ -170,6 +169,8 @@ class Training:
             file.write(save(plain, metadata={"digest": self.digest, "step": str(self.step)}))
 
     def _keep(self) -> None:
+        began, cpu_began = self._clocks
+        self.seconds, self.cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         state = dict(self._tensors())
         for name, parameter in self._parameters().items():
             for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -177,6 +178,7 @@ class Training:
                     state[f"{key}:{name}"] = self.optimizer.state[parameter][key]
         self._write(STATE, state)
         write_json(self.work / LOG, {"digest": self.digest, "step": self.step, "seconds": self.seconds,
+                                     "cpu_seconds": self.cpu_seconds,
                                      "curve": [asdict(point) for point in self.curve]})
 
     def _load(self, path: Path) -> dict[str, torch.Tensor]:
@@ -200,6 +202,7 @@ class Training:
                 self.optimizer.state[parameter] = {key: tensors[f"{key}:{name}"].to(
                     "cpu" if key == "step" else parameter.device) for key in ("exp_avg", "exp_avg_sq", "step")}
         self.step, self.seconds = int(log["step"]), float(log["seconds"])
+        self.cpu_seconds = float(log.get("cpu_seconds", 0.0))
         self.curve = [HealPoint(**point) for point in log["curve"]]
 
     def _kept_step(self) -> int | None:
