@@ -12,6 +12,7 @@ On windows of held-out text, after every expanded id:
 
 - `kl`: KL(base || model) of the next piece, new tokens counted by their first piece.
 - `on_top`: where the text has a new token, the share at which it is on top; for the base, that all of its run is.
+  For the oracle, the base's own exact distribution over units, that it is the likeliest of these.
 - `wrong`: the share of all places at which a new token is on top that the base's own exact distribution over units (the
   probability of each run, less that of the runs that go on from it) would not put there.
 - `drift`: the first of these on general text, in base ids and in expanded ids.
@@ -35,7 +36,7 @@ from machine import describe
 
 from vocabext.api.model import Expanded, Model
 from vocabext.checkpoint.folder import open_checkpoint, read_json
-from vocabext.corpus import read_documents
+from vocabext.corpus import Document, read_documents
 from vocabext.files.atomic import write_json
 from vocabext.heal.text import windows_of
 from vocabext.model.adapter import load_adapter
@@ -46,6 +47,7 @@ from vocabext.model.run_tree import RunTree
 from vocabext.tokens import Expansion, Ids
 
 WINDOW = 192
+BEGINNING, PROMPT = 300, 64  # characters of documents that are continued, and twice the ids of a prompt
 LIKELY = 0.01  # runs that the base finds less likely are never its likeliest unit
 
 
@@ -78,8 +80,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     result = run(arguments)
-    for name, value in {**result["arms"], **result["written"]}.items():
-        sys.stdout.write(f"{name}: {value}\n")
+    for part in ("arms", "written"):
+        for name, value in result[part].items():
+            sys.stdout.write(f"{part}, {name}: {value}\n")
     if arguments.json:
         write_json(arguments.json, result)
 
@@ -102,19 +105,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "healed": Arm(*_rows(arguments.healed, healed.expansion), On)}
     windows, general = (_windows(path, healed, arguments.windows) for path in (arguments.heldout, arguments.general))
     bench = Bench(model, healed.expansion)
-    found: dict[str, Any] = {"base": {"on_top": bench.base_on_top(windows)}}
     oracle = [bench.oracle(window, len(healed.base.tokenizer.prefix_ids)) for window in windows]
+    found: dict[str, Any] = {"base": {"on_top": bench.base_on_top(windows)},
+                             "oracle": {"on_top": bench.oracle_on_top(windows, oracle)}}
     for name, arm in arms.items():
         found[name] = {**bench.at_windows(arm, windows, oracle),
                        "drift": bench.kl(arm, healed.expansion.unmerge_batch(general)),
                        "drift_expanded": bench.kl(arm, general)}
-    result = healed.evaluate(arguments.heldout, prompts=arguments.prompts, max_bytes=arguments.max_bytes,
-                             dtype="float32").to_json()
+    result = healed.evaluate(arguments.heldout, prompts=0, max_bytes=arguments.max_bytes, dtype="float32").to_json()
+    beginnings = [Document(d.name, d.text[:BEGINNING]) for d in read_documents([arguments.heldout])]
+    free = healed.evaluate(beginnings[: 2 * arguments.prompts], prompts=arguments.prompts, context=PROMPT,
+                           max_bytes=BEGINNING * 2 * arguments.prompts, dtype="float32").to_json()
     report = read_json(arguments.healed / "heal.json")
     return {"machine": describe(model.device), "windows": len(windows), "window": WINDOW, "tokens": len(healed.tokens),
             "heal": {key: report.get(key) for key in (
                 "options", "steps", "seconds", "cpu_seconds", "curve", "kept_step")},
-            "arms": found, "reading": result["rows"], "written": _written(result), "shorter": result["shorter"]}
+            "arms": found, "reading": result["rows"], "written": _written(free), "shorter": result["shorter"]}
 
 
 def _rows(folder: Path, expansion: Expansion) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +196,12 @@ class Bench:
             for at in self.expansion.is_new(window).nonzero()[0].tolist():
                 right, new = right + bool(hit[edges[at] - 1 : edges[at + 1] - 1].all()), new + 1
         return right / new
+
+    def oracle_on_top(self, windows: Sequence[Ids], oracle: Sequence[torch.Tensor]) -> float:
+        """Return where the text has a new token, how often it is the base's likeliest unit."""
+        following = torch.cat([torch.from_numpy(window[1:]) for window in windows])
+        is_new = following >= self.expansion.first_new_id
+        return float((torch.cat([unit_T[:-1] for unit_T in oracle]) == following)[is_new].float().mean())
 
     def oracle(self, window: Ids, num_prefix: int) -> torch.Tensor:
         """Return the likeliest unit after every id by the base's own distribution, (T,); -1 where it is not known."""

@@ -137,10 +137,14 @@ def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list
     verified = "not yet; run: vocabext verify"
     if verification is not None:
         verified = "passed" if verification.get("passed") is True else "FAILED"
+    # Without its adapter, a healed folder reads and writes its new tokens no better than with rows alone.
+    adapter = [("adapter", "in the weights" if manifest.merged else f"{ADAPTER_FOLDER}/, served by `serve start "
+                "--adapter` only")] * bool(manifest.adapter)
     return [
         ("base", manifest.base.model),
         ("new tokens", f"{len(manifest.tokens):,} (ids {manifest.first_new_id} to {last})"),
         ("rows made by", manifest.method),
+        *adapter,
         ("made", manifest.created),
         ("verified", verified),
     ]

@@ -320,6 +320,7 @@ def test_an_adapter_is_served_beside_its_folder_and_a_folder_without_one_is_refu
     monkeypatch.setattr("vocabext.serve.engine.vllm_server", listening)
     done = run("start", expanded, "--unverified", "--adapter", "--", "--max-model-len", "64")
     assert "healed" in done.stdout
+    assert "adapter/, served by `serve start --adapter` only" in run("start", expanded, "--unverified").stdout
     assert seen == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"healed={expanded / 'adapter'}",
                     "--max-model-len", "64"]
     (expanded / "vocabext.json").write_text(json.dumps({**manifest, "adapter": {"folder": None, "merged": True}}))

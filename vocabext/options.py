@@ -181,7 +181,7 @@ class HealConfig:
     # Peak step size of the adapter.
     learning_rate: float = 1e-3
     # Peak step size of the rows, in units of the root mean square of the base embedding.
-    row_rate: float = 0.02
+    row_rate: float = 0.04
     # Share of the text that is general, where some is given.
     general_share: float = 0.25
     # Expanded ids of a window, and windows of a step.
@@ -191,7 +191,7 @@ class HealConfig:
     # `pieces` compares first pieces only.
     objective: str = "runs"
     # Held-out windows that choose what is kept.
-    held_out: int = 32
+    held_out: int = 16
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0

@@ -433,7 +433,7 @@ class Expanded:
         check_output(target, force=force, folder=True)
         check_paths(target, self.base.folder, self.folder)
         work = target.with_name(f".{target.name}.heal")
-        voice = {"say": self.voice.say, "progress": self.voice.progress}
+        voice: dict[str, Any] = {"say": self.voice.say, "progress": self.voice.progress}
         heal(self.folder, self.base.name, Text(*open_corpus(corpus, text_field, self.voice)), config, work,
              general=None if general is None else Text(*open_corpus(general, text_field, self.voice)),
              trust_remote_code=self.base.trust_remote_code, **voice)

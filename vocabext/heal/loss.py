@@ -172,7 +172,7 @@ def first_piece_loss(
         logits at all of its positions (Q,).
     """
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _FirstPieces.apply(
-        hidden_PD, output_ND, base_QD, position_P, weight_P, head)  # type: ignore[no-untyped-call]
+        hidden_PD, output_ND, base_QD, position_P, weight_P, head)
     return found
 
 

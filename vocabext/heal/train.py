@@ -136,7 +136,7 @@ class Training:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         loss = self.student.loss(batch, self.student.head.thinned(self.often_V, generator)).total
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], CLIP)
         if math.isfinite(float(norm)):  # a step that has no number is left out; held-out text will tell
             self.optimizer.step()
