@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from machine import describe
+from sections import put_section
 
 from vocabext.api.model import Expanded, Model
 from vocabext.checkpoint.folder import open_checkpoint, read_json
@@ -48,6 +49,7 @@ from vocabext.tokens import Expansion, Ids
 
 WINDOW = 192
 BEGINNING, PROMPT = 300, 64  # characters of documents that are continued, and twice the ids of a prompt
+ABLATIONS = Path(__file__).parent / "heal_ablations.json"
 LIKELY = 0.01  # runs that the base finds less likely are never its likeliest unit
 
 
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-bytes", type=int, default=60_000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", type=Path, help="Markdown file whose section is written anew")
     arguments = parser.parse_args()
     result = run(arguments)
     for part in ("arms", "written"):
@@ -85,6 +88,8 @@ def main() -> None:
             sys.stdout.write(f"{part}, {name}: {value}\n")
     if arguments.json:
         write_json(arguments.json, result)
+    if arguments.docs:
+        put_section(arguments.docs, as_markdown(result, ABLATIONS))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +108,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     arms = {"rows": Arm(*_rows(arguments.expanded, healed.expansion), nullcontext),
             "healed": Arm(*_rows(arguments.healed, healed.expansion), On)}
-    windows, general = (_windows(path, healed, arguments.windows) for path in (arguments.heldout, arguments.general))
+    windows, general = (load_windows(path, healed, arguments.windows)
+                        for path in (arguments.heldout, arguments.general))
     bench = Bench(model, healed.expansion)
     oracle = [bench.oracle(window, len(healed.base.tokenizer.prefix_ids)) for window in windows]
     found: dict[str, Any] = {"base": {"on_top": bench.base_on_top(windows)},
@@ -130,7 +136,8 @@ def _rows(folder: Path, expansion: Expansion) -> tuple[torch.Tensor, torch.Tenso
     return checkpoint.read(names[0])[new].float(), checkpoint.read(names[-1])[new].float()
 
 
-def _windows(path: str, healed: Expanded, count: int) -> list[Ids]:
+def load_windows(path: str, healed: Expanded, count: int) -> list[Ids]:
+    """Return windows of text, from documents in random order."""
     texts = [document.text for document in read_documents([path])]
     random.Random(0).shuffle(texts)
     return windows_of(texts, healed.tokenizer, healed.base.tokenizer.prefix_ids, WINDOW, count)
@@ -149,8 +156,16 @@ def _written(result: dict[str, Any]) -> dict[str, Any]:
 class Bench:
     """The base, and what it would write."""
 
-    def __init__(self, model: FrozenModel, expansion: Expansion) -> None:
+    def __init__(self, model: FrozenModel, expansion: Expansion, teacher: FrozenModel | None = None) -> None:
+        """Take the model.
+
+        Args:
+            model: The base, or the healed model.
+            expansion: The new tokens.
+            teacher: The base, if it is another.
+        """
         self.model, self.expansion, self.tree = model, expansion, RunTree.of(expansion.tokens)
+        self.teacher = teacher or model
         self.first_N = torch.tensor([token.run[0] for token in expansion.tokens])
 
     @torch.no_grad()
@@ -158,7 +173,7 @@ class Bench:
         """Return the logits after every id; of an arm with those of the new tokens behind, (T, V + N)."""
         first, inputs = self.expansion.first_new_id, torch.from_numpy(ids)[None]
         if arm is None:
-            return self.model.logits(self.model.hidden(self.model.embed(inputs))[0], first_new_id=first)
+            return self.teacher.logits(self.teacher.hidden(self.teacher.embed(inputs))[0], first_new_id=first)
         with arm.switch():
             hidden_TD = self.model.hidden(self.model.embed(inputs, arm.input_ND, first))[0]
         return self.model.logits(hidden_TD, first_new_id=first, new_rows_ND=arm.output_ND)
@@ -174,17 +189,19 @@ class Bench:
 
     def at_windows(self, arm: Arm, windows: Sequence[Ids], oracle: Sequence[torch.Tensor]) -> dict[str, float]:
         """Return divergence, on top and wrong."""
-        nats, right, new, wrong, places = list[torch.Tensor](), 0, 0, 0, 0
+        nats, right, new, wrong, places, written = list[torch.Tensor](), 0, 0, 0, 0, 0.0
         for window, unit_T in zip(windows, oracle, strict=True):
             logits_TU = self.logits(window, arm)
             nats.append(self._kl(window, logits_TU))
             top_T, following = logits_TU.argmax(1), torch.from_numpy(window[1:])
             is_new = following >= self.expansion.first_new_id
             right, new = right + int((top_T[:-1] == following)[is_new].sum()), new + int(is_new.sum())
+            written += float(torch.nn.functional.cross_entropy(logits_TU[:-1], following, reduction="sum"))
             known = unit_T >= 0
             wrong += int(((top_T >= self.expansion.first_new_id) & (top_T != unit_T) & known).sum())
             places += int(known.sum())
-        return {"kl": float(torch.cat(nats).mean()), "on_top": right / new, "wrong": wrong / places}
+        return {"kl": float(torch.cat(nats).mean()), "on_top": right / new, "wrong": wrong / places,
+                "written_nats": written / sum(len(window) - 1 for window in windows)}
 
     def base_on_top(self, windows: Sequence[Ids]) -> float:
         """Return where the text has a new token, how often each of its pieces is the base's likeliest."""
@@ -230,6 +247,52 @@ class Bench:
             if shorter is not None:
                 found[shorter].append(number)
         return found
+
+
+def as_markdown(result: dict[str, Any], ablations: Path) -> str:
+    """Return the section for the docs."""
+    def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+                          *("| " + " | ".join(row) + " |" for row in rows)])
+
+    arms, reading = result["arms"], {row["name"]: row for row in result["reading"]}
+    written, options = result["written"], result["heal"]["options"]
+    base = written["base"]
+
+    def ratio(name: str) -> str:
+        low, high = written[name]["base_nats_ratio_interval"]
+        return f"{written[name]['base_nats_ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+    lines = [
+        ("KL per expanded id, nats", "0", *(f"{arms[arm]['kl']:.3f}" for arm in ("rows", "healed"))),
+        ("bits per byte as written", *(f"{reading[name]['bits_per_byte_writing']:.3f}"
+                                       for name in ("base", "distilled", "healed"))),
+        ("a new token on top where the text has it (base: all of its run)",
+         *(f"{arms[arm]['on_top']:.3f}" for arm in ("base", "rows", "healed"))),
+        ("a new token on top that the base's likeliest unit is not", "0",
+         *(f"{arms[arm]['wrong']:.1%}" for arm in ("rows", "healed"))),
+        ("characters per decode step", f"{base['characters_per_step']:.2f}",
+         *(f"{written[name]['characters_per_step']:.2f}" for name in ("distilled", "healed"))),
+        ("base's nats per character of the greedy text, relative to its own", "1", ratio("distilled"), ratio("healed")),
+        ("drift on general text, nats per piece", "0", *(f"{arms[arm]['drift']:.4f}" for arm in ("rows", "healed"))),
+    ]
+    parts = [
+        "## Healing",
+        f"`python benchmarks/heal.py`: {result['tokens']} new tokens, {options['text']:,} expanded ids of text, rank "
+        f"{options['rank']}, {result['windows']} held-out windows of {result['window']} ids, greedy text after "
+        f"{base['prompts']} held-out prompts (95 % intervals over prompts). The general text that the drift is "
+        "measured on is the test part of WikiText-2; its validation part was trained on. The base's own likeliest "
+        f"unit is the token of the text at {arms['oracle']['on_top']:.3f} of the places that have one.",
+        table(("held-out text", "base", "rows alone", "healed"), lines)]
+    if ablations.is_file():
+        found = read_json(ablations)
+        parts += [
+            f"`python benchmarks/heal_ablations.py`: each with {found['text']:,} ids of text, without general text; "
+            f"{found['windows']} held-out windows.",
+            table(("setting", "KL, nats", "nats per id as written", "on top", "not the likeliest unit", "processor s"),
+                  [(name, f"{one['kl']:.3f}", f"{one['written_nats']:.3f}", f"{one['on_top']:.3f}",
+                    f"{one['wrong']:.1%}", f"{one['cpu_seconds']:.0f}") for name, one in found["settings"].items()])]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

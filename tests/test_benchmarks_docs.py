@@ -17,7 +17,8 @@ from vocabext.model.logit_map import LogitMap
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {"Gateway": "gateway_docs", "Serving": "serve_docs", "Tokenizers": "tokenizer_docs",
-            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing"}
+            "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing",
+            "Healing": "heal"}
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,9 @@ def made_anew(title: str) -> str:
         return str(module.section([json.loads(path.read_text("utf-8")) for path in folder.glob("patch_speed*.json")]))
     if title == "Writing":
         return str(module.as_markdown(json.loads((folder / "writing.json").read_text("utf-8"))))
+    if title == "Healing":
+        result = json.loads((folder / "heal.json").read_text("utf-8"))
+        return str(module.as_markdown(result, folder / "heal_ablations.json"))
     return str(module.section(folder) if title in ("Gateway", "Distillation") else module.section())
 
 
