@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_expanded import DOCUMENTS, expanded_pair
+from fuzz import every
+from tiny_expanded import DOCUMENTS, expanded_pair, patched
+from tiny_families import tiny_family
 from tiny_run import write_corpus
 from tiny_writing import NUM_BASE, sharp_model, some_tokens
 
@@ -332,3 +334,52 @@ def test_another_body_that_is_the_base_measures_as_the_base(pair: tuple[Path, Pa
     assert one["sampling"]["kl_nats_per_piece"] == pytest.approx(other["sampling"]["kl_nats_per_piece"], abs=1e-4)
     for key in ("places", "merged"):
         assert one[key] == pytest.approx(other[key], abs=1e-4)
+
+
+@pytest.mark.slow
+@every("family", ["gpt2", "gemma2-window", "gemma3-window", "granite", "cohere", "phi", "qwen3-moe", "bloom",
+                  "mistral-window"], few=["gpt2", "gemma2-window"])
+def test_what_was_trained_is_what_the_folder_computes(tmp_path: Path, family: str) -> None:
+    """Scaled, bounded and biased logits, scaled embeddings, windows: the report's curve holds for the real model."""
+    base = tiny_family(tmp_path / "base", family)
+    new = patched(base, tmp_path)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", list(DOCUMENTS) * 4)
+    healed = Expanded.load(new, base).heal(str(corpus), tmp_path / "healed", **{**QUICK, "window": 32})
+    report = json.loads((healed.folder / "heal.json").read_text())
+    curve = [point["total"] for point in report["curve"]]
+    assert curve[-1] < curve[0]
+    plain, own = (load_model(folder, device="cpu", dtype="float32", runs=False) for folder in (base, healed.folder))
+    load_adapter(own, healed.folder / "adapter")
+    expansion = healed.expansion
+    first_N = torch.tensor([token.run[0] for token in expansion.tokens])
+    ids = np.array([*range(40, 60), *range(expansion.first_new_id, expansion.end_id)])
+    at = torch.from_numpy(expansion.last_positions(ids))
+    with torch.no_grad():
+        base_TV = plain.model(torch.from_numpy(expansion.unmerge(ids))[None]).logits[0, at, : expansion.first_new_id]
+        own_TU = own.model(torch.from_numpy(ids)[None]).logits[0, :, : expansion.end_id]
+    wanted = torch.nn.functional.kl_div(first_piece_logs(own_TU, first_N), torch.log_softmax(base_TV, 1),
+                                        log_target=True, reduction="none").sum(1)
+    rows = open_checkpoint(healed.folder)
+    new_rows = slice(expansion.first_new_id, expansion.end_id)
+    frozen = load_model(base, device="cpu", dtype="float32")
+    load_adapter(frozen, healed.folder / "adapter")
+    biases = [name for name, tensor in rows.row_tensors.items() if tensor.role == "head bias"]
+    head = Head.of(frozen, first_N, expansion.first_new_id, rows.read(biases[0])[new_rows] if biases else None)
+    with torch.no_grad():
+        hidden_TD = frozen.hidden(frozen.embed(torch.from_numpy(ids)[None], rows.read(rows.vocab_tensors[0])[new_rows],
+                                               expansion.first_new_id))[0]
+    logits_TV = head.base_logits(hidden_TD)
+    assert torch.allclose(logits_TV, own_TU[:, : expansion.first_new_id], atol=1e-3)
+    output_ND = rows.read(rows.vocab_tensors[-1])[new_rows]
+    assert torch.allclose(head.new_logits(hidden_TD, output_ND), own_TU[:, expansion.first_new_id :], atol=1e-3)
+    assert bool((wanted >= 0).all())
+
+
+@pytest.mark.fuzz
+def test_a_model_that_peft_cannot_adapt_is_refused_in_one_line(tmp_path: Path) -> None:
+    base = tiny_family(tmp_path / "base", "mamba")
+    new = patched(base, tmp_path)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", list(DOCUMENTS) * 4)
+    with pytest.raises(UsageError, match=r"peft cannot adapt MambaForCausalLM: .*incompatible with Mamba"):
+        Expanded.load(new, base).heal(str(corpus), tmp_path / "healed", **{**QUICK, "window": 32})
+    assert not (tmp_path / "healed").exists()

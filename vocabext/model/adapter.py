@@ -51,7 +51,9 @@ def add_adapter(model: FrozenModel, rank: int, seed: int) -> Any:
     settings = peft.LoraConfig(r=rank, lora_alpha=rank * RATIO, target_modules="all-linear", lora_dropout=0.0,
                                bias="none", task_type="CAUSAL_LM")
     try:
-        return peft.get_peft_model(model.model, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it takes layers as they lie (GPT-2), and fused experts not at all
+            return peft.get_peft_model(model.model, settings)
     except (ValueError, TypeError) as error:
         raise UsageError(f"peft cannot adapt {type(model.model).__name__}: {in_one_line(error)}") from None
 
@@ -85,7 +87,9 @@ def load_adapter(model: FrozenModel, folder: Path) -> Any:
     """
     peft = _peft()
     try:
-        found = peft.PeftModel.from_pretrained(model.model, str(folder), is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `add_adapter`
+            found = peft.PeftModel.from_pretrained(model.model, str(folder), is_trainable=False)
     except Exception as error:  # peft and safetensors raise many kinds
         raise UsageError(f"{folder} is no adapter of {type(model.model).__name__}: {in_one_line(error)}") from None
     found.eval().requires_grad_(False)
