@@ -8,16 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.folder import read_json
-from vocabext.checkpoint.manifest import MANIFEST_NAME, ORIGINALS_FOLDER, has_manifest, read_manifest
+from vocabext.checkpoint.folder import ADAPTER_CONFIG, read_json
+from vocabext.checkpoint.manifest import (
+    ADAPTER_FOLDER,
+    MANIFEST_NAME,
+    ORIGINALS_FOLDER,
+    has_manifest,
+    read_manifest,
+)
 from vocabext.checkpoint.served import difference
 from vocabext.checkpoint.verdicts import VERIFY_NAME, verified_files
-from vocabext.errors import CheckpointError
+from vocabext.errors import CheckpointError, UsageError
 from vocabext.files.atomic import read_object
 from vocabext.tokenizer import encode_with_places, encoding, load_hf_tokenizer
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 OTHER_CACHES = ("kv_lora_rank", "ssm_cfg", "mamba_d_state")
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 CACHE_DTYPE_BYTES = 2  # vLLM keeps keys and values in the model's 16-bit type unless told otherwise
 
 
@@ -138,10 +145,14 @@ def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list
     verified = "not yet; run: vocabext verify"
     if verification is not None:
         verified = _verified_now(folder, verification) if verification.get("passed") is True else "FAILED"
+    # Without its adapter, a healed folder reads and writes its new tokens no better than with rows alone.
+    adapter = [("adapter", "in the weights" if manifest.merged else f"{ADAPTER_FOLDER}/, served by `serve start "
+                "--adapter` only")] * bool(manifest.adapter)
     return [
         ("base", manifest.base.model),
         ("new tokens", f"{len(manifest.tokens):,} (ids {manifest.first_new_id} to {last})"),
         ("rows made by", manifest.method),
+        *adapter,
         ("made", manifest.created),
         ("verified", verified),
     ]
@@ -190,3 +201,28 @@ def _verified_now(folder: Path, verification: Mapping[str, Any]) -> str:
     recorded = verified_files(verification)
     odd = None if recorded is None else difference(folder, recorded, all_digests=False)
     return "passed" if odd is None else f"passed, but changed since: {odd}"
+
+
+def adapter_flags(folder: Path, name: str) -> list[str]:
+    """Return the flags with which vLLM serves the adapter of a healed folder beside the folder itself.
+
+    Requests choose by the model's name: the folder's own is served without the adapter.
+
+    Args:
+        folder: The model folder.
+        name: What requests call the model with its adapter.
+
+    Raises:
+        UsageError: If the folder has no adapter, or it holds it in its weights, or vLLM takes none of its rank.
+    """
+    found = read_manifest(folder) if has_manifest(folder) else None
+    if found is not None and found.merged:
+        raise UsageError(f"{folder} holds its adapter in its weights; serve it without --adapter")
+    if found is None or not found.adapter:
+        raise UsageError(f"{folder} has no adapter; make a folder that has one with: vocabext heal {folder}")
+    rank = int(read_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG)["r"])
+    if rank > LORA_RANKS[-1]:
+        raise UsageError(f"the adapter of {folder} has rank {rank}, and vLLM takes {LORA_RANKS[-1]} at most; heal "
+                         "again with a lower --rank, or with --merge")
+    most = next(size for size in LORA_RANKS if size >= rank)
+    return ["--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{name}={folder / ADAPTER_FOLDER}"]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS = {"Gateway": "gateway_docs", "Serving": "serve_docs", "Tokenizers": "tokenizer_docs",
             "Distillation": "distill_tables", "Checkpoints": "patch_tables", "Writing": "writing",
-            "Mining": "mine_dedup", "Choosing by cost": "choose"}
+            "Mining": "mine_dedup", "Choosing by cost": "choose", "Healing": "heal"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,9 @@ def made_anew(title: str) -> str:
         return str(module.as_markdown(json.loads((folder / "writing.json").read_text("utf-8"))))
     if title == "Choosing by cost":
         return str(module.section(json.loads((folder / "choose.json").read_text("utf-8"))))
+    if title == "Healing":
+        result = json.loads((folder / "heal.json").read_text("utf-8"))
+        return str(module.as_markdown(result, folder / "heal_ablations.json"))
     return str(module.section(folder) if title in ("Gateway", "Distillation") else module.section())
 
 

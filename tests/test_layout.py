@@ -14,7 +14,7 @@ VOCABEXT = (
     {"files", "options", "progress", "tables", "tokens"},
     {"checkpoint", "corpus"},
     {"model", "tokenizer"},
-    {"choose", "collect", "diff", "distill", "evaluate", "inspect", "mine", "patch", "revert", "verify"},
+    {"choose", "collect", "diff", "distill", "evaluate", "heal", "inspect", "mine", "patch", "revert", "verify"},
     {"run"},
     {"api"},
     {"cli"},

@@ -320,3 +320,32 @@ def test_without_the_extra_a_gateway_says_in_one_line_what_to_install(
     assert (done.returncode, done.stderr.splitlines()) == (
         1, [f"error: {missing} is not installed; run: pip install 'vocabext[serve]'"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_served_beside_its_folder_and_a_folder_without_one_is_refused(
+    expanded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run("start", expanded, "--unverified", "--adapter")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "has no adapter; make a folder that has one with: vocabext heal" in done.stderr
+    manifest = json.loads((expanded / "vocabext.json").read_text())
+    (expanded / "adapter").mkdir()
+    (expanded / "adapter" / "adapter_config.json").write_text('{"r": 24}')
+    (expanded / "vocabext.json").write_text(json.dumps({**manifest, "adapter": {"folder": "adapter", "merged": False}}))
+    seen: list[str] = []
+    from vocabext.serve import engine
+
+    planted = engine.vllm_server
+
+    def listening(*arguments: object, **options: Any) -> Server:
+        seen.extend(options["flags"])
+        return planted(*arguments, **options)
+
+    monkeypatch.setattr("vocabext.serve.engine.vllm_server", listening)
+    done = run("start", expanded, "--unverified", "--adapter", "--", "--max-model-len", "64")
+    assert "healed" in done.stdout
+    assert "adapter/, served by `serve start --adapter` only" in run("start", expanded, "--unverified").stdout
+    assert seen == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"healed={expanded / 'adapter'}",
+                    "--max-model-len", "64"]
+    (expanded / "vocabext.json").write_text(json.dumps({**manifest, "adapter": {"folder": None, "merged": True}}))
+    assert "holds its adapter in its weights" in run("start", expanded, "--unverified", "--adapter").stderr

@@ -109,6 +109,7 @@ class ChooseConfig:
 
 METHODS = ("distill", "mean")
 OUTPUT_ROWS = ("fit", "mean", "zero", "none", "input")
+OBJECTIVES = ("runs", "text", "pieces")
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -210,6 +211,49 @@ class EvalConfig:
         _require(self.max_bytes > 0, f"--max-bytes is {self.max_bytes}; it must be at least 1")
         _require(self.context >= 16, f"--context is {self.context}; it must be at least 16")
         _require(self.prompts >= 0, f"--prompts is {self.prompts}; it must not be negative")
+        _check_compute(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """Options of `heal`."""
+
+    # Rank of the adapter; vLLM takes 8, 16, 32, 64, 128 and more, and serves it under --max-lora-rank.
+    rank: int = 32
+    # Text to learn from, in expanded ids, general text included.
+    text: int = 400_000
+    # Peak step size of the adapter.
+    learning_rate: float = 1e-3
+    # Peak step size of the rows, in units of the root mean square of the base embedding.
+    row_rate: float = 0.04
+    # Share of the text that is general, where some is given.
+    general_share: float = 0.25
+    # Expanded ids of a window, and windows of a step.
+    window: int = 192
+    batch: int = 2
+    # What new tokens are compared with: `runs` takes the base's probability of each run, `text` what the text has,
+    # `pieces` compares first pieces only.
+    objective: str = "runs"
+    # Held-out windows that choose what is kept.
+    held_out: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in (("rank", 1), ("window", 32), ("batch", 1), ("held_out", 1)):
+            value = getattr(self, name)
+            _require(value >= least, f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        for name in ("learning_rate", "row_rate"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}; it must be a number above 0")
+        _require(self.text >= self.window * self.batch,
+                 f"--text is {self.text}; it must be at least one step, {self.window * self.batch} ids")
+        _require(0 <= self.general_share < 1,
+                 f"--general-share is {self.general_share}; it must be from 0 on and below 1")
+        _require(self.objective in OBJECTIVES,
+                 f"--objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         _check_compute(self.device, self.dtype)
 
 

@@ -106,6 +106,9 @@ def _check_paths(folder: Path, output: Path, *, force: bool) -> None:
 def _originals(manifest: Manifest, folder: Path) -> Originals:
     """Return what was kept of the base, once everything that it names was found."""
     originals = manifest.originals
+    if manifest.merged:
+        raise CheckpointError(f"{folder} holds a merged adapter and nothing that restores the base; take the base "
+                              f"itself, {manifest.base.model}")
     if originals is None:
         raise CheckpointError(f"{folder / MANIFEST_NAME} does not say how to restore the base, because vocabext "
                               f"{manifest.vocabext_version} kept nothing of it; the base is {manifest.base.model}")

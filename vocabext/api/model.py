@@ -12,7 +12,7 @@ from vocabext.api.results import ChosenTokens, Evaluation, NewRows, Snippets, To
 from vocabext.api.voice import Voice, check_names, python_voice, spelled, takes
 from vocabext.errors import UsageError
 from vocabext.files.links import AUTO
-from vocabext.options import ChooseConfig, CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
+from vocabext.options import ChooseConfig, CollectConfig, DistillConfig, EvalConfig, HealConfig, MineConfig, pick
 from vocabext.tokens import Expansion, NewToken, TokenSnippets
 
 if TYPE_CHECKING:
@@ -444,6 +444,58 @@ class Expanded:
         return Evaluation(evaluate_folder(
             self.folder, self.base.name, documents, config, trust_remote_code=self.base.trust_remote_code,
             progress=self.voice.progress))
+
+    @takes(HealConfig)
+    @spelled
+    def heal(
+        self, corpus: Corpus, output: str | Path, *, general: Corpus | None = None, text_field: str = "text",
+        merge: bool = False, link: str = AUTO, force: bool = False, **options: Any,
+    ) -> "Expanded":
+        """Train an adapter that makes the body used to its new tokens, and write a new folder with it.
+
+        The body of the new folder is the base's, bit for bit. Its rows are retrained, and the adapter lies in
+        `adapter/`, a plain peft folder that nothing loads by itself. An interrupted call goes on where it stopped.
+
+        Args:
+            corpus: Text of the domain, as for `Model.mine`; commonly what was mined.
+            output: The folder to make.
+            general: Other text, of which the model must not forget anything.
+            text_field: The field that holds the text of a record.
+            merge: Add the adapter to the weights; the body is not the base's then, and `verify` says so.
+            link: As for `Model.patch`.
+            force: Replace a model folder that is there, once the new one is complete.
+            **options: The fields of `HealConfig`, such as `text` (expanded ids to learn from) and `rank`.
+
+        Raises:
+            MissingExtraError: If peft is not installed.
+            OutputExistsError: If the folder is there and `force` is false.
+            CorpusError: If there is too little text.
+            UsageError: If the base is another model than the one that this was made from, or cannot be run on rows.
+        """
+        import shutil
+
+        from vocabext.files.atomic import check_output, real_path
+        from vocabext.heal.merge import merge_adapter
+        from vocabext.heal.stage import ROWS_NAME, Text, heal
+        from vocabext.patch.stage import check_paths, patch
+
+        check_names(options, HealConfig)
+        config = pick(HealConfig, options)
+        target = real_path(Path(output))
+        check_output(target, force=force, folder=True)
+        check_paths(target, self.base.folder, self.folder)
+        work = target.with_name(f".{target.name}.heal")
+        voice: dict[str, Any] = {"say": self.voice.say, "progress": self.voice.progress}
+        heal(self.folder, self.base.name, Text(*open_corpus(corpus, text_field, self.voice)), config, work,
+             general=None if general is None else Text(*open_corpus(general, text_field, self.voice)),
+             trust_remote_code=self.base.trust_remote_code, **voice)
+        made = patch(work / ROWS_NAME, self.base.name, work / "expanded" if merge else target, healed=work,
+                     force=force or merge, link=link, untie=self._manifest.untied,
+                     trust_remote_code=self.base.trust_remote_code, **voice)
+        if merge:
+            merge_adapter(work / "expanded", target, force=force, trust_remote_code=self.base.trust_remote_code)
+        shutil.rmtree(work)
+        return Expanded(output, self.base, patched=made)
 
     @spelled
     def diff(self, texts: Sequence[str] = ()) -> "Difference":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from vocabext.errors import ServerError, VocabextError
-from vocabext.options import STAGES, fields_of
+from vocabext.options import STAGES, HealConfig, fields_of
 from vocabext.progress import Pace, Progress, Task, no_progress
 
 P = ParamSpec("P")
@@ -25,9 +25,10 @@ R = TypeVar("R")
 
 LOGGER = logging.getLogger("vocabext")
 # Parameters that are True or False, all others, and one that the command line calls otherwise.
-SWITCHES = {"force", "full", "trust_remote_code", "untie", "vllm", "skip_weights",
+SWITCHES = {"force", "full", "merge", "trust_remote_code", "untie", "vllm", "skip_weights",
             *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
-PARAMETERS = {"base", "corpus", "heldout", "link", "model", "output", "text_field", "work", *fields_of(*STAGES)}
+PARAMETERS = {"base", "corpus", "general", "heldout", "link", "model", "output", "text_field", "work",
+              *fields_of(*STAGES, HealConfig)}
 RENAMED = {"against": "base"}
 # What is said of a path that is not there, and what a Python caller should know besides.
 NO_PATH, NO_TEXT = "or OWNER/NAME:SPLIT)", "or OWNER/NAME:SPLIT, a text in memory vocabext.Document(NAME, TEXT))"

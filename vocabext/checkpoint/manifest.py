@@ -42,6 +42,7 @@ MANIFEST_NAME = "vocabext.json"
 MANIFEST_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has neither `tensors` nor `originals`
 ORIGINALS_FOLDER = "vocabext_base"
+ADAPTER_FOLDER, HEAL_NAME = "adapter", "heal.json"  # a folder below the model, where readers do not look by themselves
 ORIGINAL_SUFFIX = ".base"
 ROWS_ORIGINAL = f"{ORIGINALS_FOLDER}/rows.bin{ORIGINAL_SUFFIX}"
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -202,6 +203,8 @@ class Manifest:
         given_rows: Ids that the base has no row for and that got one, by the id, with what they are: zeros, or what
             surplus rows hold.
         rules: Stops and bans of the base that no new token hides.
+        adapter: What heals the body: `folder`, or `merged` true where it was added to the weights, and the digests of
+            its files; empty where there is none.
         created: When, in UTC, ISO 8601.
         vocabext_version: The version that wrote it.
         libraries: Versions of the libraries it used.
@@ -219,6 +222,7 @@ class Manifest:
     reserved: dict[str, str] = field(default_factory=dict)
     given_rows: dict[str, str] = field(default_factory=dict)
     rules: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     vocabext_version: str = __version__
     libraries: dict[str, str] = field(default_factory=dict)
@@ -227,6 +231,11 @@ class Manifest:
     def first_new_id(self) -> int:
         """The id of the first new token; all ids below it are the base's."""
         return self.base.num_used_ids
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter was added to the weights, so that the body is not the base's."""
+        return bool(self.adapter.get("merged"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON-ready values."""

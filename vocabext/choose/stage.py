@@ -1,7 +1,7 @@
 """The stage: measure what candidates cost, choose, and draw the curve of savings against loss.
 
 The loss of a set is what `eval` calls reading: by how many bits per byte the base pieces of a text become less likely
-when all tokens of the set are merged in what was read before. ChosenSet and bound are made on text that was kept back from
+when all tokens of the set are merged in what was read before. Choice and bound are made on text that was kept back from
 mining; the curve is measured on other documents, held out from both.
 """
 

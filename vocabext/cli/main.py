@@ -42,6 +42,7 @@ VERBS: Mapping[str, Verb] = {
     "distill": Verb("vocabext.cli.distill:distill", "Train the rows of the new tokens; the model stays as it is."),
     "choose": Verb("vocabext.cli.choose:choose", "Choose the tokens that save most for what they cost."),
     "patch": Verb("vocabext.cli.patch:patch", "Write a new model folder with the new tokens and rows."),
+    "heal": Verb("vocabext.cli.heal:heal", "Train an adapter that makes a body used to its new tokens."),
     "verify": Verb("vocabext.cli.verify:verify", "Prove that an expanded model still means what its base meant."),
     "diff": Verb("vocabext.cli.diff:diff", "Show what an expansion has changed: files, tensors, rows, tokens."),
     "revert": Verb("vocabext.cli.revert:revert", "Make the base again from an expanded model, byte for byte."),

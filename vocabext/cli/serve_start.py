@@ -8,6 +8,8 @@ import click
 
 from vocabext.cli import options, show
 
+HEALED = "healed"  # what requests call a model with its adapter
+
 
 @click.command(short_help="Serve a model with vLLM in the foreground.")
 @click.argument("model", metavar="MODEL")
@@ -20,10 +22,13 @@ from vocabext.cli import options, show
               help="Give up if the server is not ready by then.")
 @options.unverified_option
 @options.check_digests_option
+@click.option("--adapter", is_flag=True,
+              help="Serve the adapter of a folder that `heal` has made, too: requests for the model 'healed' get it, "
+                   "requests for MODEL do not.")
 @options.json_option
 def start(
     model: str, vllm_flags: tuple[str, ...], host: str, port: int, log: Path | None, start_timeout_seconds: float,
-    unverified: bool, check_digests: bool, as_json: bool,
+    unverified: bool, check_digests: bool, adapter: bool, as_json: bool,
 ) -> None:
     """Serve MODEL with vLLM in the foreground; Ctrl-C stops it.
 
@@ -35,7 +40,7 @@ def start(
     from vocabext.files.atomic import check_output
     from vocabext.files.scratch import scratch_folder
     from vocabext.serve.engine import require_vllm, vllm_server, wait_until_ready
-    from vocabext.serve.model import card_of, require_verified
+    from vocabext.serve.model import adapter_flags, card_of, require_verified
 
     require_vllm()
     if log is not None:
@@ -44,6 +49,7 @@ def start(
     if not unverified:
         require_verified(folder, check_digests=check_digests)
     card = card_of(folder)
+    vllm_flags = (*(adapter_flags(folder, HEALED) if adapter else ()), *vllm_flags)
     with ExitStack() as stack:
         log = log or stack.enter_context(scratch_folder("vocabext-serve-")) / "server.log"
         show.note(f"starting vLLM for {model}; its log is {log}")
@@ -51,9 +57,10 @@ def start(
             vllm_server(folder, log, host=host, port=port, served_name=model, flags=vllm_flags))
         wait_until_ready([server], timeout_seconds=start_timeout_seconds, progress=show.progress)
         document = {"url": f"{server.url}/v1", "model": model, "process_id": server.process.pid, "log": log,
-                    "card": dict(card)}
+                    "card": dict(card), **({"adapter": HEALED} if adapter else {})}
         show.emit(document, as_json, lambda: show.table(
-            [("URL", document["url"]), ("model name", model), *card, ("log", log)], ("", "serving")))
+            [("URL", document["url"]), ("model name", model), *[("with its adapter", HEALED)] * adapter, *card,
+             ("log", log)], ("", "serving")))
         show.note("ready; Ctrl-C stops it")
         sys.stdout.flush()
         server.process.wait()

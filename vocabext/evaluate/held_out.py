@@ -4,6 +4,7 @@ Shape suffixes: P places, N new tokens, B prompts, S windows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +28,12 @@ WINDOWS_AT_ONCE = 32
 # Another greedy text is worse if base finds it so much less likely than its own, in nats per character.
 WORSE_NATS = 0.05
 EXAMPLES = 3
+BOOTSTRAP_DRAWS = 1_000
 IDENTICAL, SIMILAR, WORSE = "identical", "similar", "worse"
 
 Floats = npt.NDArray[np.float64]
+# Opens the body of rows that have another than the base's.
+Bodies = Mapping[str, Callable[[], AbstractContextManager[FrozenModel]]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Nats:
 
 
 def measure_held_out(
-    model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], progress: Progress
+    model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], progress: Progress,
+    bodies: Bodies | None = None,
 ) -> tuple[dict[str, Nats], dict[str, Any] | None]:
     """Measure how each set of rows reads and writes.
 
@@ -77,6 +82,7 @@ def measure_held_out(
         held_out: The text.
         row_sets: Input and output rows, by name.
         progress: Where to report.
+        bodies: By name, the bodies of rows that have another than the base's.
 
     Returns:
         By name, and for `base`, how unlikely each window is. And JSON-ready: what the base does, and for each set of
@@ -85,10 +91,11 @@ def measure_held_out(
     """
     # Without prompts nobody asks what deserves to be written.
     tree = RunTree.of(expansion.tokens if held_out.prompts else ())
-    nats, at_places = _read_windows(model, expansion, held_out, row_sets, tree, progress)
+    bodies = bodies or {}
+    nats, at_places = _read_windows(model, expansion, held_out, row_sets, tree, progress, bodies)
     if not held_out.prompts:
         return nats, None
-    base, found = _write(model, expansion, held_out, row_sets, tree, progress)
+    base, found = _write(model, expansion, held_out, row_sets, tree, progress, bodies)
     return nats, {"base": base, "rows": [
         {"name": name, **at_places[name], **found[name]} for name in row_sets]}
 
@@ -114,7 +121,7 @@ class _AtPlaces:
 
 def _read_windows(
     model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], tree: RunTree,
-    progress: Progress,
+    progress: Progress, bodies: Bodies,
 ) -> tuple[dict[str, Nats], dict[str, dict[str, object]]]:
     lengths_N = torch.tensor([len(token.run) for token in expansion.tokens])
     first, size = max(1, held_out.num_prefix), len(held_out.windows)
@@ -130,10 +137,13 @@ def _read_windows(
                 places.window_P.numpy(), -places.next_log_p_P.double().numpy(), len(stems))
             task.advance(sum(map(len, base_ids)))
             for name, rows in row_sets.items():
-                found = read_merged(model, stems, first, expansion, rows, places)
+                with _body(bodies, name, model) as own:
+                    found = read_merged(own, stems, first, expansion, rows, places)
+                    apart = read_merged(own, base_ids, first, expansion, rows, places).places if (
+                        name in bodies and held_out.prompts) else places
                 nats[name].reading_S[here], nats[name].writing_S[here] = found.reading_nats_S, found.writing_nats_S
                 if held_out.prompts:
-                    for part, seen in zip(parts[name], (places, found.places), strict=True):
+                    for part, seen in zip(parts[name], (apart, found.places), strict=True):
                         part.add(seen, model, rows)
                 task.advance(sum(map(len, base_ids)))
     if not held_out.prompts:
@@ -142,11 +152,16 @@ def _read_windows(
                   for name, both in parts.items()}
 
 
+def _body(bodies: Bodies, name: str, model: FrozenModel) -> AbstractContextManager[FrozenModel]:
+    """Return the model that rows belong to."""
+    return bodies[name]() if name in bodies else nullcontext(model)
+
+
 # -- free writing -------------------------------------------------------------------------------------------------
 
 def _write(
     model: FrozenModel, expansion: Expansion, held_out: HeldOut, row_sets: Mapping[str, Rows], tree: RunTree,
-    progress: Progress,
+    progress: Progress, bodies: Bodies,
 ) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
     """Let base and rows continue the prompts; base reads its prompts once for all that is asked of it."""
     prompts, base_prompts = held_out.prompts, expansion.unmerge_batch(held_out.prompts)
@@ -169,10 +184,16 @@ def _write(
             known = [{tuple(some.pieces): some.nats} for some in greedy]
             for name, rows in row_sets.items():
                 assert rows.output_ND is not None
-                lost[name] += sum(lost_nats(model, sampled, tree, rows.output_ND, rows.bias_N))
-                with_rows = Begun(model, prompts[here], expansion, rows)
-                task.advance(sum(map(len, prompts[here])))
-                written[name] += (texts := with_rows.write(held_out.num_pieces, task=task))
+                with _body(bodies, name, model) as own_body:
+                    read = sampled
+                    if name in bodies:
+                        read = Begun(own_body, base_prompts[here], expansion, None).read(
+                            [some.pieces for some in sampled], range(len(sampled)))
+                    lost[name] += sum(lost_nats(own_body, read, tree, rows.output_ND, rows.bias_N))
+                    lost[name] += sum(theirs.nats - ours.nats for theirs, ours in zip(read, sampled, strict=True))
+                    with_rows = Begun(own_body, prompts[here], expansion, rows)
+                    task.advance(sum(map(len, prompts[here])))
+                    written[name] += (texts := with_rows.write(held_out.num_pieces, task=task))
                 nats[name] += _base_nats(begun, texts, known, task)
                 task.skip((len(texts) * held_out.num_pieces) - sum(len(some.pieces) for some in texts))
     base = _Greedy(held_out, own, tree)
@@ -205,6 +226,7 @@ class _Greedy:
 
     def facts(self) -> dict[str, object]:
         return {"prompts": len(self.own), "characters": self.characters, "steps": self.steps,
+                "base_nats_per_character": sum(some.nats for some in self.own) / max(1, self.characters),
                 "characters_per_step": self.characters / self.steps, "fewest_steps": self.fewest,
                 "characters_per_step_if_all_adopted": self.characters / self.fewest}
 
@@ -224,10 +246,22 @@ class _Greedy:
         per_step, base = characters / steps, self.characters / self.steps
         possible = self.characters / self.fewest - base
         return {"characters": characters, "steps": steps, "characters_per_step": per_step,
+                "base_nats_per_character": sum(nats) / max(1, characters),
+                "base_nats_ratio_interval": self._ratio_interval(list(map(len, texts)), nats),
                 "share_of_possible_gain": (per_step - base) / possible if possible > 0 else None,
                 "new_tokens": sum(int(expansion.is_new(some.ids).sum()) for some in written),
                 **{kind: kinds.count(kind) for kind in (IDENTICAL, SIMILAR, WORSE)},
                 "common_characters": float(np.mean(common)), "examples": examples}
+
+
+    def _ratio_interval(self, characters: Sequence[int], nats: Sequence[float]) -> list[float] | None:
+        """Return the 95 % bootstrap interval, over prompts, of the ratio of both base nats per character."""
+        own = np.array([some.nats for some in self.own]), np.array([len(text) for text in self.texts])
+        at = np.random.default_rng(0).integers(0, len(self.own), (BOOTSTRAP_DRAWS, len(self.own)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = (np.array(nats)[at].sum(1) / np.array(characters)[at].sum(1)) / (
+                own[0][at].sum(1) / own[1][at].sum(1))
+        return [float(x) for x in np.quantile(ratios, [0.025, 0.975])] if np.isfinite(ratios).all() else None
 
 
 def common_prefix(left: str, right: str) -> int:

@@ -12,7 +12,8 @@ pieces, how many characters a decode step gives, and what that does to greedy an
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import numpy.typing as npt
 import torch
 
 from vocabext.checkpoint.folder import Checkpoint, Rows, open_checkpoint, resolve_model
-from vocabext.checkpoint.manifest import read_manifest
+from vocabext.checkpoint.manifest import ADAPTER_FOLDER, HEAL_NAME, MANIFEST_NAME, Manifest, read_manifest
 from vocabext.checkpoint.rows import mean_rows
 from vocabext.checkpoint.vocabulary import HEAD_BIAS
 from vocabext.corpus import Document, left_out_of
 from vocabext.errors import CorpusError, UsageError
-from vocabext.evaluate.held_out import IDENTICAL, HeldOut, measure_held_out
-from vocabext.files.atomic import write_json
+from vocabext.evaluate.held_out import BOOTSTRAP_DRAWS, IDENTICAL, Bodies, HeldOut, measure_held_out
+from vocabext.files.atomic import read_object, write_json
+from vocabext.model.adapter import load_adapter
 from vocabext.model.frozen import FrozenModel, check_runs_on_rows, load_model, offloading
 from vocabext.model.support import check_runs
 from vocabext.options import EvalConfig
@@ -37,7 +39,6 @@ from vocabext.tokenizer import BaseTokenizer, ExpandedTokenizer, load_base_of, l
 from vocabext.tokens import Expansion, Ids, NewToken
 
 EVAL_NAME = "eval.json"
-BOOTSTRAP_DRAWS = 1000
 LEAST_CONTEXT = 16
 
 Floats = npt.NDArray[np.float64]
@@ -80,7 +81,7 @@ class _Sums:
 
 def evaluate(
     documents: Iterable[Document], model: FrozenModel, base: BaseTokenizer, expanded: ExpandedTokenizer,
-    row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress = no_progress,
+    row_sets: Sequence[RowSet], config: EvalConfig, progress: Progress = no_progress, bodies: Bodies | None = None,
 ) -> dict[str, object]:
     """Measure the base model and each set of rows on held-out documents.
 
@@ -92,6 +93,7 @@ def evaluate(
         row_sets: Rows to compare; `mean` and `distilled` give the share of the gap recovered.
         config: How much to read.
         progress: Where to report.
+        bodies: By name, the bodies of rows that have another than the base's.
 
     Returns:
         The content of eval.json.
@@ -111,7 +113,7 @@ def evaluate(
     held_out = HeldOut([w.expanded for w in windows], _prompts(pairs, base, expanded, model, config),
                        len(base.prefix_ids), config.continuation, expanded.decode)
     nats, written = measure_held_out(model, expanded.expansion, held_out, {
-        rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress)
+        rows.name: Rows(rows.input_ND, rows.output_ND, rows.bias_N) for rows in row_sets}, progress, bodies)
     documents_S = np.asarray([window.document for window in windows])
 
     def per_document(values_S: Iterable[float]) -> Floats:
@@ -159,16 +161,55 @@ def evaluate_folder(
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     new = slice(manifest.first_new_id, manifest.first_new_id + len(tokens))
     input_ND, output_ND = (checkpoint.read(n)[new] for n in (checkpoint.vocab_tensors[0], checkpoint.vocab_tensors[-1]))
-    own = RowSet("distilled", input_ND, output_ND, _new_bias(checkpoint, new))
+    own = RowSet("healed" if manifest.adapter else "distilled", input_ND, output_ND, _new_bias(checkpoint, new))
     with offloading(folder) as elsewhere:
         model = load_model(base_folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code,
                            max_memory=config.max_memory, offload_folder=elsewhere)
         row_sets = [_mean_rows(model, tokens)] if manifest.method == "mean" else [_mean_rows(model, tokens), own]
-        found = evaluate(documents, model, base, expanded, row_sets, config, progress)
+        bodies = {}
+        if manifest.adapter:
+            row_sets[1:1] = _rows_before(folder, manifest)
+            bodies["healed"] = _healed_body(model, folder, manifest, config, trust_remote_code)
+        found = evaluate(documents, model, base, expanded, row_sets, config, progress, bodies)
     result = {"artifact": "eval", "version": 1, "model": str(folder), "against": against,
               "options": asdict(config), "left_out": left_out_of(documents), **found}
     write_json(folder / EVAL_NAME, result)
     return result
+
+
+def _rows_before(folder: Path, manifest: Manifest) -> list[RowSet]:
+    """Return the rows that `heal` began with, if the folder that has them is still there; else none."""
+    before = Path(str((read_object(folder / HEAL_NAME) or {}).get("model", "")))
+    if not (before / MANIFEST_NAME).is_file():
+        return []
+    earlier = read_manifest(before)
+    if [token.run for token in earlier.tokens] != [token.run for token in manifest.tokens] or earlier.adapter:
+        return []
+    checkpoint = open_checkpoint(before)
+    new = slice(earlier.first_new_id, earlier.first_new_id + len(earlier.tokens))
+    input_ND, output_ND = (checkpoint.read(n)[new] for n in (checkpoint.vocab_tensors[0], checkpoint.vocab_tensors[-1]))
+    return [RowSet("distilled", input_ND, output_ND, _new_bias(checkpoint, new))]
+
+
+def _healed_body(
+    model: FrozenModel, folder: Path, manifest: Manifest, config: EvalConfig, trust_remote_code: bool
+) -> Callable[[], AbstractContextManager[FrozenModel]]:
+    """Return what opens the healed body: the base with its adapter switched on, or the one that holds it."""
+    if manifest.merged:
+        merged = load_model(folder, device=config.device, dtype=config.dtype, trust_remote_code=trust_remote_code)
+        return lambda: nullcontext(merged)
+    adapter = load_adapter(model, folder / ADAPTER_FOLDER)
+    adapter.disable_adapter_layers()
+
+    @contextmanager
+    def switched_on() -> Iterator[FrozenModel]:
+        adapter.enable_adapter_layers()
+        try:
+            yield model
+        finally:
+            adapter.disable_adapter_layers()
+
+    return switched_on
 
 
 def _mean_rows(model: FrozenModel, tokens: Sequence[NewToken]) -> RowSet:

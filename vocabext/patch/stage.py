@@ -22,6 +22,8 @@ from vocabext.checkpoint.folder import (
     resolve_model,
 )
 from vocabext.checkpoint.manifest import (
+    ADAPTER_FOLDER,
+    HEAL_NAME,
     ORIGINAL_SUFFIX,
     ORIGINALS_FOLDER,
     BaseRecord,
@@ -94,8 +96,8 @@ class PatchResult:
 
 
 def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = False, link: str = AUTO,
-          untie: bool = False, trust_remote_code: bool = False, progress: Progress = no_progress,
-          say: Callable[[str], None] = lambda _: None) -> PatchResult:
+          untie: bool = False, healed: Path | None = None, trust_remote_code: bool = False,
+          progress: Progress = no_progress, say: Callable[[str], None] = lambda _: None) -> PatchResult:
     """Write a new model folder with the new tokens and their rows.
 
     Args:
@@ -106,6 +108,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
         link: How shards that stay as they are come into the new folder: `auto`, `hard` or `copy`.
         untie: Whether a tied model gets an output head of its own; it does in any case where the rows file has
             output rows that differ from the input rows.
+        healed: What `heal` left: a folder whose adapter and heal.json come into the new one, too.
         trust_remote_code: Whether code that comes with the model may run.
         progress: Told about the bytes read.
         say: Told what a user should know, a line at a time.
@@ -153,6 +156,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
             others.write(expanded, copier)
         others.write_index(tensors)
         record = others.record()
+        adapter = {} if healed is None else _copy_adapter(healed, folder)
         _say_ids(base, given, say)
         write_manifest(folder, Manifest(
             base=_base_record(model, checkpoint, base, weights.tensors_sha256),
@@ -160,7 +164,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
             method=str(file.header.get("method", "unknown")), options=dict(file.header.get("options") or {}),
             head_rows=tensors.head_rows, files=record, untied=tensors.untied, tensors=weights.records(),
             originals=weights.originals, reserved=_by_text(base.reserved), given_rows=_by_text(given),
-            rules=base.named.rules.to_json()))
+            rules=base.named.rules.to_json(), adapter=adapter))
         others.write_config(tensors)
         _check_new(folder, checkpoint, tensors, trust_remote_code=trust_remote_code)
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -281,6 +285,17 @@ def _copy_small(source: Path, target: Path, stored: str, advance: Advance = igno
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "xb") as new:
         return Original(*pass_on(Extent.whole(source).chunks(), new, advance), stored)
+
+
+def _copy_adapter(healed: Path, folder: Path) -> dict[str, Any]:
+    """Copy an adapter and its report into the new folder; returns what vocabext.json says about it."""
+    (folder / ADAPTER_FOLDER).mkdir()
+    digests = {}
+    for path in sorted((healed / ADAPTER_FOLDER).iterdir()):
+        name = f"{ADAPTER_FOLDER}/{path.name}"
+        digests[name] = _copy_small(path, folder / name, name).sha256
+    _copy_small(healed / HEAL_NAME, folder / HEAL_NAME, HEAL_NAME)
+    return {"folder": ADAPTER_FOLDER, "merged": False, "sha256": digests}
 
 
 def _base_record(model: str, checkpoint: Checkpoint, base: "BaseTokenizer",

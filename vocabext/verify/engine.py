@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vocabext.checkpoint.folder import Checkpoint
+from vocabext.verify.adapter import refuse_merged
 from vocabext.verify.greedy import MAX_LENGTH
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 from vocabext.verify.plain import prompts
@@ -29,6 +30,7 @@ def same_greedy(pair: Pair, use_vllm: bool) -> str:
         pair: The checkpoints.
         use_vllm: Whether to do it at all.
     """
+    refuse_merged(pair)
     if not use_vllm:
         raise NotCheckedError("not asked for; pass --vllm")
     if importlib.util.find_spec("vllm") is None:

@@ -4,15 +4,15 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 
 from vocabext.checkpoint.folder import CONFIG_NAME, INDEX_NAME, PICKLE_PATTERNS
-from vocabext.checkpoint.manifest import MANIFEST_NAME
+from vocabext.checkpoint.manifest import HEAL_NAME, MANIFEST_NAME
 from vocabext.checkpoint.served import file_times, record_files
 from vocabext.checkpoint.verdicts import FAIL, Check
 from vocabext.files.ranges import Extent, file_sha256, first_difference, same_inode
 from vocabext.tokenizer import is_stale
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 
-OUR_FILES = (MANIFEST_NAME, "verify.json", "eval.json", "lengths.json", "bench.json", "predict.json", "report.html",
-             "report.md", "report.json")
+OUR_FILES = (MANIFEST_NAME, HEAL_NAME, "verify.json", "eval.json", "lengths.json", "bench.json", "predict.json",
+             "report.html", "report.md", "report.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin.index.json", "*.gguf", *PICKLE_PATTERNS)
 
 

@@ -10,6 +10,7 @@ import torch
 from vocabext.checkpoint.folder import Checkpoint
 from vocabext.errors import in_one_line, lacks_memory
 from vocabext.model.support import check_loads
+from vocabext.verify.adapter import refuse_merged
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 from vocabext.verify.plain import prompts
 
@@ -25,6 +26,7 @@ def same_logits(pair: Pair, load_weights: bool) -> str:
         pair: The checkpoints.
         load_weights: Whether to do it at all.
     """
+    refuse_merged(pair)
     if not load_weights:
         raise NotCheckedError("loading the weights was switched off")
     texts = prompts(pair)

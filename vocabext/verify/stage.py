@@ -18,7 +18,7 @@ from vocabext.checkpoint.vocabulary import MAX_NORM_RATIO
 from vocabext.corpus import Document
 from vocabext.errors import CheckpointError, TokenizerError, VocabextError, in_one_line, lacks_memory
 from vocabext.progress import Progress, Task, no_progress
-from vocabext.verify import behaviour, config, engine, extension, files, logits, tensors
+from vocabext.verify import adapter, behaviour, config, engine, extension, files, logits, tensors
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 from vocabext.verify.sample import SAMPLE_BYTES
 
@@ -75,6 +75,8 @@ def verify(
         ("loads in transformers, same logits", lambda: logits.same_logits(pair, load_weights)),
         ("loads in vLLM, same greedy output", lambda: engine.same_greedy(pair, use_vllm)),
     ]
+    if pair.manifest.adapter:
+        checks.append(("drift with the adapter", lambda: adapter.adapter_drift(pair, load_weights)))
     verdicts: list[Check] = []
     with progress("verifying", len(checks) + 2, "checks") as task:
         for name, check in checks:

@@ -16,6 +16,7 @@ from vocabext.checkpoint.shards import CHUNK_BYTES
 from vocabext.checkpoint.vocabulary import PER_LAYER, SILENT_BIAS, TABLE
 from vocabext.files.ranges import Extent, first_difference, in_parallel, same_inode
 from vocabext.tokenizer import given_rows
+from vocabext.verify.adapter import refuse_merged
 from vocabext.verify.pair import FaultError, NotCheckedError, Pair
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def untouched_tensors(pair: Pair) -> str:
 
     A shard that both folders share on the disk has nothing to be compared with; its digest is.
     """
+    refuse_merged(pair)
     names = sorted(set(pair.base.tensors) - set(pair.base.row_tensors))
     for name in names:
         if name not in pair.new.tensors:
