@@ -63,7 +63,8 @@ def test_the_expanded_model_is_verified_and_one_engine_serves_and_measures_both_
     _, _, header = load_rows(expanded.parent / f"{expanded.name}-work" / "rows.safetensors")
     assert expansion.num_new == NUM_TOKENS - len(header["left_out"]) > NUM_TOKENS / 2
     with gateway(tmp_path, str(MODEL), str(expanded), "--one-engine", "--model-name", "m", "--logs",
-                 str(tmp_path / "logs"), "--", "--max-num-seqs", "8", timeout_seconds=240) as running:
+                 str(tmp_path / "logs"), "--", "--max-num-seqs", "8", timeout_seconds=240,
+                 real_engines=True) as running:
         with running.client() as client:
             check_arms(client, expansion)
         check_load(running, tmp_path)

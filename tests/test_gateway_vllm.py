@@ -36,7 +36,7 @@ def running(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("gateway")
     with gateway(folder, str(folders[0]), str(folders[1]), "--one-engine", "--unverified", "--model-name", "m",
                  "--logs", str(folder / "logs"), "--", "--max-num-seqs", "8", "--dtype", "float32",
-                 timeout_seconds=240) as found:
+                 timeout_seconds=240, real_engines=True) as found:
         yield found
     if os.environ.get("SHOW_LOGS"):
         subprocess.run(["tail", "-50", str(folder / "logs" / "expanded.log")], check=False)

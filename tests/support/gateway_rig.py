@@ -94,14 +94,16 @@ def cli(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 @contextlib.contextmanager
 def gateway(
     folder: Path, base: str, expanded: str, *options: str, key: str = "", timeout_seconds: float = 60,
-    **more: str
+    real_engines: bool = False, **more: str
 ) -> Iterator[Running]:
-    """Run `vocabext serve gateway`; engines that it starts are fakes."""
+    """Run `vocabext serve gateway`; engines that it starts are fakes, unless asked otherwise."""
+    found = environment if real_engines else with_fake_vllm
     state = folder / "state.json"
     command = [sys.executable, "-m", "vocabext", "serve", "gateway", base, expanded, "--port", "0", "--state",
                str(state), "--json", *options]
     with open(folder / "gateway.err", "a") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=with_fake_vllm(VOCABEXT_API_KEY=key, **more),
+        command, stdout=subprocess.PIPE, stderr=errors, text=True,
+        env=found(VOCABEXT_API_KEY=key, **more),
     ) as process:
         try:
             text, deadline = "", time.monotonic() + timeout_seconds
