@@ -375,21 +375,22 @@ def test_a_link_to_a_file_outside_is_left_out_and_said_and_refused_where_the_mod
     assert result.files.left_out["notes.txt"] == "a link to a file outside the model folder"
     assert not any(path.read_bytes() == b"root:x" for path in case.output.rglob("*") if path.is_file())
     assert (case.output / "inside.txt").read_bytes() == (case.base / "config.json").read_bytes()
+    (case.base / "chat_template.jinja").unlink(missing_ok=True)
     (case.base / "chat_template.jinja").symlink_to(secret)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a link to .*secret, outside the model folder"):
         case.patch(force=True)
 
 
 def test_a_private_base_gives_a_private_copy(case: Case) -> None:
-    (case.base / "notes.txt").write_text("x")
-    for path in case.base.iterdir():
-        path.chmod(0o600)
-    (case.base / "notes.txt").chmod(0o640)
+    (case.base / "shared.txt").write_text("x")
+    for path in case.base.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (case.base / "shared.txt").chmod(0o640)
     case.base.chmod(0o700)
     case.patch(link="copy")
     modes = {path.name: path.stat().st_mode & 0o777 for path in (case.output, *case.output.rglob("*"))
              if path.is_file() or path == case.output}
-    assert modes.pop("notes.txt") == 0o640
+    assert modes.pop("shared.txt") == 0o640
     assert modes.pop(case.output.name) == 0o700
     assert set(modes.values()) == {0o600}
 

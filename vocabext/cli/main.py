@@ -26,6 +26,7 @@ import click
 
 from vocabext import __version__
 from vocabext.errors import ServerError, VocabextError, lacks_memory
+from vocabext.tables import visible
 
 
 class Verb(NamedTuple):
@@ -207,7 +208,7 @@ def _memory_line(error: BaseException | None) -> str:
 
 def _fail(line: str, code: int) -> int:
     if line:
-        click.echo(line, err=True)
+        click.echo(visible(line), err=True)
     try:
         sys.stdout.flush()
     except OSError:  # Python flushes once more at its end, and would complain a second time
