@@ -50,7 +50,7 @@ command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null || command -v cla
     echo "setup: no C compiler found; vLLM will need one to start" >&2
 
 pins=constraints/$build.txt
-$python -m pip install --quiet --disable-pip-version-check -c "$pins" uv
+sed -n '/^uv==/,/[^\\]$/p' "$pins" | $python -m pip install --quiet --disable-pip-version-check --require-hashes -r /dev/stdin
 
 # pip_setting find-links: from the environment, else from pip's configuration files
 pip_setting() {
@@ -64,7 +64,9 @@ certificates=$(pip_setting cert)
 find_links=$(pip_setting find-links)
 [ -z "$index_url" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index_url}
 [ -z "$certificates" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}
-flags=(--python "$python" --constraints "$pins" --build-constraints "$pins")
+# --verify-hashes refuses a file whose hash is not in the pins. --require-hashes would refuse vocabext itself, which is a
+# folder, and torch's CPU build, which may come from a folder of the machine.
+flags=(--python "$python" --constraints "$pins" --build-constraints "$pins" --verify-hashes)
 for link in $find_links; do flags+=(--find-links "$link"); done
 if [ "$build" = cpu ]; then
     flags+=(--excludes constraints/cpu-excludes.txt)
