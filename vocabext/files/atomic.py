@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,7 +94,7 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         with io.BufferedWriter(binary) as buffered:
             file = buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
             with suppress(FileNotFoundError):  # a private file stays private
-                os.fchmod(binary.fileno(), stat.S_IMODE(path.stat().st_mode))
+                os.fchmod(binary.fileno(), path.stat().st_mode & 0o777)
             yield file
             file.flush()
             with naming(path):

@@ -54,12 +54,12 @@ def new_folder(output: Path, *, force: bool, like: Path | None = None) -> Iterat
             descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             hold(descriptor, temporary)
             usual = stat.S_IMODE(os.fstat(descriptor).st_mode)
-            os.fchmod(descriptor, 0o700)  # nobody looks in before every file has its mode
+            os.fchmod(descriptor, usual & 0o7700)  # nobody looks in before every file has its mode
             yield temporary
             if like is not None:
                 usual = _keep_modes(temporary, like, usual)
             if output.is_dir():
-                usual &= stat.S_IMODE(output.stat().st_mode) | 0o700
+                usual &= stat.S_IMODE(output.stat().st_mode) | 0o7700
             os.fchmod(descriptor, usual)
             sync_tree(temporary)
             _put(temporary, output, force=force)
@@ -106,7 +106,7 @@ def _keep_modes(folder: Path, like: Path, usual: int) -> int:
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # a hard link is the base's own file
             mode = stat.S_IMODE(status.st_mode)
             path.chmod(mode & (modes.get(path.relative_to(folder), common) | 0o700))
-    return usual & (stat.S_IMODE(like.stat().st_mode) | 0o700)
+    return usual & (stat.S_IMODE(like.stat().st_mode) | 0o7700)
 
 
 def check_space(parent: Path, needed: int, what: str) -> None:
