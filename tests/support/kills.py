@@ -197,7 +197,7 @@ def check_after_kill(folder: Path, old: dict[str, str] | None, wanted: dict[str,
         What was found: `new`, `old` or `nothing`.
     """
     names = {path.name for path in folder.iterdir()}
-    strays = {name for name in names - others - {"new"} if not name.startswith(".new.")}
+    strays = {name for name in names - others - {"new"} if not name.startswith((".new.", ".new-work."))}
     assert not strays, f"left under a name of its own: {strays}"
     if "new" not in names:
         aside = next(unfinished(folder, "new", "old"), None)

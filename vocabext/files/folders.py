@@ -45,32 +45,22 @@ def new_folder(output: Path, *, force: bool, like: Path | None = None) -> Iterat
         OutputExistsError: If `output` exists in the end and `force` is false.
         UsageError: If another process is making the same folder.
     """
-    temporary = temporary_path(output)
     with locked(output):
         clean_up(output)
-        descriptor = None
         try:
-            temporary.mkdir()
-            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            hold(descriptor, temporary)
-            usual = stat.S_IMODE(os.fstat(descriptor).st_mode)
-            os.fchmod(descriptor, usual & 0o7700)  # nobody looks in before every file has its mode
-            yield temporary
-            if like is not None:
-                usual = _keep_modes(temporary, like, usual)
-            if output.is_dir():
-                usual &= stat.S_IMODE(output.stat().st_mode) | 0o7700
-            os.fchmod(descriptor, usual)
-            sync_tree(temporary)
-            _put(temporary, output, force=force)
+            with _hidden_folder(output) as (temporary, mode):
+                yield temporary
+                if like is not None:
+                    mode = _keep_modes(temporary, like, mode)
+                if output.is_dir():
+                    mode &= stat.S_IMODE(output.stat().st_mode) | 0o7700
+                temporary.chmod(mode)
+                sync_tree(temporary)
+                _put(temporary, output, force=force)
         except OSError as error:
             if error.errno in NO_ROOM:  # nothing else is written meanwhile, and nobody knows the temporary name
                 error.filename, error.filename2 = str(output), None
             raise
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -80,13 +70,28 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     What processes that were killed have left of the same output is removed first.
     """
     remove_unfinished(beside.parent, beside.name)
-    folder = temporary_path(beside)
-    with naming(beside):
-        folder.mkdir(0o700)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        hold(descriptor, folder)
+    with _hidden_folder(beside) as (folder, _):
         yield folder
+
+
+@contextmanager
+def _hidden_folder(output: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a temporary sibling that nobody else may enter, and the mode it would have had; remove it at the end."""
+    while True:
+        folder = temporary_path(output)
+        with naming(output):
+            folder.mkdir()
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # another process took it for a dead one before it was locked
+            continue
+        if hold(descriptor, folder):
+            break
+        os.close(descriptor)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.fchmod(descriptor, mode & 0o7700)
+        yield folder, mode
     finally:
         os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
