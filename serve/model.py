@@ -4,6 +4,7 @@
 encode is enough. Of a wrapper (vision, audio) the language model's own config counts, which it keeps in `text_config`.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ def require_verified(folder: Path, *, check_digests: bool = False) -> None:
                                   "copy the folder again, or pass --unverified to serve it all the same")
         return
     base = read_manifest(folder).base.model
-    advice = f"run: vocabext verify {folder} --against {base}, or pass --unverified to serve it all the same"
+    command = shlex.join(["vocabext", "verify", str(folder), "--against", base])
+    advice = f"run: {command}, or pass --unverified to serve it all the same"
     verification = _verification(folder)
     if verification is None:
         raise CheckpointError(f"{folder} is an expanded model that was not verified (no {VERIFY_NAME}); {advice}")

@@ -440,3 +440,28 @@ def test_both_kinds_of_progress_fit_the_protocol() -> None:
             task.advance()
             task.note("half")
             task.advance(1)
+
+
+def test_control_characters_of_a_model_or_corpus_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;x\x07\x9b31m\r\u202e"
+    show.note(f"made from {hostile}")
+    show.echo(f"a\n{hostile}")
+    show.table([(hostile, "b\nc")], ("base", "said"))
+    show.emit({"base": hostile}, True, lambda: None)
+    captured = capsys.readouterr()
+    assert not set(hostile) & {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(captured.out + captured.err)
+    assert "made from \\u001b]0;x\\u0007\\u009b31m\\u000d\\u202e" in captured.err
+    assert json.loads(captured.out[captured.out.index("{"):]) == {"base": hostile}
+
+
+def test_an_error_that_names_control_characters_shows_them() -> None:
+    line = "import sys; from vocabext.cli.main import cli; cli.main(['inspect', chr(27) + '[31mnowhere'])"
+    done = run_process(code=line)
+    assert "\x1b" not in done.stderr
+    assert "\\u001b[31mnowhere" in done.stderr
+
+
+def test_all_output_of_the_verbs_goes_through_one_place() -> None:
+    """`click.echo` is called where control characters are made visible, and nowhere else."""
+    found = {path.name for path in (ROOT / "vocabext" / "cli").glob("*.py") if "click.echo(" in path.read_text()}
+    assert found <= {"show.py", "main.py", "docs.py"}

@@ -125,7 +125,7 @@ def test_another_text_field(tmp_path: Path) -> None:
 def test_lines_do_not_depend_on_the_chunks(lines: list[bytes], size: int) -> None:
     data = b"\n".join(lines)
     chunks = [data[i : i + size] for i in range(0, len(data), size)]
-    assert list(corpus._split_lines(chunks)) == data.split(b"\n")
+    assert list(corpus._split_lines(chunks, Path("a.jsonl"))) == data.split(b"\n")
 
 
 def test_compressed_files_are_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,3 +536,71 @@ def test_what_follows_a_frame_and_is_none_is_no_end(tmp_path: Path, compression:
     path.write_bytes(compress(b"first ") + b"x" + compress(b"second"))
     with pytest.raises(CorpusError, match=r"is no valid (bzip2|xz|zstd) file"):
         texts(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "*.txt", "**/*.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_that_is_named_is_refused_and_not_read(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "a.txt")
+    else:
+        (tmp_path / "a.txt").symlink_to("/dev/zero")
+    for read in (texts, lambda source: corpus_signature([source])):
+        with pytest.raises(UsageError, match=r"a\.txt is a pipe, a socket or a device"):
+            read(f"{tmp_path}/{name}")
+
+
+def test_a_pattern_over_many_links_that_lead_to_each_other_ends(tmp_path: Path) -> None:
+    names = [f"d{i}" for i in range(12)]
+    for name in names:
+        write(tmp_path, **{f"{name}__a_txt": name})
+    for name in names:
+        for other in names:
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    assert sorted(texts(f"{tmp_path}/**/*.txt")) == sorted(names)
+    assert texts(f"{tmp_path}/**/to_d3/to_d4/*.txt") == ["d4"]
+
+
+def test_a_number_of_too_many_digits_is_one_line_with_file_and_line(tmp_path: Path) -> None:
+    write(tmp_path, a_jsonl='{"text": "x"}\n{"text": "y", "n": ' + "1" * 5000 + "}\n")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2 holds a number of more than 4,300 digits"):
+        texts(tmp_path)
+
+
+def bomb(suffix: str, megabytes: int) -> bytes:
+    chunk, parts = b"ab\n" * 349_525, []
+    if suffix == ".zst":
+        packer: Any = zstandard.ZstdCompressor().compressobj()
+    else:
+        packer = bz2.BZ2Compressor() if suffix == ".bz2" else lzma.LZMACompressor()
+    parts = [packer.compress(chunk) for _ in range(megabytes)]
+    return b"".join([*parts, packer.flush()])
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".bz2", ".xz"])
+def test_a_small_file_that_holds_much_is_decompressed_a_little_at_a_time(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(bomb(suffix, 24))
+    assert path.stat().st_size < 60_000
+    sizes = [len(chunk) for chunk in corpus._read_chunks(corpus._known_file(path))]
+    assert sum(sizes) == 24 * 3 * 349_525
+    assert max(sizes) <= 17 * corpus.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.csv"])
+def test_a_line_longer_than_one_may_be_is_refused_with_its_size(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1000)
+    data = b'{"text": "x"}\n{"text": "' + b"y" * 2000 + b'"}\n'
+    if name == "a.csv":
+        data = b"text\n" + b"y" * 2011 + b"\n"
+    (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith(".zst") else data)
+    with pytest.raises(CorpusError, match=r"a\..*:2 is a line of 2,01[12] bytes or more, but one may have 1,000"):
+        texts(tmp_path)
+
+
+def test_a_compressed_text_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MAX_TEXT_BYTES", 1000)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 1001))
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz is one document of more than 1,000 bytes"):
+        texts(tmp_path)

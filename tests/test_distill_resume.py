@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
             count_calls(patched, stop_at=stop)
             with pytest.raises(KeyboardInterrupt):
                 run(source, name)
-        kept = sorted(path.name for path in (source / f".{name}.groups").iterdir())
+        kept = sorted(path.name for path in (source / f".{name}.vocabext-groups").iterdir())
         assert len(kept) == stop
         with monkeypatch.context() as patched:
             calls = count_calls(patched)
@@ -90,7 +90,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(source: Path, monkey
             assert_same_rows(rows, whole)
             assert timeless(again) == timeless(header)
             assert len(calls) == total - stop
-        assert not (source / f".{name}.groups").exists()
+        assert not (source / f".{name}.vocabext-groups").exists()
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_process_that_the_system_kills_goes_on_with_the_same_result(source: Pa
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (source / "rows.safetensors").exists()
-    assert len(list((source / ".rows.safetensors.groups").glob("*.safetensors"))) >= 2
+    assert len(list((source / ".rows.safetensors.vocabext-groups").glob("*.safetensors"))) >= 2
     _, rows, again = load_rows(run(source, "rows.safetensors"))
     assert_same_rows(rows, whole)
     assert timeless(again) == timeless(header)

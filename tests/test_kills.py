@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kills import check_after_kill, contents
 
-from vocabext.files.atomic import remove_unfinished
+from vocabext.files.atomic import remove_unfinished, temporary_path
 
 KILLS = Path(__file__).parent / "support" / "kills.py"
 
@@ -50,6 +50,10 @@ def test_what_must_not_be_left_is_found(tmp_path: Path) -> None:
 def test_files_that_were_being_written_are_removed_and_no_others(tmp_path: Path) -> None:
     for name in (".rows.safetensors.123.tmp", ".notes.tmp", "a.1.tmp", ".hidden"):
         (tmp_path / name).write_text("x")
+    mine = sorted(path.name for path in tmp_path.iterdir())
+    temporary_path(tmp_path / "rows.safetensors").write_text("half")
+    remove_unfinished(tmp_path, "other")
+    assert len(list(tmp_path.iterdir())) == len(mine) + 1
     remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".notes.tmp", "a.1.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == mine
     remove_unfinished(tmp_path / "missing")

@@ -17,7 +17,7 @@ import torch
 from base_logits import same_over_base_rows
 from click.testing import CliRunner
 from patch_case import EMBEDDING, HEAD, Case, make_case, make_rows, rewrite, stored
-from tiny_checkpoints import asset_model, default_dtype, edit_json, tiny_folder
+from tiny_checkpoints import asset_model, default_dtype, edit_json, hub_cache, tiny_folder
 from tiny_tokenizers import KINDS, as_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -359,14 +359,40 @@ def test_a_read_only_base_gives_a_writable_folder(case: Case) -> None:
 
 
 def test_links_of_a_hub_cache_are_followed(case: Case, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for path in case.base.iterdir():
-        if path.is_file():
-            (cache / path.name).symlink_to(path)
+    cache = hub_cache(case.base, tmp_path / "models--a--b")
     patch(case.rows, str(cache), case.output)
     assert not any(path.is_symlink() for path in case.output.rglob("*"))
     check_expanded(case.base, case.output, "the muscle")
+
+
+def test_a_link_to_a_file_outside_is_left_out_and_said_and_refused_where_the_model_needs_it(
+        case: Case, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root:x")
+    (case.base / "notes.txt").symlink_to(secret)
+    (case.base / "inside.txt").symlink_to("config.json")
+    result = case.patch()
+    assert result.files.left_out["notes.txt"] == "a link to a file outside the model folder"
+    assert not any(path.read_bytes() == b"root:x" for path in case.output.rglob("*") if path.is_file())
+    assert (case.output / "inside.txt").read_bytes() == (case.base / "config.json").read_bytes()
+    (case.base / "chat_template.jinja").unlink(missing_ok=True)
+    (case.base / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a link to .*secret, outside the model folder"):
+        case.patch(force=True)
+
+
+def test_a_private_base_gives_a_private_copy(case: Case) -> None:
+    (case.base / "shared.txt").write_text("x")
+    for path in case.base.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (case.base / "shared.txt").chmod(0o640)
+    case.base.chmod(0o700)
+    case.patch(link="copy")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (case.output, *case.output.rglob("*"))
+             if path.is_file() or path == case.output}
+    assert modes.pop("shared.txt") == 0o640
+    assert modes.pop(case.output.name) == 0o700
+    assert set(modes.values()) == {0o600}
 
 
 # -- the command line, and real models ----------------------------------------------------------------------------

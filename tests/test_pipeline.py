@@ -1,5 +1,6 @@
 """`run`: all stages on a tiny model; what is up to date is skipped; outputs are not overwritten."""
 
+import contextvars
 import json
 import os
 from dataclasses import fields, replace
@@ -25,6 +26,8 @@ from vocabext.errors import (
     TokenizerError,
     UsageError,
 )
+from vocabext.files.atomic import temporary_path
+from vocabext.files.folders import locked
 from vocabext.model.frozen import FrozenModel, load_model
 from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.run import HELD_OUT_EVERY, RunConfig, StageOutcome, is_held_out, run
@@ -130,10 +133,23 @@ def test_a_run_that_died_before_it_wrote_down_that_it_had_patched_goes_on(
     assert (config.output / "vocabext.json").exists()
     with pytest.raises(OutputExistsError):  # another run would not have made it
         run(replace(config, mine=replace(config.mine, budget=3)))
-    (config.output.with_name("new-work") / ".rows.safetensors.123.tmp").write_text("half")
-    (config.output / ".verify.json.123.tmp").write_text("half")
+    temporary_path(config.output.with_name("new-work") / "rows.safetensors").write_text("half")
+    temporary_path(config.output / "verify.json").write_text("half")
     assert states(run(config)) == {**dict.fromkeys(STAGES, "made"), **dict.fromkeys(STAGES[:3], "up to date")}
     assert not list(config.output.parent.rglob(".*.tmp"))
+
+
+def test_a_second_run_into_one_output_or_working_folder_is_told_and_touches_nothing(config: RunConfig) -> None:
+    work = config.output.with_name("new-work")
+    work.mkdir()
+    live = temporary_path(work / "rows.safetensors")
+    live.write_text("half")
+    for path in (config.output, work):
+        ours = contextvars.Context()  # as another process, this thread holds no lock there
+        with locked(path), pytest.raises(UsageError, match=r"another process \(\d+ on \S+\) is writing .*new"):
+            ours.run(run, config)
+        assert live.read_text() == "half"
+    assert sorted(path.name for path in config.output.parent.glob(".*")) == []
 
 
 def test_an_output_made_by_something_else_is_refused_before_any_work(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from planted import EMBEDDING, HEAD, edit_tensor, edit_tensors, flip_last_bit, set_row, shard_of
-from tiny_checkpoints import edit_json, tiny_folder
+from tiny_checkpoints import edit_json, hub_cache, tiny_folder
 from tiny_expanded import expanded_pair, patched
 
 from vocabext.checkpoint.manifest import ROWS_ORIGINAL
@@ -65,13 +65,8 @@ def test_names_that_readers_would_load_and_old_tokenizer_files_come_back_too(tmp
 
 
 def test_links_of_a_hub_cache_come_back_as_files(tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "blobs")
-    linked = tmp_path / "base"
-    for path in base.rglob("*"):
-        target = linked / path.relative_to(base)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            target.symlink_to(path)
+    base = tiny_folder(tmp_path / "base")
+    linked = hub_cache(base, tmp_path / "models--a--b")
     revert(patched(linked, tmp_path), tmp_path / "back")
     assert contents(tmp_path / "back") == contents(base)
     assert not any(path.is_symlink() for path in (tmp_path / "back").rglob("*"))

@@ -106,6 +106,23 @@ def test_text_from_files_cannot_become_markup(folder: Path) -> None:
     assert made.count("&lt;script&gt;") >= 5  # token, never used, passages, prompt, detail
 
 
+def test_text_from_files_is_plain_text_in_the_markdown(folder: Path) -> None:
+    results = everything()
+    for name in ("lengths", "bench", "eval"):
+        results[name]["command"] = "vocabext `x` <b>\x1b[31m"
+    results["lengths"]["corpus"] = ["a|b\n# [c](javascript:x) <img src=x>"]
+    made = page.render_report(folder, results).markdown
+    assert "a\\|b # \\[c\\](javascript:x) &lt;img src=x>" in made
+    assert "``vocabext `x` <b>\\u001b[31m``" in made.replace("`` ", "``").replace(" ``", "``")
+    assert "\x1b" not in made
+
+
+def test_a_suggested_command_quotes_what_is_no_word(tmp_path: Path) -> None:
+    made = page.render_report(tmp_path / "a; touch b", {}).html.replace("&#39;", "'")
+    assert f"'{tmp_path}/a; touch b' --against BASE" in made
+    assert f" {tmp_path}/a; touch b" not in made
+
+
 def test_light_dark_and_print_are_provided_for(folder: Path) -> None:
     made = page.render_report(folder, {}).html
     assert "prefers-color-scheme: dark" in made

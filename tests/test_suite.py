@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 SOURCES = sorted(TESTS.rglob("*.py"))
 
@@ -41,3 +43,11 @@ def test_one_file_starts_vllm_in_make_test_and_all_others_in_make_fuzz() -> None
         if any("pytest.mark.fuzz" not in "".join(lines[i - 1 : i + 2]) for i in places):
             in_make_test.add(path.name)
     assert in_make_test == {"test_end_to_end.py"}
+
+
+@pytest.mark.parametrize("build", ["cpu", "gpu"])
+def test_every_pinned_package_has_hashes(build: str) -> None:
+    lines = (TESTS.parent / "constraints" / f"{build}.txt").read_text().splitlines()
+    pins = [i for i, line in enumerate(lines) if line and line[0] not in "# "]
+    assert len(pins) > 100
+    assert [lines[i] for i in pins if not lines[i + 1].startswith("    --hash=sha256:")] == []

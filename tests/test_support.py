@@ -13,6 +13,7 @@ from planted import failed, skipped
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_json, tiny_folder, tiny_tokenizer
 from tiny_families import FAMILIES, NUM_ROWS, OTHER_KINDS, add_adapter, of_kind, tiny_family
+from transformers.utils import is_peft_available
 
 from vocabext.checkpoint.folder import WEIGHTS_NAME, load_rows, open_checkpoint
 from vocabext.checkpoint.manifest import read_manifest

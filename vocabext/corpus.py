@@ -21,6 +21,7 @@ import json
 import lzma
 import os
 import re
+import sys
 import tempfile
 import zlib
 from collections import Counter
@@ -34,6 +35,15 @@ from vocabext.errors import CorpusError, UsageError
 from vocabext.files.atomic import real_path
 
 CHUNK_BYTES = 1 << 20
+# Compressed bytes that zstd gets at once, because it returns all that they hold: at most 128 KiB for each four of them.
+PIECE_BYTES = 512
+# A line holds one record. Without a bound, a small compressed file may hold one that fills the memory.
+MAX_LINE_BYTES = 128 << 20
+MAX_TEXT_BYTES = 1 << 30  # of a compressed .txt; of a plain one the owner sees the size
+# What the decompressors may allocate because a file asks for it: `xz -9` asks for 65 MiB, `zstd --long=31`, in which
+# some public corpora come, for 2 GiB.
+MAX_XZ_BYTES = 1 << 30
+MAX_ZSTD_WINDOW_BYTES = 1 << 31
 MAX_NAME_BYTES = 255  # of a file, on any common file system
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -242,7 +252,7 @@ def _find(source: str, left_out: LeftOut) -> Sequence[_File | _HubDataset]:
     if path.is_dir():
         return _search_folder(path, left_out)
     if path.exists():
-        return [_known_format(path)]
+        return [_known_file(path)]
     if glob.has_magic(source):
         return _match(source, path, left_out)
     hub_id = _HUB_ID.fullmatch(source)
@@ -254,7 +264,7 @@ def _find(source: str, left_out: LeftOut) -> Sequence[_File | _HubDataset]:
 
 def _match(source: str, pattern: Path, left_out: LeftOut) -> list[_File]:
     matches = sorted(_glob(pattern), key=str)
-    files = [_known_format(path) for path in matches if not path.is_dir()]
+    files = [_known_file(path) for path in matches if not path.is_dir()]
     if not files:
         raise UsageError(f"no file matches {source}")
     read = {parent for file in files for parent in file.path.parents}
@@ -269,33 +279,48 @@ def _glob(pattern: Path) -> Iterator[Path]:
     parts = pattern.parts
     first = parts.index("**") if "**" in parts else len(parts)
     for start in map(Path, glob.glob(str(Path(*parts[:first])))):
-        rest = parts[first:]
-        if not rest:
+        if first == len(parts):
             yield start
         elif start.is_dir():
-            for path in _paths_below(start, frozenset(), hidden=any(part.startswith(".") for part in rest)):
-                if _matches(path.relative_to(start).parts, rest):
-                    yield path
+            yield from _matches_below(start, parts[first:])
 
 
-def _paths_below(folder: Path, above: frozenset[str], *, hidden: bool) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real not in above:
+def _matches_below(start: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the paths below a folder that match `parts`.
+
+    `places` are the parts that may be next in a folder. Links may lead to a folder in very many ways; it is searched
+    once for each set of places, for it holds the same matches every time.
+    """
+    seen: set[tuple[str, frozenset[int]]] = set()
+    left = [(start, _behind_stars({0}, parts))]
+    while left:
+        folder, places = left.pop()
+        if (key := (os.path.realpath(folder), places)) in seen:
+            continue
+        seen.add(key)
         for path in folder.iterdir():
-            if hidden or not path.name.startswith("."):
+            after = _behind_stars({place for i in places for place in _step(path.name, i, parts)}, parts)
+            if len(parts) in after:
                 yield path
-                if path.is_dir():
-                    yield from _paths_below(path, above | {real}, hidden=hidden)
+            if after - {len(parts)} and path.is_dir():
+                left.append((path, after))
 
 
-def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Tell whether the names of a path match those of a pattern; only a leading dot matches a hidden name."""
-    if not parts or not names:
-        return not names and all(part == "**" for part in parts)
-    may_match = parts[0].startswith(".") or not names[0].startswith(".")
-    if parts[0] == "**":
-        return _matches(names, parts[1:]) or (may_match and _matches(names[1:], parts))
-    return may_match and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+def _step(name: str, place: int, parts: Sequence[str]) -> Iterator[int]:
+    """Yield the place behind a name; only a leading dot matches a hidden one."""
+    if place < len(parts) and (parts[place].startswith(".") or not name.startswith(".")):
+        if parts[place] == "**":
+            yield place
+        elif fnmatch.fnmatchcase(name, parts[place]):
+            yield place + 1
+
+
+def _behind_stars(places: set[int], parts: Sequence[str]) -> frozenset[int]:
+    """Add the places that are reached without a name, because `**` matches no folder as well."""
+    for place in range(len(parts)):
+        if place in places and parts[place] == "**":
+            places.add(place + 1)
+    return frozenset(places)
 
 
 def _search_folder(folder: Path, left_out: LeftOut) -> list[_File]:
@@ -334,7 +359,10 @@ def _split_suffixes(path: Path) -> tuple[str, str]:
     return (suffixes[-1] if suffixes else ""), compression
 
 
-def _known_format(path: Path) -> _File:
+def _known_file(path: Path) -> _File:
+    if path.exists() and not path.is_file():  # a pipe would be waited for, and /dev/zero has no end
+        raise UsageError(f"{path} is a pipe, a socket or a device, but a corpus is read several times; write the text "
+                         "to a file, and pass that")
     kind, compression = _split_suffixes(path)
     if kind not in _FORMATS:
         raise UsageError(f"{path} has the unknown format {kind + compression or '(no suffix)'}; expected {_EXPECTED}")
@@ -400,14 +428,19 @@ def _blaming(path: Path) -> Iterator[None]:
 
 
 def _read_text(file: _File) -> str:
-    data = b"".join(_read_chunks(file))
-    if b"\0" in data:
-        raise CorpusError(f"{file.path} looks like binary data or UTF-16 (a zero byte at {data.index(0):,}), "
-                          "but text in UTF-8 is needed")
+    data = bytearray()
+    for chunk in _read_chunks(file):
+        if b"\0" in chunk:
+            raise CorpusError(f"{file.path} looks like binary data or UTF-16 (a zero byte at "
+                              f"{len(data) + chunk.index(0):,}), but text in UTF-8 is needed")
+        data += chunk
+        if file.compression and len(data) > MAX_TEXT_BYTES:
+            raise CorpusError(f"{file.path} is one document of more than {MAX_TEXT_BYTES:,} bytes when it is "
+                              "decompressed; split it into documents, such as the lines of a .jsonl")
     return _decode(data, str(file.path))
 
 
-def _decode(data: bytes, name: str) -> str:
+def _decode(data: bytes | bytearray, name: str) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -416,7 +449,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _read_json_lines(file: _File, text_field: str) -> Iterator[Document]:
-    for number, data in enumerate(_split_lines(_read_chunks(file)), start=1):
+    for number, data in enumerate(_split_lines(_read_chunks(file), file.path), start=1):
         name = f"{file.path}:{number}"
         line = _decode(data, name)
         if not line or line.isspace():
@@ -428,6 +461,9 @@ def _read_json_lines(file: _File, text_field: str) -> Iterator[Document]:
                               "one object per line is needed") from None
         except RecursionError:
             raise CorpusError(f"{name} is not JSON: nested too deep; one object per line is needed") from None
+        except ValueError:  # what Python says names a function of its own
+            raise CorpusError(f"{name} holds a number of more than {sys.get_int_max_str_digits():,} digits; write it "
+                              "as a text, or leave the field out") from None
         if not isinstance(record, dict):
             raise CorpusError(f"{name} is a JSON {type(record).__name__}; one object per line is needed")
         yield Document(name, _text_of(record, text_field, name))
@@ -452,8 +488,8 @@ def _text_of(record: Mapping[str, Any], text_field: str, name: str) -> str:
 def _read_table(file: _File, text_field: str, left_out: LeftOut) -> Iterator[Document]:
     """Read the records of a table with a header; one that was found beside other files may be about something else."""
     lines = (_decode(line, f"{file.path}:{number}") + "\n"
-             for number, line in enumerate(_split_lines(_read_chunks(file)), start=1))
-    csv.field_size_limit(2**31 - 1)  # the default is shorter than many a document
+             for number, line in enumerate(_split_lines(_read_chunks(file), file.path), start=1))
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default is shorter than many a document
     table = csv.reader(lines, _DIALECTS[file.format], strict=True)
     try:
         rows = (row for row in table if row)
@@ -533,11 +569,11 @@ def _read_frames(file: _File) -> Iterator[bytes]:
     kind, (new_frame, errors) = _COMPRESSIONS[file.compression], _decompressor(file.compression)
     frame, is_open, is_first = new_frame(), False, True
     with open(file.path, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
+        while chunk := stream.read(PIECE_BYTES if file.compression == ".zst" else CHUNK_BYTES):
             # between frames there may be zeros that fill a block of a disk or tape
             while chunk := (chunk if is_open or is_first else chunk.lstrip(b"\0")):
                 try:
-                    yield frame.decompress(chunk)
+                    yield from _decompress(frame, chunk)
                 except errors as error:
                     raise CorpusError(f"{file.path} is no valid {kind} file: {_first_line(error)}; fetch or compress "
                                       "it again") from None
@@ -548,26 +584,47 @@ def _read_frames(file: _File) -> Iterator[bytes]:
         raise CorpusError(f"{file.path} is no complete {kind} file: it ends inside a frame; fetch or compress it again")
 
 
+def _decompress(frame: Any, chunk: bytes) -> Iterator[bytes]:
+    """Yield what a chunk holds, a megabyte or so at a time: a few bytes may hold gigabytes."""
+    if not hasattr(frame, "needs_input"):  # zstd
+        yield frame.decompress(chunk)
+        return
+    yield frame.decompress(chunk, CHUNK_BYTES)
+    while not (frame.eof or frame.needs_input):
+        yield frame.decompress(b"", CHUNK_BYTES)
+
+
 def _decompressor(compression: str) -> tuple[Callable[[], Any], type[Exception]]:
     """Return what decompresses one frame, and the error that it raises for bytes that are none."""
     if compression == ".bz2":
         return bz2.BZ2Decompressor, OSError
     if compression == ".xz":
-        return lzma.LZMADecompressor, lzma.LZMAError
+        return lambda: lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES), lzma.LZMAError
     import zstandard
 
-    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), zstandard.ZstdError
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
+    return decompressor.decompressobj, zstandard.ZstdError
 
 
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
+def _split_lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    rest = bytearray()
+    number = 1
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
+        *lines, last = chunk.split(b"\n")
+        for line in lines:
+            _check_line(path, number, len(rest) + len(line))
+            yield bytes(rest + line) if rest else line
+            rest.clear()
+            number += 1
+        rest += last
+        _check_line(path, number, len(rest))
+    yield bytes(rest)
+
+
+def _check_line(path: Path, number: int, size: int) -> None:
+    if size > MAX_LINE_BYTES:
+        raise CorpusError(f"{path}:{number} is a line of {size:,} bytes or more, but one may have "
+                          f"{MAX_LINE_BYTES:,}; split the document that it holds")
 
 
 def _first_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     originals = _originals(manifest, folder)
     sizes = {name: original.num_bytes for part in (originals.carried_over, originals.files, originals.shards)
              for name, original in part.items()}
-    with new_folder(place, force=force) as target:
+    with new_folder(place, force=force, like=folder) as target:
         restoration = _Restoration(folder, target, originals)
         restoration.link_weights(link)
         check_space(place.parent, sum(sizes.values()) - restoration.linked_bytes + MARGIN_BYTES, "the restored base")

@@ -27,6 +27,7 @@ from vocabext.collect import collect, generate_missing, short_of_snippets, write
 from vocabext.corpus import Document, Documents, corpus_signature, left_out_of, read_documents
 from vocabext.errors import BadCheckpointError, CorpusError, OutputExistsError, UsageError
 from vocabext.files.atomic import read_object, remove_unfinished, write_json
+from vocabext.files.folders import locked
 from vocabext.mine.stage import mine, read_candidates, write_candidates
 from vocabext.options import ChooseConfig, CollectConfig, DistillConfig, EvalConfig, MineConfig, pick
 from vocabext.progress import Progress, no_progress
@@ -123,15 +124,31 @@ def run(config: RunConfig, progress: Progress = no_progress, say: Callable[[str]
 
     Raises:
         OutputExistsError: If the output folder exists and was not made by this very run.
+        UsageError: If another process is writing the output or the working folder, or an option is wrong.
         BadCheckpointError: If `verify` finds a fault; the folder is kept for inspection.
     """
-    work = _Pipeline(config, progress, say)
-    stages = work.stages()
-    work.check_output(stages)
-    if not all(work.is_done(stage) for stage in stages):
-        work.check_inputs()
-    with work.made_folder():
-        return list(_walk(work, stages, tell or say))
+    folder = _working_folder(config)
+    with locked(config.output), locked(folder):  # the whole run: each stage reads what the one before it wrote
+        work = _Pipeline(config, folder, progress, say)
+        stages = work.stages()
+        work.check_output(stages)
+        if not all(work.is_done(stage) for stage in stages):
+            work.check_inputs()
+        with work.made_folder():
+            return list(_walk(work, stages, tell or say))
+
+
+def _working_folder(config: RunConfig) -> Path:
+    """Return the working folder, once it is known that it and the output can be made."""
+    if not config.output.name:
+        raise UsageError(f"the output {config.output} is a folder that is there already; name a new one")
+    folder = config.work or config.output.with_name(config.output.name + "-work")
+    for path in (config.output, folder):
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"the folder {path.absolute().parent} does not exist; create it first")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the working folder {folder} is a file; choose another with --work")
+    return folder
 
 
 def _walk(work: "_Pipeline", stages: list[_Stage], say: Callable[[str], None]) -> Iterator[StageOutcome]:
@@ -152,17 +169,9 @@ def _walk(work: "_Pipeline", stages: list[_Stage], say: Callable[[str], None]) -
 class _Pipeline:
     """The working folder, and the stages with their keys."""
 
-    def __init__(self, config: RunConfig, progress: Progress, say: Callable[[str], None]) -> None:
-        self.config, self.progress, self.say = config, progress, say
+    def __init__(self, config: RunConfig, folder: Path, progress: Progress, say: Callable[[str], None]) -> None:
+        self.config, self.folder, self.progress, self.say = config, folder, progress, say
         self.output = config.output
-        if not self.output.name:
-            raise UsageError(f"the output {self.output} is a folder that is there already; name a new one")
-        self.folder = config.work or self.output.with_name(self.output.name + "-work")
-        for path in (self.output, self.folder):
-            if not path.absolute().parent.is_dir():
-                raise UsageError(f"the folder {path.absolute().parent} does not exist; create it first")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"the working folder {self.folder} is a file; choose another with --work")
         self._state_path = self.folder / "run.json"
         self._state = read_object(self._state_path) or {}
         self._patch_key = ""

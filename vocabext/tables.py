@@ -1,11 +1,22 @@
 """Tables of results: as text for a terminal, as HTML for a notebook."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
 # Rows that a notebook or a prompt shows of a long table.
 NUM_SHOWN = 20
+# What a terminal obeys, or what changes the order in which text is read; lines and tabs are not among it.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Write control characters as `\u001b`: strings of models and corpora must not steer a terminal.
+
+    A JSON document stays one, and says the same.
+    """
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class Table(NamedTuple):
@@ -88,4 +99,4 @@ def _format_cell(cell: object) -> str:
         return f"{cell:,.4g}" if abs(cell) < 1000 else f"{cell:,.0f}"
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
-    return str(cell)
+    return visible(str(cell)).replace("\n", "\\n").replace("\t", "\\t")

@@ -1,6 +1,7 @@
 """Recorded requests, sent again to either arm of a gateway."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,5 +150,6 @@ def read_requests(path: Path, limit: int) -> list[tuple[str, dict[str, Any]]]:
             raise UsageError(f"{path} line {number} is no request to {COMPLETIONS} or {CHAT} ({error})") from None
         requests.append((where, body))
     if not requests:
-        raise UsageError(f"{path} holds no request; record some with: vocabext serve gateway ... --record {path}")
+        raise UsageError(f"{path} holds no request; record some with: vocabext serve gateway ... --record "
+                         f"{shlex.quote(str(path))}")
     return requests[:limit]

@@ -7,6 +7,7 @@ The same content comes as Markdown, to paste, and as JSON, to read by program (`
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from vocabext.serve.report.speed import (
     speed_rows,
     speed_sentence,
 )
+from vocabext.tables import visible
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
 OPTIONAL = ("predict", "swap", "choice")
@@ -155,10 +157,9 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "choice_picture": choice_picture(results.get("choice")),
         "evaluation_picture": evaluation and _evaluation_picture(evaluation), "verification": verification,
     }
-    environment = _environment()
     return Page(
-        environment.get_template("report.html.jinja").render(**content, **drawn),
-        environment.get_template("report.md.jinja").render(**content, **drawn),
+        _environment().get_template("report.html.jinja").render(**content, **drawn),
+        _environment(markdown=True).get_template("report.md.jinja").render(**content, **drawn),
         _document(content, lengths, evaluation, verification, missing), " ".join(lines), missing)
 
 
@@ -474,24 +475,52 @@ def _source(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commands(expanded: Path, manifest: Manifest | None) -> dict[str, str]:
-    base = manifest.base.model if manifest else "BASE"
+    base = shlex.quote(manifest.base.model if manifest else "BASE")
+    new = shlex.quote(str(expanded))
     return {
-        "lengths": f"vocabext serve lengths {base} {expanded} --corpus HELDOUT -o lengths.json",
-        "bench": f"vocabext serve bench {base} {expanded} --corpus HELDOUT -o bench.json",
-        "eval": f"vocabext eval {expanded} --against {base} --corpus HELDOUT",
-        "verify": f"vocabext verify {expanded} --against {base}",
-        "predict": f"vocabext serve predict {base} {expanded} --lengths lengths.json --device h100 -o predict.json",
+        "lengths": f"vocabext serve lengths {base} {new} --corpus HELDOUT -o lengths.json",
+        "bench": f"vocabext serve bench {base} {new} --corpus HELDOUT -o bench.json",
+        "eval": f"vocabext eval {new} --against {base} --corpus HELDOUT",
+        "verify": f"vocabext verify {new} --against {base}",
+        "predict": f"vocabext serve predict {base} {new} --lengths lengths.json --device h100 -o predict.json",
     }
 
 
-def _environment() -> jinja2.Environment:
+class _Markdown(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def _as_markdown(value: object) -> str:
+    """Escape a value for report.md, so that it shows as it is: no HTML, links, code or further cells and lines."""
+    if isinstance(value, _Markdown):
+        return value
+    text = re.sub(r"([\\`\[\]|])", r"\\\1", _in_a_line(value))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _in_a_line(value: object) -> _Markdown:
+    return _Markdown(" ".join(visible(str(value)).splitlines()))
+
+
+def _code(value: object) -> _Markdown:
+    """Put a value between as many backticks as it takes."""
+    text = _in_a_line(value)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return _Markdown(f"{ticks}{space}{text}{space}{ticks}")
+
+
+def _environment(*, markdown: bool = False) -> jinja2.Environment:
     def escape(name: str | None) -> bool:
         return name is None or ".html" in name
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=escape,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                                     keep_trailing_newline=True)
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+                                     keep_trailing_newline=True, finalize=_as_markdown if markdown else None)
+    environment.filters["line"] = _in_a_line
+    environment.filters["code"] = _code
     environment.filters["milliseconds"] = lambda seconds: f"{1000 * seconds:,.4g} ms"
     environment.filters["percent"] = percent
     environment.filters["thousands"] = lambda value, digits=0: f"{value:,.{digits}f}"

@@ -30,6 +30,7 @@ from tiny_expanded import DOCUMENTS, new_tokens
 from vocabext.checkpoint.folder import Rows, open_checkpoint, save_rows
 from vocabext.checkpoint.manifest import base_record
 from vocabext.checkpoint.rows import mean_rows
+from vocabext.files.atomic import unfinished
 from vocabext.options import CollectConfig, DistillConfig, EvalConfig, MineConfig
 from vocabext.patch.stage import patch
 from vocabext.revert import revert
@@ -196,11 +197,11 @@ def check_after_kill(folder: Path, old: dict[str, str] | None, wanted: dict[str,
         What was found: `new`, `old` or `nothing`.
     """
     names = {path.name for path in folder.iterdir()}
-    strays = {name for name in names - others - {"new"} if not name.startswith(".new.")}
+    strays = {name for name in names - others - {"new"} if not name.startswith((".new.", ".new-work."))}
     assert not strays, f"left under a name of its own: {strays}"
     if "new" not in names:
-        aside = folder / ".new.old"
-        assert old is None or contents(aside) == old, "the old folder is lost"
+        aside = next(unfinished(folder, "new", "old"), None)
+        assert old is None or (aside is not None and contents(aside) == old), "the old folder is lost"
         return "nothing"
     if wanted is None:
         open_checkpoint(folder / "new")

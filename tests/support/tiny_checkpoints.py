@@ -1,6 +1,7 @@
 """Tiny random models and a tiny tokenizer, built in code, for tests of model folders."""
 
 import json
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(earlier)
+
+
+def hub_cache(folder: Path, repository: Path) -> Path:
+    """Lay a folder out as the hub's cache does, as links to `blobs`; return the snapshot."""
+    shutil.copytree(folder, repository / "blobs")
+    snapshot = repository / "snapshots" / "0123"
+    for path in sorted((repository / "blobs").rglob("*")):
+        link = snapshot / path.relative_to(repository / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            link.symlink_to(path)
+    return snapshot
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -21,6 +21,7 @@ original file; it is None only for a carried-over shard, which is linked or copi
 
 import importlib.metadata
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -289,7 +290,7 @@ def expanded_from(folder: Path) -> str | None:
     if has_manifest(folder):
         model = read_manifest(folder).base.model
         return (f"{folder} was expanded from {model} already; expand {model} again with the longer list of tokens, or "
-                f"get it back with: vocabext revert {folder} -o FOLDER")
+                f"get it back with: vocabext revert {shlex.quote(str(folder))} -o FOLDER")
     if (folder / ORIGINALS_FOLDER).is_dir():
         return (f"{folder} was expanded already: it holds {ORIGINALS_FOLDER}/, but its {MANIFEST_NAME} is gone; expand "
                 "the model that it was made from again with the longer list of tokens")

@@ -74,16 +74,16 @@ def render_choice(document: dict[str, Any]) -> None:
     """Write the curve, and what was left out."""
     for name, title in (("by_savings", "by savings alone"), ("chosen", "chosen")):
         found = document[name]
-        click.echo(f"{title}: {found['tokens']:,} tokens save {found['saved_share']:.1%} and lose "
+        show.echo(f"{title}: {found['tokens']:,} tokens save {found['saved_share']:.1%} and lose "
                    f"{found['loss_bits_per_byte']:.4f} bits per byte of text kept from mining")
     if document["frontier"]:
-        click.echo("\nheld-out text")
+        show.echo("\nheld-out text")
         show.table([(point["rule"], point["tokens"], f"{point['saved_share']:.1%}",
                      f"{point['loss_bits_per_byte']:.4f}", "chosen" if point["chosen"] else "")
                     for point in document["frontier"]],
                    ("rule", "tokens", "shorter", "bits per byte lost", ""))
     left_out = [row for row in document["tokens"] if not row["kept"]]
     if left_out:
-        click.echo(f"\nleft out: {len(left_out):,} tokens, the first of them")
+        show.echo(f"\nleft out: {len(left_out):,} tokens, the first of them")
         show.table([(repr(row["token"]), row["uses"], row["saved"], row["loss_nats_per_use"], row["why"])
                     for row in left_out[:NUM_SHOWN]], ("token", "uses", "saved", "nats per use", "why"))

@@ -36,13 +36,13 @@ def diff(
 
 
 def _render(found: "Difference", num_tokens: int) -> None:
-    click.echo(f"{found.expanded}: {found.base} and {found.rows.num_new:,} new tokens "
+    show.echo(f"{found.expanded}: {found.base} and {found.rows.num_new:,} new tokens "
                f"(rows by {found.method}, made {found.created})")
     _render_files(found)
     _render_tensors(found)
     _render_tokens(found, num_tokens)
     for cut in found.examples:
-        click.echo("")
+        show.echo("")
         show.table([_cut_row("base", cut.before), _cut_row("expanded", cut.after)], ("", "tokens", "text"))
 
 
@@ -51,21 +51,21 @@ def _render_files(found: "Difference") -> None:
 
     alike = [file for file in found.files if file.state in (SAME, LINKED)]
     linked = sum(file.state == LINKED for file in alike)
-    click.echo(f"\n{len(alike):,} files are the same"
+    show.echo(f"\n{len(alike):,} files are the same"
                f"{f', {linked:,} of them one file on the disk (hard links)' if linked else ''}")
     show.table([(file.name, file.state, file.bytes_before, file.bytes_after, file.reason) for file in found.files
                 if file not in alike], ("file", "", "bytes before", "now", ""))
     for key, (before, after) in found.config.items():
-        click.echo(f"config.json: {key} is {after!r}, was {before!r}")
+        show.echo(f"config.json: {key} is {after!r}, was {before!r}")
 
 
 def _render_tensors(found: "Difference") -> None:
     changed = sum(tensor.rows_after is not None for tensor in found.tensors)
-    click.echo(f"\n{found.num_tensors - changed:,} of {found.num_tensors:,} tensors have the same bytes")
+    show.echo(f"\n{found.num_tensors - changed:,} of {found.num_tensors:,} tensors have the same bytes")
     show.table([(t.name, t.dtype, " x ".join(str(size) for size in t.width), t.rows_before, t.rows_after, t.note)
                 for t in found.tensors], ("tensor", "type", "width", "rows before", "now", ""))
     rows = found.rows
-    click.echo(f"\n{rows.num_new:,} new rows (ids {rows.first_id} to {rows.last_id}): {rows.num_free_taken:,} took "
+    show.echo(f"\n{rows.num_new:,} new rows (ids {rows.first_id} to {rows.last_id}): {rows.num_free_taken:,} took "
                "free rows, "
                f"{rows.num_new - rows.num_free_taken:,} were added, with {rows.num_surplus:,} unused behind them")
 
@@ -74,11 +74,11 @@ def _render_tokens(found: "Difference", num_tokens: int) -> None:
     shown = found.tokens[:num_tokens]
     if not shown:
         return
-    click.echo("")
+    show.echo("")
     show.table([(str(t.token_id), repr(t.token), CUT.join(t.pieces), " ".join(map(str, t.run)), _example(t.example))
                 for t in shown], ("id", "token", "pieces", "run", "example, now cut as"))
     if len(found.tokens) > len(shown):
-        click.echo(f"and {len(found.tokens) - len(shown):,} more; --tokens or --json shows them")
+        show.echo(f"and {len(found.tokens) - len(shown):,} more; --tokens or --json shows them")
 
 
 def _example(cut: "Cut | None") -> str:

@@ -79,7 +79,7 @@ def compute_options(command: Command) -> Command:
 
 def _show_writing(output: "OutputRows") -> None:
     """Say what the output rows are good for."""
-    click.echo(f"\noutput rows: {output.kind}")
+    show.echo(f"\noutput rows: {output.kind}")
     silent = [token for token in output.tokens if token.silent is not None]
     if (found := output.held_out) is not None:
         show.table([
@@ -92,11 +92,11 @@ def _show_writing(output: "OutputRows") -> None:
             ("seconds", f"{output.read_seconds:.0f} to read, {output.fit_seconds:.0f} to fit"),
         ], ("on held-out snippets", ""))
     if silent:
-        click.echo("\nthe model reads these tokens and does not write them "
+        show.echo("\nthe model reads these tokens and does not write them "
                    f"({len(silent):,} of {len(output.tokens):,})")
         show.table([(repr(token.token), token.silent) for token in silent[:10]], ("token", "why"))
     if output.leak is not None:
-        click.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")
+        show.echo(f"largest probability of a silent row at the places that were read: {output.leak:.1e}")
 
 
 @click.command()
@@ -136,14 +136,14 @@ def distill(
              f"{result.taken_nats:.4f} nats (mean of pieces {result.taken_nats_start:.4f})"),
         ], ("", str(output)))
         if worst:
-            click.echo("\nhardest tokens")
+            show.echo("\nhardest tokens")
             show.table([(repr(r.token), r.snippets, f"{r.ratio:.0%}") for r in worst],
                        ("token", "snippets", "error, relative to the mean of its pieces"))
 
         if result.output is not None:
             _show_writing(result.output)
         if left_out := [report for report in result.reports if report.left_out is not None]:
-            click.echo("\nleft out: the model cannot represent them as one row")
+            show.echo("\nleft out: the model cannot represent them as one row")
             show.table([(repr(r.token), r.left_out) for r in left_out[:10]], ("token", "why"))
 
     show.emit(result.summary(), as_json, render)

@@ -49,7 +49,7 @@ def render_evaluation(result: dict[str, Any]) -> None:
     """Write the three rows as a table."""
     shorter = result["shorter"]
     saved = 1 - shorter["expanded_tokens"] / shorter["base_tokens"]
-    click.echo(f"{result['documents']} documents, {result['bytes']:,} bytes: {shorter['base_tokens']:,} base tokens, "
+    show.echo(f"{result['documents']} documents, {result['bytes']:,} bytes: {shorter['base_tokens']:,} base tokens, "
                f"{shorter['expanded_tokens']:,} expanded ({saved:.1%} shorter)")
     show.table([
         (row["name"], row["target_nll_nats"], row["bits_per_byte"], row["bits_per_byte_writing"],
@@ -62,14 +62,14 @@ def render_evaluation(result: dict[str, Any]) -> None:
         _render_writing(result["writing"])
     if result["gap_recovered"] is not None:
         low, high = result["gap_recovered_interval"]
-        click.echo(f"gap between mean of pieces and base recovered: {result['gap_recovered']:.1%} "
+        show.echo(f"gap between mean of pieces and base recovered: {result['gap_recovered']:.1%} "
                    f"(95 % interval {low:.1%} to {high:.1%})")
 
 
 def _render_writing(writing: dict[str, Any]) -> None:
     """Write what output rows buy, and what they cost."""
     base, places = writing["base"], writing["rows"][0]["places"]
-    click.echo(f"\nwriting: base goes on with a run at {places['deserved']:,} of {places['places']:,} places; "
+    show.echo(f"\nwriting: base goes on with a run at {places['deserved']:,} of {places['places']:,} places; "
                f"after {base['prompts']} prompts it writes {base['characters_per_step']:.2f} characters per step, "
                f"{base['characters_per_step_if_all_adopted']:.2f} if each of them became one step")
     show.table([
@@ -81,7 +81,7 @@ def _render_writing(writing: dict[str, Any]) -> None:
         for row in writing["rows"]
     ], ("rows", "characters per step", "of the possible gain", "adopted", "written wrongly", "nats lost elsewhere",
         "greedy text identical / similar / worse", "shift of samples, nats per piece"))
-    click.echo("")
+    show.echo("")
 
 
 def _share(value: float | None) -> str | None:

@@ -72,5 +72,5 @@ def render(report: dict[str, Any], output: Path) -> None:
                  f"{point['total']:.4f}" + (" (kept)" if point["step"] == report["kept_step"] else ""))
                 for point in report["curve"]],
                ("ids seen", "first pieces, nats per place", "units, nats per place", "together"))
-    click.echo(f"\n{output}: {report['adapter_parameters']:,} parameters in the adapter, "
+    show.echo(f"\n{output}: {report['adapter_parameters']:,} parameters in the adapter, "
                f"{report['steps']:,} steps in {report['seconds']:,.0f} s")

@@ -26,6 +26,7 @@ import click
 
 from vocabext import __version__
 from vocabext.errors import ServerError, VocabextError, lacks_memory
+from vocabext.tables import visible
 
 
 class Verb(NamedTuple):
@@ -211,7 +212,7 @@ def _fail(line: str, code: int) -> int:
     for stream in (sys.stderr, sys.stdout):
         try:
             if line and stream is sys.stderr:
-                click.echo(line, err=True)
+                click.echo(visible(line), err=True)
             stream.flush()
         except OSError:  # reader or terminal are gone; Python flushes once more, and would complain again
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -92,9 +92,9 @@ def mine(
 def _render(result: "MineResult", output: Path) -> None:
     show.table([(point.budget, point.saved_tokens, f"{point.shorter_share:.1%}") for point in result.curve],
                ("budget", "saved tokens", "shorter"))
-    click.echo(f"\nbest {min(NUM_BEST, len(result.tokens))} of {len(result.tokens):,} tokens")
+    show.echo(f"\nbest {min(NUM_BEST, len(result.tokens))} of {len(result.tokens):,} tokens")
     show.table([(repr(t.token), len(t.run), t.count, t.sections, t.saved) for t in result.tokens[:NUM_BEST]],
                ("token", "pieces", "count", "sections", "saved"))
     once = ", counted once," if result.repeats.any else ""
-    click.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus{once} {result.shorter_share:.1%} "
-               f"shorter ({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")
+    show.echo(f"\n{output}: {len(result.tokens):,} tokens; they make this corpus{once} {result.shorter_share:.1%} "
+              f"shorter ({result.base_tokens:,} to {result.expanded_tokens:,} tokens, measured)")

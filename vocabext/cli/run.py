@@ -58,7 +58,7 @@ def run(
         show.table([(o.name, o.state, f"{o.seconds:.1f} s", o.output) for o in outcomes],
                    ("stage", "", "time", "artifact"))
         if evaluation:
-            click.echo("")
+            show.echo("")
             render_evaluation(evaluation)
 
     show.emit({"stages": outcomes, "eval": evaluation}, as_json, render)

@@ -108,7 +108,7 @@ def _show(result: dict[str, Any]) -> None:
     show.table(rows, ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out",
                       "expanded is"))
     for line in remarks(result):
-        click.echo(line)
+        show.echo(line)
 
 
 def remarks(result: dict[str, Any]) -> list[str]:

@@ -246,6 +246,6 @@ def _show_swap(result: dict[str, Any]) -> None:
     show.table([(item["name"], item["verdict"], item["checked"]) for item in result["items"]],
                ("contract", "verdict", "tried"))
     for item in result["items"]:
-        click.echo(f"{item['name']}: {item['detail']}")
+        show.echo(f"{item['name']}: {item['detail']}")
         for example in item["examples"]:
-            click.echo(f"    {example}")
+            show.echo(f"    {example}")

@@ -66,14 +66,14 @@ def predict(
 
 def _show(result: dict[str, Any]) -> None:
     device, lengths, memory = result["device"], result["lengths"], result["memory"]
-    click.echo(f"{device['name']}: {device['flops_per_second']:.3g} FLOP/s, {device['bytes_per_second']:.3g} bytes/s "
+    show.echo(f"{device['name']}: {device['flops_per_second']:.3g} FLOP/s, {device['bytes_per_second']:.3g} bytes/s "
                f"({device['source']}); text is {lengths['length_ratio']:.3f} times shorter")
-    click.echo("")
+    show.echo("")
     show.table([(row["scenario"], row["note"], _milliseconds(row["base_seconds"]),
                  _milliseconds(row["expanded_seconds"]), f"{row['speedup']:.3f}", row["expanded_limited_by"])
                 for row in result["loads"]],
                ("load", "if", "base", "expanded", "speed-up", "limited by"))
-    click.echo("")
+    show.echo("")
     rows = [("weights", "weight_bytes", "bytes"), ("head", "head_bytes", "bytes"),
             ("cache per request", "cache_bytes_per_request", "bytes"), ("requests that fit", "requests_that_fit", ""),
             ("characters in the context", "context_characters", "")]
@@ -81,7 +81,7 @@ def _show(result: dict[str, Any]) -> None:
                          for role in ("base", "expanded"))) for name, key, unit in rows],
                ("memory", "base", "expanded"))
     if result["measured"]:
-        click.echo("")
+        show.echo("")
         show.table([(row["machine"], row["point"], f"{row['length_ratio']:.3f}",
                      f"{row['speedup']:.3f} ({row['speedup_interval'][0]:.3f} to {row['speedup_interval'][1]:.3f})",
                      f"{row['share_of_length_ratio']:.2f}", row["verdict"]) for row in result["measured"]],

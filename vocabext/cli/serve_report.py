@@ -54,7 +54,7 @@ def report(
         with atomic_file(path) as file:
             file.write(text)
     write_json(document, show.to_plain(page.document))
-    click.echo(page.headline)
+    show.echo(page.headline)
     for name in page.missing:
         show.note(f"{name} was not measured; the report says how to")
     show.note(f"wrote {output}, {markdown.name} and {document.name}")

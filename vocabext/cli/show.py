@@ -15,14 +15,25 @@ import click
 from vocabext.api.voice import Voice
 from vocabext.progress import Pace, Task
 from vocabext.tables import format_table as format_table  # part of what the verbs show
+from vocabext.tables import visible
 
 PLAIN_INTERVAL_SECONDS = 5.0
 """Where there is no terminal: the time between two lines of progress."""
 
 
+def echo(text: str, *, err: bool = False) -> None:
+    """Write text to stdout or stderr, with control characters made visible: all output of the verbs goes through here.
+
+    Args:
+        text: What to write, a line or several.
+        err: Whether it goes to stderr.
+    """
+    click.echo(visible(text), err=err)
+
+
 def note(message: str) -> None:
     """Write one line to stderr: a remark that is no result."""
-    click.echo(message, err=True)
+    echo(message, err=True)
 
 
 def emit(document: Any, as_json: bool, human_render: Callable[[], None]) -> None:
@@ -32,10 +43,10 @@ def emit(document: Any, as_json: bool, human_render: Callable[[], None]) -> None
         document: The result as JSON-ready values; dataclasses, paths and numpy scalars are
             converted, and numbers that JSON cannot hold (NaN, infinity) become null.
         as_json: Write `document`, and nothing else, as one JSON document.
-        human_render: Called instead if `as_json` is false; writes with `table` and `click.echo`.
+        human_render: Called instead if `as_json` is false; writes with `table` and `echo`.
     """
     if as_json:
-        click.echo(json.dumps(to_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+        echo(json.dumps(to_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
     else:
         human_render()
 
@@ -59,7 +70,7 @@ def to_plain(value: Any) -> Any:
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
     """Write a table to stdout."""
-    click.echo(format_table(rows, headers))
+    echo(format_table(rows, headers))
 
 
 @contextmanager
@@ -186,7 +197,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
             self._bar.update(self._task_id, total=pace.total)
 
         def note(self, text: str, /) -> None:
-            self._bar.update(self._task_id, remark=text)
+            self._bar.update(self._task_id, remark=visible(text))
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -196,4 +207,4 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
         TextColumn("{task.fields[remark]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield BarTask(bar, bar.add_task(description, total=total, remark=""))
+        yield BarTask(bar, bar.add_task(visible(description), total=total, remark=""))

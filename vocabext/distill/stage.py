@@ -35,6 +35,7 @@ from vocabext.distill.output_rows.stage import (
 from vocabext.distill.overlap import text_numbers
 from vocabext.errors import UsageError
 from vocabext.files.atomic import check_output
+from vocabext.files.folders import locked
 from vocabext.files.jsonl import read_tokens
 from vocabext.model.frozen import FrozenModel, check_runs_on_rows, load_model
 from vocabext.model.support import check_patchable, check_runs
@@ -237,9 +238,10 @@ def _groups_folder(output: Path | None) -> Iterator[Path]:
         with TemporaryDirectory(prefix="vocabext-") as scratch:
             yield Path(scratch) / "groups"
         return
-    beside = output.with_name(f".{output.name}.groups")
-    yield beside
-    FinishedGroups(beside, "").remove()
+    beside = output.with_name(f".{output.name}.vocabext-groups")
+    with locked(output):  # another process with this output would delete the groups that this one has finished
+        yield beside
+        FinishedGroups(beside, "").remove()
 
 
 def _distill_both(

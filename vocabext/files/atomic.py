@@ -1,17 +1,29 @@
-"""Files that are there whole or not at all, and where they may be written."""
+"""Files that are there whole or not at all, and where they may be written.
 
+What is not finished lies beside its destination as `.NAME.vocabext-RANDOM.tmp`, made with O_EXCL, so that nobody can
+put a link there before. Its process holds a lock (flock) on it: what nobody holds was left by a process that died.
+The next one that writes NAME removes it, and touches nothing of any other name.
+"""
+
+import errno
+import fcntl
 import io
 import json
 import os
 import re
+import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from vocabext.errors import OutputExistsError, UsageError
 
-UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_file` calls a file that it is writing
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.vocabext-[0-9a-f]{16}\.(?P<kind>tmp|old)", re.DOTALL)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
+ABANDONED_SECONDS = 7 * 24 * 3600  # where there are no locks: what nobody has changed for so long is dead
 
 
 def check_output(path: Path, *, force: bool, folder: bool = False) -> None:
@@ -42,12 +54,12 @@ def real_path(path: Path) -> Path:
 
 
 class _OutputFile(io.FileIO):
-    """A temporary file; an error of writing it names the output that it will be."""
+    """A new file; an error of writing it names the output that it will be."""
 
     def __init__(self, path: Path, output: Path) -> None:
         self._output = output
         with naming(output):
-            super().__init__(path, "w")
+            super().__init__(path, "x")
 
     def write(self, data: Any, /) -> int:
         with naming(self._output):
@@ -75,25 +87,103 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder, but a file is written here; choose another output")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_unfinished(path.parent, path.name)
+    binary = _open_temporary(path)
+    temporary = Path(os.fsdecode(binary.name))
     try:
-        with io.BufferedWriter(_OutputFile(temporary, path)) as binary:
-            file = binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
+        with io.BufferedWriter(binary) as buffered:
+            file = buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+            with suppress(FileNotFoundError):  # a private file stays private
+                os.fchmod(binary.fileno(), path.stat().st_mode & 0o777)
             yield file
             file.flush()
             with naming(path):
                 os.fsync(file.fileno())
-        with naming(path):
-            os.replace(temporary, path)
+            with naming(path):  # while the lock is held: afterwards another process may take the file for a dead one
+                os.replace(temporary, path)
+                sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `atomic_file` left in a folder when its process was killed; nobody may be writing there."""
-    for path in folder.glob(".*.tmp"):
-        if UNFINISHED.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+def _open_temporary(path: Path) -> _OutputFile:
+    """Open a temporary sibling, and lock it."""
+    while True:
+        file = _OutputFile(temporary_path(path), path)
+        if hold(file.fileno(), Path(os.fsdecode(file.name))):
+            return file
+        file.close()
+
+
+def temporary_path(path: Path, kind: str = "tmp") -> Path:
+    """Return a name beside `path` that nobody can guess, for what is not in place: `tmp`, or `old` once replaced."""
+    return path.with_name(f".{path.name}.vocabext-{secrets.token_hex(8)}.{kind}")
+
+
+def hold(descriptor: int, path: Path) -> bool:
+    """Lock an open file or folder; false if another process holds it, or has removed it before it was locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def unfinished(folder: Path, name: str | None = None, kind: str = "tmp") -> Iterator[Path]:
+    """Yield what vocabext has not put in place in a folder: of the output `name`, or of all."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = UNFINISHED.fullmatch(path.name)
+        if found and found["kind"] == kind and name in (None, found["name"]):
+            yield path
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that died have left half-written in a folder: of the output `name`, or of all."""
+    for path in unfinished(folder, name):
+        with suppress(OSError):  # somebody else removes it at this moment, or it belongs to another user
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if _is_dead(descriptor):
+                    remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def _is_dead(descriptor: int) -> bool:
+    """Tell whether the process that was writing an open file or folder is gone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno in NO_LOCKS and time.time() - os.fstat(descriptor).st_mtime > ABANDONED_SECONDS
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file to disk, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

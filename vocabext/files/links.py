@@ -24,6 +24,16 @@ FICLONE = 0x40049409  # Linux: share the bytes of another file, copy on write
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Tell whether a path in a folder leads to a file outside it: what a model's author puts there is not the model's.
+
+    A hub cache keeps its files in `blobs` beside `snapshots`, and links to them: these count as inside.
+    """
+    real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    allowed = [inside, *(parent.parent / "blobs" for parent in (inside, *inside.parents) if parent.name == "snapshots")]
+    return not any(real.is_relative_to(place) for place in allowed)
+
+
 def link_file(source: Path, target: Path, how: str) -> str | None:
     """Link a file, if that is asked for and possible. Links of a hub cache are followed.
 

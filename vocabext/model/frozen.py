@@ -13,7 +13,6 @@ import copy
 import inspect
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,6 +24,8 @@ from torch import nn
 
 from vocabext.checkpoint.architecture import Quiet, describe_misfit, loading_class, read_config
 from vocabext.errors import CheckpointError, UsageError, in_one_line
+from vocabext.files.atomic import real_path
+from vocabext.files.folders import scratch_folder
 from vocabext.model.branches import Branches, unrolled
 from vocabext.model.logit_map import LogitMap, measure_logit_map
 from vocabext.options import DEVICE
@@ -764,16 +765,9 @@ def _from_pretrained(folder: str | Path, trust_remote_code: bool, **options: Any
 
 @contextmanager
 def offloading(beside: Path) -> Iterator[Path]:
-    """Name a folder beside a path for weights that fit nowhere; it is removed at the end.
-
-    `load_model` makes it when it is needed.
-    """
-    beside = beside.resolve()
-    folder = beside.with_name(f".{beside.name}.offloaded")
-    try:
+    """Make a folder beside a path for weights that fit nowhere; it is removed at the end."""
+    with scratch_folder(real_path(beside)) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_model(

@@ -17,6 +17,7 @@ from vocabext.checkpoint.folder import (
     CONFIG_NAME,
     INDEX_NAME,
     PICKLE_PATTERNS,
+    READ_BY_NAME,
     Checkpoint,
     RowsFile,
     read_json,
@@ -25,6 +26,8 @@ from vocabext.checkpoint.manifest import TensorRecord
 from vocabext.checkpoint.shards import Copied, Growth
 from vocabext.checkpoint.vocabulary import EMBEDDING, HEAD, HEAD_BIAS, SILENT_BIAS, TIED_IN_VLLM, quantisation
 from vocabext.errors import CheckpointError
+from vocabext.files.atomic import real_path
+from vocabext.files.links import leads_outside
 from vocabext.model.support import check_room
 
 SKIPPED_FOLDERS = (".git", ".cache")
@@ -315,7 +318,13 @@ def _files(folder: Path, lost: dict[str, str]) -> Iterator[str]:
         folders[:] = sorted(name for name in folders
                             if name not in SKIPPED_FOLDERS and not (Path(root) / name).is_symlink())
         for name in sorted(names):
-            if (Path(root) / name).is_file() and "\\" not in name:
+            path = Path(root) / name
+            if path.is_symlink() and path.is_file() and leads_outside(path, folder):
+                if name.endswith(".safetensors") or any(fnmatch.fnmatch(name, part) for part in READ_BY_NAME):
+                    raise CheckpointError(f"{path} is a link to {real_path(path)}, outside the model folder; put the "
+                                          "file itself there if it belongs to the model")
+                lost[(inside / name).as_posix()] = "a link to a file outside the model folder"
+            elif path.is_file() and "\\" not in name:
                 yield (inside / name).as_posix()
             else:
                 lost[(inside / name).as_posix()] = "no regular file, a link to nowhere, or a name with a backslash"

@@ -143,7 +143,7 @@ def patch(rows_path: Path, model: str, output_folder: Path, *, force: bool = Fal
     if tensors.untied:
         say(f"the head gets a matrix of its own, so that input and output rows can differ: "
             f"{tensors.untied_bytes / 1e6:,.1f} MB more")
-    with new_folder(output, force=force) as folder:
+    with new_folder(output, force=force, like=base_folder) as folder:
         weights = WeightWriter(checkpoint, tensors, files, folder, link)
         weights.link_weights()
         others = _OtherFiles(checkpoint, files, folder, weights.originals)
