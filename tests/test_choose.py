@@ -228,7 +228,8 @@ def test_an_interrupted_choice_goes_on_where_it_stopped(config: RunConfig, monke
 def test_without_the_options_run_has_the_stages_that_it_had(config: RunConfig) -> None:
     from vocabext.run import _Pipeline
 
-    stages = _Pipeline(replace(config, choose=ChooseConfig()), no_progress, lambda _: None).stages()
+    plain, work = replace(config, choose=ChooseConfig()), config.output.with_name("work")
+    stages = _Pipeline(plain, work, no_progress, lambda _: None).stages()
     assert [stage.name for stage in stages] == [name for name in CHOOSING if "trial" not in name and name != "choose"]
 
 

@@ -192,9 +192,12 @@ def _take(path: Path, output: Path) -> int:
     while True:
         descriptor = _open_lock(path, output)
         try:
-            if _is_first(descriptor, path, output):
-                return descriptor
-        except BaseException:
+            with naming(output):
+                if _is_first(descriptor, path, output):
+                    return descriptor
+        except BaseException as error:
+            if isinstance(error, OSError):  # the disk takes no name of the holder: the lock is ours, and of no use
+                path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)
