@@ -153,7 +153,7 @@ def test_a_signal_while_engines_start_leaves_none_behind(model: str, tmp_path: P
         process.send_signal(signal.SIGHUP)
         _, said = process.communicate(timeout=30)
     assert (process.returncode, "Traceback" in said) == (129, False)
-    assert not [child for child in children if child.is_running()]
+    assert wait_for(lambda: not [child for child in children if child.is_running()])
 
 
 # -- what a killed gateway leaves ----------------------------------------------------------------------------------
