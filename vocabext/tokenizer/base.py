@@ -46,9 +46,7 @@ class _Encoder:
     def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
         """Encode many texts in parallel; like `encode`, in the order given. Several threads may do so at once.
 
-        Args:
-            texts: The texts.
-            framed: Whether to add the special tokens that frame a prompt.
+        `framed` adds the special tokens that frame a prompt.
 
         Raises:
             TokenizerError: If the library gives up at a text.
@@ -212,10 +210,6 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
 def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
     """Refuse tokens that would hide from generation an id or text that it stops at, bans or forces.
 
-    Args:
-        rules: What the files of the model say.
-        tokens: The new tokens.
-
     Raises:
         TokenizerError: If tokens break a rule; says how many, and names the first.
     """
@@ -229,14 +223,10 @@ def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
 
 
 def given_rows(base: BaseTokenizer, num_rows: int) -> dict[int, str]:
-    """Return the ids that have no row in the matrix, and that get an empty one, with what they are.
+    """Return the ids that have no row in a matrix of `num_rows`, and that get an empty one, with what they are.
 
     The model cannot have read or written such an id. If no text holds it (a place for an image, an end of text that
     only a config names), an empty row does no harm.
-
-    Args:
-        base: The tokenizer.
-        num_rows: Rows of the matrix.
 
     Raises:
         CheckpointError: If ids of plain text have no row, or too many ids have none.

@@ -78,10 +78,6 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False, heed_f
 def load_base(folder: Path, *, trust_remote_code: bool = False) -> "BaseTokenizer":
     """Load the tokenizer of a model that is to be expanded.
 
-    Args:
-        folder: The model folder.
-        trust_remote_code: Whether code that comes with the model may run.
-
     Raises:
         UsageError: If the model was expanded already.
         TokenizerError: If its tokenizer cannot be extended.
@@ -135,12 +131,7 @@ def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> 
 
 
 def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", source: object) -> None:
-    """Refuse an artifact whose first new id is another one than the tokenizer's.
-
-    Args:
-        header: The header of the artifact.
-        base: The tokenizer of the model in use.
-        source: The artifact, for the message.
+    """Refuse an artifact whose first new id is another one than that of the model in use, `base`.
 
     Raises:
         UsageError: If the header names another number of base ids.
@@ -154,10 +145,6 @@ def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", source: obj
 
 def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:
     """Load the tokenizer of an expanded checkpoint as transformers loads it, whatever that turns out to be.
-
-    Args:
-        folder: The expanded checkpoint.
-        expansion: The new tokens that its manifest names.
 
     Raises:
         TokenizerError: If transformers cannot load it.

@@ -16,10 +16,7 @@ SHOWN_CHARACTERS = 20
 
 @contextmanager
 def encoding(texts: Sequence[str]) -> Iterator[None]:
-    """Name the text at which the tokenizer gives up in this block.
-
-    Args:
-        texts: The texts that the block encodes; the message names the longest.
+    """Name the text at which the tokenizer gives up in this block: of several, the longest.
 
     Raises:
         TokenizerError: If the library panics.

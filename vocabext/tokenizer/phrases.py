@@ -103,9 +103,6 @@ SAMPLES = {
 def right_guards(split: Split) -> dict[str, Guard | None]:
     """Choose for each kind of ending the widest guard under which sample phrases keep their cuts.
 
-    Args:
-        split: The splitting of the tokenizer: text to the chunks of it.
-
     Returns:
         A guard per ending; None where no guard is narrow enough.
     """
