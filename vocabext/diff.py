@@ -1,10 +1,11 @@
-"""What an expansion has changed: files, tensors, rows, and tokens with examples of how text is cut now.
+"""What an expansion has changed: files, tensors, rows, and tokens with examples of how the new tokenizer cuts text.
 
-Everything is read off the two folders; vocabext.json only says which tokens are new, and why files were left out.
+`diff` reads all of it off the two folders; vocabext.json only says which tokens are new, and why files were left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Changes = dict[str, tuple[object, object]]
 SAME, LINKED, CHANGED, ADDED, REMOVED = "same bytes", "one file on the disk", "changed", "added", "not there"
-# In which company a new token is looked for, until it is found: the rules of tokenizers differ.
+# Texts around a new token, tried until its tokenizer uses it: tokenizers differ in where they do.
 BEFORE, AFTER = ("", "x", ". ", "x ", "\n"), ("", " ", ".", "\n")
 
 
@@ -30,10 +31,10 @@ class FileChange:
 
     Attributes:
         name: Its path, relative to the folder.
-        state: What became of it.
+        state: How the expansion has changed it: `SAME`, `LINKED`, `CHANGED`, `ADDED` or `REMOVED`.
         bytes_before: Its size in the base; None if it is not there.
         bytes_after: Its size in the expanded folder; None if it is not there.
-        reason: Why it was left out, where vocabext.json says so.
+        reason: Why it was left out, if vocabext.json says so.
     """
 
     name: str
@@ -52,7 +53,7 @@ class TensorChange:
         dtype: Its type.
         rows_before: Length of its first axis in the base; None if it is not there.
         rows_after: Length of its first axis in the expanded folder; None if it is not there.
-        width: What is stored per row.
+        width: Shape of one row.
         note: What the change means.
     """
 
@@ -74,8 +75,8 @@ class RowChange:
         last_id: The last.
         num_rows_before: Rows of the base.
         num_rows_after: Rows now.
-        num_free_taken: New rows that took rows which no id used.
-        num_surplus: Rows behind the last new one that the matrix has grown by.
+        num_free_taken: How many new rows took the place of rows that no id used.
+        num_surplus: How many rows the matrix has grown by behind the last new row.
     """
 
     num_new: int
@@ -89,12 +90,12 @@ class RowChange:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a text is cut by both tokenizers.
+    """How both tokenizers cut a text.
 
     Attributes:
         text: The text.
-        before: The parts of the base's tokens.
-        after: The parts of the expanded tokenizer's tokens.
+        before: The part of the text that each of the base's tokens covers.
+        after: The part that each of the expanded tokenizer's tokens covers.
     """
 
     text: str
@@ -109,9 +110,9 @@ class TokenChange:
     Attributes:
         token_id: Its id.
         token: Its text.
-        pieces: The base tokens that it stands for, as text; bytes that make no character alone are shown as `�`.
+        pieces: The base tokens that it stands for, as text; `�` for bytes that make no character alone.
         run: Their ids.
-        example: A short text in which it is used; None if none was found.
+        example: A short text that has it; None if `diff` found none.
     """
 
     token_id: int
@@ -146,7 +147,7 @@ def diff(base: str, expanded: Path, texts: Sequence[str] = (), *, trust_remote_c
     Args:
         base: The base: a folder or hub id.
         expanded: The expanded checkpoint.
-        texts: Texts to show as both tokenizers cut them.
+        texts: Texts to cut by both tokenizers.
         trust_remote_code: Whether code that comes with the base may run.
         progress: Told about the bytes compared.
 
@@ -209,30 +210,24 @@ def _files(base: Path, expanded: Path, manifest: Manifest, progress: Progress) -
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Return the sizes of all files that count, by name; hidden folders hold caches and version control."""
-    found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            found[name.as_posix()] = path.stat().st_size
-    return found
+    """Return the sizes of all files, by name, but not of hidden ones: caches and version control."""
+    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path.stat().st_size for name, path in names.items()
+            if not any(part.startswith(".") for part in name.parts)}
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 def _tensors(old: Checkpoint, new: Checkpoint, manifest: Manifest, progress: Progress) -> Iterator[TensorChange]:
-    names = sorted(old.tensors.keys() | new.tensors.keys())
-    total = sum(info.num_bytes for info in new.tensors.values())
-    with progress("comparing tensors", total, "bytes") as task:
-        for name in names:
+    with progress("comparing tensors", new.weight_bytes, "bytes") as task:
+        for name in sorted(old.tensors.keys() | new.tensors.keys()):
             before, after = old.tensors.get(name), new.tensors.get(name)
             one = after or before
             assert one is not None  # it is a name of one of them
-            if before and after and (before.dtype, before.shape) == (after.dtype, after.shape):
-                if same_inode(old.folder / before.file, new.folder / after.file):
-                    continue
-                if first_difference(old.extent(name), new.extent(name), task.advance) is None:
-                    continue
+            if before and after and (before.dtype, before.shape) == (after.dtype, after.shape) and (
+                    same_inode(old.folder / before.file, new.folder / after.file)
+                    or first_difference(old.extent(name), new.extent(name), task.advance) is None):
+                continue
             yield TensorChange(name, one.dtype, _first_axis(before), _first_axis(after), one.shape[1:],
                                _note(name, old, new, manifest))
 
@@ -263,13 +258,11 @@ def _rows(old: Checkpoint, new: Checkpoint, manifest: Manifest) -> RowChange:
 def _tokens(before: "BaseTokenizer", after: "ExpandedTokenizer") -> Iterator[TokenChange]:
     tokens, first = after.tokens, after.first_new_id
     found: dict[int, str] = {}
-    for left in BEFORE:
-        for right in AFTER:
-            wanted = [i for i in range(len(tokens)) if i not in found]
-            texts = [left + tokens[i].token + right for i in wanted]
-            for i, text, ids in zip(wanted, texts, after.encode_batch(texts), strict=True):
-                if first + i in ids:
-                    found[i] = text
+    for left, right in product(BEFORE, AFTER):
+        wanted = {i: left + token.token + right for i, token in enumerate(tokens) if i not in found}
+        for (i, text), ids in zip(wanted.items(), after.encode_batch([*wanted.values()]), strict=True):
+            if first + i in ids:
+                found[i] = text
     for i, token in enumerate(tokens):
         pieces = tuple(before.decode([piece]) for piece in token.run)
         example = _cut(before, after, found[i]) if i in found else None
@@ -281,11 +274,6 @@ def _cut(before: "BaseTokenizer", after: "ExpandedTokenizer", text: str) -> Cut:
 
 
 def _parts(tokenizer: "BaseTokenizer | ExpandedTokenizer", text: str) -> tuple[str, ...]:
-    """Return the part of the text that each token covers; empty for a token of bytes inside a character."""
-    parts, position = [], 0
-    offsets = tokenizer.encode_with_places([text])[0].offsets
-    for number, (_, end) in enumerate(offsets):
-        stop = len(text) if number == len(offsets) - 1 else max(position, end)
-        parts.append(text[position:stop])
-        position = stop
-    return tuple(parts)
+    """Return the part of the text that each token covers; an empty part for a token of bytes inside a character."""
+    stops = [*accumulate((end for _, end in tokenizer.encode_with_places([text])[0].offsets), max)]
+    return tuple(text[start:stop] for start, stop in pairwise([0, *stops[:-1], len(text)])) if stops else ()

@@ -1,4 +1,4 @@
-"""What a model is, as far as its vocabulary is concerned: nothing is changed, no weights are loaded."""
+"""What a model is, as far as its vocabulary is concerned. `inspect` changes nothing and loads no weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from vocabext.checkpoint.folder import Checkpoint, open_checkpoint, resolve_model
 from vocabext.checkpoint.manifest import MANIFEST_NAME, expanded_from, has_manifest, read_manifest
+from vocabext.checkpoint.vocabulary import quantisation, quantisation_settings
 from vocabext.errors import CheckpointError, TokenizerError
 from vocabext.model.support import Support, support
 
 if TYPE_CHECKING:
     from vocabext.tokenizer import BaseTokenizer
 
-ROW_STEP = 64  # new rows are added in multiples of this, or of the smaller power of two that there was
+ROW_STEP = 64  # a matrix grows by multiples of this, or of the largest smaller power of two that divides its rows
 SAMPLES = ("The quick brown fox jumps over 2 lazy dogs.\n  It's naïve!", "def f(x):\n\treturn x  # ¿por qué? 漢字")
-# Parts of a quantisation's settings that say how many bits a weight has.
+# Settings of a quantisation that say how many bits a weight has.
 BITS_KEYS = ("bits", "num_bits", "weight_bits")
 
 
@@ -57,22 +58,21 @@ class Inspection:
         vocab_tensors: Stored names of the tensors with one row per token id.
         row_tensors: The same with their sizes.
         num_rows: Rows stored (V).
-        num_used_ids: Ids that the tokenizer addresses or a file names (U): the first new id; None if that cannot be
-            read off.
-        num_free_rows: Rows that new tokens can take before the matrix grows; None as above.
-        row_step: In multiples of how many rows it grows then.
-        first_reserved_id: Ids from here on mean images or sounds, and cannot be new tokens; None if none do.
+        num_used_ids: Ids that the tokenizer addresses or a file names (U): the first new id; None if it is unknown.
+        num_free_rows: Rows that new tokens can take before the matrix grows; None if `num_used_ids` is.
+        row_step: The matrix grows by multiples of so many rows.
+        first_reserved_id: The first id that means an image or sound, and cannot be a new token; None if there is none.
         bytes_per_new_row: What a new token costs once the matrix grows, over all vocabulary tensors.
-        tokenizer_kind: Its kind; None if it cannot be extended.
-        tokenizer_class: What transformers makes of it; None if it cannot be loaded.
-        tokenizer_warning: In which way the class that is named changes the base's own tokenizer; None if it does not.
+        tokenizer_kind: The kind of its tokenizer; None if it cannot be extended.
+        tokenizer_class: The class that transformers makes of it; None if it cannot be loaded.
+        tokenizer_warning: How that class cuts text otherwise than tokenizer.json says; None if it does not.
         extension: What can be added to the tokenizer, or why nothing can.
         num_new_tokens: New tokens if this is an expanded checkpoint already, else 0.
         base: What it was expanded from; None if it was not.
         support: What can be done with it, or why not.
         reserved: Ids behind the tokenizer's own that a file names; new tokens go behind them.
-        given_rows: Ids of special tokens, or named by a file, that have no row and would get a silent one.
-        out_of_reach: Ids that a file names though they lie far behind all rows.
+        given_rows: Ids of special tokens, or named by a file, that have no row; `patch` gives them a silent one.
+        out_of_reach: Ids that a file names and that lie far behind all rows.
     """
 
     folder: Path
@@ -119,14 +119,14 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> Inspection:
     Raises:
         UsageError: If `model` is neither folder nor hub id.
         CheckpointError: If the folder is damaged, or its parts contradict each other.
-        UnsupportedError: If it is of a kind that no rows can be added to.
+        UnsupportedError: If models of its kind cannot get new rows.
     """
     from vocabext.tokenizer import given_rows, load_tokenizer
 
     folder = resolve_model(model)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     manifest = read_manifest(folder) if has_manifest(folder) else None
-    # What an expansion has put into the tokenizer may be of no kind that can be extended again.
+    # `load_tokenizer` may refuse the tokenizer of an expanded checkpoint, so its manifest says how many ids it has.
     num_used_ids, kind = None if manifest is None else manifest.first_new_id + len(manifest.tokens), None
     class_name = warning = no_tokenizer = None
     reserved: dict[int, str] = {}
@@ -171,14 +171,8 @@ def _row_tensors(checkpoint: Checkpoint) -> tuple[RowTensorFacts, ...]:
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:
     """Return by which method, and to how many bits, a model is quantised; None if it is not."""
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
-        settings = part.get("quantization_config")
-        if isinstance(settings, dict):
-            method = str(settings.get("quant_method") or "an unnamed method")
-            bits = next(iter(_bits(settings)), None)
-            return f"{method}, {bits} bits" if bits else method
-    return None
+    bits = next(iter(_bits(quantisation_settings(config) or {})), None)
+    return f"{quantisation(config)}, {bits} bits" if bits else quantisation(config)
 
 
 def _bits(settings: Mapping[str, Any]) -> list[int]:
@@ -188,10 +182,10 @@ def _bits(settings: Mapping[str, Any]) -> list[int]:
 
 
 def _tokenizer_warning(folder: Path, tokenizer: "BaseTokenizer") -> str | None:
-    """Say how what transformers loads differs from tokenizer.json, where it does.
+    """Say how the tokenizer that transformers loads differs from tokenizer.json; None if it does not.
 
-    Model classes rebuild the tokenizer from code of their own; one that the file was not made for reads text
-    wrongly, and then nothing that is built on it can be right.
+    Model classes rebuild the tokenizer from code of their own. A class that the file was not made for reads text
+    wrongly, and everything built on it would be wrong.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -214,7 +208,7 @@ def _tokenizer_warning(folder: Path, tokenizer: "BaseTokenizer") -> str | None:
 
 
 def expanded_note(inspection: Inspection) -> str:
-    """Say in a few words whether the model is an expanded checkpoint already."""
+    """Say in a few words whether the model is an expanded checkpoint."""
     if inspection.base is None:
         return f"no ({MANIFEST_NAME} is absent)"
     return f"yes: {inspection.num_new_tokens:,} new tokens over {inspection.base}"

@@ -1,7 +1,7 @@
 """Make the base again from an expanded checkpoint, byte for byte and without the base.
 
-What `patch` changed is kept in the expanded folder (`vocabext.checkpoint.manifest` says how). Nothing is trusted:
-whatever has a recorded digest must have it again, or nothing is written under the output's name.
+The expanded folder keeps what `patch` changed (`vocabext.checkpoint.manifest` says how). `revert` trusts none of it:
+each restored file must have the digest that was recorded, or the output does not appear.
 """
 
 import json
@@ -42,11 +42,11 @@ class RevertResult:
 
     Attributes:
         folder: The restored folder.
-        base: What it restores, as it was named when it was expanded.
-        num_files: Files restored.
+        base: The base that it restores, as the user named it to `patch`.
+        num_files: How many files it restored.
         num_bytes: Their size.
         lost: What the base had and the expanded folder did not keep, with the reason.
-        unproven: Files of which no digest was recorded, taken as they are.
+        unproven: Restored files that have no recorded digest.
         seconds: Time it took.
     """
 
@@ -64,15 +64,15 @@ def revert(folder: Path, output: Path, *, link: str = AUTO, force: bool = False,
     """Write the base that a checkpoint was expanded from.
 
     Args:
-        folder: The expanded checkpoint. It is only read.
+        folder: The expanded checkpoint; `revert` only reads it.
         output: The folder to make.
-        link: How untouched shards come over: `auto`, `hard` or `copy` (see `vocabext.files.links`).
-        force: Whether a model folder that is there already is replaced, once the new one is complete.
+        link: How to carry untouched shards over: `auto`, `hard` or `copy` (see `vocabext.files.links`).
+        force: Whether to replace a model folder at `output`, once the new one is complete.
         progress: Told about the bytes written.
 
     Raises:
-        UsageError: If a path is wrong, or the output is there already and `force` is false.
-        CheckpointError: If something in `folder` has changed since it was made, was not kept, or the disk is too full.
+        UsageError: If a path is wrong, or `output` exists and `force` is false.
+        CheckpointError: If a part of `folder` has changed since it was made, was not kept, or the disk is too full.
     """
     began = time.perf_counter()
     manifest = read_manifest(folder)
@@ -104,7 +104,7 @@ def _check_paths(folder: Path, output: Path, *, force: bool) -> None:
 
 
 def _originals(manifest: Manifest, folder: Path) -> Originals:
-    """Return what was kept of the base, once everything that it names was found."""
+    """Return what the folder keeps of the base, or raise an error if a file that it names is missing."""
     originals = manifest.originals
     if manifest.merged:
         raise CheckpointError(f"{folder} holds a merged adapter and nothing that restores the base; take the base "
@@ -136,9 +136,9 @@ class _Restoration:
         self.unproven: list[str] = []
 
     def link_weights(self, how: str) -> None:
-        """Link what can be linked; that takes no space, so it comes before the question for it."""
+        """Link the weights that can be linked: they take no space, so `revert` asks for space afterwards."""
         for name, original in self._files.items():
-            if name.endswith(WEIGHTS_SUFFIX):  # weights alone are linked: they are replaced and not edited
+            if name.endswith(WEIGHTS_SUFFIX):  # nobody edits weights in place, which would edit both files
                 target = self._target / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if link_file(self._folder / original.stored, target, how) is not None:
@@ -146,7 +146,7 @@ class _Restoration:
 
     @property
     def linked_bytes(self) -> int:
-        """Size of what was linked."""
+        """Size of the linked files."""
         return sum(self._files[name].num_bytes for name in self._linked)
 
     def run(self, advance: Advance) -> None:
@@ -154,14 +154,12 @@ class _Restoration:
         for name, original in self._files.items():
             (self._target / name).parent.mkdir(parents=True, exist_ok=True)
             self._write(name, original, Extent.whole(self._folder / original.stored).chunks(), advance)
-        if not self._originals.shards:
-            return
-        shards = read_shards(self._folder)
+        shards = read_shards(self._folder) if self._originals.shards else {}
         for name, original in sorted(self._originals.shards.items()):
             self._write(name, original, self._shard(name, original, shards), advance)
 
     def _write(self, name: str, original: Original, chunks: Iterator[bytes], advance: Advance) -> None:
-        """Write one file, or only read it where it is linked already; refuse it if it is not what the base had."""
+        """Write one file, or only read it if it is a link; raise an error if it is not what the base had."""
         path, linked = self._target / name, name in self._linked
         with open(path, "rb" if linked else "xb") as file:
             count, digest = pass_on(chunks, None if linked else file, advance)
@@ -172,13 +170,12 @@ class _Restoration:
         if wanted is None:
             self.unproven.append(name)
         elif digest != wanted:
-            source = original.stored if name in self._originals.carried_over or name in self._originals.files \
-                else "a tensor in the new shards"
+            source = original.stored if name in self._files else "a tensor in the new shards"
             raise CheckpointError(f"{source} has changed since it was made: restored, {name} has the digest "
                                   f"{digest[:12]}, the base's was {wanted[:12]}")
 
     def _shard(self, name: str, original: Original, shards: Mapping[str, Shard]) -> Iterator[bytes]:
-        """Yield the bytes of an old shard: its header as it was kept, and its tensors from the new shards."""
+        """Yield the bytes of an old shard: its header, which the folder keeps, and its tensors from the new shards."""
         extent = Extent.whole(self._folder / original.stored)
         if extent.count > 8 + MAX_HEADER_BYTES:
             raise CheckpointError(f"{original.stored} is no header of a shard: it has {extent.count:,} bytes")
@@ -192,7 +189,7 @@ class _Restoration:
             yield from self._tensor(tensor, *found[tensor], num_bytes)
 
     def _tensor(self, name: str, shard: Shard, info: TensorInfo, num_bytes: int) -> Iterator[bytes]:
-        """Yield the old bytes of a tensor: its first rows, with what new rows have overwritten put back."""
+        """Yield the old bytes of a tensor: its first rows, with those that new rows have overwritten put back."""
         whole = Extent(self._folder / info.file, shard.data_start + info.start, num_bytes)
         rows = self._originals.rows.get(name)
         if rows is None or not rows.num_bytes:

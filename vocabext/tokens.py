@@ -5,12 +5,11 @@ that for every text `x` of a correctly extended tokenizer
 
     unmerge(encode_expanded(x)) == encode_base(x)
 
-`merge` is the way back, and needs to be told where: the same base ids are one new token in one text
-and several pieces in another (`" ureter"` and the beginning of `" ureteral"`), because a tokenizer
-merges within its chunks, and where these end stands in the text, not in the ids.
+`merge` is the way back. Its caller says where: the same base ids are one new token in one text and several
+pieces in another (`" ureter"` and the beginning of `" ureteral"`), because a tokenizer merges within its
+chunks, and the text, not the ids, says where these end.
 
-Everything downstream leans on this: teacher and student of the distillation, the verification, the
-measurements. All operations take one pass of numpy over the ids.
+Distillation, verification and measurements rest on this. Each operation is one pass of numpy over the ids.
 """
 
 from collections.abc import Sequence
@@ -32,9 +31,9 @@ class NewToken:
         token: The text it stands for, such as `" cardiomyopathy"`.
         key: Its spelling in the tokenizer's vocabulary, such as `"Ġcardiomyopathy"`.
         run: The base token ids it replaces, at least two.
-        count: How often the expanded tokenizer produced it in the mining corpus.
-        saved: How many tokens it saved there, given the tokens chosen before it.
-        sections: In how many sections (documents, or parts of long ones) it occurred there.
+        count: How often the expanded tokenizer uses it in the mining corpus.
+        saved: How many tokens it saves there, beside the tokens chosen before it.
+        sections: How many sections of that corpus (documents, or parts of long ones) have it.
     """
 
     token: str
@@ -51,18 +50,18 @@ class NewToken:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "NewToken":
-        """Read a record back; extra fields are ignored.
+        """Read a record back; ignores fields that it does not know.
 
         Raises:
             ValueError: If a field is missing or of another kind; says which.
         """
         if not isinstance(row, dict):
             raise ValueError(f"{row!r:.60} is no JSON object")
-        for name in ("token", "key"):
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"{name!r} is {row[name]!r:.60}, not text" if name in row else f"{name!r} is missing")
-        if "run" not in row:
-            raise ValueError("'run' is missing")
+        for name in ("token", "key", "run"):
+            if name not in row:
+                raise ValueError(f"{name!r} is missing")
+            if name != "run" and not isinstance(row[name], str):
+                raise ValueError(f"{name!r} is {row[name]!r:.60}, not text")
         if not _are_ids(row["run"]) or len(row["run"]) < 2:
             raise ValueError(f"'run' is {row['run']!r:.60}, not a list of at least two token ids")
         numbers = {name: int(row.get(name, 0)) for name in ("count", "saved", "sections")}
@@ -75,11 +74,11 @@ class TokenSnippets:
 
     Attributes:
         new_token: The token.
-        snippets: Windows of *expanded* ids, each with the token at `positions[i]`.
+        snippets: Windows of *expanded* ids; `snippets[i]` has the token at `positions[i]`.
         positions: Index of the token inside each snippet.
-        occurrences: How often the token occurred in the corpus that was sampled.
-        num_generated: How many of the snippets the model wrote itself.
-        num_inside: How many show the token where the text has a longer one that is merged from it.
+        occurrences: How often the token occurs in the corpus that `collect` sampled.
+        num_generated: How many of the snippets the model itself wrote.
+        num_inside: How many show the token where the text has a longer new token that is merged from it.
     """
 
     new_token: NewToken
@@ -128,7 +127,7 @@ class Expansion:
         self.tokens = tuple(tokens)
         self.first_new_id = first_new_id
         lengths = np.fromiter((len(t.run) for t in self.tokens), np.int64, len(self.tokens))
-        # Entry 0 stands for "an id that stays": it has length 1 and is filled in by the id itself.
+        # Entry 0 is for ids that stay: its length is 1, and `unmerge` fills in the id itself.
         self._lengths = np.concatenate((np.ones(1, np.int64), lengths))
         self._starts = np.concatenate((np.zeros(2, np.int64), np.cumsum(lengths)))[: len(lengths) + 1]
         self._runs = np.fromiter((i for t in self.tokens for i in t.run), np.int64, int(lengths.sum()))
@@ -174,7 +173,7 @@ class Expansion:
     def last_positions(self, ids: Sequence[int] | Ids) -> Ids:
         """Return, for each expanded id, the index of the last base id of its run in `unmerge(ids)`.
 
-        There a model has read exactly the text that it has read at the expanded id.
+        At that index a model has read the same text as at the expanded id.
         """
         return self.edges(ids)[1:] - 1
 
@@ -196,13 +195,13 @@ class Expansion:
         at = np.flatnonzero(slots)
         ends = np.cumsum(self._lengths[slots])
         out = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
-        out[ends - 1] = ids  # right for the ids that stay; the others are written over by their runs
+        out[ends - 1] = ids  # right for ids that stay; the runs overwrite the others
         lengths = self._lengths[slots[at]]
         out[_ranges(ends[at] - lengths, lengths)] = self._runs[_ranges(self._starts[slots[at]], lengths)]
         return out
 
     def unmerge_batch(self, rows: Sequence[Sequence[int] | Ids], *, keep: Sequence[int] | Ids = ()) -> list[Ids]:
-        """Unmerge many sequences at once: several times as fast as one by one if they are short.
+        """Unmerge many sequences at once: if they are short, several times as fast as one by one.
 
         Args:
             rows: Expanded ids of each sequence.
@@ -220,8 +219,8 @@ class Expansion:
     def merge(self, ids: Sequence[int] | Ids, positions: Sequence[int] | Ids, new_ids: Sequence[int] | Ids) -> Ids:
         """Replace the runs that begin at some positions by their new ids: the inverse of `unmerge`.
 
-        Ids alone do not say where a new token occurs, so this never searches for runs: only the
-        expanded tokenizer knows, from the text. For every `x`, with `at = np.flatnonzero(is_new(x))`,
+        It never searches for runs, since ids do not say where a new token occurs: only the expanded
+        tokenizer knows, from the text. For every `x`, with `at = np.flatnonzero(is_new(x))`,
 
             merge(unmerge(x), edges(x)[at], x[at]) == x
 
@@ -231,8 +230,8 @@ class Expansion:
             new_ids: The new id for each of these positions.
 
         Raises:
-            ValueError: If what stands at a position is not the run of its new id, or if positions are
-                not rising, overlap, or lie outside of `ids`.
+            ValueError: If the ids at a position are not the run of its new id, or if positions are
+                not rising, or runs overlap or lie outside of `ids`.
         """
         ids, positions = np.asarray(ids, np.int64), np.asarray(positions, np.int64)
         new_ids = np.asarray(new_ids, np.int64)
@@ -252,7 +251,7 @@ class Expansion:
         return out[stays]
 
     def _check_positions(self, num_ids: int, positions: Ids, new_ids: Ids) -> Ids:
-        """Return the length of the run at each position, if all of these fit into the ids side by side."""
+        """Return the length of the run at each position; raise an error if the runs do not fit side by side."""
         if len(positions) != len(new_ids):
             raise ValueError(f"there are {len(positions)} positions for {len(new_ids)} new ids; each needs its own")
         if len(new_ids) and int(new_ids.min()) < self.first_new_id:
@@ -271,7 +270,7 @@ class Expansion:
         return lengths
 
     def _slots(self, ids: Ids, keep: Sequence[int] | Ids = ()) -> Ids:
-        """Return which entry of the tables each id is replaced by: 0 for ids that stay."""
+        """Return the entry of the tables that replaces each id; 0 for ids that stay."""
         slots = np.maximum(ids - (self.first_new_id - 1), 0)
         if len(slots) and int(slots.max()) > self.num_new:
             raise ValueError(f"id {int(ids.max())} is beyond the last new token {self.end_id - 1}")

@@ -1,23 +1,21 @@
-"""Which parameters of a model class hold the vocabulary: asked of the class, not guessed from names.
+"""Which parameters of a model class hold the vocabulary: the class says so, no name is guessed.
 
-The class is built from `config.json` on the meta device, which allocates no weights: what comes back from
-`get_input_embeddings` and `get_output_embeddings` is then looked up among its modules. Whether the two are
-tied is read off the same way (they share one parameter), because the default of `tie_word_embeddings`
-differs from class to class and many configs do not write it.
+`embedding_names` builds the class from `config.json` on the meta device, which allocates no weights, and finds the
+modules that `get_input_embeddings` and `get_output_embeddings` return. They are tied if they share one parameter:
+`tie_word_embeddings` would not tell, since its default differs from class to class and many configs do not write it.
 
-Other tables with a row per token id (the per-layer embeddings of Gemma 3n and 4) are found by building the
-class once more with a larger vocabulary: what has grown is one. That tells a table from a projection that
-happens to have as many rows.
+To find other tables with a row per token id (the per-layer embeddings of Gemma 3n and 4), it builds the class once
+more with a larger vocabulary. A table grows; a projection that happens to have as many rows does not.
 
-The class also says what the model is for (only causal language models are extended), and transformers loads the
-headers alone into it: what it would leave at random values, or drop, is refused before anything is computed.
+The class also says what the model is for: only causal language models can be extended. transformers loads the headers
+alone into it, and `find_misfit` reports what it would leave at random values, or drop.
 """
 
 import copy
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +26,9 @@ if TYPE_CHECKING:
     from vocabext.checkpoint.shards import TensorInfo
 
 PROBE_ROWS = 64  # by which the vocabulary is made larger to see what grows
-# Where transformers lists the classes that write text from left to right, images and sounds before it or not.
+# Where transformers lists the classes that write text from left to right, with images and sounds or without.
 WRITERS = tuple(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
-# Where it lists others, and what these are; the first list that has a class counts.
+# Where it lists other classes, and what they are; the first list with a class counts.
 OTHERS = {
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a masked language model",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a sequence classifier",
@@ -40,8 +38,8 @@ OTHERS = {
     "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES": "an encoder",
     "MODEL_MAPPING_NAMES": "a body without an output head",
 }
-NAMED = 3  # names of tensors in a message
-# What wrappers put into the names of tensors, what that means, and what to do.
+NAMED = 3  # how many tensors a message names
+# What a wrapper puts into the names of tensors, how the model was saved, and what to do.
 WRAPPINGS = (
     (r"(^|\.)_orig_mod\.", "saved from a compiled model", "save the model that torch.compile was given "
      "(model._orig_mod)"),
@@ -67,9 +65,9 @@ class EmbeddingNames:
         shapes: Shapes of the parameters above and of `tables`, by name.
         saved: The names under which the class saves them, where these differ (`embed_out` for `lm_head`).
         tables: Further tables with a row per token id: name -> the config key that counts their rows.
-        fixed: Parameters that have as many rows as the vocabulary by accident; they do not grow with it.
+        fixed: Parameters that have as many rows as the vocabulary by accident, and do not grow with it.
         odd: Parameters that grow with the vocabulary along another axis than the first, or by another number.
-        first_reserved_id: Ids from here on mean images or sounds in this class; None if none do.
+        first_reserved_id: The first of the ids that mean images or sounds in this class; None if there are none.
     """
 
     architecture: str
@@ -88,10 +86,6 @@ class EmbeddingNames:
 
 def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> EmbeddingNames:
     """Build the model class of `folder` on the meta device and find its vocabulary parameters.
-
-    Args:
-        folder: A folder with a config.json; no weights are read.
-        trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
         The names, as in the model's `named_parameters()`.
@@ -130,23 +124,16 @@ def embedding_names(folder: Path, *, trust_remote_code: bool = False) -> Embeddi
 # -- which models are supported -----------------------------------------------------------------------------------
 
 def check_kind(folder: Path, config: Any) -> None:
-    """Refuse a model that does not write text from left to right, by what it is.
-
-    Args:
-        folder: The model folder, for the message.
-        config: Its configuration, as transformers reads it.
+    """Refuse a model that does not write text from left to right, and say what it is.
 
     Raises:
         UnsupportedError: If it is an encoder-decoder, a classifier, an encoder, or a body without a head.
     """
-    import transformers
-
     name = _architecture(folder, config) or type(config).__name__
     if getattr(config, "is_encoder_decoder", False) and name not in _listed("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
         raise _unsupported(folder, name, "an encoder-decoder")
-    if any(name in _listed(mapping) for mapping in WRITERS) or not hasattr(transformers, name):
-        pass  # a class that comes with the model is asked for its head
-    elif _named_class(config) is not None:
+    # A class that comes with the model is in no list; `embedding_names` asks it for its head.
+    if not any(name in _listed(mapping) for mapping in WRITERS) and _named_class(config) is not None:
         kind = next((kind for mapping, kind in OTHERS.items() if name in _listed(mapping)), "no causal language model")
         raise _unsupported(folder, name, kind)
     if (why := _reads_both_ways(config)) is not None:
@@ -154,7 +141,7 @@ def check_kind(folder: Path, config: Any) -> None:
 
 
 def _reads_both_ways(config: Any) -> str | None:
-    """Return which entry of a config lets a word see what follows it; None if it sees only what goes before."""
+    """Return the entry of a config that lets a word see what follows it; None if a word sees only what precedes it."""
     if config.model_type in _mapping("MODEL_FOR_MASKED_LM_MAPPING_NAMES") \
             and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
         return "its config does not say is_decoder"
@@ -186,17 +173,13 @@ def _mapping(name: str) -> Mapping[str, Any]:
 
 
 def _listed(mapping: str) -> set[str]:
-    """Return the classes of one of transformers' lists: a type of model may have several."""
+    """Return the classes in one of transformers' lists, which has several for some types of model."""
     entries = _mapping(mapping).values()
     return {name for entry in entries for name in (entry if isinstance(entry, list | tuple) else (entry,))}
 
 
 def loading_class(config: Any) -> Any:
-    """Return what loads a model: AutoModelForCausalLM, or for a wrapper that it does not know the class named.
-
-    Args:
-        config: The model's configuration, as transformers reads it.
-    """
+    """Return what loads a model: AutoModelForCausalLM, or the class named by a config that it does not know."""
     import transformers
 
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None)
@@ -204,7 +187,7 @@ def loading_class(config: Any) -> Any:
 
 
 def _named_class(config: Any) -> Any:
-    """Return the class of transformers that a config names; None if it names none of its own."""
+    """Return the class of transformers that a config names and belongs to; None if there is none."""
     import transformers
 
     architectures = getattr(config, "architectures", None) or []
@@ -219,8 +202,8 @@ class Misfit:
     """How stored tensors differ from those of the model class.
 
     Attributes:
-        said: What differs, with the first names.
-        wrapped: Whether they are named as a wrapper of the model names them.
+        said: What differs, with the first names, and what to do.
+        wrapped: Whether a wrapper of the model has given the tensors their names.
     """
 
     said: str
@@ -231,7 +214,7 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
                 trust_remote_code: bool) -> Misfit | None:
     """Let transformers load the headers alone, and return what it would leave at random values, or drop.
 
-    It renames, splits and merges tensors on the way, ties some and ignores others: nobody else knows which names fit.
+    It renames, splits and merges tensors on the way, ties some and ignores others, so only it knows which names fit.
 
     Args:
         folder: The model folder.
@@ -250,14 +233,14 @@ def find_misfit(folder: Path, tensors: "Mapping[str, TensorInfo]", *, quantised:
     config = read_config(folder, trust_remote_code=trust_remote_code)
     cls = type(_meta_model(folder, config, trust_remote_code=trust_remote_code))
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # its library need not be there
+        del config.quantization_config  # transformers would ask for the library of the method
     headers = {name: torch.empty(info.shape, dtype=torch.float32, device="meta") for name, info in tensors.items()}
     try:
         with Quiet():
             model, report = cls.from_pretrained(None, config=config, state_dict=headers, device_map="meta",
                                                 ignore_mismatched_sizes=True, output_loading_info=True)
     except Exception as error:  # whatever a class raises on tensors it cannot use
-        if quantised:  # parts that cannot be put together before they are unpacked
+        if quantised:  # transformers cannot put some parts together before it has unpacked them
             return None
         raise CheckpointError(f"transformers cannot make {cls.__name__} of the tensors of {folder}: "
                               f"{in_one_line(error)}") from None
@@ -288,17 +271,17 @@ def describe_misfit(folder: str | Path, model: Any, report: "Mapping[str, Any]",
               if names]
     if not counts:
         return None
-    wrapping = next(((said, cure) for pattern, said, cure in WRAPPINGS if any(re.search(pattern, n) for n in unknown)),
-                    None)
-    cure = "config.json names another model than the weights are of, or they are not whole; save both with " \
-           "save_pretrained of one class" if wrapping is None else f"they were {wrapping[0]}: {wrapping[1]}"
+    wrapped = next((f"they were {said}: {cure}" for pattern, said, cure in WRAPPINGS
+                    if any(re.search(pattern, name) for name in unknown)), None)
+    cure = wrapped or "config.json names another model than the weights are of, or they are not whole; save both " \
+                      "with save_pretrained of one class"
     return Misfit(f"the tensors of {folder} are not those of {type(model).__name__}: {'; '.join(counts)}; {cure}",
-                  wrapping is not None)
+                  wrapped is not None)
 
 
 def _not_quantised(missing: set[str], unknown: set[str], modules: set[str]) -> tuple[set[str], set[str]]:
-    """Leave out what a quantised module holds in place of its weight, whatever the method calls it."""
-    parts: dict[str, str] = {}  # a stored part -> the module that it is of
+    """Leave out the tensors that quantised modules hold in place of their weights, whatever the method calls them."""
+    parts: dict[str, str] = {}  # a stored part -> its module
     for name in unknown:
         above = name.split(".")[:-1]
         owners = (".".join(above[:depth]) for depth in range(len(above), 0, -1))
@@ -318,16 +301,17 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def _growing(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], known: set[str], *,
              trust_remote_code: bool) -> tuple[dict[str, str], set[str], set[str]]:
-    """Return what else grows by a row per token (with its config key), what does not, and what grows otherwise."""
+    """Return what else grows by a row per token, with its config key; what does not grow; what grows otherwise."""
     tables: dict[str, str] = {}
     fixed: set[str] = set()
     odd: set[str] = set()
     for key, count in vocabulary_sizes(config.get_text_config()).items():
         suspects = [name for name, shape in shapes.items() if count in shape and name not in known]
         if not suspects:
-            continue  # the common case: nothing to find, nothing to build
-        larger = _shapes(_meta_model(folder, _with_size(folder, config, key, count + PROBE_ROWS),
-                                     trust_remote_code=trust_remote_code))
+            continue  # mostly so: no class to build
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        larger_config = type(config).from_dict(with_sizes(document, {key: count + PROBE_ROWS}))
+        larger = _shapes(_meta_model(folder, larger_config, trust_remote_code=trust_remote_code))
         for name in suspects:
             old, new = shapes[name], larger.get(name)
             if new == old:
@@ -336,12 +320,11 @@ def _growing(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], k
                 tables[name] = key
             else:
                 odd.add(name)
-    grown = {*tables, *odd}
-    return tables, {name for name in fixed if name not in grown}, odd - set(tables)
+    return tables, fixed - odd - tables.keys(), odd - tables.keys()
 
 
 def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
-    """Ask transformers under which names it saves parameters: it renames some on the way from and to the disk."""
+    """Ask transformers under which names it saves parameters, since it renames some as it reads and writes."""
     import torch
 
     try:
@@ -350,7 +333,7 @@ def _saved_names(model: Any, names: list[str]) -> dict[str, str]:
         with Quiet():
             empty = torch.empty(1, dtype=torch.float32)
             saved = {name: next(iter(revert_weight_conversion(model, {name: empty}))) for name in names}
-    except Exception:  # not every version has it, and not every class; names are then compared by their ends
+    except Exception:  # not every version has it, and not every class; `stored_name` then goes by the ends of names
         return {}
     return {name: other for name, other in saved.items() if other != name}
 
@@ -361,14 +344,8 @@ def vocabulary_sizes(config: Any) -> dict[str, int]:
     return {key: value for key, value in sorted(entries.items()) if key.startswith("vocab_size") and type(value) is int}
 
 
-def _with_size(folder: Path, config: Any, key: str, size: int) -> Any:
-    """Return a config as a loader would read it from a config.json with another number of rows."""
-    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return type(config).from_dict(with_sizes(document, {key: size}))
-
-
 def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Copy a config with other numbers of rows, wherever they are stated, and with nothing else changed.
+    """Copy a config with other numbers of rows, in each place that states them, and nothing else changed.
 
     Args:
         config: config.json as it is written.
@@ -378,31 +355,29 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
     nested = changed.get("text_config")
     for key, size in sizes.items():
         if isinstance(nested, dict):
-            # A wrapper may leave vocab_size to the default of its class; a new number must be written.
-            nested[key] = size
+            nested[key] = size  # also where the config leaves it to the default of its class
         if key in changed or not isinstance(nested, dict):
             changed[key] = size
     return changed
 
 
 def with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a config that then says that head and embedding are two matrices."""
+    """Copy a config, and let the copy say that head and embedding are two matrices."""
     changed = copy.deepcopy(dict(config))
-    changed["tie_word_embeddings"] = False
-    if isinstance(changed.get("text_config"), dict):
-        changed["text_config"]["tie_word_embeddings"] = False
+    for part in with_inner(changed):
+        part["tie_word_embeddings"] = False
     return changed
 
 
+def with_inner(config: Any) -> list[dict[str, Any]]:
+    """Return a config.json, and the config of the language model inside a wrapper for images or sound."""
+    inner = config.get("text_config")
+    return [config, inner] if isinstance(inner, dict) else [config]
+
+
 def _first_reserved_id(config: Any) -> int | None:
-    offsets = [getattr(part, "vocab_offset", None) for part in _parts(config)]
+    offsets = [getattr(part, "vocab_offset", None) for part in vars(config).values() if hasattr(part, "model_type")]
     return min((offset for offset in offsets if type(offset) is int), default=None)
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    for part in vars(config).values():
-        if hasattr(part, "model_type"):
-            yield part
 
 
 # -- building the class -------------------------------------------------------------------------------------------
@@ -413,7 +388,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         CheckpointError: If it cannot.
     """
-    # Imported here and below: --help must not pay for torch and transformers.
+    # Imported here and below, so that --help need not load torch and transformers.
     import transformers
 
     try:
@@ -429,7 +404,7 @@ def _meta_model(folder: Path, config: Any, *, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        # A model inside a wrapper (text_config) is no AutoModelForCausalLM; its own class is.
+        # AutoModelForCausalLM does not know a model inside a wrapper (text_config); the class named does.
         named = _named_class(config)
         with torch.device("meta"), Quiet():
             if named is not None and hasattr(named, "_from_config"):

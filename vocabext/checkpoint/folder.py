@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vocabext.checkpoint.architecture import EmbeddingNames, embedding_names, find_misfit
-from vocabext.checkpoint.shards import DTYPE_BYTES as DTYPE_BYTES  # sizes are asked of this module
+from vocabext.checkpoint.architecture import EmbeddingNames, embedding_names, find_misfit, with_inner
+from vocabext.checkpoint.shards import DTYPE_BYTES as DTYPE_BYTES  # other modules import it from here
 from vocabext.checkpoint.shards import Shard, TensorInfo, read_shard
 from vocabext.checkpoint.vocabulary import (
     EMBEDDING,
@@ -44,7 +44,7 @@ MAX_NAME_BYTES = 255  # longer names no file system has
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
-# What a model folder needs besides code and pickles; a hub download is limited to it.
+# The files that a download from the hub takes: no pickles, and no other copies of the weights.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -55,8 +55,8 @@ class Rows:
 
     Attributes:
         input_ND: Rows for the input embedding, float32.
-        output_ND: Rows for an untied output head, float32; None if it was not trained.
-        bias_N: Entries for the bias of the head, where it has one; no rows file holds them, `patch` makes them.
+        output_ND: Rows for an untied output head, float32; None if distillation made none.
+        bias_N: Entries for the bias of the head; None if it has none, and in a rows file: `patch` makes them.
     """
 
     input_ND: "torch.Tensor"
@@ -66,13 +66,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowsFile:
-    """The same, still in the file: tokens and header are read, rows are not.
+    """A rows file whose tokens and header were read, and whose rows were not.
 
     Attributes:
         path: The file.
         tokens: One per row, in the order of the rows.
-        header: What the rows were made from and how.
-        tensors: `input`, and `output` if there is one: their places.
+        header: What distillation made the rows from, and how.
+        tensors: Where the tensor `input`, and `output` if there is one, lies.
         data_start: Offset of the first tensor byte in the file.
     """
 
@@ -85,7 +85,7 @@ class RowsFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose parts were found to agree. Holds headers, not weights.
+    """A model folder whose parts agree. Holds headers, not weights.
 
     Attributes:
         folder: The folder.
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @property
     def vocab_tensors(self) -> tuple[str, ...]:
-        """Stored names of embedding and head; of a tied model perhaps only one of them."""
+        """Stored names of embedding and head; a tied model may store only one of them."""
         return tuple(name for name in (self.embedding_name, self.head_name) if name is not None)
 
     @property
@@ -157,10 +157,7 @@ class Checkpoint:
         return sum(info.num_bytes for info in self.tensors.values())
 
     def read(self, name: str) -> "torch.Tensor":
-        """Read one tensor.
-
-        Args:
-            name: A stored name, a key of `tensors`.
+        """Read one tensor by its stored name.
 
         Raises:
             CheckpointError: If safetensors cannot read it.
@@ -191,7 +188,7 @@ class Checkpoint:
 
 # -- finding a model ----------------------------------------------------------------------------------------------
 
-# Files that transformers looks for by name and can do without, or that we do.
+# Files that transformers, or vocabext, looks for by name and can do without.
 READ_BY_NAME = ("*config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
                 "merges.txt", "vocab.txt", "tekken.json", "tokenizer.model", "special_tokens_map.json",
                 "added_tokens.json", "chat_template.*")
@@ -208,14 +205,14 @@ def resolve_model(model: str) -> Path:
 
     Raises:
         UsageError: If `model` is neither.
-        CheckpointError: If the hub cannot be reached or does not have it, or the folder has no config.json.
+        CheckpointError: If the hub does not answer or does not have it, or the folder has no config.json.
     """
     path = Path(model)
     if path.is_dir():
         folder = path
     elif path.exists():
         raise UsageError(f"{model} is a file; a model is a folder with config.json and safetensors, or a hub id")
-    # OWNER is no folder here: else it is a path with a typing error
+    # Where a folder OWNER exists here, OWNER/NAME is rather a mistyped path than a hub id.
     elif HUB_ID.fullmatch(model) and not model.endswith((".safetensors", ".json")) \
             and (path.parent == Path() or not path.parent.exists()):
         folder = _download(model)
@@ -228,7 +225,7 @@ def resolve_model(model: str) -> Path:
 
 
 def _adapter(folder: Path) -> UnsupportedError | None:
-    """Return how to refuse a folder that holds an adapter in place of a model; None if it holds none."""
+    """Return the error for a folder that holds an adapter in place of a model; None if it holds none."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "a model that it does not name"
@@ -237,7 +234,7 @@ def _adapter(folder: Path) -> UnsupportedError | None:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse links to nowhere under names that readers ask for: they would go on as if the file had never been."""
+    """Refuse a link to nowhere with a name that readers look for: they would go on as if there were no such file."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and any(fnmatch.fnmatch(path.name, name) for name in READ_BY_NAME):
             raise CheckpointError(f"{path} is a link to nowhere ({path.readlink()}); the model is not complete, "
@@ -259,7 +256,7 @@ def _download(model: str) -> Path:
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from None
-    except Exception as error:  # connection errors come in the flavours of three HTTP libraries
+    except Exception as error:  # three HTTP libraries have connection errors of their own
         raise CheckpointError(
             f"{model} is no folder here, and it cannot be had from the hub ({in_one_line(error, 200)}); "
             "download it where there is a network, and pass the folder"
@@ -274,11 +271,11 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, complete: 
     Args:
         folder: A folder as `resolve_model` returns it.
         trust_remote_code: Whether code that comes with the model may run.
-        complete: Whether a model is refused that lacks tensors of its class, or has others.
+        complete: Whether to refuse a model that lacks tensors of its class, or has others.
 
     Returns:
-        The checkpoint; no weights are read, unless a tied model stores both of its vocabulary tensors,
-        which are then compared.
+        The checkpoint. The function reads no weights, except where a tied model stores both of its vocabulary tensors:
+        it compares these.
 
     Raises:
         CheckpointError: If a part is missing or damaged, parts contradict each other, or the tensors are not those
@@ -290,11 +287,10 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, complete: 
     tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
     _check_layers(folder, config, len(tensors))
     names = embedding_names(folder, trust_remote_code=trust_remote_code)
-    misfit = None
-    if complete:
-        misfit = find_misfit(folder, tensors, quantised=_is_quantised(folder, config),
-                             trust_remote_code=trust_remote_code)
-    if misfit is not None and misfit.wrapped:  # of which each single name would be told as a fault of its own
+    quantised = quantisation(config) is not None or any((folder / name).is_file() for name in QUANTISED_FILES)
+    misfit = find_misfit(folder, tensors, quantised=quantised,
+                         trust_remote_code=trust_remote_code) if complete else None
+    if misfit is not None and misfit.wrapped:  # before `find_row_tensors` reports one of the odd names as a fault
         raise CheckpointError(misfit.said)
     checkpoint = Checkpoint(folder=folder, config=config, shards=shards, tensors=tensors, names=names,
                             row_tensors=find_row_tensors(folder, config, names, tensors))
@@ -302,10 +298,6 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, complete: 
         raise CheckpointError(misfit.said)
     _check_tied(checkpoint)
     return checkpoint
-
-
-def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
-    return quantisation(config) is not None or any((folder / name).is_file() for name in QUANTISED_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -356,9 +348,8 @@ def _read_indexed(folder: Path) -> dict[str, Shard]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
     shards: dict[str, Shard] = {}
-    odd = [file for file in weight_map.values() if not _is_plain_name(file)]
-    if odd:
-        raise CheckpointError(f"{folder / INDEX_NAME} names the shard {odd[0]!r:.200}, which is no plain file name; "
+    for odd in (file for file in weight_map.values() if not _is_plain_name(file)):
+        raise CheckpointError(f"{folder / INDEX_NAME} names the shard {odd!r:.200}, which is no plain file name; "
                               "shards lie in the model folder itself")
     for file in dict.fromkeys(weight_map.values()):
         if not (folder / file).is_file():
@@ -380,9 +371,8 @@ def _is_plain_name(file: object) -> bool:
 
 
 def _check_layers(folder: Path, config: Mapping[str, Any], num_tensors: int) -> None:
-    """Refuse more layers than tensors, before a class with a million layers is built."""
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
+    """Refuse a config with more layers than tensors, before `embedding_names` builds a class with a million layers."""
+    for part in with_inner(config):
         for key in LAYER_KEYS:
             if isinstance(part.get(key), int) and not 0 <= part[key] <= num_tensors:
                 raise CheckpointError(f"{folder / CONFIG_NAME} says {key} {part[key]}, but {num_tensors} tensors are "
@@ -408,10 +398,10 @@ def save_rows(path: Path, tokens: Sequence[NewToken], rows: Rows, header: Mappin
         path: The file.
         tokens: One per row, in the order of the rows.
         rows: The rows.
-        header: What they were made from and how; JSON-ready.
+        header: What distillation made them from, and how; JSON-ready.
 
     Raises:
-        CheckpointError: If there is not one row for each token, or a bias.
+        CheckpointError: If there is not one row for each token, or there is a bias.
     """
     import torch
     from safetensors.torch import save
@@ -432,10 +422,7 @@ def save_rows(path: Path, tokens: Sequence[NewToken], rows: Rows, header: Mappin
 
 
 def load_rows(path: Path) -> tuple[tuple[NewToken, ...], Rows, dict[str, Any]]:
-    """Read the artifact of `distill`.
-
-    Args:
-        path: A file that `save_rows` wrote.
+    """Read the artifact of `distill`, a file that `save_rows` wrote.
 
     Returns:
         The tokens, their rows, and the header.
@@ -475,8 +462,8 @@ def open_rows(path: Path) -> RowsFile:
     shapes = {name: list(info.shape) for name, info in shard.tensors.items()}
     if any(len(shape) != 2 or shape[0] != len(tokens) for shape in shapes.values()) or "input" not in shapes:
         raise CheckpointError(f"{path} has {len(tokens)} tokens, but rows of shape {shapes}; make the file again")
-    odd = [name for name, info in shard.tensors.items() if info.dtype not in FLOAT_DTYPES]
-    if odd:
-        raise CheckpointError(f"{path} stores {odd[0]} as {shard.tensors[odd[0]].dtype}; rows are numbers of one of "
-                              f"{', '.join(FLOAT_DTYPES)}; make the file again")
+    for name, info in shard.tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{path} stores {name} as {info.dtype}; rows are numbers of one of "
+                                  f"{', '.join(FLOAT_DTYPES)}; make the file again")
     return RowsFile(path, tokens, header, shard.tensors, shard.data_start)

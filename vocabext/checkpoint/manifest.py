@@ -1,13 +1,13 @@
 """vocabext.json: what an expanded checkpoint was made from, and what its new tokens stand for.
 
-The file lies in the new folder. With it, and with the base at hand, every claim about the folder can be
-checked again: the runs of the tokens, the rows that were kept, the files that were carried over.
+The file lies in the new folder. Who has the base can check every claim about the folder with it: the runs of the
+tokens, the rows that `patch` kept, the files that it carried over.
 
-What it takes to get the base back, byte for byte and without the base, lies in the new folder as well.
+The new folder also holds what restores the base, byte for byte and without the base.
 `Manifest.originals` says where, for every file that the base had (paths are relative, with `/`):
 
     carried over     the file itself, under its own name: linked or copied, never changed
-    small file       vocabext_base/NAME.base, its bytes: config, index, tokenizer, whatever was changed or left out
+    small file       vocabext_base/NAME.base, its bytes: config, index, tokenizer, each file changed or left out
     rewritten shard  vocabext_base/NAME.header.base holds its first bytes, the eight of the length and the header.
                      The tensors follow in the order of their offsets in that header, without gaps. Each has the
                      bytes of the tensor of the same name in the new folder; a tensor with a row per token id has
@@ -15,8 +15,8 @@ What it takes to get the base back, byte for byte and without the base, lies in 
                      back where they were
     lost             not kept: other copies of the weights (pickles, GGUF, ONNX), caches, links to folders
 
-The suffix keeps any reader from taking an old file for a file of the model. A digest is that of the whole
-original file; it is None only for a carried-over shard, which is linked or copied without being looked into.
+The suffix keeps readers from taking an old file for a file of the model. A digest is that of the whole original file;
+it is None only for a carried-over shard, which `patch` links or copies without reading it.
 """
 
 import importlib.metadata
@@ -25,7 +25,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,7 +43,7 @@ MANIFEST_NAME = "vocabext.json"
 MANIFEST_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has neither `tensors` nor `originals`
 ORIGINALS_FOLDER = "vocabext_base"
-ADAPTER_FOLDER, HEAL_NAME = "adapter", "heal.json"  # a folder below the model, where readers do not look by themselves
+ADAPTER_FOLDER, HEAL_NAME = "adapter", "heal.json"  # in the model folder, where no reader looks unless told to
 ORIGINAL_SUFFIX = ".base"
 ROWS_ORIGINAL = f"{ORIGINALS_FOLDER}/rows.bin{ORIGINAL_SUFFIX}"
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -54,11 +54,11 @@ class BaseRecord:
     """The checkpoint that was expanded.
 
     Attributes:
-        model: Folder or hub id, as it was given.
+        model: Folder or hub id, as the user wrote it.
         num_rows: Rows its embedding stores (V).
         num_used_ids: Ids its tokenizer addresses, or its files name (U); the first new token has this id.
         config_sha256: Digest of its config.json.
-        tokenizer_sha256: Digest of its tokenizer.json, None if it has none.
+        tokenizer_sha256: Digest of its tokenizer.json; None if it has none.
         tensors_sha256: Digest of the bytes of each vocabulary tensor, by stored name.
     """
 
@@ -96,12 +96,12 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What became of the base's files, as paths relative to the folder.
+    """What `patch` did with the base's files, as paths relative to the folder.
 
     Attributes:
-        carried_over: Copied byte for byte.
-        rewritten: Written anew.
-        left_out: Not in the new folder, with the reason.
+        carried_over: Files that it copied byte for byte.
+        rewritten: Files that it wrote anew.
+        left_out: Files that the new folder lacks, with the reason.
     """
 
     carried_over: tuple[str, ...] = ()
@@ -119,8 +119,8 @@ class TensorRecord:
         num_rows_before: Rows in the base; 0 for a head that was separated from its embedding (`--untie`).
         num_rows: Rows in the new folder. Those behind the last new token are as in the base, or surplus.
         file: Its shard, the same in base and new folder.
-        surplus: Base ids whose mean row the surplus rows hold, and rows of ids that had none; empty for zeros
-            (a bias: far below all others).
+        surplus: Base ids whose mean row the surplus rows hold, as do the rows of base ids that had none; empty if
+            these rows are zero (in a bias: far below all others).
         new_rows_sha256: Digest of the bytes of its new rows; None where an older version wrote the file.
     """
 
@@ -139,7 +139,7 @@ class Original:
 
     Attributes:
         num_bytes: Its size in the base.
-        sha256: Digest of the whole file in the base; None if it was carried over without being read.
+        sha256: Digest of the whole file in the base; None if `patch` carried it over without reading it.
         stored: Where its bytes (for a rewritten shard: its first bytes) lie in the new folder.
     """
 
@@ -150,13 +150,13 @@ class Original:
 
 @dataclass(frozen=True)
 class OverwrittenRows:
-    """Rows of a base tensor that new tokens took; their old bytes are in the file `ROWS_ORIGINAL`.
+    """Rows of a base tensor that new tokens took; the file `ROWS_ORIGINAL` holds their old bytes.
 
     Attributes:
         first_row: The first of them.
         num_rows: How many.
         offset: Where their bytes begin in `ROWS_ORIGINAL`.
-        num_bytes: How many bytes they have there.
+        num_bytes: Size of these bytes.
         sha256: Digest of these bytes.
     """
 
@@ -169,13 +169,13 @@ class OverwrittenRows:
 
 @dataclass(frozen=True)
 class Originals:
-    """All that is needed to restore the base's folder; see the module's text.
+    """All that restores the base's folder; see the module's text.
 
     Attributes:
         carried_over: Files that are in the new folder under their own name.
         files: Files kept below `vocabext_base/`.
         shards: Rewritten shards; `stored` holds the first bytes, the rest comes from the new shards.
-        rows: By stored tensor name, what new rows have overwritten in it.
+        rows: By stored tensor name, the rows that new ones have overwritten in it.
         lost: Files and folders (with a `/` behind the name) that are not kept, with the reason.
     """
 
@@ -201,11 +201,10 @@ class Manifest:
         tensors: Every tensor with a row per token id, by stored name; empty in version 1.
         originals: What restores the base; None in version 1.
         reserved: Ids behind the tokenizer's own that a file of the base names, by the id, with file and entry.
-        given_rows: Ids that the base has no row for and that got one, by the id, with what they are: zeros, or what
-            surplus rows hold.
+        given_rows: Ids without a row in the base, by the id, with what they are; they got a row like surplus ones.
         rules: Stops and bans of the base that no new token hides.
-        adapter: What heals the body: `folder`, or `merged` true where it was added to the weights, and the digests of
-            its files; empty where there is none.
+        adapter: The adapter that heals the body: its `folder`, or `merged` true where its weights were added to the
+            body's, and the digests of its files; empty if there is none.
         created: When, in UTC, ISO 8601.
         vocabext_version: The version that wrote it.
         libraries: Versions of the libraries it used.
@@ -235,7 +234,7 @@ class Manifest:
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter was added to the weights, so that the body is not the base's."""
+        """Whether the weights contain an adapter, so that the body is not the base's."""
         return bool(self.adapter.get("merged"))
 
     def to_json(self) -> dict[str, Any]:
@@ -250,15 +249,15 @@ def token_records(tokens: Sequence[NewToken], first_new_id: int,
     Args:
         tokens: The tokens, in token-id order.
         first_new_id: The id of the first.
-        distill: What distillation says about each, in the same order; may be empty.
+        distill: What distillation says about each, in the same order; empty if it says nothing.
     """
-    facts = [dict(fact) for fact in distill] if len(distill) == len(tokens) else [{} for _ in tokens]
-    return tuple(TokenRecord(token.token, token.key, token.run, first_new_id + i, fact)
-                 for i, (token, fact) in enumerate(zip(tokens, facts, strict=True)))
+    facts = distill if len(distill) == len(tokens) else [{}] * len(tokens)
+    return tuple(TokenRecord(token.token, token.key, token.run, i, dict(fact))
+                 for i, token, fact in zip(count(first_new_id), tokens, facts, strict=False))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write vocabext.json into a folder; the date and the versions are filled in where they are empty."""
+    """Write vocabext.json into a folder; an empty date becomes now, empty versions those that are installed."""
     document = manifest.to_json()
     document["created"] = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
     document["libraries"] = manifest.libraries or library_versions()
@@ -271,7 +270,7 @@ def has_manifest(folder: Path) -> bool:
 
 
 def check_replaceable(output: Path) -> None:
-    """Refuse an output that is there and is no model folder: `--force` replaces nothing else.
+    """Refuse an output that exists and is no model folder, since `--force` replaces nothing else.
 
     Raises:
         UsageError: If it is a file, or a folder that holds something else.
@@ -283,9 +282,9 @@ def check_replaceable(output: Path) -> None:
 
 
 def expanded_from(folder: Path) -> str | None:
-    """Say what a model folder was expanded from, and how to go on from there; None if it was not, as far as one sees.
+    """Say what a model folder was expanded from, and what to do; None if nothing shows that it was expanded.
 
-    A folder without its vocabext.json shows it by what restores its base.
+    A folder that has lost its vocabext.json shows it by `vocabext_base/`.
     """
     if has_manifest(folder):
         model = read_manifest(folder).base.model
@@ -298,10 +297,10 @@ def expanded_from(folder: Path) -> str | None:
 
 
 def refuse_expanded(folder: Path) -> None:
-    """Refuse a base that was expanded already: its own new tokens could be cut by those that are to come.
+    """Refuse a base that was expanded already: the next new tokens could cut its own.
 
     Raises:
-        UsageError: If it was.
+        UsageError: If it was expanded.
         CheckpointError: If its vocabext.json is damaged.
     """
     if (said := expanded_from(folder)) is not None:
@@ -310,9 +309,6 @@ def refuse_expanded(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read vocabext.json of an expanded checkpoint.
-
-    Args:
-        folder: The model folder.
 
     Raises:
         UsageError: If there is no such folder.
@@ -339,7 +335,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _manifest_from(document: Mapping[str, Any]) -> Manifest:
-    """Return the manifest that a document holds; what it lacks, or has null for, was not there in its version."""
+    """Return the manifest that a document holds; an entry that is missing or null, as in older versions, is empty."""
     manifest = msgspec.convert({key: value for key, value in document.items() if value is not None}, Manifest)
     files, kept = manifest.files, manifest.originals or Originals()
     originals = (kept.carried_over, kept.files, kept.shards)
@@ -350,7 +346,7 @@ def _manifest_from(document: Mapping[str, Any]) -> Manifest:
 
 
 def inside(name: str) -> str:
-    """Return a path that a manifest names, if it stays in the folder; a manifest may come from anywhere.
+    """Return a path that a manifest names, if it stays in the folder: anybody may have written the manifest.
 
     Raises:
         ValueError: If it is absolute, leads upwards, or is empty.
@@ -368,18 +364,11 @@ def library_versions() -> dict[str, str]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # a repackaged build goes by another name; a version is no reason to fail
+            continue  # a repackaged build has another name, which is no reason to fail
     return versions
 
 
 def base_record(folder: Path, names: EmbeddingNames, *, model: str, first_new_id: int) -> dict[str, Any]:
-    """Return what the header of a rows file says about the base that it is made for, as `header["base"]`.
-
-    Args:
-        folder: The base.
-        names: What its class says.
-        model: How the user calls it.
-        first_new_id: Id of the first new token (U).
-    """
+    """Return what the header of a rows file says about its base, as `header["base"]`; `model` is the user's name."""
     return {"model": model, "num_used_ids": first_new_id, "hidden_size": names.shapes[names.embedding][1],
             "tokenizer_sha256": file_sha256(folder / "tokenizer.json")}

@@ -1,15 +1,15 @@
 """Which ids the files of a model folder name, and what they say about writing them.
 
 A config may name ids that no tokenizer knows: an end of text behind the vocabulary, a place for an image. A new token
-must not get such an id, or generation stops at it. And it must not carry what may not be written past a rule:
+must not get such an id, or generation stops at it. And it must not hide from generation what a rule names:
 
-- an id that ends a text, or that is suppressed or forced, is looked for among the ids that are written. Inside of a
-  new token nobody finds it;
-- a run that is banned (`bad_words_ids`) or biased is found id by id. A token that holds the run, or begins or ends
-  inside of it, hides it.
+- Generation compares each id that it writes with those that end a text, and with those that are suppressed or forced.
+  It does not find an id inside a new token.
+- It finds a run that is banned (`bad_words_ids`) or biased id by id. A token that holds the run, or begins or ends
+  inside it, hides it.
 
-Such tokens are refused. To extend the bans by them instead would take one entry for every way of writing the run, and
-a config that differs from the base's.
+`Rules.broken_by` says so, and such tokens are refused. To extend the bans by them instead would take an entry for every
+way of writing the run, and a config that differs from the base's.
 """
 
 import re
@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vocabext.checkpoint.architecture import with_inner
 from vocabext.checkpoint.folder import CONFIG_NAME, read_json
 
 GENERATION_NAME = "generation_config.json"
@@ -28,11 +29,11 @@ FILES = (CONFIG_NAME, GENERATION_NAME, "tokenizer_config.json", "processor_confi
 ID_KEY = re.compile(r"(^|_)(tokens?|words|eos|bos|pad|unk|sep|cls|mask|start|stop|end|boi|eoi|boa|eoa|bov|eov"
                     r"|image|audio|video|vision|decoder|lang_to|task_to)_(ids?|index|indices|indexes)$|^(?!num_|max_|n_).*_token$")
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "added_tokens_decoder")
-# An id further behind the last row than that is a default that somebody forgot to change: no row is given to it.
+# An id further behind the last row is a default that somebody forgot to change: it gets no row.
 MAX_MISSING_ROWS = 256
 MAX_LISTED = 5
 
-# What ends a text, or is forced or suppressed wherever it stands; what is suppressed as the first id; whole runs.
+# Ids that end a text, or are forced or suppressed at any place; ids that are suppressed at the beginning; whole runs.
 ANYWHERE = ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id", "forced_decoder_ids", "suppress_tokens",
             "stop_token_ids", "stop_token_id")
 FIRST = "begin_suppress_tokens"
@@ -42,7 +43,7 @@ STOPS = "stop_strings"
 
 @dataclass(frozen=True)
 class Rules:
-    """What the files say about writing, in base ids, each with the file and entry that say it.
+    """What the files say about generation, in base ids, each with the file and entry that say it.
 
     Attributes:
         anywhere: Ids that no new token may hold: they end a text, or are suppressed or forced.
@@ -58,16 +59,11 @@ class Rules:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many rules there are."""
         return len(self.anywhere) + len(self.first) + len(self.runs) + len(self.stops)
 
     def broken_by(self, text: str, run: Sequence[int]) -> str | None:
-        """Say which rule a token for a text would break, None if it breaks none.
-
-        Args:
-            text: The text of the token.
-            run: The base ids that it stands for.
-        """
+        """Say which rule a new token with this text and run would break; None if it breaks none."""
         for i in run:
             if i in self.anywhere:
                 return f"holds the id {i}, which {self.anywhere[i]} names"
@@ -86,7 +82,7 @@ class Rules:
         return frozenset(i for run in self.runs for i in run)
 
     def describe(self) -> str:
-        """Say in a line what no new token hides."""
+        """Say in a line which rules no new token breaks."""
         found: dict[str, Mapping[Any, str]] = {
             "ids that no new token holds": self.anywhere, "ids that none begins with": self.first,
             "runs of ids that none overlaps": self.runs, "texts that none goes on behind": self.stops}
@@ -101,12 +97,10 @@ class Rules:
 
 
 def _overlap(banned: Sequence[int], run: Sequence[int]) -> bool:
-    """Tell whether two runs can stand over each other such that they agree wherever both have an id."""
-    for shift in range(1 - len(run), len(banned)):
-        both = range(max(0, shift), min(len(banned), shift + len(run)))
-        if all(banned[i] == run[i - shift] for i in both):
-            return True
-    return False
+    """Tell whether one run, shifted along the other, can agree with it wherever both have an id."""
+    pairs = (zip(banned[max(0, shift) :], run[max(0, -shift) :], strict=False)
+             for shift in range(1 - len(run), len(banned)))
+    return any(all(one == other for one, other in both) for both in pairs)
 
 
 @dataclass(frozen=True)
@@ -115,8 +109,8 @@ class NamedIds:
 
     Attributes:
         where: The ids that they name, with file and entry.
-        num_rows: Rows that config.json says there are; None where it does not.
-        rules: What must not be written, or ends a text.
+        num_rows: Rows that config.json says there are; None if it says nothing.
+        rules: Stops and bans of generation.
     """
 
     where: dict[int, str] = field(default_factory=dict)
@@ -124,33 +118,26 @@ class NamedIds:
     rules: Rules = field(default_factory=Rules)
 
     def reserved(self, num_own_ids: int) -> dict[int, str]:
-        """Return the ids behind those of the tokenizer that no new token may have, and that new ones go behind.
-
-        Args:
-            num_own_ids: Ids that the tokenizer addresses.
-        """
+        """Return the named ids behind the tokenizer's own; new tokens go behind them."""
         end = max(num_own_ids, self.num_rows or 0) + MAX_MISSING_ROWS
         return {i: where for i, where in sorted(self.where.items()) if num_own_ids <= i < end}
 
     def out_of_reach(self, num_own_ids: int) -> dict[int, str]:
-        """Return the ids so far behind all rows that no rows are given for them, nor up to them."""
+        """Return the named ids so far behind all rows that neither they nor the ids before them get rows."""
         reserved = self.reserved(num_own_ids)
         return {i: where for i, where in sorted(self.where.items()) if i >= num_own_ids and i not in reserved}
 
 
 def named_ids(folder: Path) -> NamedIds:
-    """Read which ids the files of a model folder name.
-
-    Args:
-        folder: The folder; it need not hold a model.
+    """Read which ids the files of a folder name; the folder need not hold a model.
 
     Raises:
         CheckpointError: If one of the files is no JSON object.
     """
     documents = {path.name: read_json(path) for pattern in FILES for path in sorted(folder.glob(pattern))
                  if path.is_file()}
-    config = documents.get(CONFIG_NAME, {})
-    num_rows = _num_rows(config)
+    sizes = [part.get("vocab_size") for part in reversed(with_inner(documents.get(CONFIG_NAME, {})))]
+    num_rows = next((size for size in sizes if type(size) is int), None)
     where: dict[int, str] = {}
     for name, document in documents.items():
         entries = {"added tokens": [*document.values()]}.items() if name == "added_tokens.json" \
@@ -162,15 +149,9 @@ def named_ids(folder: Path) -> NamedIds:
 
 
 def listed(named: Mapping[int, str]) -> str:
-    """Name ids in a line, with what they are; of many, the first ones."""
+    """Name ids in a line, with what they are; names the first of many and counts the rest."""
     shown = ", ".join(f"{i} ({what})" for i, what in [*named.items()][:MAX_LISTED])
     return shown + (f" and {len(named) - MAX_LISTED:,} more" if len(named) > MAX_LISTED else "")
-
-
-def _num_rows(config: Mapping[str, Any]) -> int | None:
-    inner = config.get("text_config")
-    sizes = [part.get("vocab_size") for part in (inner, config) if isinstance(part, dict)]
-    return next((size for size in sizes if type(size) is int), None)
 
 
 def _id_entries(document: Mapping[str, Any], num_rows: int | None) -> Iterator[tuple[str, Any]]:
@@ -195,7 +176,7 @@ def _parts(document: Mapping[str, Any], num_rows: int | None, path: str = ""
 
 
 def _ids(value: Any) -> Iterator[int]:
-    """Yield the numbers in a value that can be ids (some write 290.0); -1 and null say that there is none."""
+    """Yield the numbers in a value that can be ids (some files say 290.0); -1 and null mean that there is none."""
     if isinstance(value, dict):
         value = [*value.values()]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Where new rows come from: a rows file, or the mean of their pieces. Read a few at a time.
+"""Where new rows come from: a rows file, or the mean of their pieces. A `RowSource` makes a few at a time.
 
 Shapes: N new rows, n of them at a time, V rows as stored, D width (a bias has none).
 """
@@ -10,32 +10,27 @@ import numpy as np
 import torch
 
 from vocabext.checkpoint.folder import Checkpoint, RowsFile
-from vocabext.checkpoint.shards import CHUNK_BYTES, TensorInfo
+from vocabext.checkpoint.shards import TensorInfo, row_ranges
 from vocabext.errors import CheckpointError
 from vocabext.files.ranges import Extent, read_scattered
 from vocabext.tokens import NewToken
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Gives new rows [i, j) in float32.
+# Returns the new rows [i, j) in float32.
 RowSource = Callable[[int, int], torch.Tensor]
-# A row this much shorter than the median one is as good as zero.
+# A row shorter than this fraction of the median length is as good as zero.
 NOTHING = 1e-3
-# Rows that are there in float32 at once.
+# How many rows of a matrix are in memory as float32 at a time.
 ROWS_AT_ONCE = 4_096
 
 
 def mean_rows(matrix_VD: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
-    """Return the mean of each token's pieces, (N, D), float32: the usual baseline, and our start.
-
-    Args:
-        matrix_VD: Embedding or head of the base model.
-        tokens: The new tokens.
-    """
+    """Return the mean of the rows of each token's run, (N, D), float32: the usual baseline, and our start."""
     return _means(matrix_VD, [t.run for t in tokens])
 
 
 def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the mean of the rows of each run; runs of one length in one call, which costs more than the sums."""
+    """Return the mean of the rows of each run; one call does all runs of a length, since calls cost more than sums."""
     found = torch.empty(len(runs), *matrix_VD.shape[1:], dtype=torch.float32, device=matrix_VD.device)
     for length in {len(run) for run in runs}:
         chosen = [i for i, run in enumerate(runs) if len(run) == length]
@@ -44,7 +39,7 @@ def _means(matrix_VD: torch.Tensor, runs: Sequence[Sequence[int]]) -> torch.Tens
 
 
 def row_norms(matrix_VD: torch.Tensor) -> torch.Tensor:
-    """Return the length of each row, (V,), float32, on the host; the matrix is never there in float32 as a whole."""
+    """Return the length of each row, (V,), float32, on the host, with few rows in float32 at a time."""
     return torch.cat([part.float().norm(dim=1).cpu() for part in matrix_VD.split(ROWS_AT_ONCE)])
 
 
@@ -52,8 +47,9 @@ def rows_in_use(matrix_VD: torch.Tensor, first_new_id: int, textless_ids: Collec
     """Tell which base rows stand for tokens that the model was trained on, (U,), on the host.
 
     Many checkpoints have rows that nobody trained: of reserved and special ids, of ids that the tokenizer lacks. They
-    may be zero, next to nothing, or all the same, and say nothing about the others. Where too few rows would be left,
-    less is asked of them.
+    may be zero, next to nothing, or all the same, and say nothing about the others. A row in use is longer than that,
+    has text, and differs from all others. Where fewer than two rows are so, equal ones count; where fewer still, those
+    without text.
 
     Args:
         matrix_VD: Embedding or head of the base model.
@@ -79,12 +75,7 @@ def _checksums(matrix_VD: torch.Tensor) -> Iterator[int]:
 
 
 def rows_from_file(file: RowsFile, name: str) -> RowSource:
-    """Return the rows of a rows file.
-
-    Args:
-        file: The file.
-        name: `input` or `output`.
-    """
+    """Return a source of the `input` or `output` rows of a rows file."""
     info = file.tensors[name]
 
     def read(first: int, last: int) -> torch.Tensor:
@@ -96,13 +87,7 @@ def rows_from_file(file: RowsFile, name: str) -> RowSource:
 
 
 def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]) -> RowSource:
-    """Return the mean of the rows of each token's run, in any stored tensor with a row per token id.
-
-    Args:
-        checkpoint: The base.
-        name: Stored name of the tensor.
-        tokens: The new tokens.
-    """
+    """Return a source of the mean rows of each token's run, in any stored tensor with a row per token id."""
     info = checkpoint.tensors[name]
     start = checkpoint.extent(name).start
 
@@ -121,7 +106,7 @@ def mean_of_pieces(checkpoint: Checkpoint, name: str, tokens: Sequence[NewToken]
 
 
 def as_bytes(source: RowSource, dtype: str) -> Callable[[int, int], bytes]:
-    """Return rows as the bytes of a stored dtype."""
+    """Return a source of the same rows as bytes, in a stored dtype."""
 
     def read(first: int, last: int) -> bytes:
         return source(first, last).to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
@@ -130,27 +115,21 @@ def as_bytes(source: RowSource, dtype: str) -> Callable[[int, int], bytes]:
 
 
 def check_rows(source: RowSource, num_new: int, info: TensorInfo) -> None:
-    """Refuse rows that do not fit a tensor, before anything is written.
-
-    Args:
-        source: The rows.
-        num_new: How many.
-        info: The tensor that they go into.
+    """Refuse new rows that do not fit the tensor they go into; `patch` asks before it writes anything.
 
     Raises:
         CheckpointError: If the widths differ, or a row is not finite in the dtype of the tensor.
     """
     dtype = DTYPES[info.dtype]
-    step = max(1, CHUNK_BYTES // (4 * info.row_bytes))
     bad: list[int] = []
-    for first in range(0, num_new, step):
-        rows = source(first, min(first + step, num_new))
+    for first, last in row_ranges(num_new, info.row_bytes):
+        rows = source(first, last)
         if tuple(rows.shape[1:]) != info.shape[1:]:
             raise CheckpointError(
                 f"the new rows are {list(rows.shape[1:])} wide, but a row of the model is {list(info.shape[1:])} wide; "
                 "they were made for another model"
             )
-        finite = torch.isfinite(rows.to(dtype)).flatten(1).all(1) if rows.dim() > 1 else torch.isfinite(rows.to(dtype))
+        finite = torch.isfinite(rows.to(dtype)).reshape(len(rows), -1).all(1)
         bad += [first + row for row in (~finite).nonzero().flatten().tolist()]
     if bad:
         raise CheckpointError(f"{len(bad)} new rows are not finite in {dtype}, the first is row {bad[0]}")
@@ -158,19 +137,11 @@ def check_rows(source: RowSource, num_new: int, info: TensorInfo) -> None:
 
 def same_rows(one: RowSource, other: RowSource, num_new: int, row_bytes: int) -> bool:
     """Tell whether two sources give the same rows."""
-    step = max(1, CHUNK_BYTES // (4 * row_bytes))
-    return all(torch.equal(one(first, min(first + step, num_new)), other(first, min(first + step, num_new)))
-               for first in range(0, num_new, step))
+    return all(torch.equal(one(first, last), other(first, last)) for first, last in row_ranges(num_new, row_bytes))
 
 
 def mean_row(checkpoint: Checkpoint, name: str, ids: Sequence[int]) -> bytes:
-    """Return the bytes of the mean of some rows of a stored tensor, in its dtype.
-
-    Args:
-        checkpoint: The base.
-        name: Stored name of the tensor.
-        ids: Which rows.
-    """
+    """Return the bytes of the mean of some rows of a stored tensor, in its dtype."""
     source = mean_of_pieces(checkpoint, name, [NewToken("", "", tuple(ids))])
     return as_bytes(source, checkpoint.tensors[name].dtype)(0, 1)
 
@@ -181,5 +152,5 @@ def constant_row(info: TensorInfo, value: float) -> bytes:
 
 
 def constant_rows(value: float) -> RowSource:
-    """Return a source of rows of a tensor without width (a bias) that are all the same."""
+    """Return a source of equal rows for a tensor without width (a bias)."""
     return lambda first, last: torch.full((last - first,), value, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """The files of a model folder that a server reads: `verify` records them, and every start compares them.
 
-A verdict belongs to the files that were checked. So verify.json records size and digest of each, and a start
+A verdict holds for the files that `verify` has checked. So verify.json records size and digest of each, and a start
 refuses a folder in which a file has another size or digest, is missing, or was added.
 """
 
@@ -22,7 +22,7 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class ServedFile:
-    """One file as it was when it was verified.
+    """One file as `verify` found it.
 
     Attributes:
         num_bytes: Its size.
@@ -34,16 +34,16 @@ class ServedFile:
 
 
 def served_files(folder: Path) -> dict[str, Path]:
-    """Return the files that a server may read, by their path in the folder, in its order."""
+    """Return the files that a server may read, by their path in the folder, sorted."""
     paths = [*folder.iterdir(), *(folder / TEMPLATES_FOLDER).glob("*")]
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)
             if path.is_file() and not path.name.startswith(".") and _matches(path.name, PATTERNS)}
 
 
 def file_times(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of the last change of each file that a server may read, to see whether one changes."""
-    return {name: (status.st_size, status.st_mtime_ns) for name, path in served_files(folder).items()
-            for status in [path.stat()]}
+    """Return size in bytes, and time of the last change in ns, of each file that a server may read."""
+    statuses = {name: path.stat() for name, path in served_files(folder).items()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in statuses.items()}
 
 
 def record_files(folder: Path, known: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -1,18 +1,18 @@
-"""Safetensors files as what they are: a header and byte ranges.
+"""Safetensors files as headers and byte ranges.
 
 A file is eight bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), and
-the bytes. Headers alone tell everything that `inspect` and `patch` must decide. A shard is rewritten in one
-pass over its bytes, chunk by chunk: nothing here holds more than a few chunks, however large a matrix is.
+the bytes. Headers alone tell everything that `inspect` and `patch` must decide. `write_shard` rewrites a shard in one
+pass over its bytes, and holds no more than a few chunks of them, however large a matrix is.
 """
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from vocabext.errors import CheckpointError
@@ -20,8 +20,8 @@ from vocabext.files.ranges import READ_BYTES, Advance, Extent
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 CHUNK_BYTES = 16 * 1024 * 1024  # of rows that are computed at a time
-REWRITE_BYTES = 4 * 1024 * 1024  # by which a shard is rewritten: one chunk is read while the one before is hashed
-# Sizes of the types this module has to compute with; other types are copied as bytes and not looked into.
+REWRITE_BYTES = 4 * 1024 * 1024  # of a shard that are copied at a time: one chunk is read while another is hashed
+# Sizes of the types that this module computes with; it copies tensors of other types without looking into them.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 
@@ -51,7 +51,7 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row; a tensor without rows has none."""
+        """Size of one row; the tensor must have rows."""
         return self.num_bytes // self.shape[0]
 
 
@@ -72,14 +72,16 @@ class Shard:
     tensors: dict[str, TensorInfo]
 
 
+def row_ranges(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges `[first, last)` of rows that may be computed at a time: they take a few copies in float32."""
+    step = max(1, CHUNK_BYTES // (4 * row_bytes))
+    return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+
+
 # -- reading a header ---------------------------------------------------------------------------------------------
 
 def read_shard(folder: Path, file: str) -> Shard:
     """Read and check the header of one safetensors file.
-
-    Args:
-        folder: The model folder.
-        file: Name of the file in it.
 
     Raises:
         CheckpointError: If the file is truncated, or its header is no safetensors header.
@@ -139,10 +141,8 @@ def _check_tensor(path: Path, name: str, info: TensorInfo, data_bytes: int) -> N
             f"{path} is truncated: {name} ends at byte {info.end} of the data, the file has {data_bytes}; "
             "download it again"
         )
-    expected = DTYPE_BYTES.get(info.dtype)
-    for size in info.shape:
-        expected = expected * size if expected is not None else None
-    if expected is not None and expected != info.num_bytes:
+    expected = DTYPE_BYTES.get(info.dtype, 0) * math.prod(info.shape)
+    if info.dtype in DTYPE_BYTES and expected != info.num_bytes:
         raise CheckpointError(
             f"{path}: {name} has {info.num_bytes} bytes, but shape {list(info.shape)} of {info.dtype} needs {expected}"
         )
@@ -168,8 +168,8 @@ class Growth:
         first_row: Where the new rows go; all rows before stay as they are.
         num_new: How many there are.
         num_rows: Rows of the tensor afterwards; those behind the new ones stay as they are, or are surplus.
-        rows: Gives the bytes of new rows `[i, j)`, counted from the first new one.
-        surplus: The bytes of one row that neither the base nor a token has; zeros if None.
+        rows: Returns the bytes of new rows `[i, j)`, counted from the first new one.
+        surplus: The bytes of each row that belongs to no id of the base and to no token; zeros if None.
     """
 
     first_row: int
@@ -194,7 +194,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor that a shard gets in addition: a copy of another one in it, with rows of its own.
+    """A tensor that a shard gets in addition: a copy of another one in it, with new rows of its own.
 
     Attributes:
         source: Stored name of the tensor that is copied.
@@ -207,15 +207,15 @@ class Copied:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was seen of the old shard while the new one was written.
+    """What `write_shard` saw of the old shard, and the digests of what it wrote.
 
     Attributes:
-        header: Its first bytes: length and header.
-        num_bytes: Its size.
-        sha256: Digest of the whole file.
-        tensors_sha256: Digests of the old bytes of every tensor that has changed.
-        overwritten: For each of them, offset and size of its overwritten rows in the file `kept`, and their digest.
-        new_rows_sha256: Digests of the new rows as they were written, of tensors that were added as well.
+        header: The first bytes of the old shard: length and header.
+        num_bytes: Size of the old shard.
+        sha256: Digest of the old shard.
+        tensors_sha256: By stored name, the digest of the old bytes of each tensor that changes.
+        overwritten: By the same names, offset and size of the overwritten rows in the file `kept`, and their digest.
+        new_rows_sha256: By stored name, the digest of the new rows, also of tensors that were added.
     """
 
     header: bytes
@@ -244,24 +244,23 @@ def write_shard(source_folder: Path, shard: Shard, target: Path, growths: Mappin
     """
     raw = new_header(shard, growths, added)
     source = Extent.whole(source_folder / shard.file)
-    with open(target, "xb", buffering=READ_BYTES) as out, _Digests() as digests:
+    with open(target, "xb", buffering=READ_BYTES) as out, ThreadPoolExecutor(1) as pool:
+        digests = _Digests(pool)
         header = bytes(source.part(0, shard.data_start).read())
         digests.file.update(header)
         out.write(raw)
         copy = _ShardCopy(source, shard, out, kept, digests, advance)
-        changed: dict[str, tuple[str, tuple[int, int, str], str]] = {}
+        old_sha256, overwritten, new_rows_sha256 = dict[str, str](), dict[str, tuple[int, int, str]](), dict[str, str]()
         done = 0  # everything between two tensors that change is copied as one piece
         for name, info in shard.tensors.items():
             if name in growths:
                 copy.plain(done, info.start)
-                changed[name] = copy.grow(info, growths[name])
+                old_sha256[name], overwritten[name], new_rows_sha256[name] = copy.grow(info, growths[name])
                 done = info.end
         copy.plain(done, max((info.end for info in shard.tensors.values()), default=0))
-        copied = {name: copy.duplicate(shard.tensors[tensor.source], tensor.growth) for name, tensor in added.items()}
-    return Rewritten(
-        header, source.count, digests.file.hexdigest(), {name: found[0] for name, found in changed.items()},
-        {name: found[1] for name, found in changed.items()},
-        {**{name: found[2] for name, found in changed.items()}, **copied})
+        for name, tensor in added.items():
+            new_rows_sha256[name] = copy.duplicate(shard.tensors[tensor.source], tensor.growth)
+    return Rewritten(header, source.count, digests.file.hexdigest(), old_sha256, overwritten, new_rows_sha256)
 
 
 def new_header(shard: Shard, growths: Mapping[str, Growth], added: Mapping[str, Copied]) -> bytes:
@@ -280,19 +279,12 @@ def new_header(shard: Shard, growths: Mapping[str, Growth], added: Mapping[str, 
 
 
 class _Digests:
-    """Digests of what passes by, computed in a second thread while the first one writes."""
+    """Digests of chunks, computed in a thread of a pool while the caller writes the chunks."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.file = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = pool
         self._pending: Future[None] | None = None
-
-    def __enter__(self) -> "_Digests":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._pool.shutdown()
 
     def update(self, chunk: bytes, *more: Any) -> None:
         """Add a chunk to the digest of the file and to others; waits until the chunk before is done."""
@@ -304,7 +296,7 @@ class _Digests:
             digest.update(chunk)
 
     def wait(self) -> None:
-        """Wait until all chunks are counted."""
+        """Wait until the digests have all chunks."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -319,18 +311,20 @@ class _ShardCopy:
         self._digests, self._advance = digests, advance
 
     def plain(self, first: int, last: int) -> None:
-        """Copy bytes of the data as they are."""
+        """Copy the bytes `[first, last)` of the data as they are."""
         self._read(first, last, self._out)
         self._digests.wait()
 
     def grow(self, info: TensorInfo, growth: Growth) -> tuple[str, tuple[int, int, str], str]:
-        """Copy a tensor with its new rows; returns its old digest, where overwritten rows are, and the rows' digest."""
+        """Copy a tensor with its new rows.
+
+        Returns:
+            The digest of its old bytes; offset, size and digest of its overwritten rows; the digest of its new rows.
+        """
         whole, overwritten = hashlib.sha256(), hashlib.sha256()
-        first, last = (info.start + min(row, info.shape[0]) * info.row_bytes
-                       for row in (growth.first_row, growth.end_row))
+        first, last = self._overwritten(info, growth)
         offset = self._kept.tell()
         self._read(info.start, first, self._out, whole)
-        self._write_gap(info, growth)
         new_rows = self._write_rows(info, growth)
         self._read(first, last, self._kept, whole, overwritten)
         self._read(last, info.end, self._out, whole)
@@ -339,15 +333,19 @@ class _ShardCopy:
         return whole.hexdigest(), (offset, last - first, overwritten.hexdigest()), new_rows
 
     def duplicate(self, info: TensorInfo, growth: Growth) -> str:
-        """Write a copy of a tensor that has been read before, with rows of its own; returns their digest."""
-        first, last = (info.start + min(row, info.shape[0]) * info.row_bytes
-                       for row in (growth.first_row, growth.end_row))
+        """Write a copy of a tensor that `plain` or `grow` has read, with new rows of its own; returns their digest."""
+        first, last = self._overwritten(info, growth)
         self._again(info.start, first)
-        self._write_gap(info, growth)
         new_rows = self._write_rows(info, growth)
         self._again(last, info.end)
         self._write_surplus(info, growth)
         return new_rows
+
+    @staticmethod
+    def _overwritten(info: TensorInfo, growth: Growth) -> tuple[int, int]:
+        """Return which bytes `[first, last)` of the data the rows have that new ones overwrite."""
+        first, last = (min(row, info.shape[0]) * info.row_bytes for row in (growth.first_row, growth.end_row))
+        return info.start + first, info.start + last
 
     def _read(self, first: int, last: int, out: BinaryIO, *digests: Any) -> None:
         for chunk in self._chunks(first, last):
@@ -358,21 +356,16 @@ class _ShardCopy:
     def _again(self, first: int, last: int) -> None:
         for chunk in self._chunks(first, last):
             self._out.write(chunk)
-            self._advance(0)  # the bytes are counted already, but the work may be stopped here
+            self._advance(0)  # these bytes were counted when `plain` or `grow` read them; this lets a caller stop
 
     def _chunks(self, first: int, last: int) -> Iterator[bytes]:
         return self._source.part(self._shard.data_start + first, last - first).chunks(REWRITE_BYTES)
 
-    def _write_gap(self, info: TensorInfo, growth: Growth) -> None:
-        """Write rows for ids of the base that it has none for."""
-        self._write_silent(info, growth, growth.first_row - info.shape[0])
-
     def _write_rows(self, info: TensorInfo, growth: Growth) -> str:
-        """Write the new rows; returns their digest."""
+        """Write rows for ids of the base that have none, then the new rows; returns the digest of the new rows."""
+        self._write_silent(info, growth, growth.first_row - info.shape[0])
         digest = hashlib.sha256()
-        step = max(1, CHUNK_BYTES // (4 * info.row_bytes))  # they are made in float32, in a few copies
-        for first in range(0, growth.num_new, step):
-            last = min(first + step, growth.num_new)
+        for first, last in row_ranges(growth.num_new, info.row_bytes):
             rows = growth.rows(first, last)
             if len(rows) != (last - first) * info.row_bytes:
                 raise CheckpointError(f"new rows {first} to {last} have {len(rows):,} bytes, but one row of the model "

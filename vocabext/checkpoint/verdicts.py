@@ -40,10 +40,10 @@ class Verification(Shown):
         against: The base.
         checks: The verdicts.
         seconds: Time it took.
-        carried_sha256: Digests of the shards that were found equal to the base's, now or by an earlier `verify`.
-        corpus: How much of the corpus was encoded: `documents`, `bytes`, `encoded_documents`, `encoded_bytes`; None
+        carried_sha256: Digests of the shards that this `verify`, or an earlier one, has found equal to the base's.
+        corpus: How much of the corpus it encoded: `documents`, `bytes`, `encoded_documents`, `encoded_bytes`; None
             without a corpus.
-        files: Size and digest of each file that a server may read; empty where a check failed.
+        files: Size and digest of each file that a server may read; empty if a check failed.
     """
 
     model: str
@@ -63,8 +63,7 @@ class Verification(Shown):
         """Return the content of verify.json."""
         return {"artifact": "verify", "version": 1, "passed": self.passed, "model": self.model,
                 "against": self.against, "seconds": self.seconds, "checks": [asdict(c) for c in self.checks],
-                "carried_sha256": self.carried_sha256, "corpus": self.corpus,
-                "files": self.files}
+                "carried_sha256": self.carried_sha256, "corpus": self.corpus, "files": self.files}
 
     def _table(self) -> Table:
         failed = sum(check.verdict == FAIL for check in self.checks)
@@ -75,17 +74,14 @@ class Verification(Shown):
 def verified_sha256(folder: Path) -> dict[str, str]:
     """Return the digests of the shards that a `verify` has found equal to the base's.
 
-    A `verify` that failed for another reason counts as well: what it found equal was equal.
-
-    Args:
-        folder: The expanded checkpoint.
+    A `verify` that failed for another reason counts as well.
     """
     found = (read_object(folder / VERIFY_NAME) or {}).get("carried_sha256")
     return {str(name): str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
 def verified_files(document: Mapping[str, Any]) -> dict[str, ServedFile] | None:
-    """Return the files that a verify.json records; None if an older version made it.
+    """Return the files that a verify.json records; None if an older version, which records none, wrote it.
 
     Raises:
         CheckpointError: If the record cannot be read.

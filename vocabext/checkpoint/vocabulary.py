@@ -1,7 +1,7 @@
 """Which stored tensors have one row per token id, and which of them can be given more.
 
-The model class knows the parameters (`vocabext.checkpoint.architecture`); here they are found among the stored names,
-which may lack or have other prefixes, and whatever cannot be extended is refused by its name.
+The model class knows the parameters (`vocabext.checkpoint.architecture`). `find_row_tensors` finds them among the
+stored names, which may lack or have other prefixes, and refuses by its name what cannot be extended.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vocabext.checkpoint.architecture import EmbeddingNames
+from vocabext.checkpoint.architecture import EmbeddingNames, with_inner
 from vocabext.checkpoint.shards import TensorInfo
 from vocabext.errors import CheckpointError, UnsupportedError
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-# How quantised weights are stored beside or instead of `NAME.weight`: GPTQ and AWQ, compressed-tensors and FP8,
-# bitsandbytes, HQQ.
+# What stored names of quantised weights have beside or instead of `NAME.weight`: GPTQ and AWQ, compressed-tensors and
+# FP8, bitsandbytes, HQQ.
 QUANTISED_PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv",
                    "weight_zero_point", "weight.absmax", "SCB", "W_q")
 PACKED_DTYPES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
-# What says how weights are quantised where config.json does not: of GPTQ, AWQ and ModelOpt.
+# Files that say how weights are quantised if config.json does not: of GPTQ, AWQ and ModelOpt.
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 EMBEDDING, HEAD, HEAD_BIAS, PER_LAYER, TABLE = (
     "embedding", "head", "head bias", "per-layer embedding", "further table")
-# The bias of an output row that no token has: exp of it is 0, and every float format can hold it.
+# The bias of an output row without a token: its exponential is 0, and every float format can hold it.
 SILENT_BIAS = -10_000.0
 # vLLM 0.32 multiplies with the embedding in these classes, whatever the config says.
 TIED_IN_VLLM = ("Gemma2ForCausalLM", "Gemma3nForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM")
-# A new row this many times longer than the longest base row in use would win every softmax it is in: `verify` fails it.
+# `verify` fails a new row this many times longer than the longest base row in use: it would win every softmax.
 MAX_NORM_RATIO = 3.0
 
 
@@ -50,19 +50,13 @@ def find_row_tensors(folder: Path, config: Mapping[str, Any], names: EmbeddingNa
                      tensors: Mapping[str, TensorInfo]) -> dict[str, RowTensor]:
     """Find every stored tensor with a row per token id.
 
-    Args:
-        folder: The model folder, for messages.
-        config: Its config.json.
-        names: What the model class says.
-        tensors: All stored tensors.
-
     Returns:
         The tensors by stored name: embedding, head, head bias, others. A tied model may store its embedding,
         its head, or both.
 
     Raises:
-        CheckpointError: If one that must be there is not, has another shape than config.json implies, is
-            quantised, or if there is one without a rule for new tokens.
+        CheckpointError: If a tensor is missing, has another shape than config.json implies, is quantised, or has a row
+            per token id and no rule for new tokens.
     """
     wanted = [RowTensor(EMBEDDING, names.embedding), RowTensor(HEAD, names.head)]
     wanted += [RowTensor(HEAD_BIAS, names.head_bias)] if names.head_bias is not None else []
@@ -70,9 +64,9 @@ def find_row_tensors(folder: Path, config: Mapping[str, Any], names: EmbeddingNa
                for name, key in names.tables.items()]
     found: dict[str, RowTensor] = {}
     for tensor in wanted:
-        _refuse_quantised(names.saved.get(tensor.parameter, tensor.parameter), tensors)
-        name = stored_name(names.saved.get(tensor.parameter, tensor.parameter), tensors)
-        name = stored_name(tensor.parameter, tensors) if name is None else name
+        saved = names.saved.get(tensor.parameter, tensor.parameter)
+        _refuse_quantised(saved, tensors)
+        name = stored_name(saved, tensors) or stored_name(tensor.parameter, tensors)
         if name is not None:
             found[name] = tensor
     _check_complete(folder, names, {tensor.role for tensor in found.values()})
@@ -86,14 +80,11 @@ def stored_name(parameter: str, tensors: Collection[str]) -> str | None:
     """Find a parameter among stored names, which may lack or have other prefixes (`model.`, `language_model.`).
 
     Raises:
-        CheckpointError: If several could be meant.
+        CheckpointError: If several names could mean it.
     """
-    if parameter in tensors:
-        return parameter
     parts = parameter.split(".")
-    for first in range(1, len(parts) - 1):
-        suffix = ".".join(parts[first:])
-        if suffix in tensors:
+    for first in range(max(1, len(parts) - 1)):
+        if (suffix := ".".join(parts[first:])) in tensors:
             return suffix
     tail = ".".join(parts[-2:])
     found = [name for name in tensors if name == tail or name.endswith(f".{tail}")]
@@ -104,7 +95,7 @@ def stored_name(parameter: str, tensors: Collection[str]) -> str | None:
 
 def _refuse_quantised(parameter: str, tensors: Collection[str]) -> None:
     module = parameter.rsplit(".", 1)[0]
-    # The module's own name goes with the part: `layers.0.mlp.up_proj.weight.absmax` must not be taken for a head's.
+    # With the name of the module: `layers.0.mlp.up_proj.weight.absmax` is not a part of a head.
     tails = tuple(f"{module.rsplit('.', 1)[-1]}.{part}" for part in QUANTISED_PARTS)
     for name in tensors:
         if name in tails or name.endswith(tuple(f".{tail}" for tail in tails)):
@@ -142,7 +133,7 @@ def _check_shape(folder: Path, name: str, info: TensorInfo, tensor: RowTensor, n
 
 
 def _what_it_is(dtype: str) -> str:
-    """Say what numbers of a stored dtype are."""
+    """Say what kind of numbers a stored dtype holds."""
     if dtype.startswith(("F4", "F6_", "F8", "I4", "I8", "U4", "U8")):
         return "quantised numbers"
     return {"F64": "numbers of double precision", "C64": "complex numbers", "BOOL": "truth values"}.get(
@@ -157,14 +148,14 @@ def _way_out(dtype: str) -> str:
 
 def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Mapping[str, TensorInfo],
                    found: Mapping[str, RowTensor]) -> None:
-    """Refuse tensors that must grow with the vocabulary and that we have no rule for."""
-    odd = [name for name in (stored_name(parameter, tensors) for parameter in sorted(names.odd)) if name is not None]
+    """Refuse tensors that must grow with the vocabulary, and for which there is no rule."""
+    odd = [name for parameter in sorted(names.odd) if (name := stored_name(parameter, tensors)) is not None]
     if odd:
         raise CheckpointError(f"{', '.join(odd[:3])} grows with the vocabulary, but not by a row per token, and there "
                               "is no rule for new tokens in it")
     rows = names.shapes[names.embedding][0]
     others = [name for name, info in tensors.items() if info.shape[:1] == (rows,) and name not in found]
-    if others:  # a quantised weight and its parts have no axes of the weight
+    if others:  # the stored parts of a quantised weight do not have its axes
         packed = tuple(name.removesuffix(part) for name in tensors for part in QUANTISED_PARTS
                        if name.endswith(f".{part}"))
         others = [name for name in others
@@ -180,20 +171,22 @@ def _refuse_others(config: Mapping[str, Any], names: EmbeddingNames, tensors: Ma
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return the method by which a config says that a model is quantised, None if it is not."""
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
-        found = part.get("quantization_config")
-        if isinstance(found, dict):
-            return str(found.get("quant_method") or "an unnamed method")
-    return None
+    """Return the method by which a config says that a model is quantised; None if it is not."""
+    settings = quantisation_settings(config)
+    return None if settings is None else str(settings.get("quant_method") or "an unnamed method")
+
+
+def quantisation_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a config says about quantisation; None if it says nothing."""
+    found = (part.get("quantization_config") for part in with_inner(config))
+    return next((settings for settings in found if isinstance(settings, dict)), None)
 
 
 def other_dimensions(config: Mapping[str, Any]) -> set[int]:
-    """Sizes of axes that a config implies, apart from the vocabulary.
+    """Return the sizes of axes that a config implies, apart from the vocabulary.
 
-    A weight whose first axis is one of these may equal the number of rows by accident. Asked only about
-    tensors that the model class does not have under their stored names, such as single experts.
+    A tensor whose first axis has such a size may have as many rows as the vocabulary by accident. The question arises
+    only for tensors that the model class does not have under their stored names, such as single experts.
     """
     sizes: set[int] = set()
     for key, value in config.items():
@@ -204,7 +197,7 @@ def other_dimensions(config: Mapping[str, Any]) -> set[int]:
     hidden, inner, heads = (_count(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     kv_heads = _count(config, "num_key_value_heads") or heads
     head = _count(config, "head_dim") or (hidden // heads if heads else 0)
-    # Projections are stored fused in some families: query+key+value, gate+up.
+    # Some families store projections fused: query+key+value, gate+up.
     return sizes | {heads * head, kv_heads * head, (heads + 2 * kv_heads) * head, 2 * inner, 3 * hidden, 4 * hidden}
 
 

@@ -1,19 +1,19 @@
 """The effective tokenizer of a model, and its extension by tokens that are merges.
 
-*Effective* means: what `AutoTokenizer.from_pretrained` really does with the folder, not what a file
-in it says; model classes rebuild parts of the pipeline from their own code.
+*Effective* means what `AutoTokenizer.from_pretrained` makes of the folder, not what a file in it says: model classes
+rebuild parts of the pipeline from their own code.
 
-A new token is made in one of three ways, none of which can touch other text:
+There are three ways to make a new token in BPE, and none touches other text:
 
-- It is a merge behind all merges of the base, wherever BPE sees a whole text or a whole run of letters without
-  spaces (`merges.py`). This needs its parts among the tokens.
-- It is looked up: where a regex has split the text into chunks, `ignore_merges` finds a chunk that is an entry
-  before anything is merged. A phrase of several chunks becomes one by an alternative in that regex (`chunks.py`).
-- It is cut out where `boundaries.py` proves that no merge could cross its edges, and then looked up: what
-  lacks parts where it would have to be a merge (`whole_text.py`, `inner.py`).
+- A merge behind all merges of the base makes it, where BPE sees a whole text or a whole run of letters without
+  spaces (`merges.py`). Its parts must be tokens.
+- `ignore_merges` looks it up, where a regex splits the text into chunks: it finds a chunk that is an entry before
+  BPE merges anything. An alternative in that regex makes a chunk of a phrase (`chunks.py`).
+- A splitting step cuts it out where `boundaries.py` proves that no merge could cross its edges, and `ignore_merges`
+  looks it up: for tokens that should be merges and lack parts (`whole_text.py`, `inner.py`).
 
-Unigram has its own way (`unigram.py`). No merge of the base is touched, and no AddedToken is made (those match inside
-longer words).
+Unigram has its own way (`unigram/`). No extension changes a merge of the base, or makes an AddedToken (those match
+inside longer words).
 
 This package is the only importer of `tokenizers`.
 """

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, Tokenizer
@@ -16,14 +16,11 @@ from vocabext.tokenizer.unigram.splitting import FINEST_SCALE, UnigramScheme, ex
 from vocabext.tokenizer.whole_text import WholeTextScheme, at_marks, never_cuts
 from vocabext.tokens import Expansion, NewToken
 
-# How many refused tokens a message names; all are counted.
-NUM_NAMED = 10
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-MAX_NAMED = 3  # tokens that a message names
+# How many tokens a message names at most: of those that cannot be added, and of those that break a rule. It counts all.
+NUM_NAMED, MAX_NAMED = 10, 3
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
@@ -43,15 +40,13 @@ class _Encoder:
         self.hf = hf
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without the special tokens that frame a prompt."""
+        """Return the token ids of a text without a frame: the special tokens around a prompt."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, framed: bool = False) -> list[list[int]]:
         """Encode many texts in parallel; like `encode`, in the order given. Several threads may do so at once.
 
-        Args:
-            texts: The texts.
-            framed: Whether to add the special tokens that frame a prompt.
+        `framed` adds the special tokens that frame a prompt.
 
         Raises:
             TokenizerError: If the library gives up at a text.
@@ -75,8 +70,8 @@ class _Encoder:
     def untrimmed(self) -> Tokenizer:
         """The tokenizer without the step that frames prompts.
 
-        That step may also trim places: it takes one character off for each space that a token spells, which is a letter
-        where the splitting has put the space there.
+        That step may also trim the places of tokens: it takes one character off for each space that a token spells. If
+        the splitting has put the space there, that character is a letter.
         """
         backend = plain_copy(self.backend)
         backend.post_processor = None
@@ -84,7 +79,7 @@ class _Encoder:
 
     @cached_property
     def prefix_ids(self) -> list[int]:
-        """Ids that the tokenizer puts in front of a prompt (often BOS, often nothing)."""
+        """The ids that the tokenizer puts in front of a prompt (often BOS, often nothing)."""
         framed, bare = self.backend.encode("a").ids, self.backend.encode("a", add_special_tokens=False).ids
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         return list(framed[:at])
@@ -94,7 +89,7 @@ class BaseTokenizer(_Encoder):
     """The effective tokenizer of a base model.
 
     Attributes:
-        scheme: What kind it is, and how it is extended.
+        scheme: What kind it is, and how to extend it.
         named: What the files of its folder say about ids.
         num_own_ids: One more than the highest id that the tokenizer itself has.
     """
@@ -104,10 +99,10 @@ class BaseTokenizer(_Encoder):
 
         Args:
             hf: The tokenizer.
-            named: What the files beside it say about ids; None where nobody asks.
+            named: What the files beside it say about ids; None to ignore them.
 
         Raises:
-            TokenizerError: If it is of a kind that cannot be extended.
+            TokenizerError: If tokenizers of its kind cannot be extended.
         """
         super().__init__(plain_copy(hf.backend_tokenizer), hf)
         self.scheme = scheme_of(self.backend)
@@ -115,7 +110,7 @@ class BaseTokenizer(_Encoder):
         self.named = named or NamedIds()
         self.num_own_ids = self.scheme.first_new_id
         self.scheme.first_new_id = max(self.num_own_ids, 1 + max(self.reserved, default=-1))
-        self._made: dict[str, NewToken] = {}
+        self._token = cache(self.scheme.new_token)
 
     @property
     def kind(self) -> str:
@@ -144,13 +139,13 @@ class BaseTokenizer(_Encoder):
 
     @property
     def textless_ids(self) -> list[int]:
-        """Ids below `first_new_id` that no plain text has: barriers, and holes among the ids."""
+        """The ids below `first_new_id` that plain text never has: barriers, and ids without an entry."""
         holes = set(range(self.first_new_id)) - {*self.vocabulary.values(), *self.added.values()}
         return sorted(holes | set(self.scheme.barrier_ids.tolist()))
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest entry: a text of n characters has at least n / longest_token tokens.
+        """Characters of the longest entry (L): a text of n characters has at least n / L tokens.
 
         An entry in the alphabet of bytes has a character for each byte, so it covers no more characters than it has.
         """
@@ -164,17 +159,12 @@ class BaseTokenizer(_Encoder):
         """Return the new token that stands for a text, or for what the normalizer makes of it.
 
         Raises:
-            TokenizerError: If the text cannot become one token, or hides what must be seen; the message is the reason.
+            TokenizerError: If the text cannot become one token, or would hide a stop or a ban; the message says why.
         """
         token = self._token(text)
         if (reason := self.named.rules.broken_by(token.token, token.run)) is not None:
             raise TokenizerError(f"{text!r} {reason}")
         return token
-
-    def _token(self, text: str) -> NewToken:
-        if text not in self._made:
-            self._made[text] = self.scheme.new_token(text)
-        return self._made[text]
 
 
 class ExpandedTokenizer(_Encoder):
@@ -218,14 +208,10 @@ def extend(base: BaseTokenizer, tokens: Sequence[NewToken]) -> ExpandedTokenizer
 
 
 def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
-    """Refuse tokens that would carry past a rule of the model's what it stops at, bans or forces.
-
-    Args:
-        rules: What the files of the model say.
-        tokens: The new tokens.
+    """Refuse tokens that would hide from generation an id or text that it stops at, bans or forces.
 
     Raises:
-        TokenizerError: If there are some; says how many, and names the first.
+        TokenizerError: If tokens break a rule; says how many, and names the first.
     """
     broken = [(token.token, reason) for token in tokens if (reason := rules.broken_by(token.token, token.run))]
     if broken:
@@ -237,14 +223,10 @@ def check_rules(rules: Rules, tokens: Sequence[NewToken]) -> None:
 
 
 def given_rows(base: BaseTokenizer, num_rows: int) -> dict[int, str]:
-    """Return the ids that the matrix has no rows for, and that get some, with what they are.
+    """Return the ids that have no row in a matrix of `num_rows`, and that get an empty one, with what they are.
 
-    A model cannot have read or written such an id. Where no text holds it (a place for an image, an end of text that
+    The model cannot have read or written such an id. If no text holds it (a place for an image, an end of text that
     only a config names), an empty row does no harm.
-
-    Args:
-        base: The tokenizer.
-        num_rows: Rows of the matrix.
 
     Raises:
         CheckpointError: If ids of plain text have no row, or too many ids have none.
@@ -263,7 +245,7 @@ def given_rows(base: BaseTokenizer, num_rows: int) -> dict[int, str]:
 
 
 def _check_ids(base: BaseTokenizer, num_new: int) -> None:
-    """Refuse so many tokens that one would get an id which a file names, far behind all others."""
+    """Refuse so many tokens that one would get an id which a file names, far behind the last row."""
     last = base.first_new_id + num_new - 1
     for i, where in base.named.out_of_reach(base.num_own_ids).items():
         if i <= last:
@@ -300,14 +282,14 @@ def scheme_of(backend: Tokenizer) -> Scheme:
     """Classify a tokenizer by the way in which it can be extended.
 
     Raises:
-        TokenizerError: If it is of a kind that cannot; says what is there and what is supported.
+        TokenizerError: If its kind cannot be extended; says what it is and what is supported.
     """
     spec: dict[str, Any] = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] == "Unigram":
         if any((score * FINEST_SCALE) % 1 for _, score in model["vocab"]):
-            # Readers of tokenizer.json get some scores wrong in the last bit, another one at every reading. Only cuts
-            # with equal totals (a row of one sign) depend on that bit; the extension decides them by rule.
+            # Readers of tokenizer.json get the last bit of some scores wrong, of others at each reading. Only cuts with
+            # equal totals (a row of one sign) depend on that bit; `exact_scores` lets the rule decide them.
             spec = exact_scores(spec)
             scheme = UnigramScheme(Tokenizer.from_str(json.dumps(spec)), spec)
             scheme.description += " (its scores are rounded to 2^-24: rows of one sign may be cut otherwise)"

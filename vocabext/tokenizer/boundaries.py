@@ -1,6 +1,6 @@
 r"""Where a tokenizer may be cut without changing what it does to the rest of the text.
 
-Two questions, one per way in which tokenizers see text:
+There are two ways in which tokenizers see text:
 
 *Chunks.* A regex first splits the text, and BPE never looks across a split (GPT-2, Llama 3, Qwen).
 Text may be cut wherever the regex cuts it. For a phrase of several chunks that is certain at the
@@ -8,22 +8,22 @@ start (matching goes from left to right); at the end it depends on what follows,
 a look-ahead, chosen by its last character.
 
 *Whole text.* BPE sees everything at once (Llama 2, Mistral). New tokens are merges there, which need no cut
-(`vocabext.tokenizer.merges`); this is for those that cannot be. Cutting at the edge of a string `s` is
+(`vocabext.tokenizer.merges`); a token that cannot be one is cut out. Cutting at the edge of a string `s` is
 safe unless some merge would have joined the two sides. BPE applies merges in rank order, so this is
-decidable per string: replay BPE on `s` alone; the last piece takes a series of values `u` on the
+decidable per string: replay BPE on `s` alone, and note every value `u` that the last piece takes on the
 way. A merge `(u, v)` with text `v` to the right can only happen while the last piece is `u`, and only
-if its rank is not above that of the merge that `s` itself performs next in that time. Those `v` are
+if its rank is not above that of the merge that BPE performs next inside `s` at that time. Those `v` are
 the *hazards* on the right; those on the left mirror them. A look-ahead and a look-behind that refuse
 the hazards make the cut exact, whatever stands further away.
 
 Characters outside the vocabulary never merge. As bytes, or as the unknown token, they also keep their
 neighbours apart, so next to them any cut is exact, and a string may begin, end or consist of them. Where
-the model deletes them, the neighbours of such a character meet and may merge: there no cut is made.
+the model deletes such a character, its neighbours meet and may merge: nothing is cut out there.
 
-The expression is tried at every place of a text where one of the strings could begin, so that set must be
-small and the answer mostly found in a few steps. A string that begins with a letter begins behind a sign,
-a space or a line break, and the expression looks for *those* (`OPENING`); otherwise it would be tried at
-every letter. What all strings share is asserted once, at the end; what is rarely refused, deep in the tree.
+The engine tries the expression at every place of a text where one of the strings could begin, so these places must be
+few, and a few steps must decide at most of them. A string that begins with a letter begins behind a sign,
+a space or a line break, and the expression looks for *those* (`SIGNS`); otherwise the engine would try every
+letter. What all strings share is asserted once, at the end; what rarely refuses a place, deep in the tree.
 """
 
 import itertools
@@ -32,31 +32,33 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
+
+from vocabext.tokenizer.scheme import SPACE_MARK
 
 WORD_CHARACTER = r"[\p{L}\p{M}\p{N}]"
 # Letters of scripts that put no space between words: Hiragana and Katakana; Han, with its extensions.
 SPACELESS_RANGES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 SPACELESS = "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in SPACELESS_RANGES)
 _SPACELESS = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in SPACELESS_RANGES) + "]")
-# Thai and Lao, Myanmar, Khmer: they do not either.
+# Letters of Thai and Lao, Myanmar, Khmer, which put no space between words either.
 _SOUTH_EAST = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 UNSPACED = SPACELESS + r"\x{E00}-\x{EFF}\x{1000}-\x{109F}\x{1780}-\x{17FF}"
-# A word ends where its last letter is not followed by another one, and no character loses a mark that follows it.
+# A word ends where no other letter follows its last one, and no combining mark its last character.
 WORD_END = (rf"(?!(?<=[\p{{L}}\p{{M}}\p{{N}}&&[^{UNSPACED}]]){WORD_CHARACTER}"
             rf"|(?<=[{UNSPACED}])\p{{M}})")
-# What may stand in front of a word that is looked for by itself, besides the mark of a space. Only ASCII signs: the
-# engine finds places to try by their first byte, which is of no use once it must be that of other signs as well.
+# What may stand in front of a word, besides the mark of a space. Only ASCII signs: the engine finds places to try by
+# their first byte, and with other signs almost any byte could be the first one.
 SIGNS = [chr(c) for c in range(128) if not chr(c).isalnum()]
-SPACE_MARK = "\u2581"
-# Nothing, any number of times. The engine looks for a place to try by what may stand at a certain distance behind it;
-# behind this, distances are unknown, so that it looks for what stands in front.
+# This matches nothing, any number of times. The engine finds places to try by what must stand at a known distance
+# behind them. Behind this expression distances are unknown, so the engine goes by what stands in front of it.
 NO_FURTHER = r"[^\x{0}-\x{10FFFF}]*"
-# Alternatives that are tried one after the other; more are halved, and each half looks at the next character first.
-# Not where few strings go on: hardly any text comes there, and nesting is what the engine takes long to read.
+# The engine tries up to so many alternatives one after the other. More are halved, and each half looks at the next
+# character first; not where few strings go on, since hardly any text comes there, and nested groups load slowly.
 MAX_BRANCHES, MIN_HALVED = 6, 30
 # How many expressions get a name.
 MAX_DEFINITIONS = 16
-# How many characters are compared before the look-behind: most places of a text have failed by then.
+# The look-behind comes after so many characters: most places of a text have failed by then.
 LOOK_BEHIND_AT = 4
 
 
@@ -67,14 +69,14 @@ def holds_spaceless(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Hazards:
-    """Texts next to a string with which a merge across its edge could happen."""
+    """Texts with which, where they stand next to a string, a merge across its edge could happen."""
 
     left: frozenset[str]
     right: frozenset[str]
 
 
 class MergeTable:
-    """The merges of a BPE model, indexed for the question which of them cross an edge."""
+    """The merges of a BPE model, indexed by both sides, to find those that could cross the edge of a string."""
 
     def __init__(self, merges: Sequence[tuple[str, str]], vocabulary: Mapping[str, int]) -> None:
         """Index the merges.
@@ -85,20 +87,15 @@ class MergeTable:
         """
         self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
         self.vocabulary = vocabulary
-        self._hazards: dict[str, Hazards] = {}
         self._by_left: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self._by_right: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for (left, right), rank in self.ranks.items():
             self._by_left[left].append((rank, right))
             self._by_right[right].append((rank, left))
+        self.hazards = cache(self.hazards)  # type: ignore[method-assign]
 
     def hazards(self, text: str) -> Hazards:
         """Return the texts that, standing next to `text`, could be merged with a part of it."""
-        if text not in self._hazards:
-            self._hazards[text] = self._find(text)
-        return self._hazards[text]
-
-    def _find(self, text: str) -> Hazards:
         first_until: dict[str, float] = {}
         last_until: dict[str, float] = {}
         for symbols, next_rank in self._replay(text):
@@ -134,22 +131,22 @@ def character_class(characters: Iterable[str]) -> str:
 class Definitions:
     """Expressions that are written once and called by name wherever they are needed.
 
-    Thousands of copies of a few guards take most of the time of reading a folder. But every name makes the search
-    slower, whether it is called or not (docs/decisions/tokenizer-speed.md), so only what saves most gets one.
+    Reading thousands of copies of a few guards takes most of the time of loading a folder. But every name makes the
+    search slower, called or not (docs/decisions/tokenizer-speed.md), so only the expressions that save most get one.
     """
 
     def __init__(self, written: str = "") -> None:
-        """Begin with none.
+        """Begin with no expression.
 
         Args:
-            written: What the expression holds already; the names in it are not used again.
+            written: The expressions so far, whose names are not used again.
         """
         self._expressions: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._free = (name for i in itertools.count() if f"<{(name := f'x{i}')}>" not in written)
 
     def call(self, expression: str) -> str:
-        """Return a call of an expression; nothing for nothing."""
+        """Return a call of an expression; an empty string for an empty one."""
         if not expression:
             return ""
         if expression not in self._names:
@@ -158,7 +155,7 @@ class Definitions:
         return rf"\g<{self._names[expression]}>"
 
     def written_out(self, expression: str) -> str:
-        """Return an expression with the definitions that it calls in front, of which it is a part afterwards."""
+        """Return an expression with the definitions of what it calls in front of it."""
         if not self._expressions:
             return expression
         calls = re.compile(r"\\g<(" + "|".join(self._expressions) + ")>")
@@ -170,7 +167,7 @@ class Definitions:
             return calls.sub(lambda m: m[0] if m[1] in kept else inline(self._expressions[m[1]]), text)
 
         written = "".join(f"(?<{name}>{inline(self._expressions[name])})" for name in kept)
-        # What stands in a group that is never entered is skipped in one step.
+        # The engine skips a group with {0} in one step.
         return (f"(?:{written}){{0}}" if written else "") + inline(expression)
 
 
@@ -209,7 +206,7 @@ class _Node:
 
 
 def _render(node: _Node, prefix: str, refused: Mapping[str, str], behind_first: str = "") -> str:
-    # Where many strings go on, much text does.
+    # First the branches with most strings: most text goes there.
     children = sorted(node.children.items(), key=lambda item: (-item[1].count, item[0]))
     branches = [_branch(character, child, prefix, refused, behind_first) for character, child in children]
     if node.guard is None:
@@ -239,10 +236,10 @@ def _behind(refused: Mapping[str, str], text: str) -> str:
 
 
 def _choice(branches: Sequence[tuple[str, str, int]]) -> str:
-    """Return alternatives of which at most one can match, by the first character; the likeliest come first."""
-    if len(branches) <= MAX_BRANCHES or sum(count for *_, count in branches) < MIN_HALVED:
-        return "|".join(expression for _, expression, _ in branches)
+    """Join branches with different first characters, the likeliest first, into one expression."""
     total, before, at = sum(count for *_, count in branches), 0, 0
+    if len(branches) <= MAX_BRANCHES or total < MIN_HALVED:
+        return "|".join(expression for _, expression, _ in branches)
     while at == 0 or (at < len(branches) - 1 and 2 * before + branches[at][2] < total):
         before += branches[at][2]
         at += 1
@@ -259,7 +256,7 @@ def whole_text_expression(keys: Sequence[str], table: MergeTable, *, drops_unkno
         table: The base merges.
         drops_unknown: Whether the model deletes characters that it does not know. Their two
             neighbours then meet and may merge, so a key must not stand next to one.
-        at_start: Find, at the start of a text only, the keys that otherwise need something in front.
+        at_start: Whether to find, only at the start of a text, the keys that elsewhere need a sign or space in front.
 
     Returns:
         The expression; one that never matches if there is nothing to find.
@@ -267,38 +264,37 @@ def whole_text_expression(keys: Sequence[str], table: MergeTable, *, drops_unkno
     known = {token for token in table.vocabulary if len(token) == 1} if drops_unknown else None
     unknown = _all_but(known) if known is not None else ""
     definitions = Definitions()
-    # In front of each key: what no key with its first character may stand behind, and what this one may not.
+    # `before`: the characters that a key may not stand behind. `shared`: those that all keys with its first character
+    # have in common.
     before = {key: {text[-1] for text in table.hazards(key).left} for key in keys}
     shared: dict[str, set[str]] = {}
     for key in keys:
         shared[key[0]] = shared.get(key[0], before[key]) & before[key]
-    # Characters that the model deletes may stand between those of a hazard.
+    # Characters that the model deletes may stand between the characters of a hazard.
     between = f"{definitions.call(unknown)}*+" if unknown else ""
     guards = {key: definitions.call(_refuse_following(key, table.hazards(key).right, between))
               + _behind({key[0]: character_class(before[key] - shared[key[0]])}, key) for key in keys}
-    found = _at_start(guards) if at_start else _anywhere(guards, shared, known)
+    words = {key: guard for key, guard in guards.items() if in_word(key[0])}
+    first = rf"\A{prefix_tree(words)}" if at_start and words else ""
+    found = first if at_start else _anywhere(guards, words, shared, known)
     if not found:
         return r"(?!)"
     front, back = (f"(?<!{unknown})", f"(?!{unknown})") if unknown else ("", "")
     return definitions.written_out(f"{front}(?:{found}){WORD_END}{back}")
 
 
-def _at_start(guards: Mapping[str, str]) -> str:
-    words = {key: guard for key, guard in guards.items() if in_word(key[0])}
-    return rf"\A{prefix_tree(words)}" if words else ""
-
-
-def _anywhere(guards: Mapping[str, str], shared: Mapping[str, Set[str]], known: Set[str] | None) -> str:
-    """Join the trees such that most places of a text, spaces first of all, are done with after few steps.
+def _anywhere(guards: Mapping[str, str], words: Mapping[str, str], shared: Mapping[str, Set[str]],
+              known: Set[str] | None) -> str:
+    """Join the trees of the keys such that the engine is done with most places of a text, spaces above all, early.
 
     Args:
         guards: Key to the assertion at its end.
+        words: Those of the keys that begin with a letter or number.
         shared: First character of keys to the characters behind which none of them is looked for.
         known: The characters that the model does not delete, if it deletes some.
     """
     refused = {first: character_class(characters) for first, characters in shared.items()}
     spaced = {key: guard for key, guard in guards.items() if key[0] == SPACE_MARK}
-    words = {key: guard for key, guard in guards.items() if in_word(key[0])}
     others = {key: guard for key, guard in guards.items() if key not in spaced and key not in words}
     behind_mark = {key: guard for key, guard in words.items() if SPACE_MARK not in shared[key[0]]}
     opening = character_class(c for c in SIGNS if (known is None or c in known)

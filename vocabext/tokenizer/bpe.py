@@ -1,4 +1,4 @@
-"""What the two BPE schemes share: where whole chunks are looked up, that must not find what merges never make."""
+"""What the two BPE schemes share: a look-up of whole chunks must not find entries that merges never make."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -10,37 +10,35 @@ from vocabext.tokenizer.scheme import Scheme
 
 
 class BpeScheme(Scheme):
-    """A BPE tokenizer. Where a new token is no merge, `ignore_merges` finds it."""
+    """A BPE tokenizer. `ignore_merges`, which looks chunks up, finds the new tokens that are no merges."""
 
     @cached_property
     def unreachable(self) -> dict[str, int]:
-        """Where to cut the vocabulary entries that merges do not produce.
+        """The vocabulary entries that merges do not produce, and where to cut each.
 
-        With `ignore_merges` such an entry would suddenly be found when a chunk spells it: the text
-        `<0x0A>` would become a line break. Cutting it at the given place leaves its ids as they are.
+        With `ignore_merges` the model would find such an entry where a chunk spells it: the text `<0x0A>` would become
+        a line break. A cut at the given place keeps the ids of that text.
 
         Raises:
-            TokenizerError: If there is one that can be a chunk and cannot be cut.
+            TokenizerError: If one can be a chunk and cannot be cut.
         """
         if self.spec["model"].get("ignore_merges"):
             return {}  # the base looks them up too
         ids = {**self.vocabulary, **self.added}
-        entries = [token for token, i in ids.items() if token and self.merge(token) != [i]]
-        cuts = dict(self.cuts(entries))
-        if 0 in cuts.values():
-            token = next(token for token, cut in cuts.items() if not cut)
+        cuts = dict(self.cuts([token for token, i in ids.items() if token and self.merge(token) != [i]]))
+        if (token := next((token for token, cut in cuts.items() if not cut), None)) is not None:
             raise TokenizerError(f"the vocabulary entry {token!r} cannot be reached by merges, and would be found "
                                  "in plain text after an extension; this tokenizer cannot be extended safely")
         return cuts
 
     @cached_property
     def taken_out(self) -> set[str]:
-        """Added tokens that are taken out of a text before it is split; others may want to stand alone."""
+        """Added tokens that the library takes out of a text before it splits the text; not those of `single_word`."""
         return {a["content"] for a in self.spec["added_tokens"] if not a["single_word"]}
 
     @abstractmethod
     def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
-        """Yield the entries that can be a whole chunk, and where to cut them; 0 for nowhere."""
+        """Yield those of the entries that can be a whole chunk, each with the place to cut it; 0 for nowhere."""
 
 
 def merges_of(spec: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,17 +2,17 @@
 
 A word is a chunk already, so putting it into the vocabulary is enough. A phrase is several chunks: a
 prefix tree of the phrases becomes the first alternative of the split expression. Where the splitting
-takes several steps, or leaves gaps, the tree is a step of its own in front of them, behind a guard on
+takes several steps, or leaves gaps, the tree is a step of its own in front of them, with a guard on
 its left side too, and the later steps leave its matches whole.
 
 In scripts without spaces a chunk is a whole run of words. There new words are merges behind those of the base
-(`merges.py`); only one whose parts are not tokens must be searched for (`inner.py`).
+(`merges.py`); a splitting step searches only for words whose parts are no tokens (`inner.py`).
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -37,17 +37,18 @@ from vocabext.tokenizer.scheme import (
     split_step,
     steps_of,
     with_new_entries,
+    word_starts,
 )
 from vocabext.tokens import NewToken
 
 # The split expression that is built into the ByteLevel pre-tokenizer (GPT-2's).
 BYTE_LEVEL_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# One of every sort of character that a split expression may forget.
+# Characters of every sort that a split expression may fail to match.
 GAP_PROBE = ("a Bc 12 ½ ² x_y 'd ’s !? -- € 😀 é e\u0301 \u0301 中文 ไทย שלום ـع "
              "\t \n\n \r\n \u00a0 \u3000 \u200d \x00 \ue000  x ")
-# What splitting expressions list by its letters, in any language of theirs.
+# Endings such as 's or 'll, which split expressions list by their letters.
 CONTRACTION = re.compile("['’][A-Za-z]{1,2}$")
-# How many chunks at either end of a phrase can be changed by what stands next to it.
+# How many chunks at either end of a phrase the text next to it can change.
 EDGE = 2
 
 ONE_EXPRESSION, SEVERAL_STEPS, OPAQUE, EXTENDED = "one expression", "several steps", "opaque", "extended"
@@ -68,7 +69,7 @@ class ChunkScheme(BpeScheme):
         """Classify the splitting.
 
         Raises:
-            TokenizerError: If the text is not split at all.
+            TokenizerError: If the tokenizer does not split text.
         """
         super().__init__(backend, spec)
         steps = list(taken_apart(steps_of(spec["pre_tokenizer"])))
@@ -83,24 +84,23 @@ class ChunkScheme(BpeScheme):
         if not any(cuts(step) for step in splitting):
             raise TokenizerError(f"this byte-level tokenizer does not split the text; supported are {SUPPORTED}")
         self.splitting = _splitting_kind(splitting) if kinds[-1] == "ByteLevel" else OPAQUE
-        # Marks that are put behind a cut: if several steps cut, a phrase cut out in front would get them a new place.
+        # Where marks go behind a cut, and several steps cut, a step in front that cuts phrases out would move marks.
         self.marks_chunks = SPACE_IN_FRONT in self.steps
         if self.marks_chunks and self.splitting == SEVERAL_STEPS:
             self.splitting = OPAQUE
         self.description = DESCRIPTIONS[EXTENDED if self.extended_before else self.splitting]
-        self._bad_following = lru_cache(maxsize=None)(self._bad_following)  # type: ignore[method-assign]
-        self._left_guard = lru_cache(maxsize=None)(self._left_guard)  # type: ignore[method-assign]
+        self._bad_following = cache(self._bad_following)  # type: ignore[method-assign]
+        self._left_guard = cache(self._left_guard)  # type: ignore[method-assign]
 
     # -- text to chunks -------------------------------------------------------------------------------------------
 
     def normalize(self, text: str) -> str:
         """Return what the normalizer, and the marks in front of each part, make of a text inside a longer one."""
         text = super().normalize(text)
-        marked = any(step["type"] == "Metaspace" for step in self.steps)
-        if not marked and self.splitting != OPAQUE:
+        if not self._mark and self.splitting != OPAQUE:
             return text
         chunks = self.chunks(text)  # a step that cannot be extended may drop spaces around a word
-        return "".join(map(self.key_text, chunks)) if marked or len(chunks) == 1 else text
+        return "".join(map(self.key_text, chunks)) if self._mark or len(chunks) == 1 else text
 
     def chunks(self, text: str) -> list[str]:
         """Return the chunks of a text that begins where a chunk begins, in the alphabet of bytes."""
@@ -117,24 +117,21 @@ class ChunkScheme(BpeScheme):
 
     @cached_property
     def _mark(self) -> str:
-        """What stands for a space when the model sees the text, where something does."""
+        """The character that stands for a space when the model sees the text; empty if there is none."""
         return next((step["replacement"] for step in self.steps if step["type"] == "Metaspace"), "")
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
-        """Encode many texts; a unit also begins at any character of a script without spaces."""
+        """Encode many texts; a unit also begins at each character of a script without spaces."""
         encodings = encode_with_places(self.backend, texts)
         return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e) | _spaceless_starts(e, text))
                 for e, text in zip(encodings, texts, strict=True)]
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
-        """A unit is a chunk."""
-        words = np.asarray([-1 if w is None else w for w in encoding.word_ids], np.int64)
-        starts = np.ones(len(words), np.bool_)
-        starts[1:] = words[1:] != words[:-1]
-        return starts
+        """Tell where a chunk begins."""
+        return word_starts(encoding)
 
     def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
-        """An entry that a chunk can spell cannot be cut: chunks are looked up as they are."""
+        """Yield the entries that a chunk can spell; none can be cut, since the model looks chunks up as they are."""
         for token in entries:
             text = self.key_text(token)
             if token not in self.taken_out and any(len(splitting.pre_tokenize_str(text)) == 1 for splitting in (
@@ -152,19 +149,19 @@ class ChunkScheme(BpeScheme):
 
     @cached_property
     def guards(self) -> Mapping[str, Guard | None]:
-        """What may follow a phrase, by its ending."""
+        """The guard behind phrases with each kind of ending; None where no guard is narrow enough."""
         return right_guards(self.split)
 
     def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
-        """Search for neighbours that change how a phrase is cut. A single chunk has none: it is what it is."""
+        """Search for neighbours that change how the base cuts a phrase. No neighbour can cut a single chunk."""
         if len(chunks) > 1:
             self._phrase_guards(text)
 
     @cached_property
     def _listed_phrase(self) -> str | None:
-        """A phrase that the splitting knows by its letters, as it does once we have extended it; None for none.
+        """An entry of several words that the splitting lists, as an extension by vocabext does; None if it lists none.
 
-        It is one chunk, but with another letter at its end it is several: a rule treats all letters alike.
+        Such an entry is one chunk, and several with another letter at its end: a rule would treat all letters alike.
         """
         texts = (self.key_text(key) for key in self.vocabulary)
         several = (text for text in texts if not text[1:].isalpha() and not CONTRACTION.search(text))
@@ -172,10 +169,10 @@ class ChunkScheme(BpeScheme):
                      and len(self.split(other)) > 1), None)
 
     def _phrase_guards(self, text: str) -> tuple[str, str]:
-        """Return the assertions on both sides of a phrase.
+        """Return the assertions on the left and on the right of a phrase.
 
         Raises:
-            TokenizerError: If there are none that keep its cuts.
+            TokenizerError: If no assertions keep its cuts.
         """
         if self.extended_before:
             raise TokenizerError(f"{text!r} is a phrase, and {EXTENDED_BEFORE}")
@@ -192,13 +189,11 @@ class ChunkScheme(BpeScheme):
         guard = self.guards[end]
         if guard is None:
             raise TokenizerError(f"{text!r} is a phrase that ends in {end}, where its cut depends on what follows")
-        bad = self._bad_following("".join(parts[-EDGE:]))
-        if bad is not None:
+        if (bad := self._bad_following("".join(parts[-EDGE:]))) is not None:
             raise TokenizerError(f"{text!r} is cut differently when {bad!r} follows")
         if self.splitting == ONE_EXPRESSION:
             return "", guard.expression
-        left = self._left_guard("".join(parts[: EDGE + 1]))
-        if left is None:
+        if (left := self._left_guard("".join(parts[: EDGE + 1]))) is None:
             raise TokenizerError(f"{text!r} is a phrase whose first cut depends on what stands before it")
         return left.expression, guard.expression
 
@@ -217,23 +212,23 @@ class ChunkScheme(BpeScheme):
     def phrase_may_end(
         self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
-        """Tell whether the guard behind the first id of each pair accepts the second; -1 is the end of a text."""
+        """Tell for pairs of ids whether the guard behind the first accepts the second; -1 is the end of a text."""
         ends, accepted = self._phrase_edges
         return np.asarray(accepted[ends[last_ids], next_ids])
 
     @cached_property
     def _phrase_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The kind of ending of each id, shape (V,), and the followers that each kind accepts, shape (4, V + 1)."""
+        """Return the kind of ending of each id, (U,), and whether each of K kinds accepts each follower, (K, U + 1)."""
         kinds = list(self.guards)
         ends = np.zeros(self.first_new_id, np.int64)
         accepted = np.zeros((len(kinds), self.first_new_id + 1), np.bool_)
         for token, i in self.vocabulary.items():
             text = self.key_text(token) or token
             ends[i] = kinds.index(ending(text))
-            # What follows a single space is in another chunk and mostly a word.
+            # Behind a single space stands another chunk, mostly a word.
             accepted[:, i] = [g is not None and g.accepts(text + "x" * (text == " ")) for g in self.guards.values()]
         accepted[:, -1] = [g is not None and g.accepts("") for g in self.guards.values()]
-        # Inside a run of letters without spaces a word may end anywhere, as far as this table can tell.
+        # One more kind: inside a run of letters without spaces a word may end anywhere, as far as a pair of ids tells.
         kinds.append("spaceless")
         free = np.zeros(self.first_new_id + 1, np.bool_)
         for token, i in self.vocabulary.items():
@@ -245,12 +240,12 @@ class ChunkScheme(BpeScheme):
 
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
         """Return the specification of the tokenizer with the new tokens."""
-        if self.unreachable:  # looking at it raises an error where an entry cannot be cut, and none is cut here
+        if self.unreachable:  # the property raises an error where an entry cannot be cut; `cuts` can cut none
             raise TokenizerError(f"the vocabulary entry {next(iter(self.unreachable))!r} cannot be reached by merges; "
                                  "this tokenizer cannot be extended safely")
         spec = copy_of(self.spec)
         with_new_entries(spec, self.added, tokens, self.first_new_id)
-        spec["model"]["ignore_merges"] = True  # a whole chunk that is an entry is found before anything is merged
+        spec["model"]["ignore_merges"] = True  # BPE looks a whole chunk up before it merges anything
         phrases = {t.token: self._phrase_guards(t.token) for t in tokens if len(self.chunks(t.token)) > 1}
         steps = self.steps
         if phrases:
@@ -267,12 +262,12 @@ class ChunkScheme(BpeScheme):
 
     def chain(self) -> MergeChain:
         """Return an empty chain of merges, for words inside a run of letters without spaces."""
-        return MergeChain(self.vocabulary, lambda ids: [self.backend.id_to_token(i) or "" for i in ids],
+        return MergeChain(self.vocabulary, self.entries,
                           lambda token: is_inner(token.token) and len(self.chunks(token.token)) == 1)
 
     @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
-        """The ids of letters without spaces between words, and of parts of them."""
+        """Tell for each id whether it has letters of scripts without spaces, or parts of them, at an end, (U,)."""
         mergeable = np.zeros(self.first_new_id, np.bool_)
         for token, i in self.vocabulary.items():
             mergeable[i] = any(edges_of(token))
@@ -281,20 +276,20 @@ class ChunkScheme(BpeScheme):
 
     @property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
-        """The same ids, where such a character can be searched for."""
+        """The same ids if a splitting step can search for such characters, otherwise none."""
         return self.mergeable_ids & self._can_search
 
     def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
-        """Return the words inside runs of letters that are searched for; elsewhere they are found as whole chunks."""
+        """Return the words that a splitting step searches for inside runs of letters; no other token needs that."""
         return super().searched(tokens) if self._can_search else []
 
     @cached_property
     def _can_search(self) -> bool:
-        """Whether a step that cuts words out of chunks changes nothing else."""
+        """Whether a step that cuts words out of chunks leaves all other ids as they are."""
         return self.steps[-1]["type"] == "ByteLevel" and self._looks_up_only_merges
 
     def is_never_merged(self, character: str) -> bool:
-        """A character of three pieces: two of them are no text that a token could stand for."""
+        """Tell whether a character has three pieces or more: two of them are no text, so no token can be its part."""
         return len(self.merge("".join(self.chunks(character)))) > 2
 
     def _inner_step(self, words: Sequence[str], texts: Sequence[str]) -> dict[str, Any] | None:
@@ -308,7 +303,7 @@ class ChunkScheme(BpeScheme):
 
     @cached_property
     def _looks_up_only_merges(self) -> bool:
-        """Whether looking a part of a chunk up finds only what merges would make of it."""
+        """Whether the model, where it looks up a part of a chunk, finds only what merges would make of it."""
         if not self.spec["model"].get("ignore_merges"):
             return True  # `unreachable` has looked at every entry that can be a chunk
         spec = copy_of(self.spec)
@@ -319,7 +314,7 @@ class ChunkScheme(BpeScheme):
 
 
 def _with_another_end(text: str) -> str | None:
-    """Return a text with another character of the same sort at its end, None if its end is of no such sort."""
+    """Return a text with another letter, or line break, at its end; None if it ends in something else."""
     last = text[-1]
     other = {"\n": "\r"}.get(last) or (last.islower() and "xq"[last == "x"]) or (last.isupper() and "XQ"[last == "X"])
     return text[:-1] + other if other else None
@@ -347,16 +342,16 @@ def _looks_back(step: dict[str, Any]) -> bool:
 
 
 def _has_no_gaps(step: dict[str, Any]) -> bool:
-    """Tell whether the chunks follow each other; in a gap a phrase would be matched anywhere."""
+    """Tell whether the matches of a step leave no gaps, in which a phrase could match at any place."""
     if step["type"] == "ByteLevel":
         return True  # the one that is built in
     return not pre_tokenizers.Split(Regex(step["pattern"]["Regex"]), "removed").pre_tokenize_str(GAP_PROBE)
 
 
 def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Put the phrases in front of the one expression that splits the text."""
+    """Make the phrases the first alternative of the one expression that splits the text."""
     guards = {text: right for text, (_, right) in phrases.items()}
-    # Groups with names leave those without, and backward references to them, without a number.
+    # In an expression with named groups, groups without a name get no number, and \1 would refer to nothing.
     plain = any(step["type"] == "Split" and re.search(r"\\[1-9k]", step["pattern"]["Regex"]) for step in steps)
     definitions = Definitions(_written(steps))
     tree = prefix_tree(guards if plain else {text: definitions.call(guard) for text, guard in guards.items()})
@@ -364,12 +359,12 @@ def _first_alternative(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[
 
 
 def _written(steps: list[dict[str, Any]]) -> str:
-    """Return the expressions of all steps, in which names may be taken: a tokenizer can be extended again."""
+    """Return the expressions of all steps; an earlier extension may have taken names in them."""
     return " ".join(step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split")
 
 
 def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Put a step that finds the phrases in front, and let every later step leave a chunk that is one of them."""
+    """Put a step in front that cuts the phrases out, and let every later step leave a chunk that is a phrase."""
     groups: dict[str, dict[str, str]] = {}
     definitions = Definitions(_written(steps))
     for text, (left, right) in phrases.items():
@@ -381,7 +376,7 @@ def _step_in_front(steps: list[dict[str, Any]], phrases: Mapping[str, tuple[str,
 
 
 def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, Any]]:
-    """Give a splitting step a first alternative, if any; GPT-2's built-in expression is written out for it."""
+    """Give a splitting step a first alternative, if there is one; writes the expression of ByteLevel out."""
     first = f"{alternative}|" if alternative else ""
     if step["type"] == "Split" and first:
         return [{**step, "pattern": {"Regex": OURS + first + step["pattern"]["Regex"]}}]
@@ -391,7 +386,7 @@ def _with_alternative(step: dict[str, Any], alternative: str) -> list[dict[str, 
 
 
 def _spaceless_starts(encoding: Encoding, text: str) -> npt.NDArray[np.bool_]:
-    """Tell for each token whether it begins at a character of a script without spaces, behind another one."""
+    """Tell for each token whether a letter of a script without spaces begins there, behind another one, (T,)."""
     starts = np.zeros(len(encoding.ids), np.bool_)
     if not holds_spaceless(text):
         return starts

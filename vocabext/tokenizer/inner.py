@@ -1,9 +1,9 @@
 """Words of scripts that put no space between them (Chinese, Japanese), inside a chunk of byte-level BPE.
 
 A split expression hands over a whole run of such letters as one chunk, so a word in it is not a chunk.
-Inside a chunk BPE sees everything at once, as it does with whole texts: a new word is a merge (`merges.py`). Where
-that needs parts that are not tokens, the proof for whole texts applies (`boundaries.py`), on the level of
-bytes: a word is cut out where no merge could cross its edges.
+Inside a chunk BPE sees everything at once, as it does with whole texts, so a new word is a merge (`merges.py`). For a
+word whose parts are no tokens the proof for whole texts (`boundaries.py`) applies to bytes: a splitting step cuts the
+word out where no merge could cross its edges.
 """
 
 import codecs
@@ -27,7 +27,7 @@ def is_inner(text: str) -> bool:
 
 
 def edges_of(key: str) -> tuple[bool, bool]:
-    """Tell whether an entry may begin, and may end, with such a letter; parts of a character may."""
+    """Tell whether an entry may begin, and may end, with such a letter, or with a part of one."""
     data = bytes(_BYTES.get(c, 0) for c in key)
     whole = data.decode(errors="ignore")
     lead = data[:1] >= b"\xe3" if not whole or not data.startswith(whole[0].encode()) else holds_spaceless(whole[0])
@@ -40,7 +40,7 @@ def inner_step(words: Sequence[str], whole: Iterable[str], table: MergeTable) ->
 
     Args:
         words: The words, each of them `is_inner`.
-        whole: Other new tokens (phrases, mixed words) that must stay as they are where they are a chunk.
+        whole: Other new tokens (phrases, mixed words), which the step leaves alone where they are a whole chunk.
         table: The merges of the base.
 
     Returns:
@@ -56,20 +56,21 @@ def inner_step(words: Sequence[str], whole: Iterable[str], table: MergeTable) ->
 
 def inner_guard(word: str, table: MergeTable) -> str | None:
     """Return the assertions, at the end of a word, under which a cut around it is exact; None if there are none."""
-    hazards = table.hazards(_spell(word))
+    spelled = str(pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(word)[0][0])
+    hazards = table.hazards(spelled)
     before = set()
     for text in map(_bytes, hazards.left):
         if not _ends_whole(text):
             continue  # no text to the left ends inside a character
         if not (whole := text.decode(errors="ignore")):
-            return None  # the end of a character: thousands of characters may have it
+            return None  # only the end of a character, which thousands of characters share
         before.add(whole[-1])
     after, refused = _refused(map(_bytes, hazards.right)), character_class(before)
     return (f"(?!{after})" if after else "") + (f"(?<!{refused}{escape(word)})" if refused else "")
 
 
 def _refused(texts: Iterable[bytes]) -> str:
-    """Return an expression for text that begins with one of these bytes; they may end inside a character."""
+    """Return an expression for text that begins with one of the given texts, which may end inside a character."""
     alternatives: set[str] = set()
     singles: list[str] = []
     for text in texts:
@@ -77,12 +78,10 @@ def _refused(texts: Iterable[bytes]) -> str:
             continue  # no text to the right begins inside a character
         whole = text.decode(errors="ignore")
         rest = text[len(whole.encode()) :]
-        if rest:
-            alternatives.add(escape(whole) + _beginning_with(rest))
-        elif len(whole) == 1:
+        if len(whole) == 1 and not rest:
             singles.append(whole)
         else:
-            alternatives.add(escape(whole))
+            alternatives.add(escape(whole) + (_beginning_with(rest) if rest else ""))
     return "|".join([*([character_class(singles)] if singles else []), *sorted(alternatives)])
 
 
@@ -101,10 +100,6 @@ def _ends_whole(text: bytes) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     decoder.decode(text)
     return decoder.getstate()[0] == b""
-
-
-def _spell(text: str) -> str:
-    return str(pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)[0][0])
 
 
 def _bytes(key: str) -> bytes:

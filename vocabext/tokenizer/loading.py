@@ -20,10 +20,10 @@ from vocabext.tokens import Expansion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Files from which a reader would make a tokenizer without the new tokens, or special tokens that did not count.
+# From these files a reader would make a tokenizer without the new tokens, or with other special tokens.
 STALE_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken",
                "tokenizer.*.json", "special_tokens_map.json", "added_tokens.json")
-# Settings that a model class would act upon, or that name files which are not carried over.
+# Settings that a model class acts upon, or that name files which `patch` does not carry over.
 DROPPED_SETTINGS = ("auto_map", "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy",
                     "fast_tokenizer_files", "mistral_format")
 AS_WRITTEN = "tokenization_as_written"
@@ -53,11 +53,11 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False, heed_f
     Args:
         model: The folder or hub id.
         trust_remote_code: Whether code that comes with the model may run.
-        heed_files: Whether ids that the other files of the folder name are reserved, and their bans and stops kept.
+        heed_files: Whether to reserve ids that other files of the folder name, and to keep their bans and stops.
 
     Raises:
         UsageError: If the folder does not exist.
-        TokenizerError: If there is no tokenizer, or one that cannot be extended; says which.
+        TokenizerError: If there is no tokenizer, or it cannot be extended; says which.
         CheckpointError: If a file beside it is damaged.
     """
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
@@ -65,7 +65,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False, heed_f
             raise UsageError(f"the model folder {model} does not exist")
         model = Path(model).expanduser()
     elif not Path(model).is_dir():
-        model = resolve_model(model)  # other files count, too
+        model = resolve_model(model)  # the whole model: files beside the tokenizer name ids
     hf = load_hf_tokenizer(model, trust_remote_code=trust_remote_code)
     if not heed_files:
         return BaseTokenizer(hf)
@@ -78,12 +78,8 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False, heed_f
 def load_base(folder: Path, *, trust_remote_code: bool = False) -> "BaseTokenizer":
     """Load the tokenizer of a model that is to be expanded.
 
-    Args:
-        folder: The model folder.
-        trust_remote_code: Whether code that comes with the model may run.
-
     Raises:
-        UsageError: If it was expanded already.
+        UsageError: If the model was expanded already.
         TokenizerError: If its tokenizer cannot be extended.
         CheckpointError: If ids of plain text have no row, or a file is damaged.
     """
@@ -110,7 +106,7 @@ def load_base_of(folder: Path, first_new_id: int, *, trust_remote_code: bool = F
 
 
 def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer as transformers loads it, whether or not it can be extended: the only place that does.
+    """Load a tokenizer as transformers loads it, whether or not it can be extended. Nothing else calls transformers.
 
     Raises:
         TokenizerError: If there is none, or only a slow one.
@@ -135,30 +131,20 @@ def load_hf_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> 
 
 
 def check_made_for(header: Mapping[str, Any], base: "BaseTokenizer", source: object) -> None:
-    """Refuse an artifact whose new ids are numbered from another place.
-
-    Args:
-        header: The header of the artifact.
-        base: The tokenizer that it is to be used with.
-        source: The artifact, for the message.
+    """Refuse an artifact whose first new id is another one than that of the model in use, `base`.
 
     Raises:
         UsageError: If the header names another number of base ids.
     """
     made_for = header.get("base")
-    made_for = made_for if isinstance(made_for, dict) else {}
-    recorded = made_for.get("num_used_ids")
-    if recorded not in (None, base.first_new_id):
+    recorded = made_for.get("num_used_ids") if isinstance(made_for, dict) else None
+    if isinstance(made_for, dict) and recorded not in (None, base.first_new_id):
         raise UsageError(f"{source} was made for {made_for.get('model')} with {recorded} token ids, but this model has "
                          f"{base.first_new_id}; use the model it was made for, or mine again")
 
 
 def load_expanded(folder: Path, expansion: Expansion) -> ExpandedTokenizer:
     """Load the tokenizer of an expanded checkpoint as transformers loads it, whatever that turns out to be.
-
-    Args:
-        folder: The expanded checkpoint.
-        expansion: The new tokens that its manifest names.
 
     Raises:
         TokenizerError: If transformers cannot load it.
@@ -180,14 +166,14 @@ def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) 
         tokenizer from them, without the new tokens.
 
     Raises:
-        TokenizerError: If `AutoTokenizer` would load something else than what was written.
+        TokenizerError: If `AutoTokenizer` would load another tokenizer than this function wrote.
     """
     (folder / "tokenizer.json").write_text(expanded.backend.to_str(pretty=True), "utf-8")
     path = base_folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     _write_config(_settings(config, expanded.hf), folder)
     if list(_found_otherwise(expanded.backend, base_folder, folder)):
-        # The type of the model outweighs the class; a class of the folder's own outweighs the type.
+        # transformers goes by the model type, whatever class is named, unless the folder has a class of its own.
         (folder / f"{AS_WRITTEN}.py").write_text(AS_WRITTEN_CODE, "utf-8")
         auto_map = {"AutoTokenizer": [None, f"{AS_WRITTEN}.TokenizerAsWritten"]}
         _write_config({**_settings(config, expanded.hf), "auto_map": auto_map}, folder)
@@ -197,9 +183,9 @@ def save_expanded(expanded: ExpandedTokenizer, base_folder: Path, folder: Path) 
 
 
 def _settings(config: Mapping[str, Any], hf: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Return tokenizer_config.json for a tokenizer that is to be taken as its file says."""
+    """Return the settings with which transformers takes tokenizer.json as it is."""
     settings = {name: value for name, value in config.items() if name not in DROPPED_SETTINGS}
-    # A model class would rebuild the pre-tokenizer from its own code; this one takes the file as it is.
+    # A model class would rebuild the pre-tokenizer from its own code; this class takes the file as it is.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.update({name: value for name, value in hf.special_tokens_map.items() if isinstance(value, str)})
     extra = [str(token) for token in getattr(hf, "extra_special_tokens", None) or []]
@@ -220,9 +206,12 @@ def _write_config(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def _found_otherwise(wanted: Tokenizer, base_folder: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield what transformers makes of a folder otherwise than it was written, with the model's config beside it."""
+    """Yield the parts of a tokenizer that transformers loads from a folder otherwise than `wanted` has them.
+
+    It borrows the base's config.json for that, since the model type in it decides as well.
+    """
     config, here = base_folder / "config.json", folder / "config.json"
-    borrowed = config.is_file() and not here.exists()  # its model type counts, too
+    borrowed = config.is_file() and not here.exists()
     if borrowed:
         shutil.copyfile(config, here)
     try:
@@ -234,7 +223,7 @@ def _found_otherwise(wanted: Tokenizer, base_folder: Path, folder: Path) -> Iter
 
 def _differences(wanted: Tokenizer, found: Tokenizer) -> Iterator[tuple[str, str, str]]:
     texts = wanted.to_str(), found.to_str()
-    if texts[0] == texts[1]:  # as a rule; parsing both takes longer than all else here
+    if texts[0] == texts[1]:  # mostly so, and parsing both texts is slow
         return
     left, right = map(json.loads, texts)
     for part in ("model", "pre_tokenizer", "normalizer", "post_processor", "decoder"):

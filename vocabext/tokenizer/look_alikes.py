@@ -1,20 +1,20 @@
-"""Texts that look like special tokens, of this tokenizer or of others, and must not become plain ones.
+"""Texts that look like special tokens, of this tokenizer or of others, and must not become new tokens.
 
-Programs, and people, take `<s>` or `[PAD]` for what it is elsewhere: a template writes it, a filter cuts it out, a
-converter gives it a meaning. As a plain token with a row of its own it would be all of that by accident.
+A template writes `<s>` or `[PAD]`, a filter cuts it out, a converter gives it a meaning. They would do so to a new
+token of that text as well.
 """
 
 import re
 import unicodedata
 from collections.abc import Collection
 
-# What stands between brackets in the special tokens of published models, without the brackets and a slash.
+# The words between the brackets of special tokens in published models.
 NAMES = (
     "s", "pad", "unk", "bos", "eos", "sos", "eot", "eod", "eop", "sop", "cls", "sep", "g?mask", "endoftext",
     "startoftext", "inst", "sys", "tools?", "think", "image", "audio", "video", r"unused[ -]?\d+", r"reserved[ -]?\d+",
     r"control[ -]?\d+", r"extra[ -]?id[ -]?\d+", "suf", "mid", "fim",
 )
-# Lower-case words joined by underscores between angle brackets: no tag of HTML is called so. The same in square ones.
+# The third and fourth: lower-case words, joined by underscores, in brackets; no tag of HTML has an underscore.
 SHAPES = (
     r"<\s*[|\uff5c].{0,64}?[|\uff5c]\s*>",
     r"<0x[0-9a-f]{2}>",
@@ -29,8 +29,8 @@ def look_alikes(added: Collection[str]) -> re.Pattern[str]:
     """Return an expression for what looks like a special token.
 
     Args:
-        added: The added tokens of a tokenizer. What differs from one of them in numbers or in the case of its letters
-            only looks like it, where brackets or the like mark it as one: a plain word is no shape.
+        added: The added tokens of a tokenizer. A text looks like one of them if it differs only in numbers and in the
+            case of letters; added tokens without a sign at both ends, such as plain words, do not count.
     """
     marked = (content.strip() for content in added)
     own = {re.sub(r"\d+", r"\\d+", re.escape(text)) for text in marked if len(text) > 2

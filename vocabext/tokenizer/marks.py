@@ -1,11 +1,11 @@
 """Spaces that the splitting of byte-level BPE puts in front of a text (`add_prefix_space`).
 
-The first word of a text then has the ids that it has after a space; so has the first word behind an added token,
-since those cut a text into sections before it is split. Only a space at the beginning is enough to keep the mark away.
+The first word of a text then has the ids that it has after a space. So has the first word behind an added token,
+since added tokens cut a text into sections before the splitting. A text that begins with a space gets no other one.
 
-Putting the mark there is a step of its own for us. What extends the splitting goes behind it, and looks at a text that
-has its mark; without that step the splitting does what it does to text inside a longer one. Behind a step that cuts,
-each part of the text gets a mark, wherever it stands.
+We make a step of its own of putting the space, or mark, there. Steps of an extension go behind it, and see text with
+its mark. Without that step the splitting does what it does to text inside a longer one. A marking step behind a cut
+puts a mark in front of each part, wherever the part stands.
 """
 
 import json
@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 
 from vocabext.tokenizer.scheme import in_sequence
 
-# What `add_prefix_space` does, and nothing else. (A reader that rebuilds a lone `ByteLevel` from the settings of
-# tokenizer_config.json leaves this one alone.)
+# A step that does what `add_prefix_space` does, and nothing else. (Some readers rebuild a lone `ByteLevel` from the
+# settings of tokenizer_config.json; they leave this step alone.)
 SPACE_IN_FRONT = {"type": "Metaspace", "replacement": " ", "prepend_scheme": "always", "split": False}
 
 
 def taken_apart(steps: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the same splitting in steps of which those of bytes put nothing in front of the text."""
+    """Yield the same splitting with a step of its own, `SPACE_IN_FRONT`, for each `add_prefix_space`."""
     for step in steps:
         if step.get("add_prefix_space"):
             yield SPACE_IN_FRONT

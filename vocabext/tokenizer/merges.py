@@ -1,12 +1,12 @@
 """New tokens that BPE makes by itself: merges behind all others.
 
 A merge at the end of the list ranks behind every merge of the base. BPE applies the lowest rank first, and what
-a new merge makes takes part in new merges only. So on any text all base merges are done before the first new
-one, and undoing the new ones gives the ids of the base: in every context, without looking at it. Nothing is
-searched for, and no text is cut. A character that the base spells in bytes needs even less: an entry of its own.
+a new merge makes takes part in new merges only. So on any text BPE does all base merges before the first new
+one, and undoing the new ones gives the ids of the base, in every context. No step searches the text or cuts it.
+A character that the base spells in bytes needs no merge, only an entry of its own.
 
-The price is that a token of three pieces needs one of two among the tokens: a merge takes two. Tokens without
-such *parts* must be searched for (`vocabext.tokenizer.boundaries`).
+A merge joins two entries, so a token of three pieces needs a *part*: another new token of two of them. A splitting
+step must search for tokens without parts (`vocabext.tokenizer.boundaries`).
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -16,22 +16,23 @@ from vocabext.tokens import NewToken
 
 
 class MergeChain:
-    """Merges for new tokens, each of them between what the base and those before it make.
+    """Merges for new tokens, each of two entries: of the base, or of new tokens before it.
 
     Attributes:
+        accepts: Tells which tokens should be merges at all.
         pairs: Key of a new token to the two entries that it is merged from, in the order of their ranks.
-        characters: New tokens that are one character, which the base spells in bytes.
+        characters: Keys of new tokens that are one character, which the base spells in bytes.
     """
 
     def __init__(
         self, vocabulary: Container[str], symbols: Callable[[Sequence[int]], list[str]],
         accepts: Callable[[NewToken], bool] = lambda _: True,
     ) -> None:
-        """Begin with none.
+        """Begin with no merge.
 
         Args:
             vocabulary: The entries of the base.
-            symbols: Turns ids into their entries; characters that the base spells in bytes stay characters.
+            symbols: Turns ids into their entries, and bytes into the characters that they spell.
             accepts: Tells which tokens should be merges at all.
         """
         self._vocabulary = vocabulary
@@ -42,7 +43,7 @@ class MergeChain:
         self.characters: set[str] = set()
 
     def cut(self, token: NewToken) -> list[str]:
-        """Return what the merges so far make of a token."""
+        """Return the entries that the merges so far make of a token."""
         symbols = self._symbols(token.run)
         while known := [pair for pair in pairwise(symbols) if pair in self._ranks]:
             at = list(pairwise(symbols)).index(min(known, key=self._ranks.__getitem__))
@@ -50,26 +51,23 @@ class MergeChain:
         return symbols
 
     def add(self, token: NewToken) -> bool:
-        """Let BPE make a token; returns False, and does nothing, if it should be no merge, or its parts are missing."""
+        """Add the merge that makes a token; returns False if it should be no merge, or its parts are no entries."""
         if not self.accepts(token):
             return False
         if len(token.key) == 1:
             self.characters.add(token.key)
             return True
         symbols = self.cut(token)
-        if len(symbols) != 2 or not all(self._is_entry(symbol) for symbol in symbols):
+        if len(symbols) != 2 or not all(map(self._is_entry, symbols)):
             return False
-        self._ranks[symbols[0], symbols[1]] = len(self._ranks)
-        self.pairs[token.key] = symbols[0], symbols[1]
+        self.pairs[token.key] = pair = symbols[0], symbols[1]
+        self._ranks[pair] = len(self._ranks)
         return True
 
     def add_all(self, tokens: Sequence[NewToken]) -> list[NewToken]:
-        """Let BPE make as many tokens as it can, in their order; returns the others."""
-        waiting = [token for token in sorted(tokens, key=lambda token: len(token.key) > 1) if not self.add(token)]
-        while waiting:
-            still = [token for token in waiting if not self.add(token)]
-            if len(still) == len(waiting):
-                break
+        """Add the merges of as many tokens as possible, in their order; returns the other tokens."""
+        waiting = sorted(tokens, key=lambda token: len(token.key) > 1)
+        while len(still := [token for token in waiting if not self.add(token)]) < len(waiting):
             waiting = still
         return waiting
 

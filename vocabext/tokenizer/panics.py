@@ -1,8 +1,7 @@
-"""Texts at which the tokenizer's own code gives up.
+"""Texts at which the `tokenizers` library gives up.
 
-The regex engine of `tokenizers` stops after ten million steps back in one match, which some split expressions reach in
-a row of ten million spaces. The library then panics: an exception that is no `Exception`, with a line of its own on
-stderr.
+Its regex engine stops after ten million steps back in one match, which some split expressions reach in a row of ten
+million spaces. The library then panics: it raises an exception that is no `Exception`, and writes a line to stderr.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,7 @@ SHOWN_CHARACTERS = 20
 
 @contextmanager
 def encoding(texts: Sequence[str]) -> Iterator[None]:
-    """Name the text at which the tokenizer gives up in this block.
-
-    Args:
-        texts: What is encoded there; of several, the longest is named.
+    """Name the text at which the tokenizer gives up in this block: of several, the longest.
 
     Raises:
         TokenizerError: If the library panics.

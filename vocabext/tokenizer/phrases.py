@@ -1,10 +1,10 @@
 """Which neighbours a phrase of several chunks may have, found by trying the real splitting.
 
-A phrase is handed over as one chunk, so its own cuts must be the same whatever stands around it. Split
-expressions match from left to right and (those that we accept) never look back, so a phrase that begins
-where a chunk begins needs no guard on its left. What follows it can join its last chunk, and a look-ahead
-keeps such neighbours away: for each kind of ending the widest *guard* that survives all probes is taken.
-A probe is one representative for each sort of character that split expressions tell apart.
+The extended splitting hands a phrase over as one chunk, so the base must cut it in the same way whatever stands around
+it. Split expressions match from left to right and (those that we accept) never look back, so a phrase that begins
+where a chunk begins needs no guard on its left. Text behind a phrase can join its last chunk. A look-ahead keeps
+such text away: `right_guards` takes, for each kind of ending, the widest *guard* that holds with all probes.
+The probes have a text for each sort of character that split expressions tell apart.
 """
 
 import re
@@ -22,8 +22,8 @@ class Guard:
     """A condition on what stands next to a phrase.
 
     Attributes:
-        expression: The assertion, for the regex engine of the tokenizers library.
-        accepts: The same condition on the neighbouring text; empty text is the end.
+        expression: The condition as an assertion, for the regex engine of the tokenizers library.
+        accepts: The condition as a function of the neighbouring text, which is empty at the end of a text.
     """
 
     expression: str
@@ -103,9 +103,6 @@ SAMPLES = {
 def right_guards(split: Split) -> dict[str, Guard | None]:
     """Choose for each kind of ending the widest guard under which sample phrases keep their cuts.
 
-    Args:
-        split: The splitting of the tokenizer: text to the chunks of it.
-
     Returns:
         A guard per ending; None where no guard is narrow enough.
     """
@@ -114,25 +111,28 @@ def right_guards(split: Split) -> dict[str, Guard | None]:
 
 
 def bad_following(text: str, split: Split, guard: Guard) -> str | None:
-    """Return a continuation that the guard lets pass and that changes how the text is cut, None for none."""
+    """Return a text that the guard accepts, and that behind `text` changes the cuts of it; None if there is none."""
     chunks = split(text)
     return next((after for after in FOLLOWING
                  if guard.accepts(after) and split(text + after)[: len(chunks)] != chunks), None)
 
 
 def cut_in_front(split: Split) -> dict[str, list[str]]:
-    """Return what `left_guard` tries in front of every phrase, each with its chunks."""
+    """Return the texts that `left_guard` tries in front of every phrase, each with its chunks."""
     return {before: split(before) for before in PRECEDING}
 
 
 def left_guard(text: str, split: Split, edge: int, preceding: Mapping[str, list[str]] | None = None) -> Guard | None:
-    """Choose the widest guard on the left under which what stands there, and the phrase, keep their cuts.
+    """Choose the widest guard on the left under which the text before a phrase, and the phrase, keep their cuts.
 
     Args:
         text: The phrase, or its beginning.
         split: The splitting of the tokenizer.
-        edge: How many of its first chunks to look at.
-        preceding: What `cut_in_front(split)` returns, where many phrases are looked at.
+        edge: How many of the phrase's first chunks to compare.
+        preceding: What `cut_in_front(split)` returns: a caller with many phrases passes it.
+
+    Returns:
+        The guard; None where no guard is narrow enough.
     """
     chunks = split(text)[:edge]
     bad = [before for before, cut in (preceding or cut_in_front(split)).items()

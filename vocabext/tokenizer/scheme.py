@@ -1,13 +1,13 @@
-"""What every way of extending a tokenizer must be able to do.
+"""What each of the three ways of extending a tokenizer must be able to do.
 
-A *scheme* knows one kind of tokenizer: how text becomes ids there, which texts can become a token,
-and which changes to the tokenizer's specification make them one. `chunks.py` (byte-level BPE behind a
-split expression), `whole_text.py` (BPE that sees everything) and `unigram/` are the three.
+A *scheme* knows one kind of tokenizer: how it turns text into ids, which texts can become a token, and which changes
+to its specification make them one. `chunks.py` is for byte-level BPE behind a split expression, `whole_text.py` for
+BPE that sees everything, `unigram/` for Unigram.
 """
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,8 +26,8 @@ SPACE_MARK = "\u2581"
 SUPPORTED = ("BPE tokenizers with a split expression (GPT-2, Llama 3, Qwen), BPE tokenizers with a space mark "
              "(Llama 2, Mistral, Gemma), and Unigram tokenizers (XGLM)")
 
-# A comment in front of every splitting expression of an extension. What such an expression finds is an edge that no
-# look at the rest of the splitting shows, so a second one could cut it.
+# An extension puts this comment in front of its splitting expressions. A second extension would not see the edges that
+# such an expression makes, and could cut its matches.
 OURS = "(?#vocabext)"
 EXTENDED_BEFORE = "this tokenizer was extended by vocabext already; extend its base with both lists"
 
@@ -51,6 +51,7 @@ class Scheme(ABC):
     Attributes:
         name: What this kind is called.
         description: One sentence for the user: what it is and what can be added.
+        byte_fallback: Whether entries such as `<0x0A>` stand for bytes.
         backend: The tokenizer; never modified.
         spec: Its specification, the content of tokenizer.json; never modified.
         vocabulary: Entries of the model to their ids.
@@ -61,12 +62,15 @@ class Scheme(ABC):
 
     name: str
     description: str
+    byte_fallback = False
 
     def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
         """Index the vocabulary of a tokenizer."""
         self.backend = backend
         self.spec = spec
-        self.vocabulary = vocabulary_of(spec)
+        entries = spec["model"]["vocab"]
+        self.vocabulary: dict[str, int] = dict(entries) if isinstance(entries, dict) else {
+            entry: i for i, (entry, _) in enumerate(entries)}
         self.added: dict[str, int] = {a["content"]: a["id"] for a in spec["added_tokens"]}
         self.extended_before = any(map(is_ours, steps_of(spec["pre_tokenizer"])))
         self.first_new_id = 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
@@ -133,9 +137,24 @@ class Scheme(ABC):
         """Return the ids that the model gives to one chunk."""
         return [piece.id for piece in self.backend.model.tokenize(chunk)]
 
+    def entries(self, ids: Iterable[int]) -> list[str]:
+        """Return the vocabulary entry of each id; an empty one for an id that has none."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def byte_of(self, entry: str) -> int | None:
+        """Return the byte that an entry such as `<0x0A>` stands for; None for an entry that stands for text."""
+        is_byte = self.byte_fallback and len(entry) == 6 and entry.startswith("<0x") and entry.endswith(">")
+        return int(entry[3:5], 16) if is_byte else None
+
+    @cached_property
+    def has_all_bytes(self) -> bool:
+        """Whether each byte has an entry."""
+        return all(f"<0x{byte:02X}>" in self.vocabulary for byte in range(256))
+
     def spelling(self, ids: Sequence[int]) -> bytes:
-        """Return the entries of the ids, one after the other, in UTF-8."""
-        return "".join(self.backend.id_to_token(i) or "" for i in ids).encode()
+        """Return the entries of the ids in a row, in UTF-8; an entry that stands for a byte is that byte."""
+        return b"".join(entry.encode() if (byte := self.byte_of(entry)) is None else bytes([byte])
+                        for entry in self.entries(ids))
 
     @abstractmethod
     def key_text(self, key: str) -> str:
@@ -143,21 +162,21 @@ class Scheme(ABC):
 
     @abstractmethod
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
-        """Tell for each token of an encoding whether a word or phrase may begin there."""
+        """Tell for each token of an encoding whether a word or phrase may begin there, shape (T,)."""
 
     def encode_units(self, texts: Sequence[str]) -> list[Units]:
-        """Encode many texts and mark where a token or phrase may begin and end."""
+        """Encode many texts and mark where a word or phrase may begin and end."""
         return [Units(np.asarray(e.ids, np.int64), self.unit_starts(e))
                 for e in encode_with_places(self.backend, texts)]
 
     def phrase_may_end(
         self, last_ids: npt.NDArray[np.int64], next_ids: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
-        """Tell for pairs of ids whether a phrase that ends with the first is used before the second.
+        """Tell for pairs of ids whether a phrase that ends with the first may stand in front of the second.
 
         Args:
             last_ids: Ids at the end of phrases, shape (P,).
-            next_ids: The ids that follow; -1 for the end of a text.
+            next_ids: The ids that follow, shape (P,); -1 for the end of a text.
         """
         return np.ones(len(last_ids), np.bool_)
 
@@ -176,21 +195,21 @@ class Scheme(ABC):
     def _look_alikes(self) -> re.Pattern[str]:
         return look_alikes(self.added)
 
-    # Whether every new token is best made by a merge; if not, a chain accepts those that are.
+    # Whether every new token is best made by a merge; if not, `chain().accepts` tells which are.
     only_merges = False
 
     def chain(self) -> MergeChain | None:
-        """Return an empty chain of merges; None if no new token of this kind is best made by merges."""
+        """Return an empty chain of merges; None if this scheme makes no new token by merges."""
         return None
 
     @property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
-        """Tell for each id whether a token that is a merge may have it in its run, shape (V,)."""
+        """Tell for each id whether the run of a token that is a merge may hold it, shape (U,)."""
         return np.zeros(self.first_new_id, np.bool_)
 
     @property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
-        """Tell for each id whether characters that no merge of two makes are spelled with it, shape (V,)."""
+        """Tell for each id whether it spells a part of a character that no merge of two entries makes, shape (U,)."""
         return np.zeros(self.first_new_id, np.bool_)
 
     def is_never_merged(self, character: str) -> bool:
@@ -198,7 +217,7 @@ class Scheme(ABC):
         return True
 
     def merged_from(self, tokens: Sequence[NewToken]) -> list[tuple[int, ...]]:
-        """Return for each new token the ids that it is merged from, base or new; none where it is not a merge.
+        """Return for each new token the two ids, base or new, that it is merged from; `()` where it is no merge.
 
         Args:
             tokens: The new tokens; `tokens[i]` has the id `first_new_id + i`.
@@ -216,7 +235,7 @@ class Scheme(ABC):
                 for ids in self.merged_from(tokens)]
 
     def searched(self, tokens: Sequence[NewToken]) -> list[NewToken]:
-        """Return the new tokens that cannot be merges though they should be, and that text is searched for."""
+        """Return the new tokens that should be merges and cannot be: a splitting step searches text for them."""
         chain = self.chain()
         return [] if chain is None else [token for token in chain.add_all(tokens) if chain.accepts(token)]
 
@@ -232,25 +251,25 @@ class Scheme(ABC):
         """
 
 
-def vocabulary_of(spec: dict[str, Any]) -> dict[str, int]:
-    """Return the entries of a tokenizer's model and their ids."""
-    entries = spec["model"]["vocab"]
-    return dict(entries) if isinstance(entries, dict) else {entry[0]: i for i, entry in enumerate(entries)}
+def word_starts(encoding: Encoding) -> npt.NDArray[np.bool_]:
+    """Tell for each token of an encoding whether a chunk of the splitting begins there, shape (T,)."""
+    words = np.asarray([-1 if word is None else word for word in encoding.word_ids], np.int64)
+    starts = np.ones(len(words), np.bool_)
+    starts[1:] = words[1:] != words[:-1]
+    return starts
 
 
 def steps_of(node: dict[str, Any] | None, children: str = "pretokenizers") -> Iterator[dict[str, Any]]:
-    """Yield the steps of a pre-tokenizer (or, with `children="normalizers"`, normalizer), sequences taken apart."""
-    if node is None:
-        return
-    if node["type"] == "Sequence":
+    """Yield the steps of a pre-tokenizer (or, with `children="decoders"`, of a decoder), sequences taken apart."""
+    if node is not None and node["type"] == "Sequence":
         for child in node[children]:
             yield from steps_of(child, children)
-    else:
+    elif node is not None:
         yield node
 
 
 def split_step(expression: str) -> dict[str, Any]:
-    """Return a pre-tokenizer step of ours that makes every match of an expression, and every gap, a chunk."""
+    """Return a splitting step, marked as ours, that makes each match of an expression, and each gap, a chunk."""
     return {"type": "Split", "pattern": {"Regex": OURS + expression}, "behavior": "Isolated", "invert": False}
 
 
@@ -260,17 +279,12 @@ def is_ours(step: dict[str, Any]) -> bool:
 
 
 def in_sequence(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one pre-tokenizer for several steps; a single one as it is, since readers compile a sequence twice."""
+    """Return one pre-tokenizer for several steps; a single step stays alone, since readers compile a sequence twice."""
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-def is_byte_token(token: str) -> bool:
-    """Tell whether an entry looks like one that stands for a byte, such as `<0x0A>`."""
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
 def copy_of(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a specification whose vocabulary may be added to; what is large and stays as it is is shared."""
+    """Return a copy of a BPE specification whose model and vocabulary may be changed; both share everything else."""
     return {**spec, "model": {**spec["model"], "vocab": dict(spec["model"]["vocab"])}}
 
 

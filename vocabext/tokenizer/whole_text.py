@@ -1,10 +1,10 @@
 """BPE that sees the whole text, with marks for spaces: Llama 2, Mistral, Gemma, tokens across spaces.
 
-Or all of a word, where text is cut in front of its marks.
+Where the tokenizer cuts text in front of its marks, BPE sees a whole word.
 
-New tokens are merges behind those of the base (`merges.py`). One whose parts are not tokens is searched for instead:
-BPE may merge across any place, so its string is cut out only where no merge could have crossed its edges;
-`vocabext.tokenizer.boundaries` proves where that is and writes it as assertions around a prefix tree.
+New tokens are merges behind those of the base (`merges.py`). A splitting step searches for a token whose parts are no
+tokens. BPE may merge across any place, so the step cuts the token's string out only where no merge could have crossed
+its edges: `vocabext.tokenizer.boundaries` proves where, and writes that as assertions around a prefix tree.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -20,68 +20,49 @@ from vocabext.errors import TokenizerError
 from vocabext.tokenizer.boundaries import MergeTable, in_word, prefix_tree, whole_text_expression
 from vocabext.tokenizer.bpe import BpeScheme, merges_of
 from vocabext.tokenizer.merges import MergeChain
-from vocabext.tokenizer.scheme import (
-    SPACE_MARK,
-    copy_of,
-    in_sequence,
-    is_byte_token,
-    split_step,
-    steps_of,
-    with_new_entries,
-)
+from vocabext.tokenizer.scheme import SPACE_MARK, copy_of, in_sequence, split_step, steps_of, with_new_entries
 from vocabext.tokens import NewToken
 
 
 class WholeTextScheme(BpeScheme):
-    """A BPE tokenizer with a space mark whose text is not split."""
+    """A BPE tokenizer with a space mark that does not split text, or splits it only in front of the marks."""
 
     name = "whole text"
     only_merges = True
     description = "BPE on the whole text with a space mark: words and phrases can be added"
 
     def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
-        """Look at the model's way with unknown characters."""
+        """Look at where the tokenizer cuts text, and what it does with unknown characters."""
         super().__init__(backend, spec)
         self.at_spaces = any(map(at_marks, steps_of(spec["pre_tokenizer"])))
         if self.at_spaces:
             self.description = "BPE on words with a space mark: words can be added, phrases not"
         self.byte_fallback = bool(spec["model"].get("byte_fallback"))
-        self.prepends = backend.normalizer is not None and backend.normalizer.normalize_str("x")[0] == SPACE_MARK
+        self.prepends = backend.normalizer is not None and self._normal("x")[0] == SPACE_MARK
 
     def normalize(self, text: str) -> str:
         """Return what the normalizer makes of a text, with spaces for the marks."""
         if self.backend.normalizer is None:
             return text
-        normal = str(self.backend.normalizer.normalize_str(text))
-        return normal[self.prepends :].replace(SPACE_MARK, " ")
+        return self._normal(text)[self.prepends :].replace(SPACE_MARK, " ")
 
     def chunks(self, text: str) -> list[str]:
         """Return the text with marks for spaces: one chunk."""
         return [text.replace(" ", SPACE_MARK)]
-
-    def _byte_of(self, token_id: int) -> int | None:
-        """Return the byte that an id stands for; None for an id that stands for text."""
-        token = self.backend.id_to_token(token_id) or ""
-        return int(token[3:5], 16) if self.byte_fallback and is_byte_token(token) else None
-
-    def spelling(self, ids: Sequence[int]) -> bytes:
-        """Return the entries of the ids, one after the other; entries that stand for a byte are that byte."""
-        return b"".join((self.backend.id_to_token(i) or "").encode() if (byte := self._byte_of(i)) is None
-                        else bytes([byte]) for i in ids)
 
     def key_text(self, key: str) -> str:
         """Return the text that an entry stands for."""
         return key.replace(SPACE_MARK, " ")
 
     def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
-        """Accept what is left, since a merge, or assertions around a string, keep other text as it is.
+        """Refuse phrases where the tokenizer cuts text at spaces, and bytes in a run where some bytes have no entry.
 
-        But no chunk holds a space where text is cut at spaces, and where only some bytes have an entry, the library
-        puts an unknown character behind the bytes that follow it.
+        In the second case the library puts an unknown character behind the bytes that follow it. All else is safe: a
+        merge, or the assertions around a string, keep other text as it is.
         """
         if self.at_spaces and " " in text[1:]:
             raise TokenizerError(f"{text!r} is a phrase, and this tokenizer cuts text at every space")
-        if not self._falls_back and any(self._byte_of(i) is not None for i in run):
+        if not self._falls_back and any(map(self._is_byte, run)):
             raise TokenizerError(f"{text!r} has characters that are spelled in bytes, and this tokenizer lacks some of "
                                  "these")
 
@@ -95,11 +76,11 @@ class WholeTextScheme(BpeScheme):
 
     @cached_property
     def _edges(self) -> npt.NDArray[np.bool_]:
-        """For each id, (3, V): begins with a letter or number; ends with one; begins inside a character."""
+        """Tell for each id: begins with a letter or number; ends with one; begins inside a character, shape (3, U)."""
         edges = np.zeros((3, self.first_new_id), np.bool_)
         for token, i in self.vocabulary.items():
-            if self.byte_fallback and is_byte_token(token):
-                edges[2, i] = 0x80 <= int(token[3:5], 16) < 0xC0
+            if (byte := self.byte_of(token)) is not None:
+                edges[2, i] = 0x80 <= byte < 0xC0
             else:
                 edges[:2, i] = [bool(c) and in_word(c) for c in (token[:1], token[-1:])]
         edges[:2, self.barrier_ids] = False
@@ -112,11 +93,11 @@ class WholeTextScheme(BpeScheme):
 
     @cached_property
     def _falls_back(self) -> bool:
-        """Whether each unknown character becomes bytes."""
-        return self.byte_fallback and all(f"<0x{b:02X}>" in self.vocabulary for b in range(256))
+        """Whether the model spells each unknown character in bytes."""
+        return self.byte_fallback and self.has_all_bytes
 
     def cuts(self, entries: list[str]) -> Iterable[tuple[str, int]]:
-        """Any entry can be a chunk: cut between two of its pieces, such that neither side is such an entry."""
+        """Yield every entry, since each can be a chunk, with a cut between two pieces that leaves no such entry."""
         for token in entries:
             ids = self.merge(token)
             yield token, next((cut for cut in range(1, len(token))
@@ -129,7 +110,7 @@ class WholeTextScheme(BpeScheme):
 
     @cached_property
     def mergeable_ids(self) -> npt.NDArray[np.bool_]:
-        """Every id but the barriers, and parts of characters."""
+        """Every id but the barriers and the bytes of characters that take several."""
         mergeable = ~self.spelling_ids
         mergeable[self.barrier_ids] = False
         return mergeable
@@ -137,19 +118,21 @@ class WholeTextScheme(BpeScheme):
     @cached_property
     def spelling_ids(self) -> npt.NDArray[np.bool_]:
         """The bytes of characters that take several."""
-        return np.asarray([(self._byte_of(i) or 0) >= 0x80 for i in range(self.first_new_id)])
+        return np.asarray([(self.byte_of(entry) or 0) >= 0x80 for entry in self.entries(range(self.first_new_id))])
 
     def is_never_merged(self, character: str) -> bool:
-        """A character that is a byte, such as a line break: its entry is not its text, and merges join entries."""
+        """Tell whether one byte spells a character, as `<0x0A>` does a line break: merges join entries, not texts."""
         return character.isascii() and character.replace(" ", SPACE_MARK) not in self.vocabulary
 
+    def _is_byte(self, token_id: int) -> bool:
+        return self.byte_of(self.backend.id_to_token(token_id) or "") is not None
+
     def _symbols(self, ids: Sequence[int]) -> list[str]:
-        """Return the entries of ids; characters that are spelled in bytes as they are."""
+        """Return the entries of ids, with characters in place of the bytes that spell them."""
         symbols: list[str] = []
-        for spelled, group in groupby(ids, lambda i: self._byte_of(i) is not None):
+        for in_bytes, group in groupby(ids, self._is_byte):
             some = list(group)
-            symbols += self.spelling(some).decode(errors="replace") if spelled else (
-                self.backend.id_to_token(i) or "" for i in some)
+            symbols += self.spelling(some).decode(errors="replace") if in_bytes else self.entries(some)
         return symbols
 
     def extended(self, tokens: Sequence[NewToken]) -> dict[str, Any]:
@@ -167,9 +150,10 @@ class WholeTextScheme(BpeScheme):
         return spec
 
     def _check_added(self) -> None:
-        """Refuse an added token that plain text would be found to hold once it is an entry.
+        """Refuse an added token of one character that plain text may hold.
 
-        It must become one, or it would be renumbered. A single character needs no merge to be found then.
+        The extension makes each added token an entry, or the library would renumber it. BPE finds an entry of one
+        character in plain text without any merge.
         """
         for added in self.spec["added_tokens"]:
             taken_out = not added["single_word"] and (added["normalized"] or self.backend.normalizer is None)
@@ -178,14 +162,14 @@ class WholeTextScheme(BpeScheme):
                                      "plain text after an extension; this tokenizer cannot be extended safely")
 
     def _search_for(self, keys: Sequence[str], spec: dict[str, Any]) -> None:
-        """Let a specification cut keys out of the text, and look whole chunks up."""
+        """Change a specification such that it cuts keys out of the text and looks whole chunks up."""
         table = MergeTable(merges_of(self.spec), self.vocabulary)
         steps = list(steps_of(self.spec["pre_tokenizer"]))
         spec["pre_tokenizer"] = in_sequence([*steps, *map(split_step, self._expressions(keys, table))])
         spec["model"]["ignore_merges"] = True
 
     def _expressions(self, keys: Sequence[str], table: MergeTable) -> Iterator[str]:
-        """Yield one expression per splitting step; hardly ever more than one, as each looks at all chunks again."""
+        """Yield one expression per splitting step: as few as possible, since each step looks at all chunks again."""
         if not self._marks_start:
             yield whole_text_expression(keys, table, drops_unknown=self.drops_unknown, at_start=True)
         inside, alone = {}, {}
@@ -202,14 +186,14 @@ class WholeTextScheme(BpeScheme):
     @property
     def _marks_start(self) -> bool:
         """Whether every text begins with a mark."""
-        text = "x" if self.backend.normalizer is None else str(self.backend.normalizer.normalize_str("x"))
+        text = "x" if self.backend.normalizer is None else self._normal("x")
         if self.backend.pre_tokenizer is not None:
             text = self.backend.pre_tokenizer.pre_tokenize_str(text)[0][0]
         return text.startswith(SPACE_MARK)
 
 
 def safe_cut(entry: str, entries: Container[str], table: MergeTable) -> int:
-    """Return a place in an entry where a chunk that begins with it can be cut, whatever follows; 0 for none."""
+    """Return where a cut in a chunk that begins with an entry is exact, whatever follows; 0 for nowhere."""
     return next((cut for cut in range(1, len(entry)) if entry[:cut] not in entries
                  and not any(text[0] == entry[cut] for text in table.hazards(entry[:cut]).right)), 0)
 
@@ -227,7 +211,7 @@ def at_marks(step: dict[str, Any]) -> bool:
 
 
 def _heads(cuts: Mapping[str, int], end: str) -> str:
-    """Return an expression for the heads of entries, where the rest of the entry, and then `end`, follows."""
+    """Return an expression for the part of each entry in front of its cut, where the rest and then `end` follow."""
     rests: dict[str, list[str]] = {}
     for entry, cut in cuts.items():
         rests.setdefault(entry[:cut], []).append(entry[cut:])

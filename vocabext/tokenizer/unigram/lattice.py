@@ -11,7 +11,7 @@ string leads to an equal total and to a longer last entry at one of the cuts of 
 For a crossing entry `c = u + v` (`u` before the edge, `v` the beginning of the string) such a tie fixes
 what the text before the edge contributes: D = best(before) - best(before without u) = X, a number known
 in advance. D is never below `floor(u)`, the best total of `u` alone, and never above `ceiling(u)`, the most
-that entries reaching back over the start of `u` can add. A string is refused where X lies between the two.
+that entries reaching back over the start of `u` can add. `left_tie` finds the entries for which X lies between the two.
 """
 
 import bisect
@@ -86,7 +86,7 @@ class Lattice:
                 yield inner[cut - inside] - totals[cut]
 
     def _reach(self, text: str) -> int:
-        """Return the most that an entry which ends in a text adds to what stands before it."""
+        """Return the most that an entry longer than a text, which ends in it, adds to what stands before the text."""
         gains = [self.scores[entry] - self.floor(entry[: -len(text)]) for entry in self._longer_with_ending(text)]
         return max(gains, default=-(10**30))
 

@@ -1,17 +1,17 @@
 """Unigram tokenizers: T5, XLM-R, ALBERT, Pegasus, XGLM, and SentencePiece models of that type.
 
 A new token gets exactly the sum of the scores of its run. Then no best total changes anywhere, the longest
-last entry wins every tie, and the token is taken where its run lies on the best path (`lattice.py` proves
-it, and finds the strings for which that fails). This needs sums without rounding, and more:
+last entry wins every tie, and the model takes the token where its run lies on the best path. `lattice.py` proves
+that, and finds the strings for which it fails. Three things are needed for it:
 
 *Scores become whole numbers.* SentencePiece stores scores with 24 bits; times a power of two they are whole
 numbers, whose sums are exact. Whole numbers also survive the file: readers of tokenizer.json get one in
 eight of the original fractions wrong in the last bit, again at every reading.
 
 *The score of an unknown character* is the lowest score of the vocabulary less 10, and the sum of a long run
-is lower still. So every score is raised by a fixed amount per character, which all ways to cut a text have
-in common: one amount for characters that are entries, and for the others the amount with which the score of
-an unknown character comes out as the base has it.
+is lower still. So the extension raises every score by a fixed amount per character, which all ways to cut a text have
+in common: one amount for characters that are entries, and for the others the amount with which an unknown character
+has the score that it has in the base.
 
 *Phrases.* Text is cut at spaces before Unigram sees it. Where no entry crosses a space mark, handing over
 several words as one chunk changes nothing, so the words of a phrase stay together.
@@ -29,16 +29,16 @@ from tokenizers import Encoding, Tokenizer, decoders
 
 from vocabext.errors import TokenizerError
 from vocabext.tokenizer.boundaries import prefix_tree
-from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, Scheme, is_byte_token, split_step, steps_of
+from vocabext.tokenizer.scheme import EXTENDED_BEFORE, SPACE_MARK, Scheme, split_step, steps_of, word_starts
 from vocabext.tokenizer.unigram.lattice import Lattice
-from vocabext.tokenizer.whole_text import never_cuts
+from vocabext.tokenizer.whole_text import at_marks, never_cuts
 from vocabext.tokens import NewToken
 
 # How far below the lowest score the tokenizers library puts unknown characters.
 UNKNOWN_PENALTY = 10
-# Totals must be exact for chunks of this many characters.
+# Totals are exact for chunks of up to this many characters.
 MAX_CHUNK = 2**20
-# `exact_scores` rounds to multiples of 2**-24: nothing where a score above 1/2 is stored with 24 bits.
+# `exact_scores` rounds to multiples of 2**-24, which changes no score above 1/2 that is stored with 24 bits.
 FINEST_SCALE = 2**24
 BYTE_LEVEL_SPACE = "\u0120"
 
@@ -50,7 +50,7 @@ DESCRIPTIONS = {
     OTHERWISE: "Unigram behind splitting steps that cannot be extended: words can be added, phrases not",
 }
 WORD, SIGN, SPACE, NO_SPACES = range(4)
-# Scripts that are written without spaces: every token is a unit.
+# Scripts that are written without spaces, in which every token is a unit.
 SCRIPTS_WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO")
 
 
@@ -64,17 +64,15 @@ class UnigramScheme(Scheme):
     name = "unigram"
 
     def __init__(self, backend: Tokenizer, spec: dict[str, Any]) -> None:
-        """Bring the scores to whole numbers.
+        """Make the scores whole numbers, and look at where the tokenizer cuts text.
 
         Raises:
-            TokenizerError: If that is not possible without rounding.
+            TokenizerError: If sums of the scores would be rounded.
         """
         super().__init__(backend, spec)
         model = spec["model"]
-        scores = [score for _, score in model["vocab"]]
-        self._totals = _WholeScores([entry for entry, _ in model["vocab"]], *_on_grid(scores))
-        self.byte_fallback = bool(model.get("byte_fallback")) and all(
-            f"<0x{b:02X}>" in self.vocabulary for b in range(256))
+        self._totals = _WholeScores([entry for entry, _ in model["vocab"]], *_on_grid(s for _, s in model["vocab"]))
+        self.byte_fallback = bool(model.get("byte_fallback")) and self.has_all_bytes
         steps = list(steps_of(spec["pre_tokenizer"]))
         self.splitting = _splitting(steps)
         self.description = DESCRIPTIONS[self.splitting]
@@ -110,18 +108,13 @@ class UnigramScheme(Scheme):
             raise TokenizerError(f"{chunk!r} has characters that this tokenizer does not know")
         return ids
 
-    def spelling(self, ids: Sequence[int]) -> bytes:
-        """Return the entries of the ids, one after the other; entries that stand for a byte are that byte."""
-        tokens = (self.backend.id_to_token(i) or "" for i in ids)
-        return b"".join(bytes([int(t[3:5], 16)]) if self.byte_fallback and is_byte_token(t) else t.encode()
-                        for t in tokens)
-
     def key_text(self, key: str) -> str:
-        """Return the text that an entry, or several in a row, stand for."""
+        """Return the text that an entry, or several in a row, stand for; broken bytes become `\ufffd`."""
         if self.byte_level:
             return str(decoders.ByteLevel().decode([key]))
         if self.byte_fallback:
-            key = re.sub("(?:<0x[0-9A-F]{2}>)+", lambda found: _bytes_text(found[0]), key)
+            key = re.sub("(?:<0x[0-9A-F]{2}>)+", lambda found: bytes.fromhex(
+                found[0].replace("<0x", "").replace(">", "")).decode(errors="replace"), key)
         return key.replace(SPACE_MARK, " ") if self.marks else key
 
     # -- what can be a token --------------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ class UnigramScheme(Scheme):
         return [] if unknown is None else [unknown]
 
     def check(self, text: str, chunks: list[str], run: tuple[int, ...]) -> None:
-        """Refuse strings that are cut differently in some context, and phrases that cannot stay together."""
+        """Refuse a string that the base cuts differently in some context, and a phrase that cannot stay together."""
         if set(run) & set(self.added.values()):
             raise TokenizerError(f"{text!r} contains an added token once it is normalized")
         key = "".join(chunks)
@@ -159,7 +152,7 @@ class UnigramScheme(Scheme):
 
     @cached_property
     def _over_marks(self) -> str | None:
-        """An entry with a mark inside: it could match across the words of a phrase."""
+        """The first entry with a mark inside, which could match across the words of a phrase."""
         return next((entry for entry in self.vocabulary if SPACE_MARK in entry[1:]), None)
 
     def _cuts(self, run: tuple[int, ...]) -> list[int]:
@@ -180,25 +173,23 @@ class UnigramScheme(Scheme):
     # -- mining ---------------------------------------------------------------------------------------------------
 
     def unit_starts(self, encoding: Encoding) -> npt.NDArray[np.bool_]:
-        """A unit is a word with the mark in front of it, or a run of signs."""
-        ids = np.asarray(encoding.ids, np.int64)
-        words = np.asarray([-1 if w is None else w for w in encoding.word_ids], np.int64)
-        starts = np.ones(len(ids), np.bool_)
+        """Tell where a word, with the mark in front of it, or a run of signs begins."""
+        ids, starts = np.asarray(encoding.ids, np.int64), word_starts(encoding)
         first, last, only_mark = self._edges
         joined = (last[ids[:-1]] == first[ids[1:]]) & (first[ids[1:]] < SPACE)
         joined |= only_mark[ids[:-1]] & (first[ids[1:]] != SPACE)
-        starts[1:] = ~joined | (words[1:] != words[:-1])
+        starts[1:] |= ~joined
         return starts
 
     @cached_property
     def _edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """For each id: the sort of its first and of its last character, and whether it is nothing but a mark."""
+        """Return for each id the sorts of its first and last character, and whether it is only a mark, (U,) each."""
         first, last = np.full(self.first_new_id, NO_SPACES), np.full(self.first_new_id, NO_SPACES)
         only_mark = np.zeros(self.first_new_id, np.bool_)
         barrier = set(self.barrier_ids.tolist())
         for token, i in self.vocabulary.items():
             if token and i not in barrier:
-                text = token if is_byte_token(token) else self.key_text(token)
+                text = self.key_text(token) if self.byte_of(token) is None else token
                 first[i], last[i], only_mark[i] = _sort(text[0]), _sort(text[-1]), text == " "
         return first, last, only_mark
 
@@ -220,9 +211,9 @@ class UnigramScheme(Scheme):
         return spec
 
     def _fillers(self) -> list[str]:
-        """Return what stands at the ids between the last entry and the first new token.
+        """Return entries for the ids between the last entry of the model and the first new token.
 
-        Added tokens keep their ids that way. The empty string, in the holes, matches nothing.
+        They are the added tokens, which keep their ids so; an empty string, which matches nothing, fills each hole.
         """
         names = {i: content for content, i in self.added.items()}
         fillers = [names.get(i, "") for i in range(len(self.spec["model"]["vocab"]), self.first_new_id)]
@@ -232,7 +223,7 @@ class UnigramScheme(Scheme):
         return fillers
 
     def _steps_with(self, phrases: Sequence[NewToken]) -> list[dict[str, Any]]:
-        """Return the splitting steps, with phrases kept in one chunk together with what sticks to their ends."""
+        """Return splitting steps that keep each phrase, and the letters right behind it, in one chunk."""
         steps = list(steps_of(self.spec["pre_tokenizer"]))
         if self.splitting == AT_SPACES:
             words = split_step(rf"{_tree(token.token[1:] for token in phrases)}[^\s▁]*+|▁?[^\s▁]++|▁")
@@ -246,8 +237,9 @@ class UnigramScheme(Scheme):
 def exact_scores(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the specification of a Unigram tokenizer with its scores as whole numbers.
 
-    Where scores have more bits than SentencePiece stores, or were misread, totals are rounded, and the rounding
-    decides between cuts with the same pieces in another order (`----` + `--`). Afterwards the rule decides.
+    Where scores have more bits than SentencePiece stores, or were misread, the library rounds totals, and the rounding
+    decides between cuts with the same pieces in another order (`----` + `--`). With whole numbers the rule decides: the
+    longest last entry.
 
     Args:
         spec: The content of tokenizer.json; not modified.
@@ -267,7 +259,7 @@ class _WholeScores:
     def __init__(self, entries: Sequence[str], scores: Sequence[int], scale: int) -> None:
         self.entries = entries
         self.scores = scores
-        self.by_entry = dict(zip(entries, scores, strict=True))  # of equal entries, the last one counts
+        self.by_entry = dict(zip(entries, scores, strict=True))  # the last one counts where entries repeat
         self.unknown = min(scores) - UNKNOWN_PENALTY * scale
         singles = [score for entry, score in self.by_entry.items() if len(entry) == 1]
         if not singles:
@@ -285,8 +277,8 @@ class _WholeScores:
         """Return all entries with their raised scores.
 
         Args:
-            fillers: Entries that follow those of the base and must never be used.
-            keys: New entries that follow, with their scores.
+            fillers: Entries behind those of the base that no text may match.
+            keys: New entries behind these, with their scores.
         """
         entries = [*zip(self.entries, self.scores, strict=True), *keys.items()]
         known = {entry for entry, _ in entries if len(entry) == 1}
@@ -303,7 +295,7 @@ class _WholeScores:
 
 
 def _on_grid(scores: Iterable[float]) -> tuple[list[int], int]:
-    """Return scores as whole numbers, and the power of two that they were multiplied with."""
+    """Return scores as whole numbers, and the power of two that makes them whole."""
     ratios = [float(score).as_integer_ratio() for score in scores]
     scale = max(denominator for _, denominator in ratios)
     return [numerator * (scale // denominator) for numerator, denominator in ratios], scale
@@ -313,7 +305,7 @@ def _splitting(steps: Sequence[dict[str, Any]]) -> str:
     if all(never_cuts(step) for step in steps):
         return WHOLE
     *before, last = steps
-    if last["type"] == "Metaspace" and last["replacement"] == SPACE_MARK and last["split"]:
+    if at_marks(last):
         if not before:
             return AT_MARKS
         if [step["type"] for step in before] == ["WhitespaceSplit"] and last["prepend_scheme"] == "always":
@@ -331,10 +323,6 @@ def _sort(character: str) -> int:
     if unicodedata.category(character)[0] not in "LMN":
         return SIGN
     return NO_SPACES if unicodedata.name(character, "").startswith(SCRIPTS_WITHOUT_SPACES) else WORD
-
-
-def _bytes_text(tokens: str) -> str:
-    return bytes(int(token, 16) for token in re.findall("<0x(..)>", tokens)).decode(errors="replace")
 
 
 def _has_metaspace(decoder: dict[str, Any] | None) -> bool:
