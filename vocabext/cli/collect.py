@@ -1,6 +1,5 @@
 """`vocabext collect`: snippets of a corpus for every new token."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,13 @@ from vocabext.options import CollectConfig
 
 DEFAULTS = CollectConfig()
 NUM_NAMED = 20
-Command = Callable[..., Any]
 
-
-def collect_options(command: Command) -> Command:
-    """Add the options that `collect` and `run` share."""
-    for option in (
-        click.option("--generate-missing", is_flag=True, help="Let the model write text for tokens short of it."),
-        click.option("--min-snippets", type=int, default=DEFAULTS.min_snippets, show_default=True,
-                     help="A token with fewer snippets is listed as short of text."),
-        click.option("--window", type=int, default=DEFAULTS.window, show_default=True,
-                     help="Length of a snippet, in base ids."),
-        click.option("--snippets", type=int, default=DEFAULTS.snippets, show_default=True,
-                     help="Snippets per token."),
-    ):
-        command = option(command)
-    return command
+collect_options = options.together(  # what `collect` and `run` share
+    options.field(DEFAULTS, "snippets", "Snippets per token."),
+    options.field(DEFAULTS, "window", "Length of a snippet, in base ids."),
+    options.field(DEFAULTS, "min_snippets", "A token with fewer snippets is listed as short of text."),
+    click.option("--generate-missing", is_flag=True, help="Let the model write text for tokens short of it."),
+)
 
 
 @click.command()
