@@ -181,10 +181,10 @@ def _curve(scenario: str, load: str, name: str, points: Sequence[Mapping[str, An
         low, high = metric[f"{role}_interval"]
         return float(point[load]), metric[role], (low, high)
 
-    lines = [charts.Curve(role, [at(point, role) for point in points]) for role in ("base", "expanded")]
+    lines = {role: [at(point, role) for point in points] for role in ("base", "expanded")}
     axis = "requests at once" if load == "concurrency" else "requests arriving per second"
     title = f"{LOAD_NAMES[scenario].capitalize()}: {METRIC_NAMES[name]}"
-    words = "; ".join(f"{line.kind} " + ", ".join(f"{x:g}: {y:.4g}" for x, y, _ in line.points) for line in lines)
+    words = "; ".join(f"{role} " + ", ".join(f"{x:g}: {y:.4g}" for x, y, _ in line) for role, line in lines.items())
     return title, charts.curves(lines, x_text=axis, unit=METRIC_NAMES[name], label=f"{title} over {axis}: {words}")
 
 
