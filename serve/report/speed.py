@@ -65,7 +65,7 @@ def speed_sentence(bench: Mapping[str, Any]) -> str:
     if not phrases:
         return "The measurement of speed was stopped before its first round was complete."
     rounds = min(point["rounds"] for point in bench["points"])
-    stopped = (f" (stopped after {rounds} of {bench['options']['pairs']} rounds)" if bench["state"] == PARTIAL else "")
+    stopped = f" (stopped after {rounds} of {bench['options']['pairs']} rounds)" if bench["state"] == PARTIAL else ""
     return f"In vLLM{stopped}, {'; '.join(phrases)}."
 
 
@@ -79,14 +79,14 @@ def _speed_phrase(load: str, metric: Mapping[str, Any]) -> str:
     return f"{load} cannot be judged, {metric['verdict']} ({interval} times as fast)"
 
 
-def speed_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def speed_rows(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the lines of the table of speeds, formatted."""
     rows = []
-    for point in (bench or {}).get("points", []):
+    for point in bench["points"]:
         for name, metric in shown_metrics(point):
             low, high = metric["speedup_interval"]
             rows.append({
-                "load": load_name(point), "measure": METRIC_NAMES[name], "name": name,
+                "load": load_name(point), "point": point["name"], "measure": METRIC_NAMES[name],
                 "base": f"{metric['base']:.4g}", "expanded": f"{metric['expanded']:.4g}",
                 "speedup": f"{metric['speedup']:.3f}× ({low:.3f} to {high:.3f})",
                 "noise": f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}",

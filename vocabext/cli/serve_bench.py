@@ -95,18 +95,11 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from vocabext.serve.report.speed import METRIC_NAMES, left_out, shown_metrics
+    from vocabext.serve.report.speed import speed_rows
 
-    rows = []
-    for point in result["points"]:
-        for name, metric in shown_metrics(point):
-            low, high = metric["speedup_interval"]
-            rows.append((point["name"], METRIC_NAMES[name], f"{metric['base']:.4g}", f"{metric['expanded']:.4g}",
-                         f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f})",
-                         f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}", left_out(metric),
-                         metric["verdict"]))
-    show.table(rows, ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out",
-                      "expanded is"))
+    shown = ("point", "measure", "base", "expanded", "speedup", "noise", "left_out", "verdict")
+    show.table([[row[name].replace("×", "") for name in shown] for row in speed_rows(result)],
+               ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out", "expanded is"))
     for line in remarks(result):
         show.echo(line)
 

@@ -46,9 +46,9 @@ def report(
                          "as report.html")
     for path in (output, markdown, document):
         check_output(path, force=force)
-    named = {"lengths": lengths, "bench": bench, "predict": predict, "eval": (evaluation,) if evaluation else (),
-             "verify": (verification,) if verification else (), "swap": (swap,) if swap else (),
-             "choice": (choice,) if choice else ()}
+    one_each = {"eval": evaluation, "verify": verification, "swap": swap, "choice": choice}
+    named = {"lengths": lengths, "bench": bench, "predict": predict,
+             **{name: (path,) for name, path in one_each.items() if path}}
     page = render_report(expanded, gather(expanded, output.absolute().parent, named), price_per_hour=price_per_hour)
     for path, text in ((output, page.html), (markdown, page.markdown)):
         with atomic_file(path) as file:
