@@ -15,7 +15,7 @@ Launch overheads, sampling and scheduling are left out: small models and small b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.serve.model import attention_width, cache_bytes_per_token, context_length, num_layers, read_config
-from vocabext.serve.provenance import provenance
+from vocabext.serve.provenance import machine_of, provenance
 
 FORMAT_VERSION = 1
 DTYPE_BYTES = 2  # what vLLM computes and stores in unless told otherwise
@@ -280,11 +280,21 @@ def predict_memory(base: ModelShape, expanded: ModelShape, lengths: Lengths, dev
     return found
 
 
-def measured_beside(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Take from a bench.json what a prediction can be held against: length ratio and measured speed-up per point."""
+def measured_beside(
+    bench: Mapping[str, Any], models: Mapping[str, ModelShape] | None = None, device: Device | None = None
+) -> list[dict[str, Any]]:
+    """Put what a bench.json measured at each point beside what the lengths, and the roofline, predict for it.
+
+    Args:
+        bench: The content of bench.json.
+        models: The shape of each role; None predicts from lengths only.
+        device: Where the roofline lets them run.
+
+    Returns:
+        For each point the measured speed-up, the ratio of lengths, `predicted_speedup`, and `prediction_error`, which
+        is predicted over measured less 1.
+    """
     rows = []
-    hardware = (bench.get("provenance") or {}).get("hardware") or {}
-    where = ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu", "unknown"))
     for point in bench["points"]:
         metric = point["metrics"].get(point["main_metric"])
         if metric is None:
@@ -292,13 +302,53 @@ def measured_beside(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio = point["base"]["prompt_tokens_per_run"] / max(1, point["expanded"]["prompt_tokens_per_run"])
         if point["scenario"] != "prefill":
             ratio = _written_ratio(point)
+        predicted = _predicted_speedup(point, models, device) if models and device else None
         rows.append({
-            "machine": where, "point": point["name"], "scenario": point["scenario"], "length_ratio": ratio,
+            "machine": machine_of(bench), "point": point["name"], "scenario": point["scenario"], "length_ratio": ratio,
             "speedup": metric["speedup"], "speedup_interval": metric["speedup_interval"], "verdict": metric["verdict"],
             "share_of_length_ratio": metric["speedup"] / ratio,
             "share_interval": [end / ratio for end in metric["speedup_interval"]],
+            "predicted_speedup": predicted, "prediction_error": predicted and predicted / metric["speedup"] - 1,
         })
     return rows
+
+
+def _predicted_speedup(point: Mapping[str, Any], models: Mapping[str, ModelShape], device: Device) -> float | None:
+    """Return the speed-up that the roofline gives for a measured point, with the point's own tokens and load.
+
+    None for requests that arrive at a rate: the roofline knows no waiting.
+    """
+    at_once, scenario = point["concurrency"], point["scenario"]
+    if at_once is None:
+        return None
+
+    def seconds(role: str) -> float:
+        counted = point[role]
+        prompt, output = (counted[name] / point["requests_per_run"]
+                          for name in ("prompt_tokens_per_run", "output_tokens_per_run"))
+        reading = prefill_cost(models[role], device, prompt).seconds
+        if scenario == "prefill":
+            return reading
+        whole = at_once * reading + decode_cost(models[role], device, prompt, output, at_once).seconds
+        return whole / max(1, counted["output_characters_per_run"]) if scenario == "decode" else whole
+
+    return seconds("base") / seconds("expanded")
+
+
+def held_against(prediction: Mapping[str, Any], benches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hold a predict.json against further results of `serve bench`.
+
+    Returns:
+        A row of `measured_beside` for each point of these and of those that the prediction names already.
+    """
+    names = [field.name for field in fields(ModelShape)]
+    models = {role: ModelShape(**{name: prediction["model"][role][name] for name in names})
+              for role in ("base", "expanded")}
+    rows = [row for bench in benches for row in measured_beside(bench, models, Device(**prediction["device"]))]
+    here = {(row["machine"], row["point"], row["speedup"]) for row in rows}
+    unknown = {"predicted_speedup": None, "prediction_error": None}  # in a file of an older version
+    return rows + [{**unknown, **row} for row in prediction["measured"]
+                   if (row["machine"], row["point"], row["speedup"]) not in here]
 
 
 def _written_ratio(point: Mapping[str, Any]) -> float:
@@ -356,7 +406,8 @@ def run_predict(
         "model": {"base": _model_json(old), "expanded": _model_json(new), "new_rows": new.rows - old.rows},
         "loads": predict_loads(old, new, lengths, device, config),
         "memory": predict_memory(old, new, lengths, device, config),
-        "measured": [row for bench in benches for row in measured_beside(bench)],
+        "measured": [row for bench in benches
+                     for row in measured_beside(bench, {"base": old, "expanded": new}, device)],
         "notes": notes, "provenance": provenance(),
     }
 

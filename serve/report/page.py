@@ -22,6 +22,8 @@ from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
 from vocabext.errors import UsageError
 from vocabext.serve.bench.summary import with_points
 from vocabext.serve.model import card_of
+from vocabext.serve.predict import held_against
+from vocabext.serve.provenance import machine_of
 from vocabext.serve.report import charts, speed
 from vocabext.tables import visible
 
@@ -125,7 +127,7 @@ def render_report(expanded: Path, results: Result, *, price_per_hour: float | No
         "corpora": [_corpus_row(found) for found in all_lengths],
         "speed": [_speed_content(bench, price_per_hour) for bench in benches],
         "price_per_hour": price_per_hour,
-        "predictions": predictions,
+        "predictions": [{**found, "measured": held_against(found, benches)} for found in predictions],
         "evaluation_rows": _evaluation_rows(evaluation),
         "writing": _writing(evaluation),
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
@@ -156,7 +158,7 @@ def _several(value: Any) -> list[dict[str, Any]]:
 def _speed_content(bench: Result, price_per_hour: float | None) -> dict[str, Any]:
     """Return what the report says about one bench.json; what begins with `picture` is markup."""
     return {
-        "bench": bench, "machine": speed.machine_of(bench), "rows": speed.speed_rows(bench),
+        "bench": bench, "machine": machine_of(bench), "rows": speed.speed_rows(bench),
         "goodput": speed.goodput_rows(bench),
         "costs": [] if price_per_hour is None else speed.cost_rows(bench, price_per_hour),
         "picture": speed.speed_picture(bench), "picture_rounds": speed.round_pictures(bench),

@@ -222,10 +222,4 @@ def goodput_rows(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in best.values() if "base" in row and "expanded" in row]
 
 
-def machine_of(result: Mapping[str, Any]) -> str:
-    """Name the machine a result is from."""
-    hardware = (result.get("provenance") or {}).get("hardware") or {}
-    return ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu") or "unknown machine")
-
-
 assert set(METRIC_NAMES) == {*REQUEST_METRICS, *PASS_METRICS}
