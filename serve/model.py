@@ -123,7 +123,7 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """Return what a model folder says of itself, as lines of a table; without `verification` its verify.json is read."""
+    """Return what a model folder says of itself, as lines of a table; `verification` replaces its verify.json."""
     if not has_manifest(folder):
         return [("vocabulary", "as published (no vocabext.json)")]
     manifest = read_manifest(folder)

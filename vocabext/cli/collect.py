@@ -52,9 +52,12 @@ def collect(
     records = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).collect(
         tokens, corpus, text_field=text_field, **settings)
     records.save(output, force=True)  # what may be replaced was checked before the work
-    written, config = records.header, CollectConfig(**settings)
-    _name_short_ones(written["short"], config)
-    summary = {"output": output, "tokens": len(records), **written}
+    written = records.header
+    if short := written["short"]:
+        names = ", ".join(map(repr, short[:NUM_NAMED]))
+        more = f" and {len(short) - NUM_NAMED:,} more" if len(short) > NUM_NAMED else ""
+        hint = "" if settings["generate_missing"] else "; give more text, or pass --generate-missing"
+        show.note(f"{len(short):,} tokens have fewer than {settings['min_snippets']} snippets: {names}{more}{hint}")
 
     def render() -> None:
         show.table([
@@ -62,17 +65,8 @@ def collect(
             ("snippets", written["snippets"]),
             ("inside longer tokens", written["inside"]),
             ("written by the model", written["generated"]),
-            (f"tokens with fewer than {config.min_snippets}", len(written["short"])),
+            (f"tokens with fewer than {settings['min_snippets']}", len(short)),
             ("tokens without any", sum(not record.snippets for record in records)),
         ], ("", str(output)))
 
-    show.emit(summary, as_json, render)
-
-
-def _name_short_ones(short: list[str], config: CollectConfig) -> None:
-    if not short:
-        return
-    names = ", ".join(repr(token) for token in short[:NUM_NAMED])
-    more = f" and {len(short) - NUM_NAMED:,} more" if len(short) > NUM_NAMED else ""
-    hint = "" if config.generate_missing else "; give more text, or pass --generate-missing"
-    show.note(f"{len(short):,} tokens have fewer than {config.min_snippets} snippets: {names}{more}{hint}")
+    show.emit({"output": output, "tokens": len(records), **written}, as_json, render)
