@@ -58,21 +58,18 @@ class Point:
 
 @dataclass(frozen=True)
 class PromptShape:
-    """How large the prompts are.
+    """How large prompts and answers are."""
 
-    Attributes:
-        texts: Prompts per pass, at least.
-        prompt_tokens: Length of a prefill prompt in base tokens; None takes 2,032, or less if the context is smaller.
-        prompt_characters: Length of a decode prompt.
-        passage_characters: Length of all passages of a mixed prompt together.
-        output_characters: Characters that answers should have.
-    """
-
-    texts: int
-    prompt_tokens: int | None
-    prompt_characters: int
-    passage_characters: int
-    output_characters: int
+    # Prompts per pass; more where the concurrency or the rate needs more.
+    texts: int = 6
+    # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
+    prompt_tokens: int | None = None
+    # Length of a decode prompt in characters.
+    prompt_characters: int = 200
+    # Length of all passages of a mixed prompt together, in characters.
+    passage_characters: int = 1500
+    # Characters of every answer, the same for both models.
+    output_characters: int = 256
 
 
 def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Iterable[float]) -> tuple[Point, ...]:

@@ -6,7 +6,7 @@ A round is base, expanded, base again, at every point (`scenarios.py`). The unit
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ TWO_ON_ONE_GPU = "0.42"  # share of a GPU's memory for each of two servers; vLLM
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(PromptShape):
     """Options of `serve bench`."""
 
     # Rounds of base, expanded, base. Fewer than five give no verdict.
@@ -68,16 +68,6 @@ class BenchConfig:
     # Latency target of goodput; None is no limit.
     target_ttft_seconds: float | None = None
     target_request_seconds: float | None = None
-    # Prompts per pass; more where the concurrency or the rate needs more.
-    texts: int = 6
-    # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
-    prompt_tokens: int | None = None
-    # Length of a decode prompt in characters.
-    prompt_characters: int = 200
-    # Length of the passages in a mixed prompt, in characters.
-    passage_characters: int = 1500
-    # Characters of every answer, the same for both models.
-    output_characters: int = 256
     # Run one server at a time, for machines that do not hold both in memory.
     one_at_a_time: bool = False
     start_timeout_seconds: float = START_TIMEOUT_SECONDS
@@ -88,11 +78,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("pairs", "texts", "prompt_tokens", "prompt_characters", "passage_characters",
-                     "output_characters"):
-            _check_at_least_one(name, getattr(self, name))
-        for count in self.concurrency:
-            _check_at_least_one("concurrency", count)
+        counts = [(name, getattr(self, name)) for name in ("pairs", *(field.name for field in fields(PromptShape)))]
+        for name, value in [*counts, *(("concurrency", count) for count in self.concurrency)]:
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         for name in ("target_ttft_seconds", "target_request_seconds"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {limit}; it must be above 0")
@@ -113,17 +102,6 @@ class BenchConfig:
     def target(self) -> dict[str, float | None]:
         """The latency target of goodput."""
         return {"ttft_seconds": self.target_ttft_seconds, "request_seconds": self.target_request_seconds}
-
-    @property
-    def shape(self) -> PromptShape:
-        """How large prompts and answers are."""
-        return PromptShape(self.texts, self.prompt_tokens, self.prompt_characters, self.passage_characters,
-                           self.output_characters)
-
-
-def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -208,8 +186,7 @@ def run_bench(
     context = _context(folders.values(), config.vllm_flags)
     texts = _texts(documents)
     most = max_output_tokens(config.output_characters, tokens_per_character(texts, encoders.values()))
-    prompts = build_prompts(texts, encoders[BASE], config.shape, config.points, context, config.seed,
-                            answer_tokens=most)
+    prompts = build_prompts(texts, encoders[BASE], config, config.points, context, config.seed, answer_tokens=most)
     setting = Setting(config, folders, encoders, prompts, context, vllm_device(), most)
     journal = Journal.open(output, settings_of(setting, base, expanded, about), force=force)
     journal.notes["documents"] = _described(texts)
