@@ -1,7 +1,7 @@
 """What serving asks of a model folder: its tokenizer to count with, its size, and whether it may be served.
 
-`vocabext.tokenizer` asks more of a tokenizer, that it can be extended. To measure one, being able to
-encode is enough. Of a wrapper (vision, audio) the language model's own config counts, which it keeps in `text_config`.
+`vocabext.tokenizer` takes tokenizers only that can be extended; `Encoder` takes any that encodes. In the config of a
+wrapper (vision, audio), `text_config` describes the language model.
 """
 
 import shlex

@@ -105,8 +105,8 @@ def test_light_and_dark_are_both_readable(browser: Browser, page: Path) -> None:
 
 def test_no_table_is_cut_off_on_paper(browser: Browser, page: Path) -> None:
     browser.open(page, width=700, media="print")
-    assert browser.evaluate("""[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)
-        .map(box => box.textContent.slice(0, 40))""") == []
+    assert browser.evaluate("""[...document.querySelectorAll('.scroll')]
+        .filter(box => box.scrollWidth > box.clientWidth).map(box => box.textContent.slice(0, 40))""") == []
 
 
 def test_it_prints_black_on_white_on_several_pages(browser: Browser, page: Path) -> None:

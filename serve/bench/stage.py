@@ -176,7 +176,7 @@ def run_bench(
     """
     require_vllm()
     about = provenance()
-    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path should not wait for a download
+    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path is said before a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
     if not unverified:
         for folder in folders.values():

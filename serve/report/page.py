@@ -250,7 +250,7 @@ def what_got_worse(
     manifest: Manifest | None, lengths: Result | None, benches: Sequence[Result], evaluation: Result | None,
     verification: Result | None,
 ) -> list[str]:
-    """List every cost and every disappointment that the results show."""
+    """List what the results show to have become worse, or not better."""
     found = []
     if verification and not verification["passed"]:
         found.append("The checkpoint failed verification: do not ship it.")
@@ -284,12 +284,12 @@ def what_got_worse(
 
 
 def milliseconds(seconds: float) -> str:
-    """Write a time with as many digits as it deserves."""
+    """Write a time with four digits."""
     return f"{1000 * seconds:,.4g} ms"
 
 
 def percent(share: float) -> str:
-    """Write a share with as many digits as it deserves."""
+    """Write a share in percent, with one decimal below 100."""
     value = 100 * share
     return f"{value:.1f} %" if abs(value) < 99.95 else f"{value:.0f} %"
 

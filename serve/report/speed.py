@@ -8,7 +8,7 @@ from markupsafe import Markup
 from vocabext.serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
 from vocabext.serve.bench.journal import PARTIAL
 from vocabext.serve.bench.scenarios import DECODE, PREFILL
-from vocabext.serve.bench.summary import PASS_METRICS, REQUEST_METRICS
+from vocabext.serve.bench.summary import GOODPUT, PASS_METRICS, REQUEST_METRICS
 from vocabext.serve.report import charts
 
 METRIC_NAMES = {
@@ -27,16 +27,15 @@ SHOWN = {
     "decode": ("seconds_per_1000_output_characters", "ttft_seconds", "output_characters_per_second"),
     "mixed": ("request_seconds", "ttft_seconds", "seconds_per_1000_output_characters_after_first_token"),
 }
-GOODPUT = "goodput_requests_per_second"
 CURVE_METRICS = ("request_seconds", "ttft_seconds", "input_characters_per_second", "output_characters_per_second",
                  GOODPUT)
 MILLION, SECONDS_PER_HOUR = 1_000_000, 3600
 
 
 def shown_metrics(point: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the measures of a point that say something of their own; all of them are in bench.json.
+    """Return the measures of a point that are shown; bench.json has all.
 
-    With one output token, the time to the first is the time of all: prefill has one line, not two.
+    With one output token, the time to the first token is the time of the request: prefill shows one of the two.
     """
     names = (*SHOWN[point["scenario"]], GOODPUT)
     return [(name, point["metrics"][name]) for name in names if name in point["metrics"]]
@@ -51,7 +50,7 @@ def load_name(point: Mapping[str, Any]) -> str:
 
 
 def headline_points(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one point per scenario: the lightest load, where time is the machine's and not the queue's."""
+    """Return one point per scenario: the lightest load, where requests wait least for each other."""
     found: dict[str, dict[str, Any]] = {}
     for point in bench["points"]:
         if point["main_metric"] in point["metrics"]:

@@ -1,4 +1,4 @@
-"""What the stages hand on and find: tables that can be saved, loaded and shown."""
+"""What the stages return: tables that can be saved, loaded and shown."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ class TokenTable(_Records[NewToken]):
     def __getitem__(self, index: int | slice) -> "NewToken | TokenTable":
         if isinstance(index, int):
             return self._items[index]
-        # What was measured holds for all tokens together.
+        # The other keys were measured with all tokens together.
         kept = ("base", "options", "corpus", "left_out", "documents", "base_tokens")
         return TokenTable(self._items[index], {key: self.header[key] for key in kept if key in self.header})
 

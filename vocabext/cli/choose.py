@@ -17,7 +17,7 @@ bound_options = options.together(  # what `choose` and `run` share
                       "distilled rows on text kept from mining; ships what saves most within it.  [default: no bound; "
                       "tokens that bring a larger share of the savings than of the loss]"),
     options.field(DEFAULTS, "choice_bytes", "Text that is read to measure what tokens cost, in bytes; the curve is "
-                  "measured on as much."),
+                  "measured on as much held-out text."),
 )
 choose_options = options.together(  # with which `run` chooses
     bound_options,

@@ -27,20 +27,21 @@ distill_options = options.together(  # what `distill` and `run` share
     click.option("--reach", default="all" if DEFAULTS.reach is None else str(DEFAULTS.reach), show_default=True,
                  metavar="N", callback=options.number_or("all"), help="Positions compared behind the token, or 'all'."),
     click.option("--cache-gib", type=float, default=DEFAULTS.cache_gib, metavar="GIB",
-                 help="Memory for what is kept of a group of tokens.  [default: an eighth of the device's]"),
+                 help="Memory for states, keys and values that are kept of a group of tokens.  [default: an eighth of "
+                      "the device's]"),
     options.field(DEFAULTS, "leave_out", "Leave out tokens whose held-out error is above FACTOR times the median's and "
                   "was not halved by training; 0 keeps all.", metavar="FACTOR"),
     click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows,
                  help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
                       "'zero' are baselines; 'input' takes the input rows (tied models).  [default: 'fit' where the "
                       "model can have such rows]"),
-    options.field(DEFAULTS, "writing_places", "Text that output rows are fitted to: base ids of snippets per token.",
+    options.field(DEFAULTS, "writing_places", "Text that output rows are fitted to, in base ids of snippets per token.",
                   metavar="N"),
-    options.field(DEFAULTS, "false_use", "Share of held-out places where fitted rows may write a new token and the "
-                  "base writes something else. The rows that write most within it are taken; more of it makes the "
-                  "model write more new tokens.", metavar="SHARE"),
-    options.field(DEFAULTS, "silence", "Tied models with --output-rows input: weight of not being written where the "
-                  "base would write something else."),
+    options.field(DEFAULTS, "false_use", "Largest share of held-out places where fitted rows may write a new token and "
+                  "the base writes something else. Of the rows within it, those that write most are taken; with a "
+                  "larger share, the model writes more new tokens.", metavar="SHARE"),
+    options.field(DEFAULTS, "silence", "For tied models with --output-rows input: weight of the penalty for writing a "
+                  "new token where the base would write something else; 0 is off."),
     options.field(DEFAULTS, "learning_rate", "Peak step size, in units of the root mean square of the base embedding."),
 )
 

@@ -39,12 +39,12 @@ from vocabext.cli import options, show
 @click.option("--output-characters", default=256, show_default=True,
               help="Length of an answer: the same characters for both models, not the same tokens.")
 @click.option("--one-at-a-time", is_flag=True,
-              help="Restart between base and expanded, where memory does not hold both. Takes much longer. Done "
-                   "without asking if both do not start together.")
+              help="Restart between base and expanded, where memory does not hold both. Takes much longer. `bench` "
+                   "does it by itself if both do not start together.")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if a server is not ready by then.")
 @click.option("--logs", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where the servers' logs go; a folder beside the output by default.")
+              help="Where the servers' logs go.  [default: a folder beside the output]")
 @options.unverified_option
 @options.check_digests_option
 @options.seed_option
