@@ -1,8 +1,8 @@
 """How much shorter a corpus becomes: tokens per document before and after, and what follows from it.
 
-Both tokenizers see every document once, in batches and on all cores; while they encode one batch, the
-previous one is counted. On the way the invariant of the whole project is checked: replacing each new token by
-its run must give back the base ids.
+Both tokenizers encode every document once, in batches and on all cores; while they encode one batch, the
+previous one is counted. Each document is also checked for the invariant: replacing each new token by its run must
+give the base ids.
 """
 
 import random
@@ -45,11 +45,11 @@ class Tally:
     """What has been counted so far.
 
     Attributes:
+        counts: How often each new token occurred.
         base: Base tokens of each document.
         expanded: Expanded tokens of each document.
         characters: Characters of each document.
-        new: New tokens in each document.
-        counts: How often each new token occurred.
+        num_new: New tokens in all documents.
         num_bytes: UTF-8 bytes of all documents.
         num_differing: Documents whose expanded ids do not unmerge to the base ids.
         first_differing: Name of the first of them.
@@ -59,7 +59,7 @@ class Tally:
     base: list[int] = field(default_factory=list)
     expanded: list[int] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)
+    num_new: int = 0
     num_bytes: int = 0
     num_differing: int = 0
     first_differing: str = ""
@@ -114,15 +114,10 @@ def measure_lengths(
     }
 
 
-def encode_ahead(
-    batches: Iterable[Sequence[Document]], base: Encoder, expanded: Encoder
-) -> Iterator[Encoded]:
-    """Encode batches with both tokenizers, one batch ahead of whoever takes them.
+def encode_ahead(batches: Iterable[Sequence[Document]], base: Encoder, expanded: Encoder) -> Iterator[Encoded]:
+    """Yield each batch with its base ids and its expanded ids, and encode the next batch meanwhile.
 
     The tokenizers run without Python's lock, so that counting a batch costs no time of its own.
-
-    Yields:
-        The documents, their base ids and their expanded ids.
     """
     def encode(batch: Sequence[Document]) -> Encoded:
         texts = [document.text for document in batch]
@@ -151,23 +146,14 @@ def count_batch(
     tally: Tally, batch: Sequence[Document], base_rows: Sequence[Sequence[int]], rows: Sequence[Sequence[int]],
     expansion: Expansion,
 ) -> None:
-    """Add documents to the tally.
-
-    Args:
-        tally: What has been counted so far; changed.
-        batch: The documents.
-        base_rows: Their base ids.
-        rows: Their expanded ids.
-        expansion: What the new ids stand for.
-    """
+    """Add documents to the tally, with their base ids (`base_rows`) and their expanded ids (`rows`)."""
     flat, base_flat = _flat(rows), _flat(base_rows)
     bounds, base_bounds = _bounds(rows), _bounds(base_rows)
     known = flat < expansion.end_id  # another tokenizer may give ids that nothing here stands for
     tally.counts += expansion.counts(flat[known])
-    new_before = np.concatenate([[0], np.cumsum(expansion.is_new(flat))])
-    tally.base += np.diff(base_bounds).tolist()
-    tally.expanded += np.diff(bounds).tolist()
-    tally.new += np.diff(new_before[bounds]).tolist()
+    tally.base += map(len, base_rows)
+    tally.expanded += map(len, rows)
+    tally.num_new += int(expansion.is_new(flat).sum())
     tally.characters += [len(document.text) for document in batch]
     tally.num_bytes += sum(len(document.text.encode()) for document in batch)
     if known.all() and np.array_equal(expansion.edges(flat)[bounds], base_bounds) and np.array_equal(
@@ -219,7 +205,7 @@ def summarize(tally: Tally, expansion: Expansion, *, seed: int = 0) -> dict[str,
         "new_tokens": {
             "total": expansion.num_new,
             "used": int((tally.counts > 0).sum()),
-            "share_of_tokens": sum(tally.new) / num_expanded,
+            "share_of_tokens": tally.num_new / num_expanded,
             "share_of_characters": float((tally.counts * lengths).sum()) / characters,
             "most_saving": _most_saving(expansion.tokens, tally.counts, saved),
             "never_used_count": int((tally.counts == 0).sum()),
@@ -246,39 +232,31 @@ def bootstrap_saved_share(base: Ids, expanded: Ids, *, seed: int = 0) -> tuple[f
     """Return the 95 % interval of the share of tokens saved, over which documents the corpus happens to hold."""
     generator = np.random.default_rng(seed)
     at_once = max(1, RESAMPLED_AT_ONCE // len(base))
-    shares = np.concatenate([_saved_share_of(generator.integers(len(base), size=(min(at_once, NUM_RESAMPLES - done),
-                                                                                 len(base))), base, expanded)
-                             for done in range(0, NUM_RESAMPLES, at_once)])
+    shares: list[float] = []
+    while len(shares) < NUM_RESAMPLES:
+        drawn_RD = generator.integers(len(base), size=(min(at_once, NUM_RESAMPLES - len(shares)), len(base)))
+        shares += (1 - expanded[drawn_RD].sum(1) / np.maximum(1, base[drawn_RD].sum(1))).tolist()
     low, high = np.quantile(shares, (0.025, 0.975))
     return float(low), float(high)
 
 
-def _saved_share_of(drawn_RD: Ids, base: Ids, expanded: Ids) -> Floats:
-    """Return the share saved in each resample of documents."""
-    return 1 - expanded[drawn_RD].sum(1) / np.maximum(1, base[drawn_RD].sum(1))
-
-
 def cache_savings(folder: Path, tally: Tally) -> dict[str, Any] | None:
-    """Work out what fewer tokens mean for the cache of keys and values and for the context.
+    """Return what fewer tokens mean for a 16-bit cache of keys and values, and for the context.
 
-    Returns:
-        Bytes per token, and per document before and after, for a 16-bit cache; None if the config does
-        not describe a plain attention cache.
+    None for a config that does not describe a plain attention cache.
     """
-    per_token = cache_bytes_per_token(read_config(folder))
+    per_token, context = cache_bytes_per_token(read_config(folder)), context_length(folder)
     if per_token is None:
         return None
-    base, expanded = sum(tally.base) / len(tally.base), sum(tally.expanded) / len(tally.expanded)
-    context = context_length(folder)
-    characters = sum(tally.characters)
+    base, expanded, characters = sum(tally.base), sum(tally.expanded), sum(tally.characters)
     return {
         "bytes_per_token": per_token,
-        "base_bytes_per_document": per_token * base,
-        "expanded_bytes_per_document": per_token * expanded,
-        "saved_bytes_per_document": per_token * (base - expanded),
+        "base_bytes_per_document": per_token * base / len(tally.base),
+        "expanded_bytes_per_document": per_token * expanded / len(tally.base),
+        "saved_bytes_per_document": per_token * (base - expanded) / len(tally.base),
         "context_tokens": context,
-        "base_context_characters": context and context * characters / sum(tally.base),
-        "expanded_context_characters": context and context * characters / sum(tally.expanded),
+        "base_context_characters": context and context * characters / base,
+        "expanded_context_characters": context and context * characters / expanded,
     }
 
 
@@ -313,26 +291,20 @@ def _sample(pool: list[Document], batch: Sequence[Document], seen: int, choose: 
             pool[slot] = document
 
 
-def _passages(
-    pool: Sequence[Document], base: Encoder, expanded: Encoder, first_new_id: int
-) -> list[dict[str, Any]]:
+def _passages(pool: Sequence[Document], base: Encoder, expanded: Encoder, first_new_id: int) -> list[dict[str, Any]]:
     """Cut passages whose saving is typical: from the middle and the quarters of a sample."""
-    cut = [(document.name, _passage(document.text)) for document in pool]
-    sizes = [(len(b), len(e)) for b, e in zip(base.encode_batch([text for _, text in cut]),
-                                              expanded.encode_batch([text for _, text in cut]), strict=True)]
-    long = [i for i, (_, text) in enumerate(cut) if len(text) >= PASSAGE_CHARACTERS // 2] or list(range(len(cut)))
-    ranked = sorted((1 - sizes[i][1] / max(1, sizes[i][0]), i) for i in long)
+    texts = [_passage(document.text) for document in pool]
+    shares = [1 - len(after) / max(1, len(before)) for before, after in
+              zip(base.encode_batch(texts), expanded.encode_batch(texts), strict=True)]
+    long = [i for i, text in enumerate(texts) if len(text) >= PASSAGE_CHARACTERS // 2] or range(len(texts))
+    ranked = sorted(long, key=lambda i: shares[i])
     places = dict.fromkeys(round(rank * (len(ranked) - 1)) for rank in PASSAGE_RANKS)
-    passages = []
-    for place in places:
-        share, i = ranked[place]
-        name, text = cut[i]
-        passages.append({
-            "document": name.rpartition("/")[2], "saved_share": share,
-            "percentile": round(100 * place / max(1, len(ranked) - 1)),
-            "base_pieces": _cut(base, text, first_new_id), "expanded_pieces": _cut(expanded, text, first_new_id),
-        })
-    return passages
+    return [{
+        "document": pool[ranked[place]].name.rpartition("/")[2], "saved_share": shares[ranked[place]],
+        "percentile": round(100 * place / max(1, len(ranked) - 1)),
+        **{f"{role}_pieces": [(part, token_id >= first_new_id) for part, token_id in encoder.cut(texts[ranked[place]])]
+           for role, encoder in (("base", base), ("expanded", expanded))},
+    } for place in places]
 
 
 def _passage(text: str) -> str:
@@ -342,8 +314,3 @@ def _passage(text: str) -> str:
         return text
     space = text.rfind(" ", 0, PASSAGE_CHARACTERS + 1)
     return text[: space if space > 0 else PASSAGE_CHARACTERS]
-
-
-def _cut(encoder: Encoder, text: str, first_new_id: int) -> list[tuple[str, bool]]:
-    """Cut a text where its tokens end: (text of the token, whether it is new)."""
-    return [(part, token_id >= first_new_id) for part, token_id in encoder.cut(text)]

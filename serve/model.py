@@ -1,7 +1,7 @@
 """What serving asks of a model folder: its tokenizer to count with, its size, and whether it may be served.
 
-`vocabext.tokenizer` asks more of a tokenizer, that it can be extended. To measure one, being able to
-encode is enough. Of a wrapper (vision, audio) the language model's own config counts, which it keeps in `text_config`.
+`vocabext.tokenizer` takes tokenizers only that can be extended; `Encoder` takes any that encodes. In the config of a
+wrapper (vision, audio), `text_config` describes the language model.
 """
 
 import shlex
@@ -33,12 +33,7 @@ class Encoder:
     """Encodes text without the special tokens that frame a prompt."""
 
     def __init__(self, backend: Any, num_ids: int) -> None:
-        """Take over the Rust tokenizer of a fast tokenizer of transformers.
-
-        Args:
-            backend: A `tokenizers.Tokenizer`; its padding and truncation are switched off.
-            num_ids: How many ids there are.
-        """
+        """Take over a `tokenizers.Tokenizer`; its padding and truncation are switched off."""
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -54,11 +49,9 @@ class Encoder:
             return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def cut(self, text: str) -> list[tuple[str, int]]:
-        """Cut a text where its tokens end.
+        """Cut a text where its tokens end, into pairs (text, token id).
 
-        Returns:
-            (text, token id) pairs. The texts put together are the text. A token that is only some of a
-            character's bytes joins the token that completes the character.
+        A token that is only some of a character's bytes joins the token that completes the character.
         """
         cut = encode_with_places(self.backend, [text])[0]
         parts: list[tuple[str, int]] = []
@@ -94,8 +87,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def context_length(folder: Path) -> int | None:
     """Return how many tokens a model's context holds, None if its config does not say."""
-    config = read_config(folder)
-    return next((int(config[name]) for name in CONTEXT_NAMES if isinstance(config.get(name), int)), None)
+    return _first(read_config(folder), *CONTEXT_NAMES)
 
 
 def num_layers(config: Mapping[str, Any]) -> int | None:
@@ -114,8 +106,7 @@ def attention_width(config: Mapping[str, Any]) -> int | None:
 def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
     """Return the bytes of keys and values that one token occupies in a 16-bit cache.
 
-    Returns:
-        None for a config without plain attention: compressed, linear or mixed caches are not guessed.
+    None for a config without plain attention: compressed, linear or mixed caches are not guessed.
     """
     config = text_config(config)
     layers, width, heads = num_layers(config), attention_width(config), _first(config, "num_attention_heads", "n_head")
@@ -132,12 +123,7 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """Return what a model folder says of itself, as lines of a table.
-
-    Args:
-        folder: The model folder.
-        verification: The content of verify.json; looked for in the folder if it is not given.
-    """
+    """Return what a model folder says of itself, as lines of a table; `verification` replaces its verify.json."""
     if not has_manifest(folder):
         return [("vocabulary", "as published (no vocabext.json)")]
     manifest = read_manifest(folder)
@@ -162,9 +148,7 @@ def card_of(folder: Path, verification: Mapping[str, Any] | None = None) -> list
 def require_verified(folder: Path, *, check_digests: bool = False) -> None:
     """Refuse an expanded folder that `verify` has not passed as it is now; a base folder has nothing to verify.
 
-    Args:
-        folder: The model folder.
-        check_digests: Whether to read the weights and compare their digests, too; else only their sizes.
+    With `check_digests`, the weights are read and their digests compared; else only their sizes.
 
     Raises:
         CheckpointError: If verify.json is missing, unreadable, made by an older version, says that a check failed, or
@@ -208,11 +192,7 @@ def _verified_now(folder: Path, verification: Mapping[str, Any]) -> str:
 def adapter_flags(folder: Path, name: str) -> list[str]:
     """Return the flags with which vLLM serves the adapter of a healed folder beside the folder itself.
 
-    Requests choose by the model's name: the folder's own is served without the adapter.
-
-    Args:
-        folder: The model folder.
-        name: What requests call the model with its adapter.
+    Requests choose by the model's name: `name` gets the adapter, the folder's own does not.
 
     Raises:
         UsageError: If the folder has no adapter, or it holds it in its weights, or vLLM takes none of its rank.

@@ -15,7 +15,7 @@ Launch overheads, sampling and scheduling are left out: small models and small b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vocabext.checkpoint.architecture import embedding_names
 from vocabext.checkpoint.folder import resolve_model
 from vocabext.errors import CheckpointError, UsageError
 from vocabext.serve.model import attention_width, cache_bytes_per_token, context_length, num_layers, read_config
-from vocabext.serve.provenance import provenance
+from vocabext.serve.provenance import machine_of, provenance
 
 FORMAT_VERSION = 1
 DTYPE_BYTES = 2  # what vLLM computes and stores in unless told otherwise
@@ -72,13 +72,7 @@ def find_device(
     name: str | None, *, flops_per_second: float | None = None, bytes_per_second: float | None = None,
     memory_bytes: float | None = None,
 ) -> Device:
-    """Look a device up, or take the numbers given.
-
-    Args:
-        name: One of `DEVICES`, or any name if both speeds are given.
-        flops_per_second: Replaces the device's.
-        bytes_per_second: Replaces the device's.
-        memory_bytes: Replaces the device's.
+    """Look a device up in `DEVICES`; the numbers given replace its own.
 
     Raises:
         UsageError: If a speed is neither known nor given.
@@ -169,12 +163,7 @@ def shape_of(folder: Path) -> ModelShape:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per character of domain text.
-
-    Attributes:
-        base: Of the base model.
-        expanded: Of the expanded model.
-    """
+    """Tokens per character of domain text, of both models."""
 
     base: float
     expanded: float
@@ -202,23 +191,33 @@ class Cost:
 def prefill_cost(shape: ModelShape, device: Device, tokens: float) -> Cost:
     """Return the cost of reading a prompt and predicting one token."""
     pairs = tokens * tokens / 2  # a token sees itself and what is before it
-    return _total([
-        _part(device, FLOPS_PER_WEIGHT * shape.body_parameters * tokens, DTYPE_BYTES * shape.body_parameters),
-        _part(device, FLOPS_PER_PAIR * shape.layers * shape.attention_width * pairs, _cache_bytes(shape, tokens)),
-        _part(device, FLOPS_PER_WEIGHT * shape.head_parameters, DTYPE_BYTES * shape.head_parameters),
-    ])
+    return _forward(shape, device, tokens=tokens, pairs=pairs, cached=tokens, predicted=1)
 
 
 def decode_cost(shape: ModelShape, device: Device, prompt_tokens: float, tokens: float, batch: int) -> Cost:
     """Return the cost of writing `tokens` tokens, `batch` requests side by side; for all of them together."""
-    context = prompt_tokens + tokens / 2  # on average
-    step = _total([
-        _part(device, FLOPS_PER_WEIGHT * shape.body_parameters * batch, DTYPE_BYTES * shape.body_parameters),
-        _part(device, FLOPS_PER_PAIR * shape.layers * shape.attention_width * context * batch,
-              _cache_bytes(shape, context) * batch),
-        _part(device, FLOPS_PER_WEIGHT * shape.head_parameters * batch, DTYPE_BYTES * shape.head_parameters),
-    ])
+    context = batch * (prompt_tokens + tokens / 2)  # on average
+    step = _forward(shape, device, tokens=batch, pairs=context, cached=context, predicted=batch)
     return Cost(step.seconds * tokens, step.limited_by)
+
+
+def mixed_cost(shape: ModelShape, device: Device, prompt_tokens: float, tokens: float, batch: int) -> Cost:
+    """Return the cost of reading `batch` prompts one after the other, and of writing their answers side by side."""
+    reading = prefill_cost(shape, device, prompt_tokens)
+    writing = decode_cost(shape, device, prompt_tokens, tokens, batch)
+    longer = max((reading, writing), key=lambda cost: cost.seconds)
+    return Cost(batch * reading.seconds + writing.seconds, longer.limited_by)
+
+
+def _forward(
+    shape: ModelShape, device: Device, *, tokens: float, pairs: float, cached: float, predicted: float
+) -> Cost:
+    """Return the cost of a forward pass: its tokens, pairs of them that meet, tokens in the cache, and predictions."""
+    return _total([
+        _part(device, FLOPS_PER_WEIGHT * shape.body_parameters * tokens, DTYPE_BYTES * shape.body_parameters),
+        _part(device, FLOPS_PER_PAIR * shape.layers * shape.attention_width * pairs, _cache_bytes(shape, cached)),
+        _part(device, FLOPS_PER_WEIGHT * shape.head_parameters * predicted, DTYPE_BYTES * shape.head_parameters),
+    ])
 
 
 def _cache_bytes(shape: ModelShape, tokens: float) -> float:
@@ -242,23 +241,13 @@ def predict_loads(
     base: ModelShape, expanded: ModelShape, lengths: Lengths, device: Device, config: PredictConfig
 ) -> list[dict[str, Any]]:
     """Predict seconds per request of the three scenarios, and the speed-up."""
-    def prefill(shape: ModelShape, rate: float, characters: int) -> Cost:
-        return prefill_cost(shape, device, rate * characters)
-
-    def decode(shape: ModelShape, rate: float, written: float, characters: int) -> Cost:
-        return decode_cost(shape, device, rate * characters, written * config.output_characters, config.concurrency)
-
-    def mixed(shape: ModelShape, rate: float, written: float) -> Cost:
-        reading = prefill_cost(shape, device, rate * config.prompt_characters)
-        writing = decode(shape, rate, written, config.prompt_characters)
-        longer = max((reading, writing), key=lambda cost: cost.seconds)
-        return Cost(config.concurrency * reading.seconds + writing.seconds, longer.limited_by)
-
-    short, b, e = config.short_prompt_characters, lengths.base, lengths.expanded
-    rows = [("prefill", "", prefill(base, b, config.prompt_characters), prefill(expanded, e, config.prompt_characters))]
-    for note, written in (("no new token written", b), ("new tokens written as in the corpus", e)):
-        rows.append(("decode", note, decode(base, b, b, short), decode(expanded, e, written, short)))
-        rows.append(("mixed", note, mixed(base, b, b), mixed(expanded, e, written)))
+    b, e, answer, at_once = lengths.base, lengths.expanded, config.output_characters, config.concurrency
+    short, long = config.short_prompt_characters, config.prompt_characters
+    rows = [("prefill", "", prefill_cost(base, device, b * long), prefill_cost(expanded, device, e * long))]
+    for note, rate in (("no new token written", b), ("new tokens written as in the corpus", e)):
+        for name, cost, prompt in (("decode", decode_cost, short), ("mixed", mixed_cost, long)):
+            rows.append((name, note, cost(base, device, b * prompt, b * answer, at_once),
+                         cost(expanded, device, e * prompt, rate * answer, at_once)))
     return [{"scenario": name, "note": note, "base_seconds": old.seconds, "base_limited_by": old.limited_by,
              "expanded_seconds": new.seconds, "expanded_limited_by": new.limited_by,
              "speedup": old.seconds / new.seconds} for name, note, old, new in rows]
@@ -280,11 +269,21 @@ def predict_memory(base: ModelShape, expanded: ModelShape, lengths: Lengths, dev
     return found
 
 
-def measured_beside(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Take from a bench.json what a prediction can be held against: length ratio and measured speed-up per point."""
+def measured_beside(
+    bench: Mapping[str, Any], models: Mapping[str, ModelShape] | None = None, device: Device | None = None
+) -> list[dict[str, Any]]:
+    """Put what a bench.json measured at each point beside what the lengths, and the roofline, predict for it.
+
+    Args:
+        bench: The content of bench.json.
+        models: The shape of each role; None predicts from lengths only.
+        device: Where the roofline lets them run.
+
+    Returns:
+        For each point the measured speed-up, the ratio of lengths, `predicted_speedup`, and `prediction_error`, which
+        is predicted over measured less 1.
+    """
     rows = []
-    hardware = (bench.get("provenance") or {}).get("hardware") or {}
-    where = ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu", "unknown"))
     for point in bench["points"]:
         metric = point["metrics"].get(point["main_metric"])
         if metric is None:
@@ -292,13 +291,51 @@ def measured_beside(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
         ratio = point["base"]["prompt_tokens_per_run"] / max(1, point["expanded"]["prompt_tokens_per_run"])
         if point["scenario"] != "prefill":
             ratio = _written_ratio(point)
+        predicted = _predicted_speedup(point, models, device) if models and device else None
         rows.append({
-            "machine": where, "point": point["name"], "scenario": point["scenario"], "length_ratio": ratio,
+            "machine": machine_of(bench), "point": point["name"], "scenario": point["scenario"], "length_ratio": ratio,
             "speedup": metric["speedup"], "speedup_interval": metric["speedup_interval"], "verdict": metric["verdict"],
             "share_of_length_ratio": metric["speedup"] / ratio,
             "share_interval": [end / ratio for end in metric["speedup_interval"]],
+            "predicted_speedup": predicted, "prediction_error": predicted and predicted / metric["speedup"] - 1,
         })
     return rows
+
+
+def _predicted_speedup(point: Mapping[str, Any], models: Mapping[str, ModelShape], device: Device) -> float | None:
+    """Return the speed-up that the roofline gives for a measured point, with the point's own tokens and load.
+
+    None for requests that arrive at a rate: the roofline knows no waiting.
+    """
+    at_once, scenario = point["concurrency"], point["scenario"]
+    if at_once is None:
+        return None
+
+    def seconds(role: str) -> float:
+        prompt, output = (point[role][f"{kind}_tokens_per_run"] / point["requests_per_run"]
+                          for kind in ("prompt", "output"))
+        if scenario == "prefill":
+            return prefill_cost(models[role], device, prompt).seconds
+        whole = mixed_cost(models[role], device, prompt, output, at_once).seconds
+        return whole / max(1, point[role]["output_characters_per_run"]) if scenario == "decode" else whole
+
+    return seconds("base") / seconds("expanded")
+
+
+def held_against(prediction: Mapping[str, Any], benches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hold a predict.json against further results of `serve bench`.
+
+    Returns:
+        A row of `measured_beside` for each point of these and of those that the prediction names already.
+    """
+    names = [field.name for field in fields(ModelShape)]
+    models = {role: ModelShape(**{name: prediction["model"][role][name] for name in names})
+              for role in ("base", "expanded")}
+    rows = [row for bench in benches for row in measured_beside(bench, models, Device(**prediction["device"]))]
+    here = {(row["machine"], row["point"], row["speedup"]) for row in rows}
+    unknown = {"predicted_speedup": None, "prediction_error": None}  # in a file of an older version
+    return rows + [{**unknown, **row} for row in prediction["measured"]
+                   if (row["machine"], row["point"], row["speedup"]) not in here]
 
 
 def _written_ratio(point: Mapping[str, Any]) -> float:
@@ -316,12 +353,12 @@ def run_predict(
 
     Args:
         base: Base model, folder or hub id.
-        expanded: Expanded model; None if there is none yet.
+        expanded: Expanded model; None takes the base with `new_tokens` more rows.
         lengths: Tokens per character of both.
         device: Where it will run.
         config: The load.
-        new_tokens: Rows that the base grows by, where there is no expanded model.
-        benches: Contents of bench.json, to put what was measured beside it.
+        new_tokens: See `expanded`.
+        benches: Contents of bench.json, to put what was measured beside the prediction.
 
     Returns:
         The content of predict.json.
@@ -356,7 +393,8 @@ def run_predict(
         "model": {"base": _model_json(old), "expanded": _model_json(new), "new_rows": new.rows - old.rows},
         "loads": predict_loads(old, new, lengths, device, config),
         "memory": predict_memory(old, new, lengths, device, config),
-        "measured": [row for bench in benches for row in measured_beside(bench)],
+        "measured": [row for bench in benches
+                     for row in measured_beside(bench, {"base": old, "expanded": new}, device)],
         "notes": notes, "provenance": provenance(),
     }
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def hardware() -> dict[str, Any]:
         "load_average_1_minute": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", "),
     }
+
+
+def machine_of(result: Mapping[str, Any]) -> str:
+    """Name the machine a result is from: its GPUs, else its processor."""
+    found = (result.get("provenance") or {}).get("hardware") or {}
+    return ", ".join(found.get("gpus") or []) or str(found.get("cpu") or "unknown machine")
 
 
 def _cpu_name() -> str:

@@ -22,7 +22,7 @@ from vocabext.choose.stage import ChosenSet, choose
 from vocabext.choose.text import KeptText
 from vocabext.cli.choose import choose as command
 from vocabext.corpus import Document
-from vocabext.errors import CorpusError, UsageError
+from vocabext.errors import CorpusError, OutputExistsError, UsageError
 from vocabext.files.ranges import file_sha256
 from vocabext.mine.stage import read_candidates
 from vocabext.model.frozen import FrozenModel, load_model
@@ -298,3 +298,18 @@ def test_python_chooses_and_collects_what_was_chosen(rows: Path, case: Case) -> 
     snippets = base.collect(chosen, iter(DOCUMENTS[:2]), snippets=4, min_snippets=2, window=24)
     assert len(snippets) == len(chosen)
     assert "lose" in str(chosen)
+
+
+def test_chosen_tokens_come_back_from_their_two_files(tmp_path: Path) -> None:
+    header = {"base": {"model": "m"}, "options": {"seed": 0}}
+    document = {"candidates": 2, "chosen": {"saved_share": 0.1, "loss_bits_per_byte": 0.01}, "tokens": []}
+    chosen = vocabext.ChosenTokens([NewToken(" the heart", "Ġthe heart", (1, 2))], header, document)
+    chosen.save(tmp_path / "chosen.jsonl")
+    again = vocabext.ChosenTokens.load(tmp_path / "chosen.jsonl")
+    assert (list(again), again.header, again.document) == (list(chosen), header, document)
+    with pytest.raises(OutputExistsError, match=r"choice\.json exists already"):
+        chosen.save(tmp_path / "other.jsonl")
+    (tmp_path / "choice.json").unlink()
+    with pytest.raises(UsageError, match=r"choice\.json is missing or damaged.*with TokenTable\.load"):
+        vocabext.ChosenTokens.load(tmp_path / "chosen.jsonl")
+    assert list(vocabext.TokenTable.load(tmp_path / "chosen.jsonl")) == list(chosen)

@@ -103,6 +103,12 @@ def test_light_and_dark_are_both_readable(browser: Browser, page: Path) -> None:
         assert abs(_brightness(background) - _brightness(ink)) > 150
 
 
+def test_no_table_is_cut_off_on_paper(browser: Browser, page: Path) -> None:
+    browser.open(page, width=700, media="print")
+    assert browser.evaluate("""[...document.querySelectorAll('.scroll')]
+        .filter(box => box.scrollWidth > box.clientWidth).map(box => box.textContent.slice(0, 40))""") == []
+
+
 def test_it_prints_black_on_white_on_several_pages(browser: Browser, page: Path) -> None:
     browser.open(page, dark=True, media="print")
     background, ink = browser.evaluate(

@@ -132,6 +132,27 @@ def test_what_was_measured_stands_beside_what_the_lengths_predict() -> None:
     assert rows[0]["machine"] == "a processor"
 
 
+@pytest.mark.parametrize(("scenario", "at_once"), [("prefill", 1), ("decode", 8), ("mixed", 4), ("mixed", None)])
+def test_what_the_roofline_predicts_for_a_measured_point_stands_beside_it(scenario: str, at_once: int | None) -> None:
+    def role(prompt: int, output: int, characters: int) -> dict[str, int]:
+        return {"prompt_tokens_per_run": 2 * prompt, "output_tokens_per_run": 2 * output,
+                "output_characters_per_run": 2 * characters}
+
+    point = {"name": "p", "scenario": scenario, "main_metric": "m", "concurrency": at_once, "requests_per_run": 2,
+             "base": role(2000, 100, 300), "expanded": role(1600, 80, 240),
+             "metrics": {"m": {"speedup": 1.2, "speedup_interval": [1.1, 1.3], "verdict": "faster"}}}
+    (row,) = predict.measured_beside({"points": [point]}, {"base": EIGHT_B, "expanded": EIGHT_B}, H100)
+    if at_once is None:  # requests that arrive at a rate wait, and the roofline knows no waiting
+        assert (row["predicted_speedup"], row["prediction_error"]) == (None, None)
+        return
+    seconds = [at_once * prefill_cost(EIGHT_B, H100, prompt).seconds
+               + (scenario != "prefill") * decode_cost(EIGHT_B, H100, prompt, output, at_once).seconds
+               for prompt, output in ((2000, 100), (1600, 80))]
+    per_character = 240 / 300 if scenario == "decode" else 1
+    assert row["predicted_speedup"] == pytest.approx(seconds[0] / seconds[1] * per_character)
+    assert row["prediction_error"] == pytest.approx(row["predicted_speedup"] / 1.2 - 1)
+
+
 def test_devices_have_a_source_and_numbers_of_the_right_size() -> None:
     for device in DEVICES.values():
         assert "data sheet" in device.source

@@ -13,6 +13,7 @@ from report_results import (
     eval_result,
     everything,
     lengths_result,
+    predict_result,
     verify_result,
     writing_result,
 )
@@ -296,6 +297,28 @@ def test_what_a_comparison_leaves_out_is_in_its_row_and_what_has_no_ratio_among_
     jsonschema.validate(made.document, json.loads(SCHEMA.read_text()))
     _show(bench)
     assert "1 round, 5 requests" in capsys.readouterr().out
+
+
+def test_a_prediction_is_held_against_what_the_report_knows_to_be_measured(folder: Path) -> None:
+    prediction = {**predict_result(), "measured": []}
+    made = page.render_report(folder, {"bench": bench_result(), "predict": prediction})
+    rows = {row["point"]: row for row in made.document["predictions"][0]["measured"]}
+    for row in (rows["prefill x1"], rows["decode x8"]):
+        assert row["prediction_error"] == pytest.approx(row["predicted_speedup"] / row["speedup"] - 1)
+        for text in (f"{row['predicted_speedup']:.3f}", f"{100 * row['prediction_error']:+.1f} %"):
+            assert f"| {text} |" in made.markdown
+            assert f">{text}" in made.html
+    assert rows["mixed 2/s"]["prediction_error"] is None
+    jsonschema.validate(made.document, json.loads(SCHEMA.read_text()))
+
+
+def test_measured_points_that_a_prediction_names_already_are_kept_and_shown_once(folder: Path) -> None:
+    elsewhere = {name: value for name, value in predict_result()["measured"][0].items() if "predict" not in name}
+    prediction = {**predict_result(), "measured": [{**elsewhere, "machine": "a GPU"}, *predict_result()["measured"]]}
+    made = page.render_report(folder, {"bench": bench_result(), "predict": prediction})
+    rows = made.document["predictions"][0]["measured"]
+    assert [row["machine"] for row in rows] == ["a processor"] * 4 + ["a GPU"]
+    assert rows[-1]["predicted_speedup"] is None  # an older version wrote it
 
 
 def test_prefill_is_not_shown_twice(folder: Path) -> None:

@@ -1,9 +1,8 @@
 """How many tokens an answer of so many characters takes, asked of the server that will give it.
 
-Two vocabularies do not write the same text with the same number of tokens, so an equal `max_tokens` would
-have them write different amounts. Instead each server answers every prompt once, greedily, before anything
-is timed; the offsets of its tokens say how many of them reach the wanted number of characters, and that
-many it gets for this prompt in every pass.
+With an equal `max_tokens`, two vocabularies write different amounts of text. So each server answers every prompt
+once, greedily, before anything is timed. The offsets of its tokens say how many of them reach the wanted number of
+characters; `max_tokens` of this prompt is that many in every pass.
 """
 
 import json
@@ -40,12 +39,7 @@ def plan_answers(
 ) -> AnswerPlan:
     """Ask a server how many tokens its answer to each prompt needs.
 
-    Args:
-        server: A server that is ready.
-        model: The model's name there.
-        prompts: The prompts.
-        output_characters: Characters each answer should have.
-        most_tokens: What an answer may take at most; one that has not reached its characters then stays short.
+    An answer that has not reached `output_characters` after `most_tokens` stays short.
 
     Raises:
         ServerError: If the server does not answer.

@@ -1,10 +1,10 @@
 """The load: vLLM's own benchmark client, in a process of its own.
 
-Importing vLLM takes many seconds and its client talks to stdout, so one child imports it once and then
-takes jobs: one JSON object per line on stdin, one per line back on a stdout that nobody else writes to.
+Importing vLLM takes many seconds and its client writes to stdout, so one child imports it once and then takes jobs:
+one JSON object per line on stdin, one per line back on a stdout that nobody else writes to.
 
-The client gets no tokenizer: a prompt is text, and the number of output tokens is a number. What it
-cannot count, it cannot count differently for base and expanded.
+The client gets no tokenizer: a prompt is text, and the server counts its tokens. So the client counts nothing, and
+nothing differently for base and expanded.
 
 Run as a module, this file is the child.
 """
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ class LoadClient(Child):
 
     def __init__(self, log_path: Path) -> None:
         """Describe the child; `log_path` receives what vLLM's client prints."""
-        super().__init__([sys.executable, "-m", "vocabext.serve.bench.client"], log_path,
-                         environment=_client_environment(), piped=True)
+        environment = server_environment("cpu")
+        find_this_package(environment)
+        super().__init__([sys.executable, "-m", "vocabext.serve.bench.client"], log_path, environment=environment,
+                         piped=True)
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._is_ready = False
 
@@ -101,7 +104,7 @@ class LoadClient(Child):
         threading.Thread(target=self._listen, daemon=True).start()
 
     def wait_until_ready(self) -> None:
-        """Wait until vLLM is imported; returns at once if it is known to be.
+        """Wait until the child has imported vLLM.
 
         Raises:
             ServerError: If the child dies instead.
@@ -111,15 +114,10 @@ class LoadClient(Child):
             self._is_ready = True
 
     def run(self, job: Job, server: Server, *, timeout_seconds: float = 1800.0) -> Load:
-        """Send the requests of one pass and wait for all answers.
-
-        Args:
-            job: What to send where.
-            server: The server behind `job.url`, to notice its death.
-            timeout_seconds: When to give up.
+        """Send the requests of one pass to `server` (at `job.url`) and wait for all answers.
 
         Raises:
-            ServerError: If the child or the server dies, or every request failed.
+            ServerError: If the child or the server dies, every request failed, or the time is up.
         """
         assert self.process.stdin is not None
         self.wait_until_ready()  # else its first answer would be taken for the job's
@@ -150,8 +148,8 @@ class LoadClient(Child):
             try:
                 line = self._answers.get(timeout=0.5)
             except queue.Empty:
-                # A dead server makes its requests fail, and the client comes back by itself; a server that
-                # dies without closing its connections does not.
+                # If a server dies and closes its connections, its requests fail, and the client answers. If it dies
+                # and does not close them, the client waits for ever.
                 for server in servers:
                     server.check_alive()
                 continue
@@ -176,7 +174,7 @@ def load_from(result: dict[str, Any]) -> Load:
     # A request succeeded if it has an answer and no error; vLLM leaves the latency of others at 0.
     failed = [bool(error) or latency <= 0
               for error, latency in zip(result["errors"], result["latencies"], strict=True)]
-    errors = dict.fromkeys(_last_line(e) or "no answer" for e, bad in zip(result["errors"], failed, strict=True) if bad)
+    errors = dict.fromkeys(_last_line(error) for error in compress(result["errors"], failed))
 
     def kept(values: Sequence[float]) -> tuple[float | None, ...]:
         return tuple(None if bad else float(value) for value, bad in zip(values, failed, strict=True))
@@ -208,14 +206,7 @@ def arguments(job: Job) -> list[str]:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
-
-
-def _client_environment() -> dict[str, str]:
-    environment = server_environment("cpu")
-    find_this_package(environment)
-    return environment
+    return (text or "").strip().rpartition("\n")[2].strip()[:300] or "no answer"
 
 
 def _serve_jobs() -> None:

@@ -6,21 +6,19 @@ itself, which gives two ratios:
     speed-up   sqrt(first base * second base) / expanded    > 1: expanded is faster
     noise      first base / second base                     1 apart from chance
 
-The square root puts the base in the middle of the round, so that a machine that slowly warms up or
-gets busy cancels out of the speed-up. What is reported is the median over the requests of all rounds: a
-few requests that something else on the machine slowed down do not move it. Intervals come from a
-bootstrap over rounds (another day) and over requests (other texts). The noise floor is how far the base
-is from itself: a verdict is given only if the whole interval of the speed-up lies outside, and only from five
-rounds on. Where the noise floor is so wide that `no difference` would say little, the verdict is `too noisy`.
+The square root puts the base in the middle of the round, so that a machine that slowly warms up or gets busy cancels
+out of the speed-up. Reported is the median over the requests of all rounds: a few requests that something else slowed
+down do not move it. Intervals come from a bootstrap over rounds (another day) and over requests (other texts). The
+noise floor is how far the base is from itself. The verdict is `faster` or `slower` only if the whole interval of the
+speed-up lies outside the noise floor, from five rounds on; where the floor is above `NOISY`, it is `too noisy`.
 
-Costs are seconds per unit of *text* (per text, per character), never per token: the two tokenizers
-do not agree on what a token is.
+Costs are seconds per unit of *text* (per text, per character), never per token: a token is another amount of text in
+each of the two tokenizers.
 
 Shapes: R rounds, Q requests, K resamples.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -83,22 +81,11 @@ class Comparison:
     lost_rounds: int = 0
     left_out: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON-ready values."""
-        return asdict(self)
-
 
 def compare(first: Series, expanded: Series, second: Series, *, seed: int = 0) -> Comparison:
-    """Compare the expanded model with the base.
+    """Compare the expanded model with the base before it (`first`) and after it (`second`).
 
-    A request that failed on any of the three is left out of its round, so that all three are about
-    the same texts.
-
-    Args:
-        first: The base, before the expanded model.
-        expanded: The expanded model.
-        second: The base again, after it.
-        seed: Seed of the bootstrap.
+    A request that failed on any of the three is left out of its round, so that all three are about the same texts.
 
     Raises:
         ServerError: If no round has a request that succeeded on all three.
@@ -133,13 +120,7 @@ def compare(first: Series, expanded: Series, second: Series, *, seed: int = 0) -
 
 
 def verdict(speedup_interval: tuple[float, float], noise_floor: float, num_rounds: int = MIN_ROUNDS) -> str:
-    """Say what may be said: a difference only if its whole interval is outside the noise floor.
-
-    Args:
-        speedup_interval: Low and high end of the speed-up.
-        noise_floor: A factor of at least 1; the noise reaches from `1 / noise_floor` to `noise_floor`.
-        num_rounds: How many rounds the interval comes from.
-    """
+    """Judge a speed-up by its interval, and the noise, which reaches from `1 / noise_floor` to `noise_floor`."""
     low, high = speedup_interval
     if num_rounds < MIN_ROUNDS:
         return TOO_FEW

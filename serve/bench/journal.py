@@ -1,10 +1,10 @@
 """bench.json while it is being written: every pass is on the disk as soon as it is measured.
 
-A comparison of an hour must survive a server that dies, a full disk, a Ctrl-C. So the result file is
-written after every pass, with `"state": "partial"` until all rounds are there; the same command again goes on
-where it stopped. It goes on only with the same settings on the same kind of machine: results of two
-set-ups are never mixed. A block (the passes that are compared with each other) that was cut short is
-measured again as a whole, and the passes that are dropped for it are counted.
+A server may die, a disk fill up, a user press Ctrl-C, and what was measured in an hour must stay. So the result file
+is written after every pass, with `"state": "partial"` until all rounds are there, and the same command goes on where
+it stopped. It goes on only with the same settings on the same kind of machine: results of two set-ups are never mixed.
+A block (the passes that are compared with each other) that was cut short is measured again as a whole; the passes that
+are dropped for it are counted.
 """
 
 import json
@@ -23,6 +23,8 @@ FORMAT_VERSION = 2
 PARTIAL, COMPLETE = "partial", "complete"
 PLACE_NAMES = ("base", "expanded", "base again")
 
+Step = tuple[int, int, Point]
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -39,6 +41,11 @@ class Pass:
     place: int
     point: Point
     load: Load
+
+    @property
+    def step(self) -> Step:
+        """Which pass it is: (round, place, point)."""
+        return self.round, self.place, self.point
 
     def to_json(self) -> dict[str, Any]:
         """Return the pass as it stands in bench.json."""
@@ -62,9 +69,9 @@ class Journal:
     Attributes:
         passes: What has been measured.
         failures: What went wrong on the way, one record each.
-        dropped: Passes of blocks that were cut short, and measured again.
+        dropped: How many passes were dropped, and measured again.
         answers: The `max_tokens` of each role and scenario.
-        notes: What else belongs to the result and is found out on the way.
+        notes: What else was found out on the way.
         resumed: How often the comparison was taken up again.
     """
 
@@ -80,12 +87,9 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, settings: Mapping[str, Any], *, force: bool = False) -> "Journal":
-        """Take up a partial result of the same settings, or begin anew.
+        """Take up a partial result of the same settings, or begin anew; with `force`, begin anew whatever is there.
 
-        Args:
-            path: The result file.
-            settings: What must be equal for two passes to be comparable, JSON-ready.
-            force: Begin anew whatever is there.
+        `settings` is what must be equal for two passes to be comparable, JSON-ready.
 
         Raises:
             OutputExistsError: If the file is there and is no partial result.
@@ -97,8 +101,7 @@ class Journal:
         document = read_object(path) or {}
         if not is_partial(document):
             raise OutputExistsError(path)
-        old = document.get("settings")
-        old = old if isinstance(old, dict) else {}
+        old = document["settings"] if isinstance(document.get("settings"), dict) else {}
         if document.get("version") != FORMAT_VERSION or old != journal.settings:
             raise UsageError(f"{path} holds a partial result of other settings ({_difference(old, journal.settings)}); "
                              "choose another output, or pass --force to begin anew")
@@ -118,21 +121,17 @@ class Journal:
         self.notes = dict(document["notes"])
         self.resumed = int(document["resumed"]) + 1
 
-    def keep_blocks(self, blocks: Sequence[Sequence[tuple[int, int, Point]]]) -> None:
-        """Drop the passes of blocks that are not complete.
-
-        Args:
-            blocks: The passes that are compared with each other, as (round, place, point).
-        """
-        have = {(one.round, one.place, one.point) for one in self.passes}
+    def keep_blocks(self, blocks: Sequence[Sequence[Step]]) -> None:
+        """Drop the passes of blocks that are not complete."""
+        have = {one.step for one in self.passes}
         whole = {step for block in blocks if have.issuperset(block) for step in block}
-        kept = [one for one in self.passes if (one.round, one.place, one.point) in whole]
+        kept = [one for one in self.passes if one.step in whole]
         self.dropped += len(self.passes) - len(kept)
         self.passes = kept
 
-    def has(self, round_number: int, place: int, point: Point) -> bool:
+    def has(self, *step: *Step) -> bool:
         """Tell whether a pass has been measured."""
-        return any((one.round, one.place, one.point) == (round_number, place, point) for one in self.passes)
+        return any(one.step == step for one in self.passes)
 
     def save(self) -> None:
         """Write what there is, as a partial result."""

@@ -30,7 +30,7 @@ class ServerPool(AbstractContextManager["ServerPool"]):
 
         Args:
             make: Describes the server of a role.
-            prepare: Called once with every server that became ready.
+            prepare: Called with every server that became ready, before it is handed out.
             one_at_a_time: Never have both up.
             timeout_seconds: How long a start may take.
             progress: Told about the waiting.

@@ -58,21 +58,18 @@ class Point:
 
 @dataclass(frozen=True)
 class PromptShape:
-    """How large the prompts are.
+    """How large prompts and answers are."""
 
-    Attributes:
-        texts: Prompts per pass, at least.
-        prompt_tokens: Length of a prefill prompt in base tokens; None takes 2,032, or less if the context is smaller.
-        prompt_characters: Length of a decode prompt.
-        passage_characters: Length of all passages of a mixed prompt together.
-        output_characters: Characters that answers should have.
-    """
-
-    texts: int
-    prompt_tokens: int | None
-    prompt_characters: int
-    passage_characters: int
-    output_characters: int
+    # Prompts per pass; more where the concurrency or the rate needs more.
+    texts: int = 6
+    # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
+    prompt_tokens: int | None = None
+    # Length of a decode prompt in characters.
+    prompt_characters: int = 200
+    # Length of all passages of a mixed prompt together, in characters.
+    passage_characters: int = 1500
+    # Characters of every answer, the same for both models.
+    output_characters: int = 256
 
 
 def points_of(scenarios: Iterable[str], concurrencies: Iterable[int], rates: Iterable[float]) -> tuple[Point, ...]:
@@ -91,12 +88,8 @@ def tokens_per_character(texts: Sequence[str], encoders: Iterable[Encoder]) -> f
 def max_output_tokens(output_characters: int, per_character: float) -> int:
     """Return how many tokens an answer may take to reach its characters.
 
-    Twice as many as such text takes, and at least half as many as characters: a model that writes nothing
-    visible must come to an end.
-
-    Args:
-        output_characters: The characters.
-        per_character: How many tokens a character of the corpus takes.
+    Twice as many as such text takes (`per_character`), and at least half as many as characters: a model that writes
+    nothing visible must come to an end.
     """
     return max(1, output_characters // 2, math.ceil(2 * per_character * output_characters))
 
@@ -122,17 +115,17 @@ def build_prompts(
     texts: Iterable[str], encoder: Encoder, shape: PromptShape, points: Iterable[Point], context: int | None,
     seed: int = 0, *, answer_tokens: int,
 ) -> dict[str, tuple[str, ...]]:
-    """Cut the prompts of every scenario out of held-out texts.
+    """Cut the prompts of every scenario out of held-out texts, in random order.
 
-    Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space
-    just before they would exceed the limit in *base* tokens. Decode prompts are the beginnings of
-    documents. Mixed prompts are passages of other documents, then such a beginning; a document that holds
-    the beginning is no other one. Equal documents count once.
+    Prefill prompts are long stretches of text (documents joined by a blank line) that end at a space just before they
+    would exceed the limit in *base* tokens. Decode prompts are the beginnings of documents. Mixed prompts are passages
+    of other documents, then such a beginning; a document that holds the beginning is no other one. Equal documents
+    count once.
 
     Args:
         texts: The documents.
         encoder: The base model's tokenizer.
-        shape: How large they are.
+        shape: How large prompts are.
         points: What will be measured.
         context: The context in tokens, None if unknown.
         seed: Seed of the order of the documents.
@@ -154,15 +147,10 @@ def build_prompts(
     needed: dict[str, int] = {}
     for point in points:
         needed[point.scenario] = max(needed.get(point.scenario, 0), point.num_requests(shape.texts))
-    made: dict[str, tuple[str, ...]] = {}
-    for scenario, count in needed.items():
-        if scenario == PREFILL:
-            prompts = _long_prompts("\n\n".join(documents), encoder, limit, count)
-        elif scenario == DECODE:
-            prompts = _openings(documents, encoder, room, shape.prompt_characters, count)
-        else:
-            prompts = _retrieved(documents, encoder, room, shape, count)
-        made[scenario] = tuple(prompts)
+    makers = {PREFILL: lambda count: _long_prompts("\n\n".join(documents), encoder, limit, count),
+              DECODE: lambda count: _openings(documents, encoder, room, shape.prompt_characters, count),
+              MIXED: lambda count: _retrieved(documents, encoder, room, shape, count)}
+    made = {scenario: tuple(makers[scenario](count)) for scenario, count in needed.items()}
     _check_enough(made, points, shape)
     return made
 

@@ -1,12 +1,12 @@
 """Measure base and expanded on the same texts, in turn, under vLLM's own benchmark client.
 
-A round is base, expanded, base again, at every point (`scenarios.py`). The unit is seconds per *text* or
-per output *character*; tokens per second falls when a tokenizer improves, so it appears nowhere. How a
-verdict comes about: `compare.py`. What is on the disk while it runs: `journal.py`.
+A round is base, expanded, base again, at every point (`scenarios.py`). The unit is seconds per *text* or per output
+*character*; tokens per second falls when a tokenizer improves, so it appears nowhere. `compare.py` gives the verdicts,
+`journal.py` keeps passes on the disk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vocabext.files.ranges import file_sha256
 from vocabext.progress import Progress, no_progress
 from vocabext.serve.bench.answers import AnswerPlan, plan_answers
 from vocabext.serve.bench.client import Job, Load, LoadClient, write_prompts
-from vocabext.serve.bench.journal import COMPLETE, PARTIAL, Journal, Pass
+from vocabext.serve.bench.journal import COMPLETE, PARTIAL, Journal, Pass, Step
 from vocabext.serve.bench.pool import BASE, EXPANDED, SETTLE_SECONDS, ServerPool
 from vocabext.serve.bench.scenarios import (
     CONTEXT_MARGIN_TOKENS,
@@ -52,11 +52,9 @@ WARM_UP_REQUESTS = 2
 NUM_SAMPLE_ANSWERS = 2
 TWO_ON_ONE_GPU = "0.42"  # share of a GPU's memory for each of two servers; vLLM's own default is 0.9
 
-Step = tuple[int, int, Point]
-
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(PromptShape):
     """Options of `serve bench`."""
 
     # Rounds of base, expanded, base. Fewer than five give no verdict.
@@ -70,16 +68,6 @@ class BenchConfig:
     # Latency target of goodput; None is no limit.
     target_ttft_seconds: float | None = None
     target_request_seconds: float | None = None
-    # Prompts per pass; more where the concurrency or the rate needs more.
-    texts: int = 6
-    # Length of a prefill prompt in *base* tokens; None takes 2,032, or less if the context is smaller.
-    prompt_tokens: int | None = None
-    # Length of a decode prompt in characters.
-    prompt_characters: int = 200
-    # Length of the passages in a mixed prompt, in characters.
-    passage_characters: int = 1500
-    # Characters of every answer, the same for both models.
-    output_characters: int = 256
     # Run one server at a time, for machines that do not hold both in memory.
     one_at_a_time: bool = False
     start_timeout_seconds: float = START_TIMEOUT_SECONDS
@@ -90,11 +78,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("pairs", "texts", "prompt_tokens", "prompt_characters", "passage_characters",
-                     "output_characters"):
-            _check_at_least_one(name, getattr(self, name))
-        for count in self.concurrency:
-            _check_at_least_one("concurrency", count)
+        counts = [(name, getattr(self, name)) for name in ("pairs", *(field.name for field in fields(PromptShape)))]
+        for name, value in [*counts, *(("concurrency", count) for count in self.concurrency)]:
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         for name in ("target_ttft_seconds", "target_request_seconds"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {limit}; it must be above 0")
@@ -115,17 +102,6 @@ class BenchConfig:
     def target(self) -> dict[str, float | None]:
         """The latency target of goodput."""
         return {"ttft_seconds": self.target_ttft_seconds, "request_seconds": self.target_request_seconds}
-
-    @property
-    def shape(self) -> PromptShape:
-        """How large prompts and answers are."""
-        return PromptShape(self.texts, self.prompt_tokens, self.prompt_characters, self.passage_characters,
-                           self.output_characters)
-
-
-def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -177,7 +153,7 @@ def run_bench(
     Args:
         base: Base model, folder or hub id.
         expanded: Expanded model, folder or hub id.
-        corpus: Held-out documents, the prompts' source.
+        corpus: Held-out documents, from which prompts are cut.
         config: The options.
         output: bench.json: written after every pass; a partial one of the same settings is taken up again.
         text_field: Field with the text in `.jsonl` and `.parquet`.
@@ -200,7 +176,7 @@ def run_bench(
     """
     require_vllm()
     about = provenance()
-    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path should not wait for a download
+    documents = read_documents(corpus, text_field=text_field, say=say)  # a wrong path is said before a download
     folders = {BASE: resolve_model(base), EXPANDED: resolve_model(expanded)}
     if not unverified:
         for folder in folders.values():
@@ -210,8 +186,7 @@ def run_bench(
     context = _context(folders.values(), config.vllm_flags)
     texts = _texts(documents)
     most = max_output_tokens(config.output_characters, tokens_per_character(texts, encoders.values()))
-    prompts = build_prompts(texts, encoders[BASE], config.shape, config.points, context, config.seed,
-                            answer_tokens=most)
+    prompts = build_prompts(texts, encoders[BASE], config, config.points, context, config.seed, answer_tokens=most)
     setting = Setting(config, folders, encoders, prompts, context, vllm_device(), most)
     journal = Journal.open(output, settings_of(setting, base, expanded, about), force=force)
     journal.notes["documents"] = _described(texts)
@@ -232,19 +207,10 @@ def compare_servers(
     setting: Setting, make: Callable[..., Server], client: LoadClient, journal: Journal, head: Mapping[str, Any], *,
     log_folder: Path, progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Measure what the journal does not hold yet, and write the result.
+    """Measure what the journal does not hold yet, write bench.json, and return its content, which begins with `head`.
 
-    Args:
-        setting: What is compared, on which prompts.
-        make: Describes a server: the role, and `alone=` whether nothing else runs beside it.
-        client: The load generator, started.
-        journal: Takes every pass to the disk.
-        head: What the result begins with.
-        log_folder: An existing folder for the prompts' files.
-        progress: Told of every pass.
-
-    Returns:
-        The content of bench.json.
+    `make` describes the server of a role; `alone=` tells it whether nothing else runs beside. Prompts are written to
+    `log_folder`, which must exist.
 
     Raises:
         ServerError: If a server or the load generator dies. The partial result is written before.
@@ -272,7 +238,7 @@ def _measure_all(
     paths = {name: write_prompts(prompts, log_folder, name).resolve() for name, prompts in setting.prompts.items()}
 
     def load(server: Server, role: str, point: Point, num_requests: int) -> Load:
-        tokens = _answer_tokens(journal, role, point.scenario, num_requests)
+        tokens = journal.answers[role][point.scenario].tokens[:num_requests]
         return client.run(Job(server.url, role, str(paths[point.scenario]), num_requests, tokens, point.concurrency,
                               point.request_rate, config.seed), server)
 
@@ -302,10 +268,10 @@ def _measure_all(
 
 
 def plan(config: BenchConfig, *, one_at_a_time: bool) -> Iterator[list[Step]]:
-    """Yield the passes in order, in blocks: what is compared with each other, as (round, place, point).
+    """Yield the passes in order, in blocks of those that are compared with each other.
 
-    With both servers up, the passes that are compared follow each other directly. One at a time, a
-    server does everything it has to before it is stopped.
+    With both servers up, the passes of a block follow each other directly. One at a time, a server does all its passes
+    of a round before it is stopped.
     """
     for number in range(config.pairs):
         if one_at_a_time:
@@ -344,10 +310,6 @@ def _look_at(server: Server, role: str, setting: Setting, journal: Journal) -> N
         else plan_answers(server, role, texts, wanted, most_tokens=most) for name, texts in setting.prompts.items()}
 
 
-def _answer_tokens(journal: Journal, role: str, scenario: str, num_requests: int) -> tuple[int, ...]:
-    return journal.answers[role][scenario].tokens[:num_requests]
-
-
 def _keep(reason: str, setting: Setting, journal: Journal, head: Mapping[str, Any]) -> str:
     """Write what was measured, with what went wrong; says what is kept and how to go on."""
     total = sum(len(block) for block in plan(setting.config, one_at_a_time=False))
@@ -355,25 +317,21 @@ def _keep(reason: str, setting: Setting, journal: Journal, head: Mapping[str, An
     if not journal.passes:
         return ""
     write_json(journal.path, document_of(setting, journal, head, PARTIAL))
-    return (f"{len(journal.passes)} of {total} runs are kept in {journal.path}; "
-            "the same command goes on from there")
+    return f"{len(journal.passes)} of {total} runs are kept in {journal.path}; the same command goes on from there"
 
 
 def _stopped(error: VocabextError, setting: Setting, journal: Journal, head: Mapping[str, Any]) -> VocabextError:
-    line, _, tail = str(error).partition("\n")
-    kept = _keep(line, setting, journal, head)
-    if isinstance(error, ServerError) and kept:
-        return ServerError(f"{kept}: {line}" + (f"\n{tail}" if tail else ""))
-    return error
+    kept = _keep(str(error).partition("\n")[0], setting, journal, head)
+    return ServerError(f"{kept}: {error}") if isinstance(error, ServerError) and kept else error
 
 
 def document_of(setting: Setting, journal: Journal, head: Mapping[str, Any], state: str) -> dict[str, Any]:
     """Return the content of bench.json."""
     config, notes = setting.config, journal.notes
     document = journal.to_json(state)
-    runs = document.pop("runs")
+    runs = document.pop("runs")  # they come last
     return {
-        "artifact": document.pop("artifact"), "version": document.pop("version"), "state": document.pop("state"),
+        **{name: document.pop(name) for name in ("artifact", "version", "state")},
         **head, "context_tokens": setting.context, "server_flags": notes.get("server_flags", []),
         "options": asdict(config), "method": method_of(config, notes.get("server_flags", []), notes),
         "tokenize_agreement": notes.get("tokenize_agreement", {}),
@@ -417,9 +375,9 @@ def server_flags(
 
     Args:
         config: The options.
-        context: Tokens that the models' context has, None if unknown.
+        context: Tokens of the models' context, None if unknown.
         device: `cpu` or `gpu`.
-        needed: Tokens of context that the longest prompt and its answer need.
+        needed: Tokens that the longest prompt and its answer take.
         alone: Whether nothing else runs beside the server.
     """
     flags = list(config.vllm_flags)
@@ -487,14 +445,7 @@ def _spans(tokens: Mapping[str, Sequence[int]] | None) -> str:
 
 
 def agreement_of(server: Server, model: str, prompts: Sequence[str], encoder: Encoder) -> dict[str, int]:
-    """Count the prompts that the server tokenizes exactly as the folder's tokenizer does.
-
-    Args:
-        server: A server that is ready.
-        model: The model's name there.
-        prompts: The texts.
-        encoder: The folder's tokenizer.
-    """
+    """Count the prompts that the server tokenizes exactly as the folder's tokenizer (`encoder`) does."""
     agreeing = 0
     for prompt in prompts:
         answer = server.ask("/tokenize", {"model": model, "prompt": prompt, "add_special_tokens": False})
@@ -522,5 +473,4 @@ def _texts(documents: Iterable[Document]) -> list[str]:
 
 
 def _described(texts: Sequence[str]) -> dict[str, int]:
-    return {"read": len(texts), "different": len({text.strip() for text in texts}),
-            "characters": sum(map(len, texts))}
+    return {"read": len(texts), "different": len(set(map(str.strip, texts))), "characters": sum(map(len, texts))}

@@ -11,7 +11,8 @@ a verdict on the rounds that went well, so the measure is not compared at that p
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import compress
 from statistics import median
 from typing import Any
 
@@ -26,10 +27,11 @@ from vocabext.serve.bench.scenarios import DECODE, PREFILL, Point, points_of
 PLACES = 3  # of a round: base, expanded, base again
 HELD_UP = 1.5  # a pass that took this many times what its siblings took was held up by something else
 CHARACTERS = 1000  # output costs are per so many
-REQUEST_METRICS = ("request_seconds", "ttft_seconds", "seconds_per_1000_output_characters",
-                   "seconds_per_1000_output_characters_after_first_token")
-PASS_METRICS = ("input_characters_per_second", "output_characters_per_second", "requests_per_second",
-               "goodput_requests_per_second")
+REQUEST_METRICS = WHOLE, FIRST, WRITING, AFTER_FIRST = (
+    "request_seconds", "ttft_seconds", "seconds_per_1000_output_characters",
+    "seconds_per_1000_output_characters_after_first_token")
+PASS_METRICS = INPUT, OUTPUT, REQUESTS, GOODPUT = (
+    "input_characters_per_second", "output_characters_per_second", "requests_per_second", "goodput_requests_per_second")
 
 
 def summarize(
@@ -54,11 +56,7 @@ def summarize(
 
 
 def with_points(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a bench.json that was cut off before its passes were summarized.
-
-    Args:
-        document: The content of bench.json.
-    """
+    """Complete the content of a bench.json that was cut off before its passes were summarized."""
     if "points" in document:
         return dict(document)
     options, notes = document["settings"]["options"], document["notes"]
@@ -86,7 +84,7 @@ def complete_rounds(passes: Sequence[Pass], point: Point) -> list[list[Load]]:
 
 def main_metric(scenario: str) -> str:
     """Return the measure that stands for a scenario in the headline."""
-    return "seconds_per_1000_output_characters" if scenario == DECODE else "request_seconds"
+    return WRITING if scenario == DECODE else WHOLE
 
 
 def is_good(load: Load, target: Mapping[str, float | None]) -> list[bool]:
@@ -113,7 +111,7 @@ def _summary_of(
         except ServerError as error:  # nothing to compare; the reason is part of the result
             failures[name] = str(error)
             continue
-        metrics[name] = (_as_rate(found) if name in PASS_METRICS else found).to_json()
+        metrics[name] = asdict(_as_rate(found) if name in PASS_METRICS else found)
     loads = {"base": [places[i] for places in rounds for i in (0, 2)], "expanded": [places[1] for places in rounds]}
     used = len(rounds[0][0].request_seconds)
     return {
@@ -136,12 +134,14 @@ def _idle_passes(series: Sequence[Series]) -> str:
 
 
 def _metrics_of(point: Point, target: Mapping[str, float | None]) -> list[str]:
-    names = [*REQUEST_METRICS[:1], *PASS_METRICS[:1], *PASS_METRICS[2:3]]
+    names = [WHOLE, INPUT, REQUESTS]
     if point.scenario != PREFILL:  # with one output token, the first is all there is
-        names += [*REQUEST_METRICS[1:], PASS_METRICS[1]]
-    if any(limit is not None for limit in target.values()):
-        names.append(PASS_METRICS[3])
-    return names
+        names += [FIRST, WRITING, AFTER_FIRST, OUTPUT]
+    return [*names, GOODPUT] if _has_limit(target) else names
+
+
+def _has_limit(target: Mapping[str, float | None]) -> bool:
+    return any(limit is not None for limit in target.values())
 
 
 def _series(name: str, loads: Sequence[Load], characters: Sequence[int], target: Mapping[str, float | None]) -> Series:
@@ -149,22 +149,21 @@ def _series(name: str, loads: Sequence[Load], characters: Sequence[int], target:
     if name in PASS_METRICS:
         amounts = [_amount(name, load, characters, target) for load in loads]
         return Series(np.array([[load.duration_seconds] for load in loads]), np.array(amounts, float)[:, None])
-    seconds = _matrix(loads, "ttft_seconds" if name == "ttft_seconds" else "request_seconds")
-    if name in REQUEST_METRICS[:2]:
+    seconds = _matrix(loads, FIRST if name == FIRST else WHOLE)
+    if name in (WHOLE, FIRST):
         return Series(seconds, np.ones_like(seconds))
-    if name == REQUEST_METRICS[3]:
-        seconds = seconds - _matrix(loads, "ttft_seconds")
+    if name == AFTER_FIRST:
+        seconds = seconds - _matrix(loads, FIRST)
     return Series(np.where(seconds > 0, seconds, np.nan), _matrix(loads, "output_characters") / CHARACTERS)
 
 
 def _amount(name: str, load: Load, characters: Sequence[int], target: Mapping[str, float | None]) -> float:
     """Return how much a pass did; what failed did nothing."""
+    if name == GOODPUT:
+        return sum(is_good(load, target))
     done = [seconds is not None for seconds in load.request_seconds]
-    if name == "input_characters_per_second":
-        return sum(count for count, ok in zip(characters, done, strict=False) if ok)
-    if name == "output_characters_per_second":
-        return sum(count for count, ok in zip(load.output_characters, done, strict=True) if ok)
-    return sum(done) if name == "requests_per_second" else sum(is_good(load, target))
+    amounts = {INPUT: characters, OUTPUT: load.output_characters, REQUESTS: [1] * len(done)}
+    return sum(compress(amounts[name], done))
 
 
 def _matrix(loads: Sequence[Load], field: str) -> Floats:
@@ -187,15 +186,14 @@ def _totals(loads: Sequence[Load], target: Mapping[str, float | None]) -> dict[s
     """Count what a server was asked and what it did, failures and disturbances included."""
     errors = list(dict.fromkeys(error for load in loads for error in load.errors))
     typical = median(load.duration_seconds for load in loads)
-    good = sum(sum(is_good(load, target)) for load in loads)
-    has_target = any(limit is not None for limit in target.values())
+    good = [sum(is_good(load, target)) for load in loads] if _has_limit(target) else []
     return {
         "runs": len(loads),
         "requests": sum(len(load.request_seconds) for load in loads),
         "failed_requests": sum(load.num_failed for load in loads),
         "errors": errors[:5],
-        "requests_within_target": good if has_target else None,
-        "goodput_per_run": [sum(is_good(load, target)) / load.duration_seconds for load in loads] if has_target else [],
+        "requests_within_target": sum(good) if good else None,
+        "goodput_per_run": [count / load.duration_seconds for count, load in zip(good, loads, strict=False)],
         "held_up_runs": sum(load.duration_seconds > HELD_UP * typical for load in loads),
         "prompt_tokens_per_run": sum(loads[0].prompt_tokens),
         "output_tokens_per_run": sum(loads[0].output_tokens),

@@ -1,6 +1,7 @@
 """Pictures from numbers: small SVG fragments that take their colours from the page around them.
 
-Every picture says in words what it shows (`aria-label`), so that it can also be read aloud.
+Every picture says in words what it shows (`label`, which becomes `aria-label`), so that it can also be read aloud.
+`unit` says what values are, `x_text` what is to the right. A `kind` is a CSS class, such as `base` or `expanded`.
 """
 
 import math
@@ -8,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH = 760
-BAND = "noise"
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,6 @@ class Estimate:
     expected: float | None = None
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of a picture of curves.
-
-    Attributes:
-        kind: CSS class: `base` or `expanded`.
-        points: (load, value, interval) of each point, by rising load.
-    """
-
-    kind: str
-    points: Sequence[tuple[float, float, tuple[float, float]]]
-
-
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Return round numbers between two bounds, about `count` of them."""
     if not high > low:
@@ -60,24 +47,16 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], *, marker: float, marker_text: str, label: str) -> Markup:
-    """Draw a histogram of shares.
-
-    Args:
-        edges: Bounds of the bins, one more than there are bins.
-        counts: Height of each bin.
-        marker: Where a vertical line stands.
-        marker_text: What it means.
-        label: The whole picture in words.
-    """
+    """Draw a histogram of shares, with a vertical line at `marker`; there is one edge more than there are bins."""
     height, left, right, top, bottom = 250, 46, 14, 34, 44
     low, high, tallest = edges[0], edges[-1], max(*counts, 1)
     x, y = _scale(low, high, left, WIDTH - right), _scale(0, tallest, height - bottom, top)
     parts = _grid([count for count in ticks(0, tallest, 4) if count == int(count)], y, left, right, "{:,.0f}")
     for start, end, count in zip(edges, edges[1:], counts, strict=False):
         if count:
-            parts.append(Markup('<rect class="expanded" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>')
-                         .format(_n(x(start) + 0.5), _n(y(count)), _n(max(1.0, x(end) - x(start) - 1)),
-                                 _n(y(0) - y(count)), f"{start:.1%} to {end:.1%} fewer tokens: {count:,} documents"))
+            parts.append(_shape("rect", "expanded", f"{start:.1%} to {end:.1%} fewer tokens: {count:,} documents",
+                                x=x(start) + 0.5, y=y(count), width=max(1.0, x(end) - x(start) - 1),
+                                height=y(0) - y(count)))
     parts += [_text(x(tick), height - bottom + 18, f"{tick:.0%}", anchor="middle") for tick in ticks(low, high, 8)]
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
     parts.append(_line(x(marker), top - 8, x(marker), y(0), "marker"))
@@ -88,14 +67,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, marker: float, m
 
 
 def intervals(estimates: Sequence[Estimate], *, label: str, low_text: str, high_text: str) -> Markup:
-    """Draw ratios with their intervals over their noise bands, around a line at 1.
-
-    Args:
-        estimates: One line each.
-        label: The whole picture in words.
-        low_text: What being below 1 means.
-        high_text: What being above 1 means.
-    """
+    """Draw ratios with their intervals over their noise bands, around a line at 1; texts say what its sides mean."""
     left, right, top, row = 190, 24, 40, 58
     height = top + row * len(estimates) + 40
     ends = [v for e in estimates for v in (*e.interval, e.noise_floor, 1 / e.noise_floor, e.expected or 1.0)]
@@ -119,13 +91,7 @@ def intervals(estimates: Sequence[Estimate], *, label: str, low_text: str, high_
 
 
 def rounds(values: Sequence[tuple[float, float, float]], *, unit: str, label: str) -> Markup:
-    """Draw every round: base, expanded, base again, next to each other, with zero at the bottom.
-
-    Args:
-        values: One triple per round.
-        unit: What a value is.
-        label: The whole picture in words.
-    """
+    """Draw every round: base, expanded, base again, next to each other, with zero at the bottom."""
     height, left, right, top, bottom = 200, 64, 14, 26, 34
     high = max(max(v) for v in values) * 1.08
     y, step = _scale(0, high, height - bottom, top), (WIDTH - left - right) / len(values)
@@ -135,24 +101,15 @@ def rounds(values: Sequence[tuple[float, float, float]], *, unit: str, label: st
         gap = min(26.0, step / 4)
         for offset, value, kind, name in ((-gap, first, "base", "base"), (0, expanded, "expanded", "expanded"),
                                           (gap, again, "base", "base again")):
-            parts.append(Markup('<circle class="{}" cx="{}" cy="{}" r="5.5"><title>{}</title></circle>').format(
-                kind, _n(middle + offset), _n(y(value)), f"round {number + 1}, {name}: {value:.4g} {unit}"))
+            parts.append(_dot(middle + offset, y(value), 5.5, kind,
+                              f"round {number + 1}, {name}: {value:.4g} {unit}"))
         parts.append(_text(middle, height - 10, f"round {number + 1}", anchor="middle"))
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
     return _svg(height, label, parts)
 
 
-def distributions(
-    edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, x_text: str, label: str
-) -> Markup:
-    """Draw two or more histograms over each other, as outlines.
-
-    Args:
-        edges: Bounds of the bins, one more than there are bins.
-        counts: Height of each bin, for each CSS class.
-        x_text: What the bins are of.
-        label: The whole picture in words.
-    """
+def distributions(edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, x_text: str, label: str) -> Markup:
+    """Draw a histogram of each kind, over each other, as outlines."""
     height, left, right, top, bottom = 230, 46, 14, 14, 44
     low, high, tallest = edges[0], edges[-1], max(1, *chain.from_iterable(counts.values()))
     x, y = _scale(low, high, left, WIDTH - right), _scale(0, tallest, height - bottom, top)
@@ -160,25 +117,24 @@ def distributions(
     parts = [_line(left, y(0), WIDTH - right, y(0), "axis"), *_grid(whole, y, left, right, "{:,.0f}")]
     for kind, heights in counts.items():
         steps = "".join(f"V{_n(y(count))}H{_n(x(end))}" for count, end in zip(heights, edges[1:], strict=True))
-        parts.append(Markup('<path class="{} area" d="M{} {}{}V{}Z"><title>{}</title></path>').format(
-            kind, _n(x(low)), _n(y(0)), steps, _n(y(0)), kind))
+        outline = f"M{_n(x(low))} {_n(y(0))}{steps}V{_n(y(0))}Z"
+        parts.append(_shape("path", f"{kind} area", kind, d=outline))
     parts += [_text(x(tick), height - bottom + 18, f"{tick:g}", anchor="middle") for tick in ticks(low, high, 8)]
     parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
     return _svg(height, label, parts)
 
 
-def curves(lines: Sequence[Curve], *, x_text: str, unit: str, label: str) -> Markup:
-    """Draw values over a load, one line per model, with their intervals; zero is at the bottom.
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float, tuple[float, float]]]], *, x_text: str, unit: str, label: str
+) -> Markup:
+    """Draw values over a load, one line per kind, with their intervals; zero is at the bottom.
 
-    Args:
-        lines: The lines, over the same loads.
-        x_text: What the load is.
-        unit: What a value is.
-        label: The whole picture in words.
+    The points of each kind are (load, value, interval), by rising load.
     """
     height, left, right, top, bottom = 260, 64, 24, 30, 46
-    loads = sorted({x for line in lines for x, _, _ in line.points})
-    high = 1.06 * max(end for line in lines for _, _, interval in line.points for end in interval)
+    every = [point for points in lines.values() for point in points]
+    loads = sorted({load for load, _, _ in every})
+    high = 1.06 * max(end for _, _, interval in every for end in interval)
     widest = math.log(loads[-1] / loads[0]) or 1.0
 
     def x(load: float) -> float:  # doubling the load is one step, wherever it starts
@@ -188,16 +144,14 @@ def curves(lines: Sequence[Curve], *, x_text: str, unit: str, label: str) -> Mar
     parts = [_text(left, 16, unit), *_grid(ticks(0, high, 5), y, left, right)]
     parts += [_text(x(load), height - bottom + 18, f"{load:g}", anchor="middle") for load in loads]
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
-    for number, line in enumerate(lines):
+    for number, (kind, points) in enumerate(lines.items()):
         aside = 5 * (number - (len(lines) - 1) / 2)  # so that intervals do not hide each other
-        path = "".join(f"{'M' if i == 0 else 'L'}{_n(x(load) + aside)} {_n(y(value))}"
-                       for i, (load, value, _) in enumerate(line.points))
-        parts.append(Markup('<path class="{} line" d="{}"/>').format(line.kind, path))
-        for load, value, (low, top_end) in line.points:
+        parts.append(_path([(x(load) + aside, y(value)) for load, value, _ in points], kind))
+        for load, value, (low, top_end) in points:
             at = x(load) + aside
-            parts.append(_line(at, y(low), at, y(top_end), f"{line.kind} whisker"))
-            parts.append(Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"><title>{}</title></circle>').format(
-                line.kind, _n(at), _n(y(value)), f"{line.kind} at {load:g}: {value:.4g} ({low:.4g} to {top_end:.4g})"))
+            parts.append(_line(at, y(low), at, y(top_end), f"{kind} whisker"))
+            parts.append(_dot(at, y(value), 4.5, kind,
+                              f"{kind} at {load:g}: {value:.4g} ({low:.4g} to {top_end:.4g})"))
     parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
     return _svg(height, label, parts)
 
@@ -208,12 +162,7 @@ def frontier(
 ) -> Markup:
     """Draw loss over savings, one line per rule, with a ring around the chosen place; both begin at zero.
 
-    Args:
-        lines: For each CSS class its points, by rising savings: (share saved, loss, what the point is).
-        chosen: The chosen place.
-        x_text: What is saved.
-        unit: What is lost.
-        label: The whole picture in words.
+    The points of each kind are (share saved, loss, what the point is), by rising savings.
     """
     height, left, right, top, bottom = 280, 64, 24, 30, 46
     every = [point for points in lines.values() for point in points]
@@ -224,26 +173,17 @@ def frontier(
     parts += [_text(x(tick), height - bottom + 18, f"{tick:.1%}", anchor="middle") for tick in ticks(0, widest, 8)]
     parts.append(_line(left, y(0), WIDTH - right, y(0), "axis"))
     for kind, points in lines.items():
-        path = "".join(f"{'L' if i else 'M'}{_n(x(saved))} {_n(y(loss))}" for i, (saved, loss, _) in enumerate(points))
-        parts.append(Markup('<path class="{} line" d="{}"/>').format(kind, path))
-        parts += [Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"><title>{}</title></circle>').format(
-            kind, _n(x(saved)), _n(y(loss)), f"{name}: {saved:.1%} saved, {loss:.4f} lost")
-            for saved, loss, name in points]
+        parts.append(_path([(x(saved), y(loss)) for saved, loss, _ in points], kind))
+        parts += [_dot(x(saved), y(loss), 4.5, kind, f"{name}: {saved:.1%} saved, {loss:.4f} lost")
+                  for saved, loss, name in points]
     if chosen is not None:
-        parts.append(Markup('<circle class="expected" cx="{}" cy="{}" r="9"><title>chosen</title></circle>').format(
-            _n(x(chosen[0])), _n(y(chosen[1]))))
+        parts.append(_dot(x(chosen[0]), y(chosen[1]), 9, "expected", "chosen"))
     parts.append(_text((left + WIDTH - right) / 2, height - 6, x_text, anchor="middle"))
     return _svg(height, label, parts)
 
 
 def bars(rows: Sequence[tuple[str, float, str]], *, unit: str, label: str) -> Markup:
-    """Draw horizontal bars from zero.
-
-    Args:
-        rows: (name, value, CSS class) of each bar.
-        unit: What a value is.
-        label: The whole picture in words.
-    """
+    """Draw horizontal bars from zero: (name, value, kind) of each."""
     left, right, row = 130, 90, 34
     height = row * len(rows) + 30
     high = max(value for _, value, _ in rows) or 1.0
@@ -251,10 +191,9 @@ def bars(rows: Sequence[tuple[str, float, str]], *, unit: str, label: str) -> Ma
     for index, (name, value, kind) in enumerate(rows):
         top = row * index + 6
         length = value / high * (WIDTH - left - right)
-        parts.append(_text(left - 10, top + 16, name, anchor="end"))
-        parts.append(Markup('<rect class="{}" x="{}" y="{}" width="{}" height="22" rx="2"/>').format(
-            kind, left, top, _n(max(1.0, length))))
-        parts.append(_text(left + length + 8, top + 16, f"{value:.4g}", strong=True))
+        parts += [_text(left - 10, top + 16, name, anchor="end"),
+                  _shape("rect", kind, x=left, y=top, width=max(1.0, length), height=22, rx=2),
+                  _text(left + length + 8, top + 16, f"{value:.4g}", strong=True)]
     parts.append(_text(left, height - 6, unit))
     return _svg(height, label, parts)
 
@@ -263,20 +202,18 @@ def _estimate_row(estimate: Estimate, y: float, x: Callable[[float], float], lef
     low, high = estimate.interval
     floor = estimate.noise_floor
     parts = [
-        Markup('<rect class="{}" x="{}" y="{}" width="{}" height="44"><title>noise floor: {}</title></rect>').format(
-            BAND, _n(x(1 / floor)), _n(y - 22), _n(max(1.0, x(floor) - x(1 / floor))),
-            f"{1 / floor:.3f} to {floor:.3f}"),
+        _shape("rect", "noise", f"noise floor: {1 / floor:.3f} to {floor:.3f}", x=x(1 / floor), y=y - 22,
+               width=max(1.0, x(floor) - x(1 / floor)), height=44),
         _line(x(low), y, x(high), y, "interval"),
         _line(x(low), y - 6, x(low), y + 6, "interval"),
         _line(x(high), y - 6, x(high), y + 6, "interval"),
-        Markup('<circle class="expanded" cx="{}" cy="{}" r="6.5"/>').format(_n(x(estimate.value)), _n(y)),
+        _dot(x(estimate.value), y, 6.5, "expanded"),
         _text(left - 14, y + 4, estimate.label, anchor="end"),
         _text(x(estimate.value), y - 12, estimate.text, anchor="middle", strong=True),
     ]
     if estimate.expected is not None:
-        at = x(estimate.expected)
-        parts.append(Markup('<path class="expected" d="M{} {}l-5 9h10z"><title>{}</title></path>').format(
-            _n(at), _n(y + 10), f"what the lengths alone predict: {estimate.expected:.3f}"))
+        parts.append(_shape("path", "expected", f"what the lengths alone predict: {estimate.expected:.3f}",
+                            d=f"M{_n(x(estimate.expected))} {_n(y + 10)}l-5 9h10z"))
     return parts
 
 
@@ -301,11 +238,27 @@ def _svg(height: float, label: str, parts: Sequence[Markup]) -> Markup:
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", strong: bool = False) -> Markup:
     return Markup('<text x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(
-        _n(x), _n(y), anchor, Markup(' class="strong"') if strong else "", escape(text))
+        _n(x), _n(y), anchor, Markup(' class="strong"') if strong else "", text)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
+    return _shape("line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
+
+
+def _path(points: Sequence[tuple[float, float]], kind: str) -> Markup:
+    return _shape("path", f"{kind} line", d="M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points))
+
+
+def _dot(x: float, y: float, radius: float, kind: str, title: str = "") -> Markup:
+    return _shape("circle", kind, title, cx=x, cy=y, r=radius)
+
+
+def _shape(element: str, kind: str, title: str = "", **attributes: float | str) -> Markup:
+    """Draw an element of CSS class `kind`; browsers show `title` where the pointer rests on it."""
+    inside = Markup("").join(Markup(' {}="{}"').format(name, value if isinstance(value, str) else _n(value))
+                             for name, value in attributes.items())
+    form = '<{0} class="{1}"{2}><title>{3}</title></{0}>' if title else '<{} class="{}"{}/>'
+    return Markup(form).format(element, kind, inside, title)
 
 
 def _n(value: float) -> str:

@@ -22,21 +22,9 @@ from vocabext.checkpoint.manifest import Manifest, has_manifest, read_manifest
 from vocabext.errors import UsageError
 from vocabext.serve.bench.summary import with_points
 from vocabext.serve.model import card_of
-from vocabext.serve.report import charts
-from vocabext.serve.report.speed import (
-    METRIC_NAMES,
-    cost_rows,
-    curves,
-    goodput_rows,
-    headline_points,
-    load_name,
-    machine_of,
-    round_pictures,
-    speed_costs,
-    speed_picture,
-    speed_rows,
-    speed_sentence,
-)
+from vocabext.serve.predict import held_against
+from vocabext.serve.provenance import machine_of
+from vocabext.serve.report import charts, speed
 from vocabext.tables import visible
 
 ARTIFACTS = ("lengths", "bench", "eval", "verify")
@@ -48,7 +36,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 ROW_NAMES = {"base": "base model", "mean": "mean of pieces", "distilled": "distilled"}
 SHOWN_TOKENS = 25
 
-Results = Mapping[str, Any]
+Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ class Page:
     Attributes:
         html: The page.
         markdown: The same as Markdown, without the charts.
-        document: The same as JSON-ready values.
+        document: The same as JSON-ready values, in the form of `report.schema.json`.
         headline: What it says in one or two sentences.
         missing: Names of results that were not there.
     """
@@ -91,7 +79,7 @@ def gather(expanded: Path, beside: Path, named: Mapping[str, Sequence[Path]]) ->
     for name in (*ARTIFACTS, *OPTIONAL):
         found = [folder / f"{name}.json" for folder in folders if (folder / f"{name}.json").is_file()]
         read = [read_result(path, name) for path in (named.get(name) or found[:1])]
-        results[name] = read if name in SEVERAL else (read[0] if read else None)
+        results[name] = read if name in SEVERAL else next(iter(read), None)
     return results
 
 
@@ -116,19 +104,18 @@ def read_result(path: Path, artifact: str) -> dict[str, Any]:
     return with_points(document) if artifact == "bench" else dict(document)
 
 
-def render_report(expanded: Path, results: Results, *, price_per_hour: float | None = None) -> Page:
+def render_report(expanded: Path, results: Result, *, price_per_hour: float | None = None) -> Page:
     """Render the page.
 
     Args:
         expanded: The expanded model's folder.
-        results: The content of lengths.json, bench.json, predict.json (one each, or a list), eval.json and
-            verify.json; None where missing.
+        results: What `gather` found: the content of each file, or a list where there can be several, or None.
         price_per_hour: What the machine costs, for the cost of a million characters.
     """
     manifest = read_manifest(expanded) if has_manifest(expanded) else None
     all_lengths, benches, predictions = (_several(results.get(name)) for name in SEVERAL)
-    lengths = all_lengths[0] if all_lengths else None
-    evaluation, verification = results.get("eval"), results.get("verify")
+    lengths, evaluation = next(iter(all_lengths), None), results.get("eval")
+    verification, choice = results.get("verify"), results.get("choice")
     lines = headline(lengths, benches, evaluation)
     missing = tuple(name for name in ARTIFACTS if not results.get(name))
     content = {
@@ -140,13 +127,13 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "corpora": [_corpus_row(found) for found in all_lengths],
         "speed": [_speed_content(bench, price_per_hour) for bench in benches],
         "price_per_hour": price_per_hour,
-        "predictions": predictions,
+        "predictions": [{**found, "measured": held_against(found, benches)} for found in predictions],
         "evaluation_rows": _evaluation_rows(evaluation),
         "writing": _writing(evaluation),
         "worse": what_got_worse(manifest, lengths, benches, evaluation, verification),
         "sources": [_source(name, found) for name in (*ARTIFACTS, *OPTIONAL) for found in _several(results.get(name))],
         "swap": results.get("swap"),
-        "choice": choice_content(results.get("choice")),
+        "choice": choice_content(choice),
         "commands": _commands(expanded, manifest),
         "version": __version__,
     }
@@ -154,7 +141,7 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
         "lengths": lengths, "lengths_picture": lengths and _lengths_picture(lengths),
         "distribution_picture": lengths and _distribution_picture(lengths),
         "most_saving": _most_saving(lengths), "evaluation": evaluation,
-        "choice_picture": choice_picture(results.get("choice")),
+        "choice_picture": choice_picture(choice),
         "evaluation_picture": evaluation and _evaluation_picture(evaluation), "verification": verification,
     }
     return Page(
@@ -165,26 +152,23 @@ def render_report(expanded: Path, results: Results, *, price_per_hour: float | N
 
 def _several(value: Any) -> list[dict[str, Any]]:
     """Return one result, several, or none as a list."""
-    if value is None:
-        return []
-    return [dict(value)] if isinstance(value, Mapping) else list(value)
+    return [dict(value)] if isinstance(value, Mapping) else list(value or ())
 
 
-def _speed_content(bench: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
+def _speed_content(bench: Result, price_per_hour: float | None) -> dict[str, Any]:
     """Return what the report says about one bench.json; what begins with `picture` is markup."""
     return {
-        "bench": bench, "machine": machine_of(bench), "rows": speed_rows(bench), "goodput": goodput_rows(bench),
-        "costs": [] if price_per_hour is None else cost_rows(bench, price_per_hour),
-        "picture": speed_picture(bench), "picture_rounds": round_pictures(bench), "picture_curves": curves(bench),
+        "bench": bench, "machine": machine_of(bench), "rows": speed.speed_rows(bench),
+        "goodput": speed.goodput_rows(bench),
+        "costs": [] if price_per_hour is None else speed.cost_rows(bench, price_per_hour),
+        "picture": speed.speed_picture(bench), "picture_rounds": speed.round_pictures(bench),
+        "picture_curves": speed.curves(bench),
     }
 
 
-def _document(
-    content: Mapping[str, Any], lengths: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None,
-    verification: Mapping[str, Any] | None, missing: Sequence[str],
-) -> dict[str, Any]:
-    """Return report.json: what the page says, as values. Its form is `report.schema.json`."""
-    passed = None if verification is None else bool(verification["passed"])
+def _document(content: Result, lengths: Result | None, evaluation: Result | None, verification: Result | None,
+              missing: Sequence[str]) -> dict[str, Any]:
+    """Return report.json: what the page says, as values."""
     return {
         "artifact": "report", "version": REPORT_VERSION, "vocabext_version": content["version"],
         "model": content["name"], "headline": content["headline"], "card": dict(content["card"]),
@@ -193,50 +177,51 @@ def _document(
                                    ("total", "used", "share_of_characters", "most_saving", "never_used")},
         "examples": lengths["passages"] if lengths else [],
         "speed": [{"machine": part["machine"], "state": part["bench"]["state"], "points": [
-            {"load": load_name(point), **point} for point in part["bench"]["points"]], "goodput": part["goodput"],
+            {"load": speed.load_name(point), **point} for point in part["bench"]["points"]], "goodput": part["goodput"],
             "cost_per_million_characters": part["costs"]} for part in content["speed"]],
         "price_per_hour": content["price_per_hour"],
         "predictions": [{name: found[name] for name in ("device", "options", "lengths", "loads", "memory", "measured",
                                                         "notes")} for found in content["predictions"]],
-        "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"), "verified": passed,
-        "choice": content["choice"], "worse": content["worse"],
+        "speed_and_quality": content["beside"], "writing": (evaluation or {}).get("writing"),
+        "verified": verification and bool(verification["passed"]), "choice": content["choice"],
+        "worse": content["worse"],
         "sources": content["sources"], "missing": list(missing),
     }
 
 
-def headline(
-    lengths: dict[str, Any] | None, benches: Sequence[dict[str, Any]], evaluation: dict[str, Any] | None
-) -> list[str]:
+def _base_and_ours(evaluation: Result | None) -> tuple[Result, Result] | None:
+    """Return the rows of the base and of the best new rows in eval.json; None if one is not there."""
+    rows = {row["name"]: row for row in (evaluation or {}).get("rows", [])}
+    ours = rows.get("distilled") or rows.get("mean")
+    return (rows["base"], ours) if ours and "base" in rows else None
+
+
+def headline(lengths: Result | None, benches: Sequence[Result], evaluation: Result | None) -> list[str]:
     """Say the result: first in one sentence with its uncertainty, then at most two more."""
-    sentences = []
-    first = benches[0] if benches else None
+    parts = []
     if lengths:
         low, high = lengths["saved_share_interval"]
-        sentences.append(f"Held-out text needs {percent(lengths['saved_share'])} fewer tokens "
-                         f"(95 % interval {percent(low)} to {percent(high)}).")
+        parts.append(f"Held-out text needs {percent(lengths['saved_share'])} fewer tokens "
+                     f"(95 % interval {percent(low)} to {percent(high)}).")
     elif evaluation and evaluation.get("shorter"):
         shorter = evaluation["shorter"]
         share = 1 - shorter["expanded_tokens"] / shorter["base_tokens"]
-        sentences.append(f"Held-out text needs {percent(share)} fewer tokens.")
-    if first is not None:
-        sentence = speed_sentence(first)
-        if sentences:  # one sentence: what became shorter, and what that bought
-            sentences = [f"{sentences[0].removesuffix('.')}; {sentence[0].lower()}{sentence[1:]}"]
-        else:
-            sentences.append(sentence)
-    rows = {row["name"]: row for row in (evaluation or {}).get("rows", [])}
-    if "base" in rows and len(rows) > 1:
-        best = rows.get("distilled") or rows.get("mean") or rows["base"]
-        line = (f"The model predicts the same text with {best['bits_per_byte']:.3f} bits per byte, "
-                f"the base with {rows['base']['bits_per_byte']:.3f}")
-        gap = (evaluation or {}).get("gap_recovered")
-        sentences.append(line + (f"; distillation recovered {percent(gap)} of what the mean of pieces loses."
-                                 if gap is not None else "."))
-    return sentences or ["Nothing has been measured yet."]
+        parts.append(f"Held-out text needs {percent(share)} fewer tokens.")
+    if benches:
+        sentence = speed.speed_sentence(benches[0])
+        # One sentence: what became shorter, and what that bought.
+        parts = [f"{parts[0].removesuffix('.')}; {sentence[0].lower()}{sentence[1:]}" if parts else sentence]
+    if evaluation and (rows := _base_and_ours(evaluation)):
+        base, ours = rows
+        gap = evaluation.get("gap_recovered")
+        recovered = "" if gap is None else f"; distillation recovered {percent(gap)} of what the mean of pieces loses"
+        parts.append(f"The model predicts the same text with {ours['bits_per_byte']:.3f} bits per byte, the base with "
+                     f"{base['bits_per_byte']:.3f}{recovered}.")
+    return parts or ["Nothing has been measured yet."]
 
 
 def speed_and_quality(
-    lengths: dict[str, Any] | None, benches: Sequence[dict[str, Any]], evaluation: dict[str, Any] | None
+    lengths: Result | None, benches: Sequence[Result], evaluation: Result | None
 ) -> list[dict[str, str]]:
     """Put what the expansion bought next to what it cost: one line per measure, base and expanded."""
     rows = []
@@ -244,17 +229,15 @@ def speed_and_quality(
         rows.append(_beside("tokens per 1000 characters", lengths["base_tokens_per_1000_characters"],
                             lengths["expanded_tokens_per_1000_characters"], "less is better"))
     for bench in benches[:1]:
-        for point in headline_points(bench):
+        for point in speed.headline_points(bench):
             metric = point["metrics"][point["main_metric"]]
-            rows.append(_beside(f"{load_name(point)}: {METRIC_NAMES[point['main_metric']]}", metric["base"],
+            rows.append(_beside(f"{speed.load_name(point)}: {speed.METRIC_NAMES[point['main_metric']]}", metric["base"],
                                 metric["expanded"], metric["verdict"]))
-    found = {row["name"]: row for row in (evaluation or {}).get("rows", [])}
-    ours = found.get("distilled") or found.get("mean")
-    if ours and "base" in found:
-        for key, name in (("bits_per_byte", "bits per byte, reading"), ("bits_per_byte_writing",
-                                                                        "bits per byte, writing")):
-            if found["base"].get(key) is not None and ours.get(key) is not None:
-                rows.append(_beside(name, found["base"][key], ours[key], "less is better"))
+    if both := _base_and_ours(evaluation):
+        for key, name in (("bits_per_byte", "reading"), ("bits_per_byte_writing", "writing")):
+            base, ours = (row.get(key) for row in both)
+            if base is not None and ours is not None:
+                rows.append(_beside(f"bits per byte, {name}", base, ours, "less is better"))
     return rows
 
 
@@ -264,10 +247,10 @@ def _beside(name: str, base: float, expanded: float, remark: str) -> dict[str, s
 
 
 def what_got_worse(
-    manifest: Manifest | None, lengths: dict[str, Any] | None, benches: Sequence[dict[str, Any]],
-    evaluation: dict[str, Any] | None, verification: dict[str, Any] | None,
+    manifest: Manifest | None, lengths: Result | None, benches: Sequence[Result], evaluation: Result | None,
+    verification: Result | None,
 ) -> list[str]:
-    """List every cost and every disappointment that the results show."""
+    """List what the results show to have become worse, or not better."""
     found = []
     if verification and not verification["passed"]:
         found.append("The checkpoint failed verification: do not ship it.")
@@ -284,14 +267,13 @@ def what_got_worse(
             found.append(f"{lengths['invariant']['differing']:,} documents are not tokenized as pure merges of the "
                          "base's tokens: this is a defect.")
     for bench in benches:
-        found += speed_costs(bench)
-    rows = {row["name"]: row for row in (evaluation or {}).get("rows", [])}
-    ours = rows.get("distilled") or rows.get("mean")
-    if ours and "base" in rows:
-        loss = ours["bits_per_byte"] / rows["base"]["bits_per_byte"] - 1
+        found += speed.speed_costs(bench)
+    if evaluation and (both := _base_and_ours(evaluation)):
+        base, ours = both
+        loss = ours["bits_per_byte"] / base["bits_per_byte"] - 1
         if loss > 0:
             found.append(f"The same text costs {percent(loss)} more bits per byte than with the base model.")
-        for row in ((evaluation or {}).get("writing") or {}).get("rows", []):
+        for row in (evaluation.get("writing") or {}).get("rows", []):
             if row["name"] == ours["name"] and row["places"]["false_use"]:
                 found.append(f"At {row['places']['false_use']:.2%} of held-out places the model writes a new token "
                              "where the base writes something else.")
@@ -301,8 +283,13 @@ def what_got_worse(
     return found
 
 
+def milliseconds(seconds: float) -> str:
+    """Write a time with four digits."""
+    return f"{1000 * seconds:,.4g} ms"
+
+
 def percent(share: float) -> str:
-    """Write a share with as many digits as it deserves."""
+    """Write a share in percent, with one decimal below 100."""
     value = 100 * share
     return f"{value:.1f} %" if abs(value) < 99.95 else f"{value:.0f} %"
 
@@ -319,18 +306,17 @@ def _corpus_row(lengths: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures(
-    lengths: dict[str, Any] | None, benches: Sequence[dict[str, Any]], evaluation: dict[str, Any] | None,
-    verification: dict[str, Any] | None,
+    lengths: Result | None, benches: Sequence[Result], evaluation: Result | None, verification: Result | None
 ) -> list[tuple[str, str, str]]:
     """Return the large numbers at the top: (value, what it is, small print)."""
     figures = []
     if lengths:
         low, high = lengths["saved_share_interval"]
         figures.append((percent(lengths["saved_share"]), "fewer tokens", f"{percent(low)} to {percent(high)}"))
-    for point in headline_points(benches[0]) if benches else []:
+    for point in speed.headline_points(benches[0]) if benches else []:
         metric = point["metrics"][point["main_metric"]]
         low, high = metric["speedup_interval"]
-        figures.append((f"{metric['speedup']:.2f}×", f"{load_name(point)} speed",
+        figures.append((f"{metric['speedup']:.2f}×", f"{speed.load_name(point)} speed",
                         f"{low:.2f} to {high:.2f}: {metric['verdict']}"))
     if evaluation and evaluation.get("gap_recovered") is not None:
         ends = evaluation.get("gap_recovered_interval")
@@ -363,18 +349,12 @@ def _most_saving(lengths: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    rows = []
-    for row in (evaluation or {}).get("rows", []):
-        rows.append({
-            "name": ROW_NAMES.get(row["name"], row["name"]),
-            "tokens": _number(row.get("tokens"), "{:,.0f}"),
-            "bits_per_byte": _number(row.get("bits_per_byte"), "{:.4f}"),
-            "writing": _number(row.get("bits_per_byte_writing"), "{:.4f}"),
-            "target_nll_nats": _number(row.get("target_nll_nats"), "{:.4f}"),
-            "greedy_same_share": _number(row.get("greedy_same_share"), percent),
-            "greedy_common_characters": _number(row.get("greedy_common_characters"), "{:,.1f}"),
-        })
-    return rows
+    forms: dict[str, str | Callable[[float], str]] = {
+        "tokens": "{:,.0f}", "bits_per_byte": "{:.4f}", "bits_per_byte_writing": "{:.4f}", "target_nll_nats": "{:.4f}",
+        "greedy_same_share": percent, "greedy_common_characters": "{:,.1f}"}
+    return [{"name": ROW_NAMES.get(row["name"], row["name"]),
+             **{key: _number(row.get(key), form) for key, form in forms.items()}}
+            for row in (evaluation or {}).get("rows", [])]
 
 
 def _writing(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -513,24 +493,18 @@ def _code(value: object) -> _Markdown:
 
 
 def _environment(*, markdown: bool = False) -> jinja2.Environment:
-    def escape(name: str | None) -> bool:
-        return name is None or ".html" in name
-
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=escape,
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=not markdown,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                                      keep_trailing_newline=True, finalize=_as_markdown if markdown else None)
-    environment.filters["line"] = _in_a_line
-    environment.filters["code"] = _code
-    environment.filters["milliseconds"] = lambda seconds: f"{1000 * seconds:,.4g} ms"
-    environment.filters["percent"] = percent
-    environment.filters["thousands"] = lambda value, digits=0: f"{value:,.{digits}f}"
-    environment.filters["size"] = _size
+    environment.filters |= {"line": _in_a_line, "code": _code, "percent": percent, "size": _size,
+                            "thousands": _thousands, "milliseconds": milliseconds}
     return environment
 
 
+def _thousands(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}"
+
+
 def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024 or unit == "GiB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError("unreachable")
+    power = next(power for power in range(4) if abs(num_bytes) < 1024 ** (power + 1) or power == 3)
+    return f"{num_bytes / 1024**power:,.{min(power, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from vocabext.serve.bench.compare import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, TOO_NOISY
 from vocabext.serve.bench.journal import PARTIAL
 from vocabext.serve.bench.scenarios import DECODE, PREFILL
-from vocabext.serve.bench.summary import PASS_METRICS, REQUEST_METRICS
+from vocabext.serve.bench.summary import GOODPUT, PASS_METRICS, REQUEST_METRICS
 from vocabext.serve.report import charts
 
 METRIC_NAMES = {
@@ -27,16 +27,15 @@ SHOWN = {
     "decode": ("seconds_per_1000_output_characters", "ttft_seconds", "output_characters_per_second"),
     "mixed": ("request_seconds", "ttft_seconds", "seconds_per_1000_output_characters_after_first_token"),
 }
-GOODPUT = "goodput_requests_per_second"
 CURVE_METRICS = ("request_seconds", "ttft_seconds", "input_characters_per_second", "output_characters_per_second",
                  GOODPUT)
 MILLION, SECONDS_PER_HOUR = 1_000_000, 3600
 
 
 def shown_metrics(point: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the measures of a point that say something of their own; all of them are in bench.json.
+    """Return the measures of a point that are shown; bench.json has all.
 
-    With one output token, the time to the first is the time of all: prefill has one line, not two.
+    With one output token, the time to the first token is the time of the request: prefill shows one of the two.
     """
     names = (*SHOWN[point["scenario"]], GOODPUT)
     return [(name, point["metrics"][name]) for name in names if name in point["metrics"]]
@@ -51,7 +50,7 @@ def load_name(point: Mapping[str, Any]) -> str:
 
 
 def headline_points(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one point per scenario: the lightest load, where time is the machine's and not the queue's."""
+    """Return one point per scenario: the lightest load, where requests wait least for each other."""
     found: dict[str, dict[str, Any]] = {}
     for point in bench["points"]:
         if point["main_metric"] in point["metrics"]:
@@ -65,7 +64,7 @@ def speed_sentence(bench: Mapping[str, Any]) -> str:
     if not phrases:
         return "The measurement of speed was stopped before its first round was complete."
     rounds = min(point["rounds"] for point in bench["points"])
-    stopped = (f" (stopped after {rounds} of {bench['options']['pairs']} rounds)" if bench["state"] == PARTIAL else "")
+    stopped = f" (stopped after {rounds} of {bench['options']['pairs']} rounds)" if bench["state"] == PARTIAL else ""
     return f"In vLLM{stopped}, {'; '.join(phrases)}."
 
 
@@ -79,14 +78,14 @@ def _speed_phrase(load: str, metric: Mapping[str, Any]) -> str:
     return f"{load} cannot be judged, {metric['verdict']} ({interval} times as fast)"
 
 
-def speed_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def speed_rows(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the lines of the table of speeds, formatted."""
     rows = []
-    for point in (bench or {}).get("points", []):
+    for point in bench["points"]:
         for name, metric in shown_metrics(point):
             low, high = metric["speedup_interval"]
             rows.append({
-                "load": load_name(point), "measure": METRIC_NAMES[name], "name": name,
+                "load": load_name(point), "point": point["name"], "measure": METRIC_NAMES[name],
                 "base": f"{metric['base']:.4g}", "expanded": f"{metric['expanded']:.4g}",
                 "speedup": f"{metric['speedup']:.3f}× ({low:.3f} to {high:.3f})",
                 "noise": f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}",
@@ -181,10 +180,10 @@ def _curve(scenario: str, load: str, name: str, points: Sequence[Mapping[str, An
         low, high = metric[f"{role}_interval"]
         return float(point[load]), metric[role], (low, high)
 
-    lines = [charts.Curve(role, [at(point, role) for point in points]) for role in ("base", "expanded")]
+    lines = {role: [at(point, role) for point in points] for role in ("base", "expanded")}
     axis = "requests at once" if load == "concurrency" else "requests arriving per second"
     title = f"{LOAD_NAMES[scenario].capitalize()}: {METRIC_NAMES[name]}"
-    words = "; ".join(f"{line.kind} " + ", ".join(f"{x:g}: {y:.4g}" for x, y, _ in line.points) for line in lines)
+    words = "; ".join(f"{role} " + ", ".join(f"{x:g}: {y:.4g}" for x, y, _ in line) for role, line in lines.items())
     return title, charts.curves(lines, x_text=axis, unit=METRIC_NAMES[name], label=f"{title} over {axis}: {words}")
 
 
@@ -220,12 +219,6 @@ def goodput_rows(bench: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row[role] = {"requests_per_second": middle, "lowest": runs[0], "highest": runs[-1],
                              "load": load_name(point)}
     return [row for row in best.values() if "base" in row and "expanded" in row]
-
-
-def machine_of(result: Mapping[str, Any]) -> str:
-    """Name the machine a result is from."""
-    hardware = (result.get("provenance") or {}).get("hardware") or {}
-    return ", ".join(hardware.get("gpus") or []) or str(hardware.get("cpu") or "unknown machine")
 
 
 assert set(METRIC_NAMES) == {*REQUEST_METRICS, *PASS_METRICS}

@@ -96,7 +96,9 @@ def predict_result() -> dict[str, Any]:
         "options": dataclasses.asdict(config), "lengths": {"length_ratio": 1.25},
         "loads": predict_loads(shape, expanded, lengths, device, config),
         "memory": predict_memory(shape, expanded, lengths, device, config),
-        "measured": measured_beside(bench_result()), "notes": ["A bound."], "provenance": {},
+        "model": {"base": dataclasses.asdict(shape), "expanded": dataclasses.asdict(expanded)},
+        "measured": measured_beside(bench_result(), {"base": shape, "expanded": expanded}, device),
+        "notes": ["A bound."], "provenance": {},
     }))
 
 

@@ -133,7 +133,7 @@ class Model:
         config = pick(MineConfig, options)
         documents, sources = open_corpus(corpus, text_field, self.voice)
         base = self._tokenizer
-        if holds_weights(self.folder):  # else it is a tokenizer, of whatever model
+        if holds_weights(self.folder):  # a folder without weights is a tokenizer, of whatever model
             check_patchable(self.folder, base.first_new_id, num_new=config.budget or 1,
                             trust_remote_code=self.trust_remote_code)
         result = mine(documents, base, config, self.voice.progress)
@@ -528,7 +528,7 @@ class Expanded:
 
 
 def _records(snippets: Snippets | TokenTable, config: DistillConfig) -> list[TokenSnippets]:
-    """Return what rows are made from; tokens without snippets will do where no text is needed."""
+    """Return the records that rows are made from; with `method="mean"`, which reads no text, tokens will do."""
     if isinstance(snippets, Snippets):
         return list(snippets)
     if not isinstance(snippets, TokenTable):

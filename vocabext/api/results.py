@@ -1,13 +1,13 @@
-"""What the stages hand on and find: tables that can be saved, loaded and shown."""
+"""What the stages return: tables that can be saved, loaded and shown."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from vocabext.api.voice import spelled
-from vocabext.errors import MissingExtraError
-from vocabext.files.atomic import check_output
+from vocabext.errors import MissingExtraError, UsageError
+from vocabext.files.atomic import check_output, read_object
 from vocabext.tables import Shown, Table
 from vocabext.tokens import NewToken, TokenSnippets
 
@@ -21,7 +21,57 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
-class _Records(Shown, Sequence[Item]):
+class _Saved(Shown):
+    """A result with a header, which its command writes to a file of one kind.
+
+    Attributes:
+        header: What the result was made from and how; the header of the file.
+    """
+
+    header: dict[str, Any]
+
+    @spelled
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the file that the command of the same stage writes.
+
+        Args:
+            path: The file.
+            force: Replace it if it is there.
+
+        Raises:
+            OutputExistsError: If the file is there and `force` is false.
+        """
+        for target in self._files(Path(path)):
+            check_output(target, force=force)
+        self._write(Path(path))
+
+    @classmethod
+    @spelled
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save`, or the command of the same stage, has written.
+
+        Raises:
+            UsageError: If the file is missing, damaged or another artifact.
+            CheckpointError: If it holds rows and is damaged.
+        """
+        found = cls._read(Path(path))
+        # What a file says about its own format is no part of the header; `save` writes it again.
+        found.header = {key: value for key, value in found.header.items() if key not in ("artifact", "version")}
+        return found
+
+    def _files(self, path: Path) -> tuple[Path, ...]:
+        """Return the files that `_write` writes."""
+        return (path,)
+
+    def _write(self, path: Path) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        raise NotImplementedError
+
+
+class _Records(_Saved, Sequence[Item]):
     """A sequence of records with a header."""
 
     _items: tuple[Item, ...]
@@ -68,38 +118,21 @@ class TokenTable(_Records[NewToken]):
     def __getitem__(self, index: int | slice) -> "NewToken | TokenTable":
         if isinstance(index, int):
             return self._items[index]
-        # What was measured holds for all tokens together.
+        # The other keys were measured with all tokens together.
         kept = ("base", "options", "corpus", "left_out", "documents", "base_tokens")
         return TokenTable(self._items[index], {key: self.header[key] for key in kept if key in self.header})
 
-    @spelled
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write candidates.jsonl, the file that `vocabext mine` writes.
-
-        Args:
-            path: The file.
-            force: Replace it if it is there.
-
-        Raises:
-            OutputExistsError: If the file is there and `force` is false.
-        """
+    def _write(self, path: Path) -> None:
         from vocabext.mine.stage import save_candidates
 
-        check_output(Path(path), force=force)
-        save_candidates(Path(path), self._items, self.header)
+        save_candidates(path, self._items, self.header)
 
     @classmethod
-    @spelled
-    def load(cls, path: str | Path) -> "TokenTable":
-        """Read candidates.jsonl.
-
-        Raises:
-            UsageError: If the file is missing, damaged or another artifact.
-        """
+    def _read(cls, path: Path) -> Self:
         from vocabext.mine.stage import read_candidates
 
-        header, tokens = read_candidates(Path(path))
-        return cls(tokens, _without_format(header))
+        header, tokens = read_candidates(path)
+        return cls(tokens, header)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return a table with the columns token, run, count, sections and saved, a line per token in token-id order.
@@ -139,22 +172,25 @@ class ChosenTokens(TokenTable):
         super().__init__(tokens, header)
         self.document = document
 
-    @spelled
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the tokens as `vocabext mine` does, and choice.json beside them.
+    def _files(self, path: Path) -> tuple[Path, ...]:
+        from vocabext.choose.stage import CHOICE_NAME
 
-        Args:
-            path: The file of the tokens.
-            force: Replace the two files if they are there.
+        return path, path.with_name(CHOICE_NAME)
 
-        Raises:
-            OutputExistsError: If one is there and `force` is false.
-        """
-        from vocabext.choose.stage import CHOICE_NAME, ChosenSet, write_choice
+    def _write(self, path: Path) -> None:
+        from vocabext.choose.stage import ChosenSet, write_choice
 
-        for target in (Path(path), Path(path).with_name(CHOICE_NAME)):
-            check_output(target, force=force)
-        write_choice(Path(path), ChosenSet(self._items, self.document), self.header)
+        write_choice(path, ChosenSet(self._items, self.document), self.header)
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        from vocabext.choose.stage import CHOICE_NAME
+
+        tokens, beside = TokenTable._read(path), path.with_name(CHOICE_NAME)
+        if (document := read_object(beside)) is None:
+            raise UsageError(f"{beside} is missing or damaged, and it says what the tokens of {path} cost; read the "
+                             "tokens alone with TokenTable.load")
+        return cls(tokens, tokens.header, document)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of choice.json."""
@@ -194,34 +230,17 @@ class Snippets(_Records[TokenSnippets]):
         """The tokens with fewer snippets than the option `min_snippets` asks for."""
         return list(self.header.get("short", ()))
 
-    @spelled
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write snippets.jsonl, the file that `vocabext collect` writes.
-
-        Args:
-            path: The file.
-            force: Replace it if it is there.
-
-        Raises:
-            OutputExistsError: If the file is there and `force` is false.
-        """
+    def _write(self, path: Path) -> None:
         from vocabext.collect import save_snippets
 
-        check_output(Path(path), force=force)
-        save_snippets(Path(path), self._items, self.header)
+        save_snippets(path, self._items, self.header)
 
     @classmethod
-    @spelled
-    def load(cls, path: str | Path) -> "Snippets":
-        """Read snippets.jsonl.
-
-        Raises:
-            UsageError: If the file is missing, damaged or another artifact.
-        """
+    def _read(cls, path: Path) -> Self:
         from vocabext.collect import read_snippets
 
-        header, records = read_snippets(Path(path))
-        return cls(records, _without_format(header))
+        header, records = read_snippets(path)
+        return cls(records, header)
 
     def _table(self) -> Table:
         number = sum(len(record.snippets) for record in self)
@@ -230,7 +249,7 @@ class Snippets(_Records[TokenSnippets]):
             (repr(r.new_token.token), len(r.snippets), r.occurrences, r.num_inside, r.num_generated) for r in self])
 
 
-class NewRows(Shown):
+class NewRows(_Saved):
     """Rows of the new tokens: what `Model.distill` returns and `vocabext distill` writes.
 
     Attributes:
@@ -267,35 +286,16 @@ class NewRows(Shown):
         """The tokens that the model cannot represent as one row, with the reason."""
         return list(self.header.get("left_out", ()))
 
-    @spelled
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write rows.safetensors, the file that `vocabext distill` writes.
-
-        Args:
-            path: The file.
-            force: Replace it if it is there.
-
-        Raises:
-            OutputExistsError: If the file is there and `force` is false.
-        """
+    def _write(self, path: Path) -> None:
         from vocabext.checkpoint.folder import Rows, save_rows
 
-        check_output(Path(path), force=force)
-        save_rows(Path(path), self.tokens, Rows(self.input_ND, self.output_ND), self.header)
+        save_rows(path, self.tokens, Rows(self.input_ND, self.output_ND), self.header)
 
     @classmethod
-    @spelled
-    def load(cls, path: str | Path) -> "NewRows":
-        """Read rows.safetensors.
-
-        Raises:
-            UsageError: If the file is missing, or is no rows file.
-            CheckpointError: If it is damaged.
-        """
+    def _read(cls, path: Path) -> Self:
         from vocabext.checkpoint.folder import load_rows
 
-        tokens, rows, header = load_rows(Path(path))
-        return cls(tokens, rows, _without_format(header))
+        return cls(*load_rows(path))
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the reports as a table, one line per token in token-id order.
@@ -366,11 +366,6 @@ class Evaluation(Shown):
         return Table(title, ("rows", "nats per piece", "bits per byte, reading", "bits per byte, writing"), [
             (row["name"], row["target_nll_nats"], row["bits_per_byte"], row["bits_per_byte_writing"])
             for row in self.document["rows"]])
-
-
-def _without_format(header: dict[str, Any]) -> dict[str, Any]:
-    """Take out what a file says about its own format; saving puts it in again."""
-    return {key: value for key, value in header.items() if key not in ("artifact", "version")}
 
 
 def _frame(rows: list[dict[str, Any]]) -> "pandas.DataFrame":

@@ -1,4 +1,4 @@
-"""How a call reports to whoever made it: progress, remarks, and what messages call an option.
+"""Where a call reports progress and remarks, and how its messages name options.
 
 Stages write options as a shell does (`--min-count`), and the command line shows that. A Python caller reads the name of
 the parameter (`min_count`), gets remarks from the logger `vocabext`, and bars in a notebook.
@@ -24,13 +24,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LOGGER = logging.getLogger("vocabext")
-# Parameters that are True or False, all others, and one that the command line calls otherwise.
+# `python_names` writes SWITCHES with True or False, PARAMETERS by their name, and RENAMED ones by their name in Python.
 SWITCHES = {"force", "full", "merge", "trust_remote_code", "untie", "vllm", "skip_weights",
             *(field.name for field in fields_of(*STAGES).values() if isinstance(field.default, bool))}
 PARAMETERS = {"base", "corpus", "general", "heldout", "link", "model", "output", "text_field", "work",
               *fields_of(*STAGES, HealConfig)}
 RENAMED = {"against": "base"}
-# What is said of a path that is not there, and what a Python caller should know besides.
+# `python_names` replaces NO_PATH in the error about a path that is not there: a Python caller may also pass text.
 NO_PATH, NO_TEXT = "or OWNER/NAME:SPLIT)", "or OWNER/NAME:SPLIT, a text in memory vocabext.Document(NAME, TEXT))"
 OPTION = re.compile(r"--([a-z][a-z-]*[a-z])(?: (distill|mean|fit|zero|none|input|cpu|auto|hard|copy)\b)?")
 
@@ -55,7 +55,7 @@ class Voice:
         try:
             yield
         except ServerError:
-            raise  # the end of another program's log
+            raise  # its text is the log of another program, whose options are not ours
         except VocabextError as error:
             error.args = tuple(self.spell(part) if isinstance(part, str) else part for part in error.args)
             raise
@@ -89,7 +89,7 @@ def python_voice(verbose: bool | None = None) -> Voice:
 
 
 def spelled(method: Callable[P, R]) -> Callable[P, R]:
-    """Let the errors of a method name options as its caller knows them; what has no voice speaks Python."""
+    """Let the errors of a method name options as its voice does; without a voice, as Python's parameters."""
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         voice = getattr(args[0], "voice", None) if args else None
@@ -116,10 +116,10 @@ def takes(*stages: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_names(options: Mapping[str, object], *stages: type) -> None:
-    """Refuse a keyword that is no option of any of the stages.
+    """Check that keywords are options of the stages.
 
     Raises:
-        TypeError: If there is one; says which one was probably meant.
+        TypeError: If one is not; says which option was probably meant.
     """
     known = fields_of(*stages)
     for name in options:
@@ -132,7 +132,7 @@ def check_names(options: Mapping[str, object], *stages: type) -> None:
 # -- progress -----------------------------------------------------------------------------------------------------
 
 def _in_notebook() -> bool:
-    """Tell whether this is a kernel of Jupyter: in its notebooks, bars are for whoever looks at them."""
+    """Tell whether this process is a kernel of Jupyter."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return "IPKernelApp" in getattr(shell, "config", {})
@@ -157,7 +157,7 @@ class _BarTask:
 @contextmanager
 def _bar(description: str, /, total: int | None = None, unit: str = "") -> Iterator[Task]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for ipywidgets, and shows a bar of text without
+        warnings.simplefilter("ignore")  # tqdm asks for ipywidgets; without, it shows a bar of text
         from tqdm.auto import tqdm
     pace = Pace(total)
 

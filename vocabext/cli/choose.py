@@ -1,38 +1,30 @@
 """`vocabext choose`: the tokens that save most for what they cost."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vocabext.cli import options, show
-from vocabext.cli.distill import compute_options
 from vocabext.options import CANDIDATES, ChooseConfig
 
 DEFAULTS = ChooseConfig()
 NUM_SHOWN = 10
-Command = Callable[..., Any]
 
-
-def bound_options(command: Command) -> Command:
-    """Add the options that `choose` and `run` share."""
-    command = click.option("--choice-bytes", type=int, default=DEFAULTS.choice_bytes, show_default=True,
-                           help="Text that is read to measure what tokens cost, in bytes; the curve is measured on as "
-                                "much.")(command)
-    return click.option("--max-loss", type=float, metavar="BITS",
-                        help="Bits per byte that text may lose by new tokens (`eval` calls it reading), measured with "
-                             "quickly distilled rows on text kept from mining; ships what saves most within it.  "
-                             "[default: no bound; tokens that bring a larger share of the savings than of the "
-                             "loss]")(command)
-
-
-def choose_options(command: Command) -> Command:
-    """Add the options with which `run` chooses."""
-    return bound_options(click.option(
-        "--candidates", type=float, metavar="FACTOR",
-        help=f"Mine FACTOR times the budget, and ship the best by what they save and cost.  [default: {CANDIDATES:g} "
-             "with --max-loss, else nothing is chosen]")(command))
+bound_options = options.together(  # what `choose` and `run` share
+    click.option("--max-loss", type=float, metavar="BITS",
+                 help="Bits per byte that text may lose by new tokens (`eval` calls it reading), measured with quickly "
+                      "distilled rows on text kept from mining; ships what saves most within it.  [default: no bound; "
+                      "tokens that bring a larger share of the savings than of the loss]"),
+    options.field(DEFAULTS, "choice_bytes", "Text that is read to measure what tokens cost, in bytes; the curve is "
+                  "measured on as much held-out text."),
+)
+choose_options = options.together(  # with which `run` chooses
+    bound_options,
+    click.option("--candidates", type=float, metavar="FACTOR",
+                 help="Mine FACTOR times the budget, and ship the best by what they save and cost.  "
+                      f"[default: {CANDIDATES:g} with --max-loss, else nothing is chosen]"),
+)
 
 
 @click.command()
@@ -44,7 +36,7 @@ def choose_options(command: Command) -> Command:
 @click.option("--budget", type=click.IntRange(min=1), required=True, metavar="N", help="Most tokens to take.")
 @options.output_option
 @bound_options
-@compute_options
+@options.compute_options
 @options.text_field_option
 @options.force_option
 @options.trust_remote_code_option

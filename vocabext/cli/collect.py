@@ -1,6 +1,5 @@
 """`vocabext collect`: snippets of a corpus for every new token."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,13 @@ from vocabext.options import CollectConfig
 
 DEFAULTS = CollectConfig()
 NUM_NAMED = 20
-Command = Callable[..., Any]
 
-
-def collect_options(command: Command) -> Command:
-    """Add the options that `collect` and `run` share."""
-    for option in (
-        click.option("--generate-missing", is_flag=True, help="Let the model write text for tokens short of it."),
-        click.option("--min-snippets", type=int, default=DEFAULTS.min_snippets, show_default=True,
-                     help="A token with fewer snippets is listed as short of text."),
-        click.option("--window", type=int, default=DEFAULTS.window, show_default=True,
-                     help="Length of a snippet, in base ids."),
-        click.option("--snippets", type=int, default=DEFAULTS.snippets, show_default=True,
-                     help="Snippets per token."),
-    ):
-        command = option(command)
-    return command
+collect_options = options.together(  # what `collect` and `run` share
+    options.field(DEFAULTS, "snippets", "Snippets per token."),
+    options.field(DEFAULTS, "window", "Length of a snippet, in base ids."),
+    options.field(DEFAULTS, "min_snippets", "A token with fewer snippets is listed as short of text."),
+    click.option("--generate-missing", is_flag=True, help="Let the model write text for tokens short of it."),
+)
 
 
 @click.command()
@@ -62,9 +52,12 @@ def collect(
     records = Model(model, trust_remote_code=trust_remote_code, voice=show.voice()).collect(
         tokens, corpus, text_field=text_field, **settings)
     records.save(output, force=True)  # what may be replaced was checked before the work
-    written, config = records.header, CollectConfig(**settings)
-    _name_short_ones(written["short"], config)
-    summary = {"output": output, "tokens": len(records), **written}
+    written = records.header
+    if short := written["short"]:
+        names = ", ".join(map(repr, short[:NUM_NAMED]))
+        more = f" and {len(short) - NUM_NAMED:,} more" if len(short) > NUM_NAMED else ""
+        hint = "" if settings["generate_missing"] else "; give more text, or pass --generate-missing"
+        show.note(f"{len(short):,} tokens have fewer than {settings['min_snippets']} snippets: {names}{more}{hint}")
 
     def render() -> None:
         show.table([
@@ -72,17 +65,8 @@ def collect(
             ("snippets", written["snippets"]),
             ("inside longer tokens", written["inside"]),
             ("written by the model", written["generated"]),
-            (f"tokens with fewer than {config.min_snippets}", len(written["short"])),
+            (f"tokens with fewer than {settings['min_snippets']}", len(short)),
             ("tokens without any", sum(not record.snippets for record in records)),
         ], ("", str(output)))
 
-    show.emit(summary, as_json, render)
-
-
-def _name_short_ones(short: list[str], config: CollectConfig) -> None:
-    if not short:
-        return
-    names = ", ".join(repr(token) for token in short[:NUM_NAMED])
-    more = f" and {len(short) - NUM_NAMED:,} more" if len(short) > NUM_NAMED else ""
-    hint = "" if config.generate_missing else "; give more text, or pass --generate-missing"
-    show.note(f"{len(short):,} tokens have fewer than {config.min_snippets} snippets: {names}{more}{hint}")
+    show.emit({"output": output, "tokens": len(records), **written}, as_json, render)

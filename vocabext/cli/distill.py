@@ -1,8 +1,7 @@
 """`vocabext distill`: train the rows of the new tokens."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,68 +12,38 @@ if TYPE_CHECKING:
     from vocabext.distill.output_rows.stage import OutputRows
 
 DEFAULTS = DistillConfig()
-Command = Callable[..., Any]
 
-
-def distill_options(command: Command) -> Command:
-    """Add the options that `distill` and `run` share."""
-    for option in (
-        click.option("--learning-rate", type=float, default=DEFAULTS.learning_rate, show_default=True,
-                     help="Peak step size, in units of the root mean square of the base embedding."),
-        click.option("--silence", type=float, default=DEFAULTS.silence, show_default=True,
-                     help="Tied models with --output-rows input: weight of not being written where the base would "
-                          "write something else."),
-        click.option("--false-use", type=float, default=DEFAULTS.false_use, show_default=True, metavar="SHARE",
-                     help="Share of held-out places where fitted rows may write a new token and the base writes "
-                          "something else. The rows that write most within it are taken; more of it makes the model "
-                          "write more new tokens."),
-        click.option("--writing-places", type=int, default=DEFAULTS.writing_places, show_default=True, metavar="N",
-                     help="Text that output rows are fitted to: base ids of snippets per token."),
-        click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows,
-                     help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
-                          "'zero' are baselines; 'input' takes the input rows (tied models).  [default: 'fit' where "
-                          "the model can have such rows]"),
-        click.option("--leave-out", type=float, default=DEFAULTS.leave_out, show_default=True, metavar="FACTOR",
-                     help="Leave out tokens whose held-out error is above FACTOR times the median's and was not "
-                          "halved by training; 0 keeps all."),
-        click.option("--cache-gib", type=float, default=DEFAULTS.cache_gib, metavar="GIB",
-                     help="Memory for what is kept of a group of tokens.  [default: an eighth of the device's]"),
-        click.option("--reach", default="all" if DEFAULTS.reach is None else str(DEFAULTS.reach), show_default=True,
-                     metavar="N", callback=_reach, help="Positions compared behind the token, or 'all'."),
-        click.option("--epochs", type=int, default=DEFAULTS.epochs, show_default=True,
-                     help="Passes over the snippets at most; a token stops when its held-out snippets do not "
-                          "improve."),
-        click.option("--rounds", type=int, default=DEFAULTS.rounds, metavar="N",
-                     help="Rounds at most; the first shows 8 snippets of each token, each further one twice as many. "
-                          "1 is quick.  [default: as many as --epochs allows]"),
-        click.option("--target-layer", default=DEFAULTS.target_layer, show_default=True, metavar="LAYER",
-                     help="Layer whose hidden states are matched: 'last', a number, or a fraction of the depth."),
-        click.option("--method", type=click.Choice(METHODS), default=DEFAULTS.method, show_default=True,
-                     help="'distill' trains; 'mean' writes the mean of the pieces, in seconds."),
-    ):
-        command = option(command)
-    return compute_options(command)
-
-
-def _reach(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
-    """Read a number or 'all'."""
-    if value == "all":
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither 'all' nor a number") from None
-
-
-def compute_options(command: Command) -> Command:
-    """Add the options of everything that runs a model."""
-    command = click.option("--max-memory", metavar="LIMITS",
-                           help="Spread the model over devices, such as '0=20GiB,cpu=60GiB'; the rest stays on "
-                                "disk.")(command)
-    command = click.option("--dtype", default="auto", show_default=True, metavar="TYPE",
-                           help="auto, bfloat16, float16 or float32.")(command)
-    return click.option("--device", default="auto", show_default=True, metavar="DEVICE",
-                        help="auto, cpu, cuda or cuda:N.")(command)
+distill_options = options.together(  # what `distill` and `run` share
+    options.compute_options,
+    options.field(DEFAULTS, "method", "'distill' trains; 'mean' writes the mean of the pieces, in seconds.",
+                  type=click.Choice(METHODS)),
+    options.field(DEFAULTS, "target_layer", "Layer whose hidden states are matched: 'last', a number, or a fraction of "
+                  "the depth.", metavar="LAYER"),
+    click.option("--rounds", type=int, default=DEFAULTS.rounds, metavar="N",
+                 help="Rounds at most; the first shows 8 snippets of each token, each further one twice as many. 1 is "
+                      "quick.  [default: as many as --epochs allows]"),
+    options.field(DEFAULTS, "epochs", "Passes over the snippets at most; a token stops when its held-out snippets do "
+                  "not improve."),
+    click.option("--reach", default="all" if DEFAULTS.reach is None else str(DEFAULTS.reach), show_default=True,
+                 metavar="N", callback=options.number_or("all"), help="Positions compared behind the token, or 'all'."),
+    click.option("--cache-gib", type=float, default=DEFAULTS.cache_gib, metavar="GIB",
+                 help="Memory for states, keys and values that are kept of a group of tokens.  [default: an eighth of "
+                      "the device's]"),
+    options.field(DEFAULTS, "leave_out", "Leave out tokens whose held-out error is above FACTOR times the median's and "
+                  "was not halved by training; 0 keeps all.", metavar="FACTOR"),
+    click.option("--output-rows", type=click.Choice(OUTPUT_ROWS), default=DEFAULTS.output_rows,
+                 help="'fit' makes the model write the new tokens; 'none' keeps it from writing them; 'mean' and "
+                      "'zero' are baselines; 'input' takes the input rows (tied models).  [default: 'fit' where the "
+                      "model can have such rows]"),
+    options.field(DEFAULTS, "writing_places", "Text that output rows are fitted to, in base ids of snippets per token.",
+                  metavar="N"),
+    options.field(DEFAULTS, "false_use", "Largest share of held-out places where fitted rows may write a new token and "
+                  "the base writes something else. Of the rows within it, those that write most are taken; with a "
+                  "larger share, the model writes more new tokens.", metavar="SHARE"),
+    options.field(DEFAULTS, "silence", "For tied models with --output-rows input: weight of the penalty for writing a "
+                  "new token where the base would write something else; 0 is off."),
+    options.field(DEFAULTS, "learning_rate", "Peak step size, in units of the root mean square of the base embedding."),
+)
 
 
 def _show_writing(output: "OutputRows") -> None:

@@ -6,18 +6,14 @@ from typing import Any
 import click
 
 from vocabext.cli import options, show
-from vocabext.cli.distill import Command, compute_options
 from vocabext.options import EvalConfig
 
 DEFAULTS = EvalConfig()
 
-
-def evaluate_options(command: Command) -> Command:
-    """Add the options that `eval` and `run` share."""
-    command = click.option("--prompts", type=int, default=DEFAULTS.prompts, show_default=True,
-                           help="Held-out prompts that both models continue; 0: none.")(command)
-    return click.option("--max-bytes", type=int, default=DEFAULTS.max_bytes, show_default=True,
-                        help="Held-out text to read, in bytes.")(command)
+evaluate_options = options.together(  # what `eval` and `run` share
+    options.field(DEFAULTS, "max_bytes", "Held-out text to read, in bytes."),
+    options.field(DEFAULTS, "prompts", "Held-out prompts that both models continue; 0: none."),
+)
 
 
 @click.command("eval")
@@ -26,7 +22,7 @@ def evaluate_options(command: Command) -> Command:
 @options.corpus_option
 @options.text_field_option
 @evaluate_options
-@compute_options
+@options.compute_options
 @options.trust_remote_code_option
 @options.json_option
 def evaluate(

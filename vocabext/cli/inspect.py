@@ -36,11 +36,11 @@ def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
         show.table([
             ("architecture", _architecture(found)),
             ("parameters", f"{found.num_parameters:,}"),
-            ("weights", f"{found.weight_bytes:,} bytes in {_count(found.num_shards, 'file')}"),
+            ("weights", f"{found.weight_bytes:,} bytes in {found.num_shards:,} file{'s' * (found.num_shards != 1)}"),
             ("quantised", f"{found.quantisation}; not embedding and head" if found.quantisation else "no"),
             ("embedding type", found.dtype),
             ("hidden size", f"{found.hidden_size:,}"),
-            ("head", _head(found)),
+            ("head", "tied to the embedding" if found.tied else "its own (untied)"),
             *((row.role, f"{row.name}: {row.num_rows:,} rows of {row.row_bytes:,} bytes ({row.dtype})")
               for row in found.row_tensors),
             ("rows", f"{found.num_rows:,}"),
@@ -74,15 +74,7 @@ def _architecture(found: "Inspection") -> str:
     return f"{found.architecture} (type {found.model_type}{inner})"
 
 
-def _head(found: "Inspection") -> str:
-    return "tied to the embedding" if found.tied else "its own (untied)"
-
-
 def _tokenizer(found: "Inspection") -> str:
     if found.tokenizer_kind is None:
         return "cannot be extended"
     return f"{found.tokenizer_kind} ({found.tokenizer_class})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

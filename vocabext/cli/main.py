@@ -96,7 +96,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, verb.short_help) for name, verb in self._verbs.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; keep Ctrl-C away from click, which would answer it with lines of its own."""
+        """Run the verb; raise `_Stopped` on Ctrl-C, since click would write lines of its own."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -124,7 +124,7 @@ class LazyGroup(click.Group):
 
 
 class _Stopped(BaseException):
-    """A signal asked us to stop. No `Exception`, so that nothing which handles those can swallow it."""
+    """A signal has asked the process to stop. It is no `Exception`, so that no `except Exception` swallows it."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -158,13 +158,13 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _operating_system_line(error: BaseException) -> str | None:
-    """Say what the operating system refuses, if an error or one that led to it is such a refusal."""
+    """Say what the operating system refuses, if an error, or one that led to it, is such a refusal."""
     link: BaseException | None = error
     while link is not None:
         if (line := _refusal(link)) is not None:
             return line
         link = link.__cause__ or link.__context__
-    # Any other error of the system is a state of the user's files; behind an error of ours, it may have been handled.
+    # Any other OSError says what is wrong with the user's files. One that only led to `error` may have been handled.
     if not isinstance(error, OSError):
         return None
     text = error.strerror.lower() if error.strerror else " ".join(str(error).split())
@@ -214,7 +214,7 @@ def _fail(line: str, code: int) -> int:
             if line and stream is sys.stderr:
                 click.echo(visible(line), err=True)
             stream.flush()
-        except OSError:  # reader or terminal are gone; Python flushes once more, and would complain again
+        except OSError:  # reader or terminal are gone; without this, Python's own flush at exit fails, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
@@ -242,9 +242,9 @@ def main() -> NoReturn:
     """Run the `vocabext` command."""
     signal.signal(signal.SIGTERM, _stop)
     for number in (signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores the first, and keeps its way
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under `nohup`, SIGHUP is ignored and stays so
             signal.signal(number, _stop)
-    # Libraries below us have bars and advice of their own; ours are enough. A user can set them back.
+    # Libraries below us show bars and advice of their own; these switch them off, unless the user has set them.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)
     cli.main(prog_name="vocabext")

@@ -1,6 +1,5 @@
 """`vocabext mine`: the words and phrases of a corpus that are worth a token."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +13,17 @@ if TYPE_CHECKING:
 
 DEFAULTS = MineConfig()
 NUM_BEST = 20
-Command = Callable[..., Any]
 
-
-def _budget(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
-    """Read the value of `--budget`: a number, or None for `auto`."""
-    try:
-        return None if value == "auto" else int(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor 'auto'") from None
-
-
-def mine_options(command: Command) -> Command:
-    """Add the options that `mine` and `run` share."""
-    for option in (
-        click.option("--dedup/--no-dedup", default=DEFAULTS.dedup, show_default=True,
-                     help="Count near-duplicate documents and repeated passages, such as templates, once."),
-        click.option("--words-only", is_flag=True, help="Take words only, no phrases."),
-        click.option("--max-characters", type=int, default=DEFAULTS.max_characters, show_default=True,
-                     help="Longest token, in characters."),
-        click.option("--max-units", type=int, default=DEFAULTS.max_units, show_default=True,
-                     help="Longest phrase, in words or runs of punctuation."),
-        click.option("--min-count", type=int, default=DEFAULTS.min_count, show_default=True,
-                     help="A token must occur this often in the corpus."),
-        click.option("--budget", callback=_budget, default=str(DEFAULTS.budget), show_default=True, metavar="N|auto",
-                     help="How many new tokens; 'auto' takes the knee of the curve of savings."),
-    ):
-        command = option(command)
-    return command
+mine_options = options.together(  # what `mine` and `run` share
+    click.option("--budget", callback=options.number_or("auto"), default=str(DEFAULTS.budget), show_default=True,
+                 metavar="N|auto", help="How many new tokens; 'auto' takes the knee of the curve of savings."),
+    options.field(DEFAULTS, "min_count", "A token must occur this often in the corpus."),
+    options.field(DEFAULTS, "max_units", "Longest phrase, in words or runs of punctuation."),
+    options.field(DEFAULTS, "max_characters", "Longest token, in characters."),
+    click.option("--words-only", is_flag=True, help="Take words only, no phrases."),
+    click.option("--dedup/--no-dedup", default=DEFAULTS.dedup, show_default=True,
+                 help="Count near-duplicate documents and repeated passages, such as templates, once."),
+)
 
 
 @click.command()

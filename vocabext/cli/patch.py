@@ -39,11 +39,10 @@ def patch(rows: Path, model: str, output: Path, force: bool, link: str, untie: b
     def render() -> None:
         linked = f", {result.num_linked} of them as {result.links}s" if result.num_linked else ""
         last = result.first_new_id + result.num_new - 1
-        searched = [("searched for in text", f"{result.num_searched:,} of them, whose parts are no tokens")]
-        searched *= result.num_searched > 0
         show.table([
             ("new tokens", f"{result.num_new:,} (ids {result.first_new_id} to {last})"),
-            *searched,
+            *([("searched for in text", f"{result.num_searched:,} of them, whose parts are no tokens")]
+              if result.num_searched else []),
             ("rows", f"{result.num_rows_before:,} before, {result.num_rows:,} now"),
             ("head rows", result.head_rows),
             ("carried over", f"{len(result.files.carried_over)} files" + linked),

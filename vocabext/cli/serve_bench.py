@@ -39,12 +39,12 @@ from vocabext.cli import options, show
 @click.option("--output-characters", default=256, show_default=True,
               help="Length of an answer: the same characters for both models, not the same tokens.")
 @click.option("--one-at-a-time", is_flag=True,
-              help="Restart between base and expanded, where memory does not hold both. Takes much longer. Done "
-                   "without asking if both do not start together.")
+              help="Restart between base and expanded, where memory does not hold both. Takes much longer. `bench` "
+                   "does it by itself if both do not start together.")
 @click.option("--start-timeout-seconds", type=click.FloatRange(min=1), default=900.0, show_default=True,
               help="Give up if a server is not ready by then.")
 @click.option("--logs", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where the servers' logs go; a folder beside the output by default.")
+              help="Where the servers' logs go.  [default: a folder beside the output]")
 @options.unverified_option
 @options.check_digests_option
 @options.seed_option
@@ -95,18 +95,11 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from vocabext.serve.report.speed import METRIC_NAMES, left_out, shown_metrics
+    from vocabext.serve.report.speed import speed_rows
 
-    rows = []
-    for point in result["points"]:
-        for name, metric in shown_metrics(point):
-            low, high = metric["speedup_interval"]
-            rows.append((point["name"], METRIC_NAMES[name], f"{metric['base']:.4g}", f"{metric['expanded']:.4g}",
-                         f"{metric['speedup']:.3f} ({low:.3f} to {high:.3f})",
-                         f"{1 / metric['noise_floor']:.3f} to {metric['noise_floor']:.3f}", left_out(metric),
-                         metric["verdict"]))
-    show.table(rows, ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out",
-                      "expanded is"))
+    shown = ("point", "measure", "base", "expanded", "speedup", "noise", "left_out", "verdict")
+    show.table([[row[name].replace("×", "") for name in shown] for row in speed_rows(result)],
+               ("point", "measure", "base", "expanded", "speed-up (95 %)", "noise floor", "left out", "expanded is"))
     for line in remarks(result):
         show.echo(line)
 

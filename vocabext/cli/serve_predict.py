@@ -65,12 +65,14 @@ def predict(
 
 
 def _show(result: dict[str, Any]) -> None:
+    from vocabext.serve.report.page import milliseconds
+
     device, lengths, memory = result["device"], result["lengths"], result["memory"]
     show.echo(f"{device['name']}: {device['flops_per_second']:.3g} FLOP/s, {device['bytes_per_second']:.3g} bytes/s "
                f"({device['source']}); text is {lengths['length_ratio']:.3f} times shorter")
     show.echo("")
-    show.table([(row["scenario"], row["note"], _milliseconds(row["base_seconds"]),
-                 _milliseconds(row["expanded_seconds"]), f"{row['speedup']:.3f}", row["expanded_limited_by"])
+    show.table([(row["scenario"], row["note"], milliseconds(row["base_seconds"]),
+                 milliseconds(row["expanded_seconds"]), f"{row['speedup']:.3f}", row["expanded_limited_by"])
                 for row in result["loads"]],
                ("load", "if", "base", "expanded", "speed-up", "limited by"))
     show.echo("")
@@ -83,12 +85,12 @@ def _show(result: dict[str, Any]) -> None:
     if result["measured"]:
         show.echo("")
         show.table([(row["machine"], row["point"], f"{row['length_ratio']:.3f}",
+                     None if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.3f}",
                      f"{row['speedup']:.3f} ({row['speedup_interval'][0]:.3f} to {row['speedup_interval'][1]:.3f})",
-                     f"{row['share_of_length_ratio']:.2f}", row["verdict"]) for row in result["measured"]],
-                   ("measured on", "point", "by length alone", "measured (95 %)", "share", "expanded is"))
+                     f"{row['share_of_length_ratio']:.2f}",
+                     None if row["prediction_error"] is None else f"{row['prediction_error']:+.1%}", row["verdict"])
+                    for row in result["measured"]],
+                   ("measured on", "point", "by length alone", "predicted", "measured (95 %)", "measured / by length",
+                    "prediction is off by", "expanded is"))
     for line in result["notes"]:
         show.note(line)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.4g} ms"

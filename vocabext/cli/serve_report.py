@@ -33,8 +33,8 @@ def report(
     """Put all results about EXPANDED on one page: report.html, which needs nothing else. Never measures.
 
     Results that are not named are looked for in EXPANDED, then beside the output, then in the working folder of `run`:
-    lengths.json, bench.json, predict.json, eval.json, verify.json, swap.json, choice.json. What was not measured is
-    said to be so. The same content goes beside the page, with the endings .md, to paste, and .json, to read by program.
+    lengths.json, bench.json, predict.json, eval.json, verify.json, swap.json, choice.json. The page names what was not
+    measured. The same content goes beside the page: as .md, to paste, and as .json, for programs.
     """
     from vocabext.errors import UsageError
     from vocabext.files.atomic import atomic_file, check_output, write_json
@@ -46,9 +46,9 @@ def report(
                          "as report.html")
     for path in (output, markdown, document):
         check_output(path, force=force)
-    named = {"lengths": lengths, "bench": bench, "predict": predict, "eval": (evaluation,) if evaluation else (),
-             "verify": (verification,) if verification else (), "swap": (swap,) if swap else (),
-             "choice": (choice,) if choice else ()}
+    one_each = {"eval": evaluation, "verify": verification, "swap": swap, "choice": choice}
+    named = {"lengths": lengths, "bench": bench, "predict": predict,
+             **{name: (path,) for name, path in one_each.items() if path}}
     page = render_report(expanded, gather(expanded, output.absolute().parent, named), price_per_hour=price_per_hour)
     for path, text in ((output, page.html), (markdown, page.markdown)):
         with atomic_file(path) as file:

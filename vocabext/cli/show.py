@@ -22,12 +22,7 @@ PLAIN_INTERVAL_SECONDS = 5.0
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Write text to stdout or stderr, with control characters made visible: all output of the verbs goes through here.
-
-    Args:
-        text: What to write, a line or several.
-        err: Whether it goes to stderr.
-    """
+    """Write to stdout or stderr, with control characters made visible: all output of the verbs goes through here."""
     click.echo(visible(text), err=err)
 
 
@@ -37,13 +32,9 @@ def note(message: str) -> None:
 
 
 def emit(document: Any, as_json: bool, human_render: Callable[[], None]) -> None:
-    """Write a verb's result to stdout.
+    """Write a verb's result to stdout: as one JSON document, or as `human_render` writes it with `table` and `echo`.
 
-    Args:
-        document: The result as JSON-ready values; dataclasses, paths and numpy scalars are
-            converted, and numbers that JSON cannot hold (NaN, infinity) become null.
-        as_json: Write `document`, and nothing else, as one JSON document.
-        human_render: Called instead if `as_json` is false; writes with `table` and `echo`.
+    JSON gets what `to_plain` makes of the result.
     """
     if as_json:
         echo(json.dumps(to_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
@@ -52,7 +43,10 @@ def emit(document: Any, as_json: bool, human_render: Callable[[], None]) -> None
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a result to values that the json module writes and every JSON reader accepts."""
+    """Convert a result to values that every JSON reader accepts.
+
+    Dataclasses become objects; paths, text; numpy's and torch's values, Python's; NaN and infinity, null.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -75,18 +69,10 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
 
 @contextmanager
 def progress(description: str, /, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Show how far a piece of long work is, on stderr: the `Progress` of every stage.
+    """Show on stderr how far a piece of long work is: the `Progress` of every stage.
 
-    On a terminal a bar with rate and time left; elsewhere a plain line every few seconds and one
-    at the end.
-
-    Args:
-        description: What is being done.
-        total: How many units there are, or None where nobody can know.
-        unit: What is counted, in the plural.
-
-    Yields:
-        The task to advance.
+    A terminal gets a bar with rate and time left, anything else a plain line every few seconds and one at the end.
+    `total` is None where nobody can know; `unit` is a plural.
     """
     with (_bar if sys.stderr.isatty() else _lines)(description, total, unit) as task:
         yield task
@@ -103,7 +89,7 @@ class PlainTask:
     def __init__(
         self, description: str, total: int | None, unit: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._description, self._unit, self._clock = description, unit, clock
+        self._description, self._unit, self._clock = description, unit and f" {unit}", clock
         self._pace = Pace(total, clock)
         self._remark = ""
         self._last_line = clock()
@@ -114,7 +100,9 @@ class PlainTask:
         now = self._clock()
         if now - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            note(self._line())
+            left = self._pace.seconds_left
+            self._write(self._count(), f"{_format_rate(self._pace.rate)}{self._unit}/s",
+                        "" if left is None else f"{_format_seconds(left)} left")
 
     def skip(self, amount: int, /) -> None:
         """Take `amount` units out of the total."""
@@ -126,22 +114,16 @@ class PlainTask:
 
     def close(self) -> None:
         """Write the last line."""
-        parts = [f"{self._count()} in {_format_seconds(self._pace.seconds)}", *([self._remark] if self._remark else [])]
-        note(f"{self._description}: {', '.join(parts)}")
+        self._write(f"{self._count()} in {_format_seconds(self._pace.seconds)}")
 
-    def _line(self) -> str:
-        parts = [self._count(), f"{_format_rate(self._pace.rate)}{' ' + self._unit if self._unit else ''}/s"]
-        if (left := self._pace.seconds_left) is not None:
-            parts.append(f"{_format_seconds(left)} left")
-        if self._remark:
-            parts.append(self._remark)
-        return f"{self._description}: {', '.join(parts)}"
+    def _write(self, *parts: str) -> None:
+        note(f"{self._description}: {', '.join(filter(None, (*parts, self._remark)))}")
 
     def _count(self) -> str:
-        unit, done, total = f" {self._unit}" if self._unit else "", self._pace.done, self._pace.total
+        done, total = self._pace.done, self._pace.total
         if not total or done == total:
-            return f"{done:,}{unit}"
-        return f"{done:,} of {total:,}{unit} ({done / total:.0%})"
+            return f"{done:,}{self._unit}"
+        return f"{done:,} of {total:,}{self._unit} ({done / total:.0%})"
 
 
 def _format_rate(rate: float) -> str:
@@ -199,12 +181,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Task]:
         def note(self, text: str, /) -> None:
             self._bar.update(self._task_id, remark=visible(text))
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        CountColumn(),
-        LeftColumn(),
-        TextColumn("{task.fields[remark]}", markup=False),
-    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), CountColumn(), LeftColumn(),
+               TextColumn("{task.fields[remark]}", markup=False))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield BarTask(bar, bar.add_task(visible(description), total=total, remark=""))
